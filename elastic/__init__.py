@@ -1,0 +1,43 @@
+"""Train one elastic super-adapter, search it under a latency budget, export a compact model.
+
+    from elastic import ExportConfig, SearchConfig, TrainConfig, export, search, train
+
+    train(TrainConfig(run="runs/mine"))
+    search(SearchConfig(run="runs/mine"))
+    export(ExportConfig(run="runs/mine"))
+
+Names are resolved when first used, so importing costs nothing.
+"""
+
+import importlib
+
+_WHERE = {
+    "TrainConfig": "config",
+    "SearchConfig": "config",
+    "ExportConfig": "config",
+    "EvaluateConfig": "config",
+    "LatencyConfig": "config",
+    "BudgetConfig": "config",
+    "ModelConfig": "config",
+    "AdapterConfig": "config",
+    "TaskConfig": "config",
+    "StageConfig": "config",
+    "ElasticError": "errors",
+    "SearchSpace": "space",
+    "SubAdapter": "space",
+    "Supernet": "supernet",
+    "Run": "run",
+    "train": "trainer",
+    "search": "study",
+    "export": "exporter",
+    "compact": "merging",
+    "sliced": "slicing",
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'elastic' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"elastic.{_WHERE[name]}"), name)

@@ -1,0 +1,72 @@
+"""`elastic train | search | export | evaluate | latency`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from elastic import config
+
+COMMANDS = {
+    "train": (config.TrainConfig, "elastic.trainer", "train"),
+    "search": (config.SearchConfig, "elastic.study", "search"),
+    "export": (config.ExportConfig, "elastic.exporter", "export"),
+    "evaluate": (config.EvaluateConfig, "elastic.evaluate", "evaluate_run"),
+    "latency": (config.LatencyConfig, "elastic.latency", "time_run"),
+}
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
+    """Run one command; the exit code is 0, 1 for an error, 2 for a budget nobody meets."""
+    from elastic.errors import ConfigError, unknown
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(prog))
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("elastic-adapters"))
+        return 0
+    if arguments[0] not in COMMANDS:
+        return _fail(ConfigError(unknown("command", arguments[0], COMMANDS)))
+    return run(arguments[0], arguments[1:], prog=f"{prog} {arguments[0]}")
+
+
+def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Parse, call, print: what each entry does."""
+    from elastic.cli import parse
+    from elastic.errors import BudgetError, ElasticError
+
+    kind, module, function = COMMANDS[command]
+    try:
+        parsed = parse(kind, arguments, prog)
+        # After parsing: --help never waits for torch.
+        result = getattr(importlib.import_module(module), function)(parsed)
+    except BudgetError as error:
+        return _fail(error, 2)
+    except ElasticError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    result.show()
+    return 0
+
+
+def _fail(error: Exception, code: int = 1) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _usage(prog: str) -> str:
+    lines = [f"usage: {prog} COMMAND [RUN] [--config FILE] [--setting value ...]", ""]
+    for name, (kind, *_) in COMMANDS.items():
+        lines.append(f"  {name:<9} {(kind.__doc__ or '').split('.')[0].split(';')[0]}.")
+    return "\n".join([*lines, "", f"{prog} COMMAND --help lists the settings of a command."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Layers that carry factors: elastic ones in the supernet, small ones in a sliced model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.adapters.base import Adapter
+
+
+class Size:
+    """What is active in one elastic layer. A plain object: activation rewrites thousands of these,
+    and an `nn.Module` attribute costs ten times as much."""
+
+    __slots__ = ("columns", "rank", "rows")
+
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        self.rows, self.columns, self.rank = rows, columns, rank
+
+
+class ElasticLinear(nn.Module):
+    """A frozen linear layer and its factors, run on their leading rows, columns and ranks.
+
+    The cut tensors are views, so a smaller sub-adapter costs fewer operations in training too.
+
+    Shapes: x (..., columns) -> (..., rows).
+    """
+
+    def __init__(self, base: nn.Linear, adapter: Adapter | None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.size = Size(
+            base.out_features, base.in_features, adapter.max_rank if adapter is not None else 0
+        )
+        self.train(base.training)  # new modules start in training mode, where dropout acts
+
+    @property
+    def weight(self) -> Tensor:
+        """The active part of the base weight, (rows, columns)."""
+        return self.base.weight[: self.size.rows, : self.size.columns]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.base.bias is None else self.base.bias[: self.size.rows]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The active A (rank, columns) and B (rows, rank); None without an adapter."""
+        if self.adapter is None:
+            return None
+        A, B = self.adapter.factors(self.size.rank)
+        return A[:, : self.size.columns], B[: self.size.rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        factors = self.factors()
+        if factors is None:
+            return y
+        return _add_update(y, self.dropout(x), *factors)
+
+
+class FactorLinear(nn.Linear):
+    """A linear layer plus factors of a fixed rank: one layer of a sliced, unmerged model.
+
+    Shapes: weight (out, in), A (rank, in), B (out, rank) with the scale inside.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+        )
+        self.A = nn.Parameter(A, requires_grad=False)
+        self.B = nn.Parameter(B, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _add_update(F.linear(x, self.weight, self.bias), x, self.A, self.B)
+
+
+def _add_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+def modules_of(model: nn.Module, kind: type[ModuleType]) -> Iterator[tuple[str, ModuleType]]:
+    """Name and module of every module of this class, outermost first."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, kind):
+            yield name, module
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen `nn.Linear` around existing tensors, without initialising others first."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+@torch.no_grad()
+def reorder_linear(linear: nn.Linear, axis: str, index: Tensor) -> None:
+    """Permute the rows (with the bias) or columns of a linear layer, in place."""
+    if axis == "out":
+        linear.weight.copy_(linear.weight[index])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[index])
+    else:
+        linear.weight.copy_(linear.weight[:, index])

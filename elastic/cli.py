@@ -1,0 +1,101 @@
+"""Command line and YAML to configuration; the only room that knows the CLI library."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from elastic.errors import ConfigError, unknown
+from elastic.files import shipped
+
+Config = TypeVar("Config")
+
+# A setting is explained by the docstring under its field.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(
+    kind: type[Config], arguments: Sequence[str] | None = None, prog: str | None = None
+) -> Config:
+    """A configuration from the command line: YAML by --config, dotted flags over it.
+
+    A first argument without dashes is the run directory. ConfigError on anything unknown.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments[:1] = ["--run", arguments[0]]
+    parser = _parser(kind, prog)
+    return _build(kind, parser, lambda: parser.parse_args(_with_recipes(arguments)))
+
+
+def from_dict(kind: type[Config], value: Mapping[str, Any], where: str) -> Config:
+    """A configuration from what a YAML file held; ConfigError names the file."""
+    parser = _parser(kind)
+    try:
+        return _build(kind, parser, lambda: parser.parse_object(dict(value)))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _parser(kind: type, prog: str | None = None) -> ArgumentParser:
+    description = " ".join((kind.__doc__ or "").split())
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file, or the name of a recipe.")
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def _build(kind: type[Config], parser: ArgumentParser, read: Callable[[], Namespace]) -> Config:
+    try:
+        values = vars(parser.instantiate(read()))
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(_reason(kind, str(error))) from None
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _with_recipes(arguments: list[str]) -> list[str]:
+    """`--config NAME` means the shipped recipe of that name."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and found[-1] == "--config":
+            argument = str(shipped("configs", argument))
+        elif argument.startswith("--config="):
+            argument = "--config=" + str(shipped("configs", argument.removeprefix("--config=")))
+        found.append(argument)
+    return found
+
+
+def _reason(kind: type, message: str) -> str:
+    """The library's message on one line, with the nearest name where one was unknown."""
+    message = " ".join(message.split())
+    for pattern in (
+        r"unrecognized arguments: -*(?P<name>[\w.]+)",
+        r"^Option '(?P<name>[\w.]+)' is not accepted",
+        r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
+    ):
+        if strange := re.search(pattern, message):
+            found = strange.groupdict()
+            name = f"{found['group']}.{found['name']}" if "group" in found else found["name"]
+            return unknown("setting", name, _dotted(kind))
+    choice = re.search(r"key \"([\w.]+)\": .*Literal\[(.*?)\]. Got value: (\S+)", message)
+    if choice:
+        known = re.findall(r"'([^']*)'", choice[2])
+        return unknown(choice[1], choice[3], known)
+    return message
+
+
+def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _dotted(hints[field.name], f"{prefix}{field.name}.")
+            continue
+        yield prefix + field.name

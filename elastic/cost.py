@@ -1,0 +1,54 @@
+"""What a sub-adapter costs once merged: parameters and operations, by counting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.space import BoundSpace, SubAdapter
+
+
+@dataclass(frozen=True)
+class Cost:
+    params: int
+    """Elements of all distinct parameters."""
+    macs: int
+    """Multiply-accumulates of the linear layers per token, the head included."""
+
+
+def count(model: nn.Module) -> Cost:
+    """Of a plain model, as it stands."""
+    macs = sum(layer.in_features * layer.out_features for _, layer in modules_of(model, nn.Linear))
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+class Counter:
+    """Cost of any sub-adapter, from the layer shapes alone: 50 µs instead of slicing a model."""
+
+    def __init__(self, model: nn.Module, space: BoundSpace) -> None:
+        """`model` is plain or carries elastic layers; meta tensors will do."""
+        self.space = space
+        adapters = [layer.adapter for _, layer in modules_of(model, ElasticLinear) if layer.adapter]
+        extra = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+        full = count(model)
+        self.full = Cost(full.params - extra, full.macs)
+        self.shapes: dict[str, tuple[int, int, bool]] = {}
+        for site in {cut.site for group in space for cut in group.cuts if cut.axis != "rank"}:
+            layer = model.get_submodule(site)
+            layer = layer.base if isinstance(layer, ElasticLinear) else layer
+            self.shapes[site] = (layer.out_features, layer.in_features, layer.bias is not None)
+
+    def __call__(self, sub: SubAdapter) -> Cost:
+        kept = {site: [rows, columns] for site, (rows, columns, _) in self.shapes.items()}
+        chosen = sub.as_dict()
+        for group in self.space:
+            for cut in group.cuts:
+                if cut.axis != "rank":
+                    kept[cut.site][cut.axis == "in"] = chosen[group.name] * cut.unit
+        weights = biases = 0
+        for site, (rows, columns, has_bias) in self.shapes.items():
+            weights += rows * columns - kept[site][0] * kept[site][1]
+            biases += has_bias * (rows - kept[site][0])
+        return Cost(self.full.params - weights - biases, self.full.macs - weights)

@@ -1,0 +1,68 @@
+"""What can go wrong, as a tree.
+
+    ElasticError
+    ├── ConfigError          a setting, a search space or a stage that cannot work
+    ├── DataError            a data file or split that cannot be used; names file and line
+    ├── ModelError           a base model that is not there or has no place to attach to
+    ├── RunError             a run directory that belongs to something else, or lacks a step
+    │   └── BaseMismatch     a super-adapter met another base model than its own
+    ├── BudgetError          no sub-adapter meets the budget
+    ├── ExportError          a written model does not compute what the supernet computes
+    └── MissingExtra         an optional dependency is not installed
+
+Every message says what failed, where, what came and what would work. `BudgetError` ends a command
+with exit code 2, the others with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ElasticError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ConfigError(ElasticError, ValueError):
+    pass
+
+
+class DataError(ElasticError, ValueError):
+    pass
+
+
+class ModelError(ElasticError):
+    pass
+
+
+class RunError(ElasticError):
+    pass
+
+
+class BaseMismatch(RunError):
+    pass
+
+
+class BudgetError(ElasticError):
+    pass
+
+
+class ExportError(ElasticError):
+    pass
+
+
+class MissingExtra(ElasticError, ImportError):
+    def __init__(self, package: str, extra: str, what: str) -> None:
+        super().__init__(
+            f"{what} needs {package}, which is not installed; "
+            f"pip install 'elastic-adapters[{extra}]'"
+        )
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name outside `known`, with the nearest one suggested."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r};{hint} known: {', '.join(known)}"

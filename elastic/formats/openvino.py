@@ -1,0 +1,119 @@
+"""Turn the ONNX file into a stateful OpenVINO model, and run it.
+
+Stateful: the KV cache lives inside the model as variables and never passes through its inputs.
+Inputs are input_ids, attention_mask, position_ids and beam_idx, the only output is logits: what
+openvino-genai's LLMPipeline expects.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from elastic.errors import MissingExtra
+from elastic.formats.onnx import step_inputs
+
+FILE = "openvino_model.xml"
+
+
+def require() -> None:
+    """MissingExtra unless OpenVINO models can be written here; asked before anything slow."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("openvino", "openvino", "writing OpenVINO") from error
+
+
+def write(onnx_path: Path, directory: Path) -> Path:
+    """Convert `onnx_path` and write `directory/openvino_model.xml` and `.bin` in float32.
+
+    Shapes: those of `elastic.formats.onnx.write`; beam_idx (batch,) names, for every row, the row
+    of the previous step whose past it continues. `arange(batch)` leaves the rows in place.
+    """
+    require()
+    import openvino
+    from openvino.passes import MakeStateful, Manager
+
+    model = openvino.convert_model(onnx_path)
+    past = [port.any_name for port in model.inputs if port.any_name.startswith("past_key_values.")]
+    shapes = {name: model.input(name).partial_shape for name in past}
+    _reorder(model, past)
+    pairs = {name: name.replace("past_key_values.", "present.") for name in past}
+    stateful = Manager()
+    stateful.register_pass(MakeStateful(pairs))
+    stateful.run_passes(model)
+    # The pass names each variable by joining the two names.
+    _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, directory / FILE, compress_to_fp16=False)
+    return directory / FILE
+
+
+def _reorder(model, past: list[str]) -> None:
+    """Select the rows `beam_idx` of every past tensor before anything reads it."""
+    from openvino import opset13 as ops
+
+    beam_idx = ops.parameter([-1], np.int32, name="beam_idx")
+    beam_idx.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([beam_idx])
+    for name in past:
+        port = model.input(name)
+        readers = port.get_target_inputs()  # before the gather becomes one of them
+        rows = ops.gather(port, beam_idx, ops.constant(np.int64(0)))
+        for reader in readers:
+            reader.replace_source_output(rows.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _start_empty(model, shapes: dict) -> None:
+    """Let each variable (batch, kv_heads, past, head_dim) begin with the batch of input_ids and
+    a past of 0; without it, the first `beam_idx` would look for rows in a batch of 0."""
+    from openvino import opset13 as ops
+
+    ids_shape = ops.shape_of(model.input("input_ids"), output_type="i64")
+    batch = ops.gather(ids_shape, ops.constant(np.array([0], np.int64)), ops.constant(np.int64(0)))
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "ReadValue":
+            _, heads, _, head_dim = shapes[node.get_attributes()["variable_id"]]
+            rest = np.array([heads.get_length(), 0, head_dim.get_length()], np.int64)
+            shape = ops.concat([batch, ops.constant(rest)], axis=0)
+            node.set_arguments([ops.broadcast(ops.constant(np.float32(0)), shape)])
+    model.validate_nodes_and_infer_types()
+
+
+class OpenVINORunner:
+    """Prefill and decode with OpenVINO on the CPU, the cache kept between calls.
+
+    `precision` is that of arithmetic and cache ("f32", "bf16"); None leaves both to the device,
+    which rounds whatever the file holds: to bfloat16 on CPUs with AMX, and the cache to 8 bits.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, precision: str | None = "f32"):
+        require()
+        import openvino
+
+        options: dict[str, str | int] = {}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        if precision is not None:
+            options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
+        compiled = openvino.Core().compile_model(path, "CPU", options)
+        self._request = compiled.create_infer_request()
+        self._length = 0
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
+        self._request.reset_state()
+        self._length = 0
+        return self.decode(input_ids)
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        """Logits (batch, vocab) after one more token each, (batch, 1)."""
+        inputs = step_inputs(input_ids, self._length)
+        inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
+        logits = self._request.infer(inputs)["logits"]
+        self._length += input_ids.shape[1]
+        return logits[:, -1]

@@ -1,0 +1,87 @@
+"""A sub-adapter as a stock PEFT LoRA on the untouched base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.errors import ExportError
+from elastic.importance import channel_index
+from elastic.space import SubAdapter
+from elastic.supernet import Supernet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def why_not(net: Supernet, sub: SubAdapter) -> str | None:
+    """The reason this sub-adapter cannot be a PEFT adapter; None if it can."""
+    cut = [g.name for g in net.space if g.dim != "rank" and sub[g.name] != g.choices[0]]
+    if not cut:
+        return None
+    return (
+        f"{len(cut)} groups cut the base model itself ({cut[0]}, ...), which a PEFT adapter cannot "
+        "express; merge it (hf), or choose a sub-adapter that cuts ranks only"
+    )
+
+
+def write(net: Supernet, sub: SubAdapter, directory: Path, *, base_model: str) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors, loadable by stock PEFT.
+
+    Ranks differ between layers (`rank_pattern`); alpha follows (`alpha_pattern`), so that PEFT's
+    alpha / r is the scale every rank was trained with. Channels go back to the base model's order.
+    ExportError if base channels are cut.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    if reason := why_not(net, sub):
+        raise ExportError(f"peft: {reason}")
+    original = _original_order(net)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    with net.active(sub), torch.no_grad():
+        for site, layer in modules_of(net.model, ElasticLinear):
+            if layer.adapter is None:
+                continue
+            A, B = layer.factors()
+            B = B / layer.adapter.scale
+            if (site, "in") in original:
+                A = A[:, original[site, "in"]]
+            if (site, "out") in original:
+                B = B[original[site, "out"]]
+            ranks[site] = A.shape[0]
+            alphas[site] = layer.adapter.scale * A.shape[0]
+            tensors[f"base_model.model.{site}.lora_A.weight"] = A.contiguous().cpu()
+            tensors[f"base_model.model.{site}.lora_B.weight"] = B.contiguous().cpu()
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted({site.rpartition(".")[2] for site in ranks}),
+        rank_pattern={site: r for site, r in ranks.items() if r != rank},
+        alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
+        base_model_name_or_path=base_model,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def _original_order(net: Supernet) -> Mapping[tuple[str, str], Tensor]:
+    """Per cut site and axis, where each of the base model's channels stands in the supernet."""
+    return {
+        (cut.site, cut.axis): torch.argsort(channel_index(net.order[group.name], cut.unit))
+        for group in net.space
+        if group.name in net.order
+        for cut in group.cuts
+        if cut.axis != "rank"
+    }

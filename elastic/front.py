@@ -1,0 +1,185 @@
+"""The result of a search: sub-adapters worth choosing from, as JSON, table and plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.files import new_directory, write_json, write_text
+from elastic.objective import Figures
+from elastic.run import Run
+from elastic.space import SubAdapter
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sub-adapter of the front; accuracy is on the test split, which the search never saw."""
+
+    name: str
+    sub_adapter: SubAdapter
+    figures: Figures
+    """As the search measured them; accuracy on validation."""
+    test: Mapping[str, Any]
+    """accuracy, accuracy_n, accuracy_interval on test."""
+    best: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "best": self.best,
+            **self.test,
+            "validation_accuracy": self.figures.accuracy,
+            "validation_n": self.figures.accuracy_n,
+            "prefill_ms": self.figures.prefill_ms,
+            "decode_ms": self.figures.decode_ms,
+            "params": self.figures.params,
+            "macs": self.figures.macs,
+            "sub_adapter": self.sub_adapter.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Front:
+    """Sorted from the fastest to the most accurate."""
+
+    run: Run
+    members: Sequence[Member]
+    full: Figures
+    """The maximal sub-adapter."""
+    trials: Sequence[tuple[SubAdapter, Figures, bool]]
+    """Everything evaluated: sub-adapter, figures, whether it meets the budget."""
+    latency: str
+    """The latency objective: prefill_ms or decode_ms."""
+    limits: Mapping[str, float]
+    """The budget, absolute."""
+    warnings: Sequence[str] = ()
+
+    @property
+    def best(self) -> Member:
+        return next(member for member in self.members if member.best)
+
+    def save(self) -> None:
+        """Write front.json, trials.csv, front.png and sub_adapters/ below RUN/search."""
+        directory = self.run.search
+        with new_directory(self.run.sub_adapters) as building:
+            for member in self.members:
+                names = [member.name, "best"] if member.best else [member.name]
+                for name in names:
+                    write_json(building / f"{name}.json", member.as_dict())
+        write_text(directory / "trials.csv", self._csv())
+        self._plot(directory / "front.png")
+        write_json(self.run.front, [member.as_dict() for member in self.members])
+
+    def _csv(self) -> str:
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        names = list(self.full.as_dict())
+        writer.writerow(["trial", "feasible", *names, "sub_adapter"])
+        for number, (sub, figures, feasible) in enumerate(self.trials):
+            writer.writerow([number, feasible, *figures.as_dict().values(), str(sub)])
+        return file.getvalue()
+
+    def table(self):
+        from rich.table import Table
+
+        table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
+        for column in ("", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"):
+            table.add_column(column, justify="right" if column else "left")
+        for member in self.members:
+            low, high = member.test["accuracy_interval"]
+            f, full = member.figures, self.full
+            table.add_row(
+                f"{member.name} (best)" if member.best else member.name,
+                f"{member.test['accuracy']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{f.prefill_ms:.1f} ({f.prefill_ms / full.prefill_ms:.0%})",
+                f"{f.decode_ms:.1f} ({f.decode_ms / full.decode_ms:.0%})",
+                f"{f.params / 1e6:.1f} M ({f.params / full.params:.0%})",
+                style="bold" if member.best else None,
+            )
+        return table
+
+    def show(self) -> None:
+        from rich.console import Console
+
+        console = Console()
+        console.print(self.table())
+        n = self.members[0].test["accuracy_n"]
+        console.print(
+            f"Accuracy on {n} test examples the search never saw; percentages of the full model "
+            f"({self.full.prefill_ms:.1f} ms prefill, {self.full.decode_ms:.1f} ms decode, torch)."
+        )
+        if self.warnings:
+            console.print(f"[bold red]{len(self.warnings)} measurements: {self.warnings[-1]}[/]")
+        console.print(f"Plot: {self.run.search / 'front.png'}")
+        console.print(f"Next: elastic export {self.run.path}", markup=False)
+        print(json.dumps(self.best.as_dict()))
+
+    def _plot(self, path: Path) -> None:
+        import os
+        import tempfile
+
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+
+        def latency(figures: Figures) -> float:
+            return getattr(figures, self.latency)
+
+        for feasible, colour, label in (
+            (True, "#8aa9c9", "evaluated"),
+            (False, "#d8d8d8", "over budget"),
+        ):
+            rows = [figures for _, figures, ok in self.trials if ok == feasible]
+            if rows:
+                axes.scatter(
+                    [latency(f) for f in rows], [100 * f.accuracy for f in rows], s=22,
+                    color=colour, label=f"{label} (validation, n={rows[0].accuracy_n})",
+                )  # fmt: skip
+        xs = [latency(member.figures) for member in self.members]
+        ys = [100 * member.test["accuracy"] for member in self.members]
+        bars = [
+            [
+                y - 100 * m.test["accuracy_interval"][0]
+                for y, m in zip(ys, self.members, strict=True)
+            ],
+            [
+                100 * m.test["accuracy_interval"][1] - y
+                for y, m in zip(ys, self.members, strict=True)
+            ],
+        ]
+        n = self.members[0].test["accuracy_n"]
+        axes.errorbar(
+            xs, ys, yerr=bars, fmt="o-", color="#1f4e79", capsize=3, linewidth=1.2,
+            label=f"front (test, n={n}, 95 % interval)",
+        )  # fmt: skip
+        best = self.best
+        axes.scatter(
+            [latency(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
+            facecolors="none", edgecolors="#c0392b", linewidths=2, label=f"best: {best.name}",
+        )  # fmt: skip
+        axes.axvline(
+            latency(self.full), color="#777777", linestyle=":",
+            label=f"full model, {latency(self.full):.0f} ms",
+        )  # fmt: skip
+        if self.latency in self.limits:
+            limit = self.limits[self.latency]
+            axes.axvline(limit, color="#c0392b", linestyle="--", label=f"budget, {limit:.0f} ms")
+        kind = {"prefill_ms": "prefill (time to first token)", "decode_ms": "decode, per token"}
+        axes.set_xlabel(f"{kind[self.latency]}, milliseconds")
+        axes.set_ylabel("accuracy, %")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, loc="lower right")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".front.", suffix=".png")
+        os.close(descriptor)
+        figure.savefig(name, dpi=130)
+        os.chmod(name, 0o644)
+        os.replace(name, path)

@@ -1,0 +1,219 @@
+"""Prefill and decode latency, measured so that a busy machine cannot fool anybody.
+
+Candidates take turns with a reference, and the reference is measured twice in every round (an A/A
+control): when it differs from itself, nothing in that measurement means anything. The clock is
+injected, so all of this is tested without timing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic.config import LatencyConfig, TimingConfig
+from elastic.errors import ConfigError
+from elastic.runners import Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REFERENCE, CONTROL = "full", "control"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians over rounds, milliseconds."""
+
+    prefill_ms: float
+    """Time to first token: the whole prompt in parallel, logits at its last position."""
+    decode_ms: float
+    """Time per further token, at the context of the prompt."""
+    spread: float
+    """The larger IQR / median of the two."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Latency by name; `full` is the reference."""
+
+    latencies: Mapping[str, Latency]
+    control: float
+    """How much the reference differs from itself: |ratio - 1|, the larger of prefill and decode."""
+    rounds: int
+    tolerance: float
+
+    @property
+    def trusted(self) -> bool:
+        return self.control <= self.tolerance
+
+    @property
+    def full(self) -> Latency:
+        return self.latencies[REFERENCE]
+
+    def ratio(self, name: str) -> Latency:
+        """Of a candidate to the reference: medians of times taken in the same rounds."""
+        own = self.latencies[name]
+        return Latency(
+            own.prefill_ms / self.full.prefill_ms, own.decode_ms / self.full.decode_ms, own.spread
+        )
+
+    def warning(self) -> str | None:
+        """What to tell the reader when the control failed."""
+        if self.trusted:
+            return None
+        return (
+            f"this machine is too busy to trust these times: the full model differs from itself "
+            f"by {self.control:.1%} (more than {self.tolerance:.0%})"
+        )
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    config: TimingConfig,
+    *,
+    vocabulary: int,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measurement:
+    """Time every runner; `runners` names the reference "full".
+
+    One warm-up each, then rounds in which all take turns, each round in the opposite order of the
+    last, until every IQR / median is below 0.1 or `max_rounds` is reached.
+    """
+    turns = {**runners, CONTROL: runners[REFERENCE]}
+    generator = np.random.default_rng(seed)
+    shape = (config.batch, config.prompt_tokens)
+    prompt = generator.integers(vocabulary, size=shape, dtype=np.int64)
+    token = prompt[:, :1]
+    prefill: dict[str, list[float]] = {name: [] for name in turns}
+    decode: dict[str, list[float]] = {name: [] for name in turns}
+
+    def once(runner: Runner) -> tuple[float, float]:
+        start = clock()
+        runner.prefill(prompt)
+        middle = clock()
+        for _ in range(config.new_tokens):
+            runner.decode(token)
+        return (middle - start) * 1e3, (clock() - middle) * 1e3 / config.new_tokens
+
+    for runner in runners.values():
+        once(runner)
+    names = list(turns)
+    for round_number in range(1, config.max_rounds + 1):
+        for name in names if round_number % 2 else reversed(names):
+            first, each = once(turns[name])
+            prefill[name].append(first)
+            decode[name].append(each)
+        steady = all(_spread(times) < 0.1 for kind in (prefill, decode) for times in kind.values())
+        if round_number >= config.rounds and steady:
+            break
+    latencies = {
+        name: Latency(
+            float(np.median(prefill[name])),
+            float(np.median(decode[name])),
+            max(_spread(prefill[name]), _spread(decode[name])),
+        )
+        for name in turns
+    }
+    again, full = latencies.pop(CONTROL), latencies[REFERENCE]
+    control = max(
+        abs(again.prefill_ms / full.prefill_ms - 1), abs(again.decode_ms / full.decode_ms - 1)
+    )
+    return Measurement(latencies, control, round_number, config.tolerance)
+
+
+def _spread(times: list[float]) -> float:
+    low, median, high = np.percentile(times, (25, 50, 75))
+    return float((high - low) / median)
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """What `elastic latency` found."""
+
+    name: str
+    runtime: str
+    dtype: str
+    timing: TimingConfig
+    measurement: Measurement
+    about: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        own, full = self.measurement.latencies[self.name], self.measurement.full
+        return {
+            "sub_adapter": self.name,
+            "runtime": self.runtime,
+            "dtype": self.dtype,
+            **{key: asdict(self.timing)[key] for key in ("prompt_tokens", "new_tokens", "batch")},
+            "prefill_ms": own.prefill_ms,
+            "decode_ms": own.decode_ms,
+            "full_prefill_ms": full.prefill_ms,
+            "full_decode_ms": full.decode_ms,
+            "rounds": self.measurement.rounds,
+            "control": self.measurement.control,
+            "trusted": self.measurement.trusted,
+            **self.about,
+        }
+
+    def show(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        timing, console = self.timing, Console()
+        table = Table(
+            title=f"{self.runtime}, {self.dtype}, batch {timing.batch}, "
+            f"prompt {timing.prompt_tokens} tokens"
+        )
+        for column in ("", "prefill ms", "decode ms", "IQR / median"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, found in self.measurement.latencies.items():
+            table.add_row(
+                name, f"{found.prefill_ms:.1f}", f"{found.decode_ms:.1f}", f"{found.spread:.1%}"
+            )
+        ratio = self.measurement.ratio(self.name)
+        table.add_row("ratio", f"{ratio.prefill_ms:.3f}", f"{ratio.decode_ms:.3f}", "")
+        console.print(table)
+        console.print(
+            f"A/A control: {self.measurement.control:.1%} over {self.measurement.rounds} rounds"
+        )
+        if warning := self.measurement.warning():
+            console.print(f"[bold red]{warning}[/]")
+        print(json.dumps(self.as_dict()))
+
+
+def time_run(config: LatencyConfig) -> LatencyReport:
+    """`elastic latency`: one sub-adapter, sliced and merged, against the full model."""
+    from elastic.merging import compact
+    from elastic.progress import say
+    from elastic.run import Run
+    from elastic.runners import open_runner
+    from elastic.supernet import provenance
+
+    _, _, net = Run(config.run).load()
+    name, sub = Run(config.run).resolve(config.sub_adapter, net.space, config.seed)
+    if name in (REFERENCE, CONTROL):
+        raise ConfigError(f"a sub-adapter to be timed cannot be called {name!r}")
+    runtime = config.timing.runtime
+    models: dict[str, PreTrainedModel] = {
+        REFERENCE: compact(net, net.space.maximal()), name: compact(net, sub)
+    }  # fmt: skip
+    if runtime != "torch":
+        models = {key: model.float() for key, model in models.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        if runtime != "torch":
+            say(f"Writing both models for {runtime}")
+        runners = {
+            key: open_runner(runtime, model, Path(scratch) / str(number))
+            for number, (key, model) in enumerate(models.items())
+        }
+        dtype = str(models[name].dtype).removeprefix("torch.")
+        vocabulary, device = models[name].config.vocab_size, str(models[name].device)
+        found = measure(runners, config.timing, vocabulary=vocabulary, seed=config.seed)
+    return LatencyReport(name, runtime, dtype, config.timing, found, provenance(device))

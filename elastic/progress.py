@@ -1,0 +1,49 @@
+"""Progress bars that never mix with the last line a script reads: they go to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track as rich_track
+
+T = TypeVar("T")
+stderr = Console(stderr=True)
+
+
+def track(items: Sequence[T], label: str, *, quiet: bool = False) -> Iterator[T]:
+    """The items, with a bar while they last (gone afterwards; none when nobody watches)."""
+    if quiet or not sys.stderr.isatty():
+        yield from items
+        return
+    yield from rich_track(items, description=label, console=stderr, transient=True)
+
+
+@contextlib.contextmanager
+def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
+    """A bar over trials; call the value with the count and the latest figures."""
+    with Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    ) as progress:
+        task = progress.add_task("searching", total=total, completed=done)
+
+        def advance(count: int, figures: Any) -> None:
+            text = f"searching, last {figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
+            progress.update(task, completed=count, description=text)
+
+        yield advance
+
+
+def say(message: str) -> None:
+    """One line on what is going on."""
+    stderr.print(message, highlight=False, markup=False)

@@ -1,0 +1,130 @@
+"""A run directory: where every command finds what the one before it left."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from elastic.config import TrainConfig
+from elastic.errors import RunError
+from elastic.files import write_text
+from elastic.space import BoundSpace, SearchSpace, SubAdapter
+
+if TYPE_CHECKING:
+    from elastic import models
+    from elastic.supernet import Supernet
+
+
+class Run:
+    """Names the files below RUN; reads and checks, never loads weights unless asked to."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.super_adapter = self.path / "super_adapter"
+        self.metrics = self.path / "train" / "metrics.jsonl"
+        self.checkpoints = self.path / "train" / "checkpoints"
+        self.search = self.path / "search"
+        self.front = self.search / "front.json"
+        self.sub_adapters = self.search / "sub_adapters"
+
+    def claim(self, config: TrainConfig) -> bool:
+        """Whether this very configuration has been trained here already.
+
+        RunError when the directory holds another run, or things that are no run at all.
+        """
+        if self.config_file.is_file():
+            mine, theirs = as_plain(config), self._read_config()
+            mine.pop("run"), theirs.pop("run", None)  # a run may be moved
+            if differing := _differences(mine, theirs):
+                raise RunError(
+                    f"{self.path} holds another run, which differs in {', '.join(differing[:4])}; "
+                    "choose another --run, or delete the directory"
+                )
+            return self.super_adapter.is_dir()
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(
+                f"{self.path} is not empty and not a run (no config.yaml); choose another --run"
+            )
+        return False
+
+    def begin(self, config: TrainConfig) -> None:
+        if not self.config_file.is_file():
+            write_text(self.config_file, yaml.safe_dump(as_plain(config), sort_keys=False))
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RunError(f"{self.config_file}: broken YAML: {error}") from None
+        if not isinstance(value, dict):
+            raise RunError(f"{self.config_file}: expected the settings of a run")
+        return value
+
+    def config(self) -> TrainConfig:
+        """The settings the super-adapter was trained with; RunError if nothing was."""
+        from elastic.cli import from_dict
+
+        if not self.config_file.is_file() or not self.super_adapter.is_dir():
+            state = "has no trained super-adapter" if self.path.is_dir() else "does not exist"
+            raise RunError(f"{self.path} {state}; run: elastic train --run {self.path}")
+        return from_dict(TrainConfig, self._read_config(), str(self.config_file))
+
+    def space(self) -> SearchSpace:
+        """The declared space the super-adapter was trained with."""
+        file = self.super_adapter / "space.yaml"
+        return SearchSpace.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+    def load(self, dtype: str | None = None) -> tuple[TrainConfig, models.Base, Supernet]:
+        """Settings, base model (in `dtype`, else as trained) and supernet; BaseMismatch comes
+        before weights load."""
+        from elastic import models
+        from elastic.supernet import load_super_adapter, read_super_adapter
+
+        config = self.config()
+        folder = models.locate(config.model.path)
+        digest = models.digest(folder)
+        read_super_adapter(self.super_adapter, digest)
+        wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
+        model = models.load_model(folder, wanted)
+        base = models.Base(model, models.load_tokenizer(config.model), digest)
+        return config, base, load_super_adapter(model, digest, self.super_adapter)
+
+    def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
+        """What `--sub_adapter` means: a name and a point of the space.
+
+        best, a name of the search's front, a JSON file, or maximal, heuristic, minimal, random,
+        uniform-FRACTION.
+        """
+        if Path(name).suffix == ".json":
+            return Path(name).stem, space.check(SubAdapter.read(name))
+        file = self.sub_adapters / f"{name}.json"
+        if file.is_file():
+            return name, space.check(SubAdapter.read(file))
+        if name == "best":
+            raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
+        return name, space.named(name, seed)
+
+    def show(self) -> None:
+        """What training left, and what to do next."""
+        print(f"Super-adapter: {self.super_adapter}")
+        print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A configuration as dictionaries, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in dict.fromkeys((*mine, *theirs)):
+        a, b = mine.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} ({b} there, {a} here)")
+    return found

@@ -1,0 +1,88 @@
+"""Stages: what is open when, and at which learning rate. Pure arithmetic on the step number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from elastic.config import ScheduleConfig, StageConfig
+from elastic.space import BoundSpace
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where an optimiser step stands: its stage, and 0-based counts within that stage."""
+
+    stage: int
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All stages of a run; `steps_per_epoch` counts optimiser steps.
+
+    Every answer is a function of the global step alone, so a resumed run continues exactly where
+    the interrupted one stood.
+    """
+
+    stages: Sequence[StageConfig]
+    lr: ScheduleConfig
+    steps_per_epoch: int
+
+    @property
+    def epochs(self) -> int:
+        return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def position(self, step: int) -> Position:
+        """Of the global step, 0-based; steps past the end belong to the last stage."""
+        start = 0
+        for number, stage in enumerate(self.stages):
+            length = stage.epochs * self.steps_per_epoch
+            if step < start + length or number == len(self.stages) - 1:
+                within = step - start
+                return Position(number, within, within // self.steps_per_epoch)
+            start += length
+        raise AssertionError("a schedule has at least one stage")
+
+    def learning_rate(self, step: int) -> float:
+        """At the global step, 0-based.
+
+        With `init_lr`, the stage's cosine as NNCF computes it, with s the 1-based step and e the
+        0-based epoch in the stage, n the steps per epoch:
+        lr = init_lr / 2 · (1 + cos(π (s - e) / (epochs_lr · n))), after the stage's own warm-up.
+        Otherwise one schedule over all stages: over W epochs a linear warm-up
+        lr = warm + (base - warm) · (e · n + b + 1) / (W · n), then a cosine to zero.
+        """
+        at = self.position(step)
+        stage = self.stages[at.stage]
+        if stage.init_lr is None:
+            return self._global(step)
+        if at.step < stage.warmup_steps:
+            return stage.init_lr * (at.step + 1) / stage.warmup_steps
+        length = (stage.epochs_lr or stage.epochs) * self.steps_per_epoch
+        turn = math.pi * min(1.0, (at.step + 1 - at.epoch) / length)
+        return 0.5 * stage.init_lr * (1 + math.cos(turn))
+
+    def _global(self, step: int) -> float:
+        warmup = self.lr.warmup_epochs * self.steps_per_epoch
+        if step < warmup:
+            span = self.lr.base_lr - self.lr.warmup_lr
+            return self.lr.warmup_lr + span * min(1.0, (step + 1) / warmup)
+        turn = math.pi * min(1.0, (step - warmup) / max(1.0, self.steps - warmup))
+        return 0.5 * self.lr.base_lr * (1 + math.cos(turn))
+
+    def open_space(self, space: BoundSpace, step: int) -> BoundSpace:
+        """The space of this step: closed dimensions stay maximal, open groups offer their first
+        `width_indicator` choices."""
+        stage = self.stages[self.position(step).stage]
+        groups = []
+        for group in space:
+            count = stage.width_indicator if group.dim in stage.train_dims else 1
+            groups.append(replace(group, choices=group.choices[:count]))
+        return BoundSpace(tuple(groups), space.targets)

@@ -1,0 +1,43 @@
+"""Copies the active part of a supernet into small tensors that stand on their own."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from elastic.adapters.attach import (
+    ElasticLinear,
+    FactorLinear,
+    modules_of,
+    plain_linear,
+    replace_module,
+)
+from elastic.space import SubAdapter
+from elastic.supernet import Supernet
+
+
+@torch.no_grad()
+def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
+    """A new model with `sub`'s sizes, its factors beside the weights (unmerged).
+
+    Elastic layers are copied; everything else (embeddings, norms, uncut layers' biases) is shared
+    with the supernet, which must not change while the slice is in use. Ties stay ties.
+    """
+    net.space.check(sub)
+    # A copy of the module tree only: every tensor is handed through.
+    tensors = [*net.model.parameters(), *net.model.buffers()]
+    model = copy.deepcopy(net.model, {id(tensor): tensor for tensor in tensors})
+    with net.active(sub):
+        for site, layer in modules_of(net.model, ElasticLinear):
+            weight = layer.weight.clone(memory_format=torch.contiguous_format)
+            bias = None if layer.bias is None else layer.bias.clone()
+            factors = layer.factors()
+            if factors is None:
+                small = plain_linear(weight, bias)
+            else:
+                A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+                small = FactorLinear(weight, bias, A, B)
+            replace_module(model, site, small)
+    return model.eval()

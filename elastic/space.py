@@ -1,0 +1,354 @@
+"""Search spaces and their points.
+
+A `SearchSpace` is declared once per model family, by pattern. Binding it to a model gives groups:
+sites that share one choice because their shapes must agree, or by decision. A `SubAdapter` is one
+choice per group, immutable and hashable, and everything that varies is a function of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random as random_module
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from elastic.dims import DIMS, Cut
+from elastic.errors import ConfigError, RunError, unknown
+from elastic.files import read_json, shipped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class SubAdapter:
+    """A choice per group: absolute sizes by group name, in the order of the space."""
+
+    choices: tuple[tuple[str, int], ...]
+
+    def __getitem__(self, group: str) -> int:
+        return dict(self.choices)[group]
+
+    def as_dict(self) -> dict[str, int]:
+        return dict(self.choices)
+
+    @classmethod
+    def read(cls, path: Path | str) -> SubAdapter:
+        """From a JSON file as the search writes it; RunError if it is something else."""
+        value = read_json(path)
+        choices = value.get("sub_adapter", value) if isinstance(value, dict) else None
+        if not isinstance(choices, dict) or not all(type(c) is int for c in choices.values()):
+            raise RunError(f"{path}: not a sub-adapter; expected a JSON object of group: size")
+        return cls(tuple(choices.items()))
+
+    def __str__(self) -> str:
+        return json.dumps(self.as_dict())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that share one choice. `choices` are absolute and descend from the full size."""
+
+    name: str
+    dim: str
+    choices: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """The declaration of one group per block; names are relative to the block."""
+
+    name: str
+    dim: str
+    choices: tuple[int | float, ...]
+    of: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    align: int = 1
+
+    def resolve(self, full: int, where: str) -> tuple[int, ...]:
+        """Absolute choices, descending, the full size among them.
+
+        A fraction is rounded to the nearest multiple of `align` (at least one); an absolute size
+        must be a multiple itself.
+        """
+        sizes = {full}
+        for choice in self.choices:
+            if choice == 1.0 and isinstance(choice, float):
+                continue  # the full size, aligned or not
+            if isinstance(choice, float):
+                exact = choice * full
+                sizes.add(min(full, max(1, round(exact / self.align)) * self.align))
+                continue
+            if choice > full:
+                limit = "the super-adapter's max_rank" if self.dim == "rank" else "the full size"
+                advice = f", or train with adapter.rank={choice}" if self.dim == "rank" else ""
+                raise ConfigError(
+                    f"{where}: {self.dim} {choice} exceeds {limit} {full}; "
+                    f"choose from 1..{full}{advice}"
+                )
+            if choice % self.align and choice != full:
+                raise ConfigError(
+                    f"{where}: {self.dim} {choice} is not divisible by align {self.align}; "
+                    f"nearest: {choice // self.align * self.align or self.align}"
+                )
+            sizes.add(choice)
+        return tuple(sorted(sizes, reverse=True))
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is elastic in a family of models; knows no model."""
+
+    blocks: str
+    adapt: tuple[str, ...]
+    groups: tuple[GroupSpec, ...]
+    source: str = "search space"
+
+    @classmethod
+    def load(cls, name: str) -> SearchSpace:
+        """The shipped space of that name, or the one in a YAML file."""
+        path = shipped("search_spaces", name)
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: broken YAML: {error}") from None
+        return cls.from_dict(value, source=path.name)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "search space") -> SearchSpace:
+        """Checks every key and value; ConfigError names the group that is wrong."""
+        _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "adapt", "groups"}, source)
+        _types(value, source)
+        groups = []
+        for name, spec in value["groups"].items():
+            where = f"{source}: group {name!r}"
+            if not isinstance(spec, Mapping) or spec.get("dim") not in list(DIMS):
+                dim = spec.get("dim") if isinstance(spec, Mapping) else None
+                raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
+            lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
+            _keys(spec, {"dim", "choices", "align"} | lists, {"dim", "choices"} | lists, where)
+            groups.append(_group_spec(name, spec, where))
+        return cls(value["blocks"], tuple(value["adapt"]), tuple(groups), source)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The declaration again; `from_dict` reads it back to an equal space."""
+        return {
+            "blocks": self.blocks,
+            "adapt": list(self.adapt),
+            "groups": {
+                spec.name: {
+                    key: list(item) if isinstance(item, tuple) else item
+                    for key, item in vars(spec).items()
+                    if key != "name" and item not in ((), 1)
+                }
+                for spec in self.groups
+            },
+        }
+
+    def bind(self, model: nn.Module, max_rank: int) -> BoundSpace:
+        """Groups with sites and absolute choices for this model (meta tensors will do).
+
+        ConfigError when a pattern matches nothing or a choice does not fit.
+        """
+        linears = {name for name, module in model.named_modules() if _is_linear(module)}
+        names = [name for name, _ in model.named_modules()]
+        pattern = re.compile(re.escape(self.blocks).replace(r"\*", r"[^.]+"))
+        blocks = [name for name in names if pattern.fullmatch(name)]
+        if not blocks:
+            raise ConfigError(
+                f"{self.source}: blocks {self.blocks!r} matches nothing in "
+                f"{type(model).__name__}; its modules are {_outline(names)}"
+            )
+        targets = tuple(f"{block}.{name}" for block in blocks for name in self.adapt)
+        _all_linear(targets, linears, f"{self.source}: adapt")
+        groups = []
+        for block in blocks:
+            for spec in self.groups:
+                where = f"{self.source}: group {spec.name!r}"
+                sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
+                _all_linear(sites, linears, where)
+                if spec.dim == "rank":
+                    _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
+                full, cuts = DIMS[spec.dim](model, block, spec, max_rank)
+                choices = spec.resolve(full, where)
+                groups.append(Group(f"{block}.{spec.name}", spec.dim, choices, tuple(cuts)))
+        taken: dict[tuple[str, str], str] = {}
+        for group in groups:
+            for cut in group.cuts:
+                other = taken.setdefault((cut.site, cut.axis), group.name)
+                if other != group.name:
+                    raise ConfigError(
+                        f"{self.source}: {cut.site} ({cut.axis}) is cut by both "
+                        f"{other!r} and {group.name!r}; give it one group"
+                    )
+        return BoundSpace(tuple(groups), targets)
+
+
+@dataclass(frozen=True)
+class BoundSpace:
+    """A search space on one model."""
+
+    groups: tuple[Group, ...]
+    targets: tuple[str, ...]
+    """Linear layers that carry factors."""
+
+    @property
+    def size(self) -> int:
+        """How many sub-adapters there are."""
+        return math.prod(len(group.choices) for group in self.groups)
+
+    def at(self, indices: Mapping[str, int]) -> SubAdapter:
+        """The sub-adapter with these indices into each group's descending choices."""
+        return SubAdapter(tuple((g.name, g.choices[indices[g.name]]) for g in self.groups))
+
+    def indices(self, sub: SubAdapter) -> dict[str, int]:
+        """Inverse of `at`; RunError if the sub-adapter is not a point of this space."""
+        self.check(sub)
+        return {group.name: group.choices.index(sub[group.name]) for group in self.groups}
+
+    def check(self, sub: SubAdapter) -> SubAdapter:
+        """The sub-adapter in the order of this space, or a RunError that says what is foreign."""
+        choices = sub.as_dict()
+        strange = set(choices).symmetric_difference(group.name for group in self.groups)
+        if strange:
+            some = ", ".join(sorted(strange)[:3])
+            raise RunError(f"sub-adapter and search space differ in {len(strange)} groups: {some}")
+        for group in self.groups:
+            if choices[group.name] not in group.choices:
+                raise RunError(
+                    f"sub-adapter: {group.name} is {choices[group.name]}; "
+                    f"choose from {list(group.choices)}"
+                )
+        return SubAdapter(tuple((group.name, choices[group.name]) for group in self.groups))
+
+    def maximal(self) -> SubAdapter:
+        return self.at({group.name: 0 for group in self.groups})
+
+    def minimal(self) -> SubAdapter:
+        return self.at({group.name: len(group.choices) - 1 for group in self.groups})
+
+    def heuristic(self) -> SubAdapter:
+        """The choice at index (n - 1) // 2 of every group, the one LoNAS reports."""
+        return self.at({group.name: (len(group.choices) - 1) // 2 for group in self.groups})
+
+    def uniform(self, fraction: float) -> SubAdapter:
+        """In every group the choice nearest to `fraction` of the full size."""
+
+        def nearest(group: Group) -> int:
+            goal = fraction * group.choices[0]
+            return min(range(len(group.choices)), key=lambda i: abs(group.choices[i] - goal))
+
+        return self.at({group.name: nearest(group) for group in self.groups})
+
+    def random(self, generator: random_module.Random) -> SubAdapter:
+        """Every group on its own, uniformly."""
+        return self.at({g.name: generator.randrange(len(g.choices)) for g in self.groups})
+
+    def stratified(self, generator: random_module.Random, jitter: float = 0.25) -> SubAdapter:
+        """A target size first, then choices near it.
+
+        Independent draws crowd around the middle and never visit the ends. Here a position t in
+        [0, 1] is drawn once, and every group takes the choice nearest t plus its own jitter.
+        """
+        t = generator.random()
+
+        def near(group: Group) -> int:
+            last = len(group.choices) - 1
+            return round(last * min(1.0, max(0.0, t + generator.uniform(-jitter, jitter))))
+
+        return self.at({group.name: near(group) for group in self.groups})
+
+    def ladder(self) -> list[SubAdapter]:
+        """Uniform sub-adapters from the maximal to the minimal, without repeats."""
+        steps = max((len(group.choices) for group in self.groups), default=1)
+        rungs = [
+            self.at({g.name: round(i * (len(g.choices) - 1) / max(1, steps - 1))
+                     for g in self.groups})
+            for i in range(steps)
+        ]  # fmt: skip
+        return list(dict.fromkeys(rungs))
+
+    def named(self, name: str, seed: int = 0) -> SubAdapter:
+        """maximal, heuristic, minimal, random or uniform-FRACTION."""
+        if name in ("maximal", "heuristic", "minimal"):
+            return getattr(self, name)()
+        if name == "random":
+            return self.random(random_module.Random(seed))
+        if match := re.fullmatch(r"uniform-(\d*\.?\d+)", name):
+            return self.uniform(float(match[1]))
+        known = ["maximal", "heuristic", "minimal", "random", "uniform-0.75"]
+        raise RunError(unknown("sub-adapter", name, known))
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
+
+
+def _all_linear(
+    sites: tuple[str, ...] | list[str], known: set[str], where: str, kind: str = "linear layer"
+) -> None:
+    missing = [site for site in sites if site not in known]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]!r} matches no {kind} of the model")
+
+
+def _outline(names: list[str]) -> str:
+    """The distinct shapes of module names, numbers as *, three levels deep."""
+    shapes = dict.fromkeys(re.sub(r"\.\d+", ".*", name) for name in names if name)
+    shallow = [shape for shape in shapes if shape.count(".") <= 2]
+    return ", ".join(shallow[:8])
+
+
+def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a mapping with {sorted(needed)}, got {value!r}")
+    for key in value:
+        if key not in allowed:
+            raise ConfigError(f"{where}: {unknown('key', str(key), allowed)}")
+    if missing := needed - set(value):
+        raise ConfigError(f"{where}: missing {sorted(missing)}")
+
+
+def _types(value: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value["blocks"], str):
+        raise ConfigError(f"{where}: blocks is {value['blocks']!r}; give a pattern of module names")
+    if not isinstance(value["adapt"], list) or not value["adapt"]:
+        raise ConfigError(f"{where}: adapt is {value['adapt']!r}; give a list of layer names")
+    if not isinstance(value["groups"], Mapping):
+        raise ConfigError(f"{where}: groups is {value['groups']!r}; give a mapping by name")
+
+
+def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
+    choices = spec["choices"]
+    if not isinstance(choices, list) or not choices:
+        raise ConfigError(f"{where}: choices is {choices!r}; give a list of sizes or fractions")
+    for choice in choices:
+        fraction = isinstance(choice, float) and 0 < choice <= 1
+        size = type(choice) is int and choice >= 1
+        if not (fraction or size):
+            raise ConfigError(
+                f"{where}: choice {choice!r}; give sizes from 1 up, or fractions in (0.0, 1.0]"
+            )
+    align = spec.get("align", 1)
+    if type(align) is not int or align < 1:
+        raise ConfigError(f"{where}: align is {align!r}; give an integer from 1 up")
+    lists = {}
+    for key in ("of", "outputs", "inputs"):
+        items = spec.get(key, [])
+        if key in spec and (not isinstance(items, list) or not items):
+            raise ConfigError(f"{where}: {key} is {items!r}; give a list of layer names")
+        lists[key] = tuple(items)
+    return GroupSpec(name, spec["dim"], tuple(choices), align=align, **lists)

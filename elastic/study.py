@@ -1,0 +1,288 @@
+"""Searches a super-adapter with Optuna: stored in a journal file, resumed by running it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from elastic import models
+from elastic.config import BudgetConfig, SearchConfig
+from elastic.cost import Counter
+from elastic.errors import BudgetError, RunError
+from elastic.evaluate import evaluate
+from elastic.front import Front, Member
+from elastic.merging import compact
+from elastic.objective import Figures, Objective
+from elastic.pareto import non_dominated, thin
+from elastic.progress import say, search_bar, track
+from elastic.run import Run, as_plain
+from elastic.sampler import generator_for
+from elastic.space import BoundSpace, SubAdapter
+from elastic.tasks import load_task
+
+if TYPE_CHECKING:
+    import optuna
+
+PATIENCE = 200
+"""Proposals in a row that were all seen before; then the sampler has nothing new to offer."""
+
+
+def search(config: SearchConfig) -> Front:
+    """Evaluate sub-adapters up to `config.trials`, write the front below RUN/search, return it.
+
+    BudgetError when no sub-adapter meets the budget: before weights load if counting shows it,
+    after the two extremes if their latency shows it, else at the end.
+    """
+    run = Run(config.run)
+    trained = run.config()
+    _refuse_by_counting(run, config.budget, trained)
+    task = load_task(trained.task, trained.seed)
+    study = _open_study(run, config)
+    _, base, net = run.load()
+    objective = Objective(net, base.tokenizer, task.validation, config)
+    objective.full = _full_figures(study, objective)
+    limits = config.budget.resolved(objective.full.budget_values())
+
+    results = _seen(study, net.space)
+    _enqueue_starts(study, net.space, config, results)
+    repeats = 0
+    with search_bar(config.trials, len(results)) as advance:
+        while len(results) < min(config.trials, net.space.size) and repeats < PATIENCE:
+            trial = study.ask()
+            # NSGA-II takes an enqueued trial into its population only if it was asked first.
+            trial.relative_params  # noqa: B018
+            sub = _suggest(trial, net.space)
+            repeats = repeats + 1 if sub in results else 0
+            # The same sub-adapter proposed twice is evaluated once.
+            figures = results.get(sub) or objective(sub)
+            _tell(study, trial, figures, limits, config.latency)
+            if sub not in results:
+                results[sub] = figures
+                advance(len(results), figures)
+                _refuse_by_extremes(results, net.space, limits)
+
+    front = _front(run, config, results, objective, limits, task.test, base.tokenizer)
+    return front
+
+
+def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
+    """The journal's study; RunError when it was made with other settings."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    run.search.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(run.search / "study.journal")))
+    study = optuna.create_study(
+        study_name="search",
+        storage=storage,
+        load_if_exists=True,
+        directions=["maximize", "minimize"],
+    )
+    study.set_metric_names(["accuracy", config.latency])
+    study.sampler = _sampler(config, len(study.trials))
+    # More trials or another way of reporting continue a study; anything else is another one.
+    settings = as_plain(config)
+    for name in ("run", "trials", "test_front", "batch_tokens"):
+        settings.pop(name)
+    stored = study.user_attrs.get("settings")
+    if stored is None:
+        study.set_user_attr("settings", settings)
+    elif stored != settings:
+        differing = [name for name in settings if settings[name] != stored.get(name)]
+        raise RunError(
+            f"{run.search} holds a search with other settings ({', '.join(differing)}); "
+            f"delete {run.search} to start anew"
+        )
+    # A killed run leaves its trial unfinished: put it back at the head of the queue.
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if trial.params:
+            study.enqueue_trial(trial.params)
+    return study
+
+
+def _sampler(config: SearchConfig, done: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    # A resumed study must not draw the numbers of its first trials again.
+    seed = config.seed + done
+    if config.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=config.population, seed=seed)
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _suggest(trial: optuna.Trial, space: BoundSpace) -> SubAdapter:
+    """Indices into the descending choices: stable names, and an order NSGA-II can cross."""
+    return space.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space})
+
+
+def _tell(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    figures: Figures,
+    limits: Mapping[str, float],
+    latency: str,
+) -> None:
+    trial.set_user_attr("figures", figures.as_dict())
+    for name, amount in violations(figures, limits).items():
+        trial.set_constraint(name, amount)
+    study.tell(trial, [figures.accuracy, getattr(figures, latency)])
+
+
+def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
+    """Amount past each limit; at most 0 is met (Optuna's sign)."""
+    values = figures.budget_values()
+    return {
+        name: limit - values[name] if name == "min_accuracy" else values[name] - limit
+        for name, limit in limits.items()
+    }
+
+
+def _met(figures: Figures, limits: Mapping[str, float]) -> bool:
+    return all(amount <= 0 for amount in violations(figures, limits).values())
+
+
+def _full_figures(study: optuna.Study, objective: Objective) -> Figures:
+    """Of the maximal sub-adapter: measured once per study, since all latencies refer to it."""
+    stored = study.user_attrs.get("full")
+    if stored is None:
+        say("Measuring the full model")
+        stored = objective.measure_full().as_dict()
+        study.set_user_attr("full", stored)
+    return Figures(**stored)
+
+
+def _seen(study: optuna.Study, space: BoundSpace) -> dict[SubAdapter, Figures]:
+    """Everything evaluated so far, in order, each once."""
+    results: dict[SubAdapter, Figures] = {}
+    for trial in study.trials:
+        if "figures" in trial.user_attrs and trial.state.is_finished():
+            results.setdefault(space.at(trial.params), Figures(**trial.user_attrs["figures"]))
+    return results
+
+
+def _enqueue_starts(
+    study: optuna.Study,
+    space: BoundSpace,
+    config: SearchConfig,
+    results: Mapping[SubAdapter, Figures],
+) -> None:
+    """The two extremes, the ladder between them, then stratified sub-adapters."""
+    if study.trials:
+        return  # a resumed study has its queue in the journal
+    starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
+    generator = generator_for(config.seed, "starts")
+    for _ in range(20 * config.starts):
+        if len(starts) >= config.starts:
+            break
+        starts[space.stratified(generator)] = None
+    for sub in list(starts)[: config.starts]:
+        study.enqueue_trial(space.indices(sub))
+
+
+def _refuse_by_counting(run: Run, budget: BudgetConfig, trained) -> None:
+    """BudgetError when params or macs cannot be met, from the architecture alone."""
+    exact = {name for name in ("params", "macs") if name in budget.limits()}
+    if not exact:
+        return
+    model = models.skeleton(trained.model)
+    space = run.space().bind(model, trained.adapter.rank)
+    counter = Counter(model, space)
+    smallest, full = counter(space.minimal()), counter.full
+    everything = dict.fromkeys(("prefill_ms", "decode_ms", "min_accuracy"), 0.0)
+    limits = budget.resolved({**everything, "params": full.params, "macs": full.macs})
+    for name in exact:
+        if getattr(smallest, name) > limits[name]:
+            raise BudgetError(
+                f"budget.{name} {limits[name]:.4g} is below the minimal sub-adapter's "
+                f"{getattr(smallest, name):.4g} (the full model has {getattr(full, name):.4g}); "
+                "raise it, or train a space with smaller choices"
+            )
+
+
+def _refuse_by_extremes(
+    results: Mapping[SubAdapter, Figures], space: BoundSpace, limits: Mapping[str, float]
+) -> None:
+    """BudgetError as soon as the minimal sub-adapter is slower than the budget."""
+    if len(results) != 2 or space.minimal() not in results:
+        return
+    fastest = results[space.minimal()]
+    over = {
+        name: amount
+        for name, amount in violations(fastest, limits).items()
+        if name in ("prefill_ms", "decode_ms") and amount > 0.1 * limits[name]
+    }
+    if over:
+        raise BudgetError(_impossible(limits, results, space))
+
+
+def _impossible(
+    limits: Mapping[str, float], results: Mapping[SubAdapter, Figures], space: BoundSpace
+) -> str:
+    def described(figures: Figures) -> str:
+        return (
+            f"{figures.accuracy:.1%} on validation, prefill {figures.prefill_ms:.1f} ms, "
+            f"decode {figures.decode_ms:.1f} ms, {figures.params / 1e6:.1f} M parameters"
+        )
+
+    wanted = ", ".join(f"{name} {limit:.4g}" for name, limit in limits.items())
+    fastest = min(results.values(), key=lambda figures: figures.prefill_ms)
+    best = max(results.values(), key=lambda figures: figures.accuracy)
+    return (
+        f"no sub-adapter meets the budget ({wanted}). The fastest: {described(fastest)}. "
+        f"The most accurate: {described(best)}."
+    )
+
+
+def _front(
+    run: Run,
+    config: SearchConfig,
+    results: dict[SubAdapter, Figures],
+    objective: Objective,
+    limits: Mapping[str, float],
+    test,
+    tokenizer,
+) -> Front:
+    """Non-dominated sub-adapters within the budget, scored on the test split and saved."""
+    trials = [(sub, figures, _met(figures, limits)) for sub, figures in results.items()]
+    feasible = [(sub, figures) for sub, figures, met in trials if met]
+    if not feasible:
+        raise BudgetError(_impossible(limits, results, objective.net.space))
+    points = [(getattr(figures, config.latency), -figures.accuracy) for _, figures in feasible]
+    indices = non_dominated(points)
+    best = indices[-1]  # the slowest of the front is its most accurate
+    chosen = [feasible[index] for index in thin(indices, config.test_front, keep=best)]
+    members = []
+    say(f"Scoring {len(chosen)} of the front on {len(test)} test examples")
+    for number, (sub, figures) in enumerate(track(chosen, "test split"), 1):
+        score = evaluate(
+            compact(objective.net, sub),
+            tokenizer,
+            test,
+            batch_tokens=config.batch_tokens,
+            quiet=True,
+        )
+        last = number == len(chosen)
+        members.append(Member(f"front-{number}", sub, figures, score.as_dict(), best=last))
+    front = Front(
+        run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
+    )
+    front.save()
+    write_settings(run, config)
+    return front
+
+
+def write_settings(run: Run, config: SearchConfig) -> None:
+    from elastic.files import write_json
+    from elastic.supernet import provenance
+
+    device = run.config().model.device
+    write_json(
+        run.search / "about.json",
+        {"settings": json.loads(json.dumps(as_plain(config))), **provenance(device)},
+    )

@@ -1,0 +1,213 @@
+"""A model with one active sub-adapter, and the directory a super-adapter is kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from elastic.adapters import METHODS
+from elastic.adapters.attach import ElasticLinear, modules_of, reorder_linear, replace_module
+from elastic.config import AdapterConfig, ModelConfig
+from elastic.errors import BaseMismatch, RunError
+from elastic.files import new_directory, read_json, write_json, write_text
+from elastic.importance import channel_index
+from elastic.space import BoundSpace, SearchSpace, SubAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FACTORS, ORDER, SPACE, ABOUT = (
+    "factors.safetensors",
+    "order.safetensors",
+    "space.yaml",
+    "about.json",
+)
+
+
+class Supernet:
+    """A base model whose target layers run at the sizes of one active sub-adapter.
+
+    The base weights are permuted in place so that the important channels come first; nothing else
+    of them changes, and the function at full size stays the same. `model` is the transformers model
+    to call; it starts with the maximal sub-adapter active.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        space: SearchSpace,
+        adapter: AdapterConfig,
+        *,
+        order: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self.declared = space
+        self.adapter = adapter
+        self.space: BoundSpace = space.bind(model, adapter.rank)
+        self._attach(seed)
+        self.order: dict[str, Tensor] = {}
+        if order is not None:
+            self.reorder(order)
+        self.current = self.space.maximal()
+        self._actions = {
+            group.name: [(self.layer(cut.site).size, cut.axis, cut.unit) for cut in group.cuts]
+            for group in self.space
+        }
+
+    def layer(self, site: str) -> ElasticLinear:
+        return self.model.get_submodule(site)
+
+    def _attach(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        cut_sites = (cut.site for group in self.space for cut in group.cuts)
+        targets = set(self.space.targets)
+        for site in dict.fromkeys((*self.space.targets, *cut_sites)):
+            base = self.model.get_submodule(site)
+            factors = None
+            if site in targets:
+                factors = METHODS[self.adapter.method](
+                    base, rank=self.adapter.rank, alpha=self.adapter.alpha, generator=generator
+                )
+            replace_module(self.model, site, ElasticLinear(base, factors, self.adapter.dropout))
+
+    def reorder(self, order: Mapping[str, Tensor]) -> None:
+        """Permute the channels of every group in `order`, once; RunError the second time."""
+        if self.order:
+            raise RunError("the channels of this supernet have been ordered already")
+        for group in self.space:
+            if group.name not in order:
+                continue
+            for cut in group.cuts:
+                index = channel_index(order[group.name], cut.unit)
+                layer = self.layer(cut.site)
+                reorder_linear(layer.base, cut.axis, index)
+                if layer.adapter is not None:
+                    layer.adapter.reorder(cut.axis, index)
+        self.order = dict(order)
+
+    def activate(self, sub: SubAdapter) -> None:
+        """Make `sub` the active sub-adapter; only groups that differ are touched.
+
+        Prefer `active`, which restores what was there.
+        """
+        if sub.choices and [*sub.as_dict()] != [*self.current.as_dict()]:
+            raise RunError("sub-adapter: its groups are not those of this supernet, in its order")
+        for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
+            if choice == old:
+                continue
+            for size, axis, unit in self._actions[name]:
+                if axis == "rank":
+                    size.rank = choice
+                elif axis == "out":
+                    size.rows = choice * unit
+                else:
+                    size.columns = choice * unit
+        self.current = sub
+
+    @contextlib.contextmanager
+    def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
+        """The model with `sub` active inside the block."""
+        before = self.current
+        self.activate(sub)
+        try:
+            yield self.model
+        finally:
+            self.activate(before)
+
+    def factor_state(self) -> dict[str, Tensor]:
+        """All factors at full size, by site: what training changes."""
+        return {
+            f"{site}.{name}": tensor.detach().contiguous()
+            for site, layer in modules_of(self.model, ElasticLinear)
+            if layer.adapter is not None
+            for name, tensor in layer.adapter.state_dict().items()
+        }
+
+    def load_factors(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `factor_state`; RunError when names or shapes differ."""
+        mine = self.factor_state()
+        if strange := set(mine).symmetric_difference(state):
+            raise RunError(f"factors and model differ in {len(strange)} tensors: {min(strange)}")
+        for name, tensor in mine.items():
+            if tensor.shape != state[name].shape:
+                raise RunError(
+                    f"factors: {name} is {tuple(state[name].shape)}, "
+                    f"the model wants {tuple(tensor.shape)}"
+                )
+            tensor.copy_(state[name])
+
+
+def save_super_adapter(
+    net: Supernet, directory: Path, *, model: ModelConfig, base_digest: str, **about: Any
+) -> None:
+    """Write factors, channel order, space and provenance, all at once or not at all."""
+    from safetensors.torch import save_file
+
+    with new_directory(directory) as building:
+        save_file({k: v.cpu() for k, v in net.factor_state().items()}, building / FACTORS)
+        save_file({k: v.contiguous() for k, v in net.order.items()}, building / ORDER)
+        write_text(building / SPACE, yaml.safe_dump(net.declared.as_dict(), sort_keys=False))
+        write_json(
+            building / ABOUT,
+            {
+                "base_model": model.path,
+                "base_digest": base_digest,
+                "adapter": dataclasses.asdict(net.adapter),
+                "sub_adapters": str(net.space.size),
+                **provenance(str(net.model.device)),
+                **about,
+            },
+        )
+
+
+def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path) -> Supernet:
+    """The supernet of a saved super-adapter; BaseMismatch on another base model."""
+    from safetensors.torch import load_file
+
+    about = read_super_adapter(directory, base_digest)
+    space = SearchSpace.from_dict(
+        yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
+    )
+    net = Supernet(
+        model, space, AdapterConfig(**about["adapter"]), order=load_file(directory / ORDER)
+    )
+    net.load_factors(load_file(directory / FACTORS))
+    return net
+
+
+def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
+    """What is known of a super-adapter, refused if it was trained on other base weights."""
+    missing = [n for n in (FACTORS, ORDER, SPACE, ABOUT) if not (directory / n).is_file()]
+    if missing:
+        raise RunError(f"{directory}: no super-adapter ({', '.join(missing)} missing); train first")
+    about = read_json(directory / ABOUT)
+    if about["base_digest"] != base_digest:
+        raise BaseMismatch(
+            f"{directory} was trained on {about['base_model']} with {about['base_digest']}, "
+            f"the base model given has {base_digest}; pass the model it was trained on"
+        )
+    return about
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Versions and device, for everything that is written."""
+    names = ("elastic-adapters", "torch", "transformers", "optuna")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
+    else:
+        device = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return {"versions": {"python": platform.python_version(), **versions}, "device": device}

@@ -1,0 +1,275 @@
+"""Trains a super-adapter. Names no method and no task."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from elastic import models
+from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
+from elastic.config import TrainConfig
+from elastic.importance import channel_order
+from elastic.progress import say, stderr
+from elastic.run import Run
+from elastic.sampler import draw
+from elastic.schedule import Schedule
+from elastic.space import SearchSpace
+from elastic.supernet import Supernet, save_super_adapter
+from elastic.tasks import load_task
+
+FACTORS = "factors.safetensors"
+
+
+class ElasticTrainer(Trainer):
+    """The Hugging Face Trainer with a sub-adapter active in every step.
+
+    What it changes: the loss is on answers only, a sub-adapter is drawn per optimiser step (or per
+    micro-batch), methods' regularisers are added once per step, the learning rate follows the
+    stages, checkpoints hold factors instead of the model.
+    """
+
+    def __init__(self, net: Supernet, config: TrainConfig, schedule: Schedule, **kwargs) -> None:
+        self.net = net
+        self.config = config
+        self.schedule = schedule
+        self._micro_batch = 0
+        super().__init__(model=net.model, **kwargs)
+        # The loss below divides by the answer tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        first_of_step = self._micro_batch % self.args.gradient_accumulation_steps == 0
+        each = self.config.sample_each == "micro_batch"
+        sub = draw(
+            self.config.sampling,
+            self.net.space,
+            self.schedule,
+            self.state.global_step,
+            seed=self.config.seed,
+            micro_batch=self._micro_batch % self.args.gradient_accumulation_steps if each else 0,
+        )
+        self._micro_batch += 1
+        with self.net.active(sub):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if first_of_step and (penalty := self._penalty()) is not None:
+                self.accelerator.backward(penalty * self.args.gradient_accumulation_steps)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the answer tokens, averaged over all of them in the optimiser step."""
+        logits, labels = answer_logits(model, inputs)
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
+        return total / count
+
+    def _penalty(self) -> Tensor | None:
+        terms = [
+            layer.adapter.penalty(layer.size.rank)
+            for _, layer in modules_of(self.net.model, ElasticLinear)
+            if layer.adapter is not None
+        ]
+        terms = [term for term in terms if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # The optimiser's own rate is 1, so the factor is the rate; the Trainer saves the
+        # scheduler with every checkpoint.
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, self.schedule.learning_rate
+        )
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        from safetensors.torch import save_file
+
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.cpu() for name, tensor in self.net.factor_state().items()}
+        save_file(state, directory / FACTORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        from safetensors.torch import load_file
+
+        self.net.load_factors(load_file(Path(resume_from_checkpoint) / FACTORS))
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object per optimiser step in train/metrics.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # Steps after the checkpoint are trained again; their old lines must not stay.
+        kept = []
+        if self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+            kept = [row for row in rows if row["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        row = {name: float(value) for name, value in (logs or {}).items() if _is_finite(value)}
+        if "loss" in row:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+class Bar(TrainerCallback):
+    """A progress bar on stderr with the latest loss."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self.progress = Progress(
+            "[progress.description]{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, description=f"training, loss {logs['loss']:.3f}")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.progress.stop()
+
+
+def train(config: TrainConfig) -> Run:
+    """Train as configured and write RUN/super_adapter; returns the run.
+
+    Space, data and run directory are checked before weights are read. A run of the same
+    configuration is resumed from its last checkpoint, or returned as it is when finished.
+    """
+    run = Run(config.run)
+    if run.claim(config):
+        say(f"{run.path}: already trained; nothing to do")
+        return run
+    space = SearchSpace.load(config.space)
+    space.bind(models.skeleton(config.model), config.adapter.rank)
+    task = load_task(config.task, config.seed)
+    run.begin(config)
+
+    say(f"Loading {config.model.path}")
+    base = models.load(config.model)
+    encoded = [encode(base.tokenizer, e.prompt, e.answer) for e in task.train]
+    net = build(base.model, space, config, calibration=encoded, pad=base.tokenizer.pad_token_id)
+    per_step = config.batch_size * config.accumulation
+    schedule = Schedule(config.stages, config.lr, max(1, math.ceil(len(encoded) / per_step)))
+    say(
+        f"Training {net.space.size:.1e} sub-adapters in one: {schedule.steps} steps of {per_step} "
+        f"examples, {str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
+    )
+    fit(net, config, schedule, encoded, run, pad=base.tokenizer.pad_token_id)
+    save_super_adapter(
+        net,
+        run.super_adapter,
+        model=config.model,
+        base_digest=base.digest,
+        seed=config.seed,
+        steps=schedule.steps,
+        learning_rate=schedule.learning_rate(schedule.steps - 1),
+    )
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return run
+
+
+def build(
+    model, space: SearchSpace, config: TrainConfig, *, calibration: list[Encoded], pad: int
+) -> Supernet:
+    """The supernet at the start of training, its channels ordered."""
+    bound = space.bind(model, config.adapter.rank)
+    examples = calibration[: config.order_examples]
+    batches = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = collate(examples[start : start + config.batch_size], pad)
+        batches.append({k: v.to(model.device) for k, v in batch.items() if k != "labels"})
+    if config.order == "activation":
+        say(f"Ordering channels by activation on {len(examples)} training examples")
+    order = channel_order(model, bound, config.order, batches)
+    return Supernet(model, space, config.adapter, order=order, seed=config.seed)
+
+
+def fit(
+    net: Supernet,
+    config: TrainConfig,
+    schedule: Schedule,
+    encoded: list[Encoded],
+    run: Run,
+    *,
+    pad: int,
+) -> ElasticTrainer:
+    """Run all stages on the encoded examples, resuming from a checkpoint of `run`."""
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=schedule.epochs,
+        learning_rate=1.0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=1,
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        seed=config.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=net.model.device.type == "cpu",
+        dataloader_pin_memory=net.model.device.type == "cuda",
+    )
+    trainer = ElasticTrainer(
+        net,
+        config,
+        schedule,
+        args=arguments,
+        train_dataset=encoded,
+        data_collator=lambda sequences: collate(sequences, pad),
+        callbacks=[MetricsFile(run.metrics), Bar()],
+    )
+    trainer.remove_callback(
+        next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
+    )
+    checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
+    if checkpoint:
+        say(f"Resuming from {checkpoint}")
+    net.model.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    net.model.eval()
+    return trainer

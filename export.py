@@ -1,0 +1,11 @@
+"""`elastic export` from a checkout: parse, call, print.
+
+python export.py --help
+"""
+
+import sys
+
+from elastic.__main__ import run
+
+if __name__ == "__main__":
+    sys.exit(run("export"))
