@@ -62,15 +62,20 @@ def _build(kind: type[Config], parser: ArgumentParser, read: Callable[[], Namesp
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:
-    """`--config NAME` means the shipped recipe of that name."""
-    found: list[str] = []
+    """`--config NAME` means the shipped recipe of that name. Recipes come first, wherever they
+    were given, so that every flag and the run directory override them."""
+    recipes: list[str] = []
+    others: list[str] = []
     for argument in arguments:
-        if found and found[-1] == "--config":
-            argument = str(shipped("configs", argument))
+        if recipes and recipes[-1] == "--config":
+            recipes.append(str(shipped("configs", argument)))
+        elif argument == "--config":
+            recipes.append(argument)
         elif argument.startswith("--config="):
-            argument = "--config=" + str(shipped("configs", argument.removeprefix("--config=")))
-        found.append(argument)
-    return found
+            recipes += ["--config", str(shipped("configs", argument.removeprefix("--config=")))]
+        else:
+            others.append(argument)
+    return recipes + others
 
 
 def _reason(kind: type, message: str) -> str:
@@ -79,6 +84,7 @@ def _reason(kind: type, message: str) -> str:
     for pattern in (
         r"unrecognized arguments: -*(?P<name>[\w.]+)",
         r"^Option '(?P<name>[\w.]+)' is not accepted",
+        r"^Parser key \"(?P<group>[\w.]+)\": .* class_path .* Option '(?P<name>[\w.]+)' is not",
         r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'",
     ):
         if strange := re.search(pattern, message):
@@ -99,3 +105,6 @@ def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _dotted(hints[field.name], f"{prefix}{field.name}.")
             continue
         yield prefix + field.name
+        for item in typing.get_args(hints[field.name]):  # a list of stages
+            if dataclasses.is_dataclass(item):
+                yield from _dotted(item, f"{prefix}{field.name}.")

@@ -65,4 +65,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r};{hint} known: {', '.join(known)}"
+    shown = known if len(known) <= 12 else [*known[:12], "..."]
+    return f"unknown {kind} {name!r};{hint} known: {', '.join(shown)}"

@@ -87,10 +87,11 @@ def evaluate(
     ]
     exact: list[bool] = [False] * len(candidates)
     likelihood: list[float] = [0.0] * len(candidates)
+    likelihoods = any(example.options for example in examples)
     batches = list(length_sorted([encoded for *_, encoded in candidates], batch_tokens))
     for rows, sequences in track(batches, label, quiet=quiet):
         batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
-        hits, sums = _score(*answer_logits(model, batch), likelihoods=bool(examples[0].options))
+        hits, sums = _score(*answer_logits(model, batch), likelihoods=likelihoods)
         for row, hit, value in zip(rows, hits, sums, strict=True):
             exact[row], likelihood[row] = hit, value
     correct = [False] * len(examples)

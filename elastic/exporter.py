@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from elastic import models
-from elastic.config import ExportConfig
+from elastic.config import ExportConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, RunError
 from elastic.evaluate import evaluate
@@ -73,7 +74,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        c, console = self.contents, Console()
+        c, console = self.contents, Console(width=max(110, Console().width))
         low, high = c["accuracy_interval"] or (float("nan"),) * 2
         console.print(
             f"Sub-adapter [bold]{c['name']}[/]: {c['params'] / 1e6:.1f} M of "
@@ -134,6 +135,7 @@ def export(config: ExportConfig) -> Report:
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
     dtype = "float64" if trained.model.dtype == "float64" else "float32"
+    wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = run.load(dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
     directory = run.path / "export" / (config.name or name)
@@ -143,7 +145,7 @@ def export(config: ExportConfig) -> Report:
     prompts = [base.tokenizer(e.prompt)["input_ids"] for e in task.test[:4]]
     probes = [_probe(net, sub, np.array([ids], dtype=np.int64)) for ids in prompts]
     model, full = compact(net, sub), compact(net, net.space.maximal())
-    work = _Work(config, net, sub, model, full, base, probes, trained.model.path)
+    work = _Work(config, net, sub, model, full, base, probes, wanted)
     writers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "hf": work.hf, "peft": work.peft, "onnx": work.onnx, "openvino": work.openvino
     }  # fmt: skip
@@ -177,7 +179,7 @@ class _Work:
 
     scratch: Path
 
-    def __init__(self, config, net, sub, model, full, base, probes, base_path) -> None:
+    def __init__(self, config, net, sub, model, full, base, probes, trained) -> None:
         self.config: ExportConfig = config
         self.net: Supernet = net
         self.sub: SubAdapter = sub
@@ -185,13 +187,13 @@ class _Work:
         self.full: PreTrainedModel = full
         self.base: models.Base = base
         self.probes: list[Probe] = probes
-        self.base_path: str = base_path
+        self.trained: ModelConfig = trained
         self.warnings: list[str] = []
         self._graphs: dict[str, Path] = {}
 
     def hf(self, directory: Path) -> dict[str, Any]:
         # In the type the base model was saved in; reloading is bit for bit at that type.
-        stored = self.net.model.config.dtype or self.model.dtype
+        stored = models.stored_dtype(self.trained) or self.model.dtype
         if self.model.dtype == torch.float64:
             stored = torch.float64
         hf.write(self.model, self.base.tokenizer, directory, dtype=stored)
@@ -210,9 +212,8 @@ class _Work:
             return {"skipped": reason}
         from peft import PeftModel
 
-        folder = models.locate(self.base_path)
-        peft.write(self.net, self.sub, directory, base_model=self.base_path)
-        plain = hf.load(Path(folder), self.model.dtype).to(self.model.device)
+        peft.write(self.net, self.sub, directory, base_model=self.trained.path)
+        plain = models.load_model(models.locate(self.trained.path), self.trained)
         runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
         timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})
@@ -257,7 +258,7 @@ class _Work:
 
     def _companions(self, directory: Path) -> None:
         """Config and tokenizer beside a graph, so that its folder is all a server needs."""
-        self.model.config.save_pretrained(directory)
+        hf.described_config(self.model, code=False).save_pretrained(directory)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(directory)
         self.base.tokenizer.save_pretrained(directory)
@@ -270,12 +271,12 @@ class _Work:
         if allowed is not None and not found.max_abs_diff <= allowed:
             raise ExportError(
                 f"{kind}: logits differ from the supernet by up to {found.max_abs_diff:.3g}, more "
-                f"than the {allowed:.3g} that rounding explains; nothing was written"
+                f"than the {allowed:.3g} that rounding explains; nothing was kept"
             )
         if allowed is not None and found.decided:
             raise ExportError(
                 f"{kind}: greedy tokens differ from the supernet's although logits agree to "
-                f"{found.max_abs_diff:.3g}; nothing was written"
+                f"{found.max_abs_diff:.3g}; nothing was kept"
             )
         return found
 

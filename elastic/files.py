@@ -22,16 +22,21 @@ _PACKAGE = Path(__file__).parent
 
 def write_text(path: Path | str, text: str) -> Path:
     """Replace `path` with `text` in one step; on any failure the old content is still there."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Replace `path` with `content` in one step."""
     path = Path(path)
     with _named_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)  # mkstemp makes it private; an output is meant to be shared
+            _make_shareable(Path(name))
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -67,10 +72,18 @@ def new_directory(path: Path | str) -> Iterator[Path]:
         building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield building
-            os.chmod(building, 0o755)
+            _make_shareable(building)
             _replace_directory(building, path)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _make_shareable(target: Path) -> None:
+    """Modes as the user's umask would have made them: temporary files begin private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (target, *target.rglob("*")):
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _replace_directory(new: Path, path: Path) -> None:

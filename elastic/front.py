@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.files import new_directory, write_json, write_text
+from elastic.files import new_directory, write_bytes, write_json, write_text
 from elastic.objective import Figures
 from elastic.run import Run
 from elastic.space import SubAdapter
@@ -107,7 +107,7 @@ class Front:
     def show(self) -> None:
         from rich.console import Console
 
-        console = Console()
+        console = Console(width=max(100, Console().width))
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
         console.print(
@@ -118,12 +118,10 @@ class Front:
             console.print(f"[bold red]{len(self.warnings)} measurements: {self.warnings[-1]}[/]")
         console.print(f"Plot: {self.run.search / 'front.png'}")
         console.print(f"Next: elastic export {self.run.path}", markup=False)
-        print(json.dumps(self.best.as_dict()))
+        best = {k: v for k, v in self.best.as_dict().items() if k != "sub_adapter"}
+        print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))
 
     def _plot(self, path: Path) -> None:
-        import os
-        import tempfile
-
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -178,8 +176,6 @@ class Front:
         axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="lower right")
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".front.", suffix=".png")
-        os.close(descriptor)
-        figure.savefig(name, dpi=130)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        file = io.BytesIO()
+        figure.savefig(file, dpi=130, format="png")
+        write_bytes(path, file.getvalue())

@@ -58,13 +58,17 @@ def _activation_scores(
 
     def watch(site: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares[site] += inputs[0].double().pow(2).flatten(0, -2).sum(0).cpu()
+            x = inputs[0].double().flatten(0, -2)
+            squares[site] += (x if real is None else x[real]).pow(2).sum(0).cpu()
 
         return model.get_submodule(site).register_forward_pre_hook(hook)
 
+    real: Tensor | None = None
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
+            # What padding computes is noise, and how much there is depends on the batch.
+            real = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
             model(**batch, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:

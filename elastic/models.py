@@ -89,6 +89,15 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     return model.to(device).eval().requires_grad_(False)
 
 
+def stored_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The type the weights were saved in, as the checkpoint's config says."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        locate(config.path), trust_remote_code=config.trust_remote_code
+    ).dtype
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class Run:
 
 def as_plain(config: Any) -> dict[str, Any]:
     """A configuration as dictionaries, lists and scalars."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
 
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:

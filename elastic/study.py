@@ -46,6 +46,8 @@ def search(config: SearchConfig) -> Front:
 
     results = _seen(study, net.space)
     _enqueue_starts(study, net.space, config, results)
+    if results:
+        say(f"Continuing after {len(results)} sub-adapters")
     repeats = 0
     with search_bar(config.trials, len(results)) as advance:
         while len(results) < min(config.trials, net.space.size) and repeats < PATIENCE:
@@ -62,8 +64,7 @@ def search(config: SearchConfig) -> Front:
                 advance(len(results), figures)
                 _refuse_by_extremes(results, net.space, limits)
 
-    front = _front(run, config, results, objective, limits, task.test, base.tokenizer)
-    return front
+    return _front(run, config, results, objective, limits, task.test, base.tokenizer)
 
 
 def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
@@ -81,7 +82,6 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
         load_if_exists=True,
         directions=["maximize", "minimize"],
     )
-    study.set_metric_names(["accuracy", config.latency])
     study.sampler = _sampler(config, len(study.trials))
     # More trials or another way of reporting continue a study; anything else is another one.
     settings = as_plain(config)

@@ -100,8 +100,11 @@ class Supernet:
 
         Prefer `active`, which restores what was there.
         """
-        if sub.choices and [*sub.as_dict()] != [*self.current.as_dict()]:
-            raise RunError("sub-adapter: its groups are not those of this supernet, in its order")
+        if [name for name, _ in sub.choices] != [name for name, _ in self.current.choices]:
+            raise RunError(
+                "sub-adapter: its groups are not those of this supernet, in their order; "
+                "`space.check` sorts them or names the strange ones"
+            )
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
             if choice == old:
                 continue

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from elastic import models
 from elastic.adapters.attach import ElasticLinear, modules_of
@@ -225,6 +224,21 @@ def build(
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
 
 
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest complete checkpoint; what a kill left half-written is removed.
+
+    The Trainer writes trainer_state.json last.
+    """
+    complete = []
+    for folder in directory.glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+            complete.append((state["global_step"], str(folder)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(complete)[1] if complete else None
+
+
 def fit(
     net: Supernet,
     config: TrainConfig,
@@ -266,7 +280,7 @@ def fit(
     trainer.remove_callback(
         next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
     )
-    checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
+    checkpoint = last_checkpoint(run.checkpoints)
     if checkpoint:
         say(f"Resuming from {checkpoint}")
     net.model.train()

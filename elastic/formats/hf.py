@@ -67,28 +67,55 @@ def write(
 
     `model` is compact: plain linear layers, any sizes. It is left as it is.
     """
+    config = described_config(model)
+    config.dtype = dtype or model.dtype
+    state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
+    # A shell of the same class around the same tensors: the caller's config is not touched.
+    shell = copy.copy(model)
+    shell.config = config
+    directory.mkdir(parents=True, exist_ok=True)
+    shell.save_pretrained(directory, state_dict=state)
+    if hasattr(config, "linear_sizes"):
+        base, kind = type(model).__name__, type(model.config).__name__
+        # save_pretrained names the class it saw; what loads it is the one in the folder.
+        saved = directory / "config.json"
+        text = saved.read_text(encoding="utf-8")
+        write_text(saved, text.replace(f'"{base}"', f'"Elastic{base}"', 1))
+        code = _CLASS.format(base=base, config=kind, model_type=model.config.model_type)
+        write_text(directory / CODE, code)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+def described_config(model: PreTrainedModel, *, code: bool = True) -> PretrainedConfig:
+    """A new config that says the compact model's sizes: the family's own where they are uniform,
+    else one with `linear_sizes`, of the class that reads them if `code` comes with it."""
     config = copy.deepcopy(model.config)
     # transformers 4.x reads the base of rotary embeddings at the top level only, and without it
     # falls back to another one silently.
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
-    sizes = _uniform_sizes(model)
-    state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
-    config.dtype = dtype or model.dtype
-    directory.mkdir(parents=True, exist_ok=True)
-    # A shell of the same class around the same tensors: the caller's config is not touched.
-    shell = copy.copy(model)
-    if sizes is not None:
-        for name, size in sizes.items():
+    uniform = _uniform_sizes(model)
+    if uniform is not None:
+        for name, size in uniform.items():
             setattr(config, name, size)
-        shell.config = config
-        shell.save_pretrained(directory, state_dict=state)
-    else:
-        _save_with_code(shell, config, state, directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    return directory
+        return config
+    sizes = {name: list(size) for name, size in _linear_sizes(model).items()}
+    if not code:
+        config.linear_sizes = sizes
+        return config
+    base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
+    custom = type(f"Elastic{kind}", (type(config),), {"model_type": f"elastic_{config.model_type}"})
+    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    described = custom(**values)
+    described.linear_sizes = sizes
+    described.auto_map = {
+        "AutoConfig": f"{stem}.Elastic{kind}",
+        "AutoModelForCausalLM": f"{stem}.Elastic{base}",
+    }
+    return described
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -135,26 +162,3 @@ def _uniform_sizes(model: PreTrainedModel) -> dict[str, int] | None:
     shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
     same = all(shapes[name] == tensor.shape for name, tensor in model.state_dict().items())
     return found if same else None
-
-
-def _save_with_code(
-    shell: PreTrainedModel, config: PretrainedConfig, state: Mapping, directory: Path
-) -> None:
-    base, kind = type(shell).__name__, type(config).__name__
-    stem = Path(CODE).stem
-    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    custom = type(f"Elastic{kind}", (type(config),), {"model_type": f"elastic_{config.model_type}"})
-    described = custom(**values)
-    described.linear_sizes = {name: list(size) for name, size in _linear_sizes(shell).items()}
-    described.auto_map = {
-        "AutoConfig": f"{stem}.Elastic{kind}",
-        "AutoModelForCausalLM": f"{stem}.Elastic{base}",
-    }
-    shell.config = described
-    shell.save_pretrained(directory, state_dict=state)
-    # save_pretrained names the class it saw; what loads it is the one in the folder.
-    saved = directory / "config.json"
-    text = saved.read_text(encoding="utf-8")
-    write_text(saved, text.replace(f'"{base}"', f'"Elastic{base}"', 1))
-    code = _CLASS.format(base=base, config=kind, model_type=config.model_type)
-    write_text(directory / CODE, code)

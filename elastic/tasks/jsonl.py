@@ -39,10 +39,13 @@ def _read(file: str, config: TaskConfig) -> Sequence[Example]:
     if not path.is_file():
         raise DataError(f"{file}: no such data file")
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                examples.append(_example(line, config, f"{file}:{number}"))
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    examples.append(_example(line, config, f"{file}:{number}"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text: {error.reason}") from None
     if not examples:
         raise DataError(f"{file}: empty; expected one JSON object per line")
     return examples
@@ -57,18 +60,18 @@ def _example(line: str, config: TaskConfig, where: str) -> Example:
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:
         prompt = config.prompt.format_map(row)
-        answer = str(row[config.answer])
+        answer = "" if row[config.answer] is None else str(row[config.answer])
         options = tuple(map(str, _list(row[config.options]))) if config.options else ()
     except KeyError as error:
         raise DataError(
             f"{where}: field {error.args[0]!r} is missing; the row has {', '.join(sorted(row))} "
             "(task.prompt, task.answer and task.options name the fields to use)"
         ) from None
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise DataError(f"{where}: task.prompt {config.prompt!r}: {error}") from None
     if not answer:
         raise DataError(f"{where}: the answer in field {config.answer!r} is empty")
-    if options and answer not in options:
+    if config.options and answer not in options:
         raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
     return Example(prompt, answer, options)
 

@@ -1,6 +1,6 @@
 """Activating a random sub-adapter in a supernet of 96 groups (32 layers, the LoNAS space).
 
-    python -m tests.benchmarks.activation [--save]
+python -m tests.benchmarks.activation [--save]
 """
 
 from __future__ import annotations

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests; builders live in tests/tiny.py."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread than computing
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Few examples: one of them builds a model. No deadline: the machine may be busy.
+settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A saved tiny model with its tokenizer; do not write into it."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_llama():
+    from tests.tiny import llama
+
+    return llama()

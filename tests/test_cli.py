@@ -1,0 +1,361 @@
+"""Settings come from YAML and flags; a wrong one is refused by its name, before anything loads."""
+
+import subprocess
+import sys
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import elastic
+from elastic import config as settings_module
+from elastic.__main__ import COMMANDS, main
+from elastic.adapters import METHODS
+from elastic.cli import from_dict, parse
+from elastic.config import (
+    AdapterConfig,
+    BudgetConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LatencyConfig,
+    ScheduleConfig,
+    SearchConfig,
+    StageConfig,
+    TaskConfig,
+    TimingConfig,
+    TrainConfig,
+)
+from elastic.dims import DIMS
+from elastic.errors import ConfigError, RunError
+from elastic.run import Run, as_plain
+from elastic.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+ROOTS = {name: kind for name, (kind, *_) in COMMANDS.items()}
+
+
+def recipe(tmp_path, text: str) -> str:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    kind = ROOTS[path.stem.rpartition("-")[2]]
+    by_path = parse(kind, ["--config", str(path)])
+    assert parse(kind, ["--config", path.stem]) == by_path
+    assert parse(kind, [f"--config={path.stem}"]) == by_path
+    assert from_dict(kind, as_plain(by_path), "again") == by_path
+    for key in yaml.safe_load(path.read_text()):
+        assert hasattr(by_path, key)
+
+
+@pytest.mark.parametrize("kind", ROOTS.values(), ids=ROOTS)
+def test_defaults_are_those_of_the_dataclass(kind):
+    assert parse(kind, []) == kind() == from_dict(kind, {}, "empty")
+
+
+# Precedence
+
+
+def test_flags_beat_yaml_beats_defaults(tmp_path):
+    file = recipe(tmp_path, "adapter: {rank: 4}\nseed: 7\nlr: {base_lr: 6.0e-4}\n")
+    found = parse(TrainConfig, ["--config", file, "--adapter.rank", "8", "--seed=9"])
+    expected = TrainConfig(adapter=AdapterConfig(rank=8), seed=9, lr=ScheduleConfig(base_lr=6e-4))
+    assert found == expected
+    assert parse(TrainConfig, ["--config", file]).adapter == AdapterConfig(rank=4)
+
+
+def test_a_first_word_is_the_run(tmp_path):
+    file = recipe(tmp_path, "run: runs/yaml\n")
+    for kind in ROOTS.values():
+        assert parse(kind, ["runs/mine"]).run == "runs/mine"
+        assert parse(kind, ["runs/mine", "--config", file]).run == "runs/mine"
+        assert parse(kind, ["--config", file, "--run", "runs/mine"]).run == "runs/mine"
+    assert parse(SearchConfig, ["runs/mine", "--trials", "3"]).trials == 3
+
+
+def test_flags_beat_yaml_wherever_they_stand(tmp_path):
+    file = recipe(tmp_path, "seed: 7\nbatch_size: 3\n")
+    for config in (["--config", file], [f"--config={file}"]):
+        found = parse(TrainConfig, ["--seed", "9", *config])
+        assert (found.seed, found.batch_size) == (9, 3)
+
+
+def test_stages_from_yaml(tmp_path):
+    file = recipe(
+        tmp_path, "stages:\n- init_lr: 1.0e-3\n- {train_dims: [rank], epochs: 3, init_lr: 3.0e-4}\n"
+    )
+    found = parse(TrainConfig, ["--config", file]).stages
+    assert found == [
+        StageConfig(init_lr=1e-3), StageConfig(train_dims=["rank"], epochs=3, init_lr=3e-4)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["80%", "25", "12.5 %", "0.3"])
+def test_budgets_are_numbers_or_percentages(text):
+    found = parse(SearchConfig, ["--budget.prefill_ms", text]).budget
+    full = {"prefill_ms": 200.0}
+    expected = float(text.rstrip("% ")) * (2.0 if "%" in text else 1.0)
+    assert found.resolved(full) == {"prefill_ms": pytest.approx(expected)}
+    assert BudgetConfig().resolved(full) == {}
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (TrainConfig, ["--sede", "1"], "unknown setting 'sede'; did you mean 'seed'?"),
+        (TrainConfig, ["--adapter.rnk", "1"],
+         "unknown setting 'adapter.rnk'; did you mean 'adapter.rank'?"),
+        (TrainConfig, ["--adaptor.rank", "1"], "did you mean 'adapter.rank'?"),
+        (SearchConfig, ["--budget.prefil_ms", "1"], "did you mean 'budget.prefill_ms'?"),
+        (TrainConfig, ["one", "two"], "unknown setting 'two'"),
+        (TrainConfig, ["--adapter.method", "lroa"],
+         "unknown adapter.method 'lroa'; did you mean 'lora'? known: lora"),
+        (TrainConfig, ["--order", "activaton"], "unknown order 'activaton'; did you mean"),
+        (TrainConfig, ["--task.name", "arithmetics"], "did you mean 'arithmetic'?"),
+        (SearchConfig, ["--sampler", "nsga3"], "unknown sampler 'nsga3'; did you mean 'nsga2'?"),
+        (ExportConfig, ["--formats", "[peff]"], "did you mean 'peft'?"),
+        (ExportConfig, ["--formats", "[]"], "formats is empty"),
+        (TrainConfig, ["--seed", "1.5"], "seed"),
+        (TrainConfig, ["--adapter.rank", "many"], "adapter.rank"),
+        (TrainConfig, ["--adapter.rank", "0"], "adapter.rank is 0; it must be at least 1"),
+        (TrainConfig, ["--adapter.dropout", "1"], "adapter.dropout is 1.0"),
+        (TrainConfig, ["--adapter.alpha", "-2"], "adapter.alpha is -2.0"),
+        (TrainConfig, ["--lr.base_lr", "0"], "lr.base_lr is 0.0"),
+        (TrainConfig, ["--batch_size", "0"], "batch_size is 0"),
+        (TrainConfig, ["--task.name", "jsonl"], "task.train"),
+        (SearchConfig, ["--budget.prefill_ms", "fast"], "budget.prefill_ms is 'fast'"),
+        (SearchConfig, ["--budget.macs=-80%"], "budget.macs is '-80%'"),
+        (SearchConfig, ["--budget.params", "0%"], "budget.params is 0%; it must be positive"),
+        (SearchConfig, ["--budget.min_accuracy", "1.5"], "budget.min_accuracy"),
+        (SearchConfig, ["--trials", "1"], "trials is 1"),
+        (SearchConfig, ["--timing.rounds", "0"], "timing.rounds must be at least 1"),
+        (SearchConfig, ["--timing.rounds", "30"], "timing.max_rounds is 20"),
+        (TrainConfig, ["--config", "demo-trian"], "unknown config 'demo-trian'; did you mean"),
+        (TrainConfig, ["--config", "none/x.yaml"], "none/x.yaml: no such file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_named(kind, arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adaptor: {rank: 3}", "did you mean 'adapter.rank'?"),
+        ("adapter: {rnk: 3}", "unknown setting 'adapter.rnk'; did you mean 'adapter.rank'?"),
+        ("sede: 3", "did you mean 'seed'?"),
+        ("adapter: {rank: 0}", "adapter.rank is 0"),
+        ("order: activaton", "unknown order 'activaton'; did you mean 'activation'?"),
+        ("stages: []", "stages is empty"),
+        ("stages: [{train_dim: [rank]}]",
+         "unknown setting 'stages.train_dim'; did you mean 'stages.train_dims'?"),
+        ("stages: [{train_dims: [rnk]}]", "did you mean 'rank'?"),
+        ("stages: [{train_dims: [width]}]", "stages[0].train_dims"),
+        ("stages: [{epochs: 0}]", "at least 1 epoch, not 0"),
+        ("stages: [{epochs: x}]", "epochs"),
+        ("seed: [1]", "seed"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_in_yaml_is_named(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(TrainConfig, ["--config", recipe(tmp_path, text + "\n")])
+    assert message in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        from_dict(TrainConfig, yaml.safe_load(text), "there.yaml")
+    assert message in str(caught.value) and str(caught.value).startswith("there.yaml: ")
+
+
+@pytest.mark.parametrize("text", ["a: [\n", "- 1\n"])
+def test_what_is_no_recipe_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError):
+        parse(TrainConfig, ["--config", recipe(tmp_path, text)])
+
+
+# Registries
+
+
+def literal(kind: type, field: str) -> set[str]:
+    hint = typing.get_type_hints(kind)[field]
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+    return set(typing.get_args(hint))
+
+
+def test_literals_equal_registries():
+    assert literal(AdapterConfig, "method") == set(METHODS)
+    assert literal(TaskConfig, "name") == set(TASKS)
+    assert literal(StageConfig, "train_dims") == set(DIMS) == set(TrainConfig().progressivity)
+    assert literal(TrainConfig, "progressivity") == set(DIMS)
+    assert literal(ExportConfig, "formats") == set(ExportConfig().formats)
+
+
+def test_public_names_are_where_they_are_said_to_be():
+    for name, module in elastic._WHERE.items():
+        if (ROOT / "elastic" / f"{module}.py").is_file():
+            assert getattr(elastic, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = elastic.trian
+
+
+def test_every_setting_is_explained_or_plain():
+    """A setting whose name says nothing to a newcomer would show an empty help line."""
+    import inspect
+
+    source = inspect.getsource(settings_module)
+    for name in ("path", "rank", "alpha", "train_dims", "sample_rate", "min_accuracy"):
+        line = source.index(f"    {name}: ")
+        assert '"""' in source[line:].split("\n")[1], name
+
+
+# Commands
+
+
+def test_help_waits_for_no_heavy_library():
+    code = (
+        "import sys\n"
+        "from elastic.__main__ import main\n"
+        "try: main([sys.argv[1], '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'optuna', 'numpy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--adapter.rank" in done.stdout and "Inner size of the maximal" in done.stdout
+
+
+def test_usage_and_unknown_commands(capsys):
+    assert main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"  {name} " in usage for name in COMMANDS)
+    assert main(["trian"]) == 1
+    assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    assert main(["train", "--sede", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: unknown setting 'sede'") and not captured.out
+
+
+# Run directories
+
+
+CONFIGS = st.builds(
+    TrainConfig,
+    seed=st.integers(0, 2**31),
+    adapter=st.builds(
+        AdapterConfig, rank=st.integers(1, 64), alpha=st.floats(1e-3, 1e3), dropout=st.just(0.1)
+    ),
+    lr=st.builds(ScheduleConfig, base_lr=st.floats(1e-8, 1.0), warmup_epochs=st.floats(0, 2)),
+    stages=st.sampled_from(
+        [
+            [StageConfig(init_lr=3e-5, warmup_steps=2)],
+            [StageConfig(), StageConfig(train_dims=["rank"], width_indicator=2, epochs=3)],
+        ]
+    ),
+    task=st.just(TaskConfig(name="jsonl", train="a: b.jsonl", test="yes", prompt="{q}\n#Δ: ")),
+)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CONFIGS)
+def test_the_resolved_settings_come_back_from_the_run(tmp_path_factory, config):
+    run = Run(tmp_path_factory.mktemp("runs") / "mine")
+    assert run.claim(config) is False
+    run.begin(config)
+    assert run.claim(config) is False  # begun, not finished
+    assert parse(TrainConfig, ["--config", str(run.config_file)]) == config
+    with pytest.raises(RunError, match=r"has no trained super-adapter; run: elastic train"):
+        run.config()
+    run.super_adapter.mkdir()
+    assert run.claim(config) is True
+    assert run.config() == config
+    assert run.claim(replace(config, run="elsewhere")) is True, "a run may be moved"
+
+
+def test_another_configuration_is_refused_by_setting(tmp_path):
+    run = Run(tmp_path / "mine")
+    config = TrainConfig()
+    run.begin(config)
+    before = run.config_file.read_bytes()
+    for other, message in [
+        (replace(config, seed=1), r"differs in seed \(0 there, 1 here\)"),
+        (replace(config, adapter=AdapterConfig(rank=8)),
+         r"differs in adapter\.rank \(32 there, 8 here\)"),
+        (replace(config, stages=[StageConfig()]), "differs in stages"),
+    ]:  # fmt: skip
+        with pytest.raises(RunError, match=message):
+            run.claim(other)
+        assert run.config_file.read_bytes() == before
+    run.begin(replace(config, seed=1))
+    assert run.config_file.read_bytes() == before, "beginning again must not rewrite"
+
+
+def test_stages_given_as_a_tuple_are_the_same_run(tmp_path):
+    run = Run(tmp_path / "mine")
+    config = TrainConfig(stages=(StageConfig(), StageConfig()))
+    run.begin(config)
+    assert run.claim(config) is False
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(RunError, match="is not empty and not a run"):
+        Run(tmp_path).claim(TrainConfig())
+    with pytest.raises(RunError, match="not a run"):
+        Run(tmp_path / "thesis.txt").claim(TrainConfig())
+    (tmp_path / "empty").mkdir()
+    assert Run(tmp_path / "empty").claim(TrainConfig()) is False
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", ""])
+def test_a_broken_config_file_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "super_adapter").mkdir()
+    run = Run(tmp_path)
+    for use in (run.config, lambda: run.claim(TrainConfig())):
+        with pytest.raises(RunError, match=r"config\.yaml"):
+            use()
+
+
+def test_a_run_that_is_not_there_says_how_to_make_one(tmp_path):
+    with pytest.raises(RunError, match=r"does not exist; run: elastic train"):
+        Run(tmp_path / "none").config()
+
+
+def test_names_of_sub_adapters(tmp_path):
+    from tests import tiny
+
+    space = tiny.space().bind(tiny.llama(), tiny.RANK)
+    run = Run(tmp_path)
+    assert run.resolve("minimal", space) == ("minimal", space.minimal())
+    with pytest.raises(RunError, match="no search result yet; run: elastic search"):
+        run.resolve("best", space)
+    run.sub_adapters.mkdir(parents=True)
+    (run.sub_adapters / "best.json").write_text(str(space.heuristic()))
+    assert run.resolve("best", space) == ("best", space.heuristic())
+    mine = tmp_path / "mine.json"
+    mine.write_text(str(space.uniform(0.5)))
+    assert run.resolve(str(mine), space) == ("mine", space.uniform(0.5))
+    with pytest.raises(RunError, match="unknown sub-adapter 'maximall'; did you mean 'maximal'"):
+        run.resolve("maximall", space)
+
+
+def test_timing_of_latency_starts_with_more_rounds():
+    assert LatencyConfig().timing == TimingConfig(rounds=10)
+    assert EvaluateConfig().split == "test"

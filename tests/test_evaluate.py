@@ -1,0 +1,234 @@
+"""A score is what generation would have earned, one example at a time."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.batching import (
+    BUCKET,
+    IGNORED,
+    Encoded,
+    answer_logits,
+    answer_width,
+    collate,
+    encode,
+    length_sorted,
+)
+from elastic.errors import DataError
+from elastic.evaluate import Score, evaluate, wilson
+from elastic.tasks import Example
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer()
+PROMPTS = [
+    f"{name} has {number} {thing}. How many?"
+    for number, (name, thing) in enumerate(
+        [("Tom", "pens"), ("Ann", "books"), ("Sam", "eggs"), ("Evangeline", "old coins"),
+         ("Ben", "cards"), ("Mia", "shells"), ("Leo", "stamps"), ("Z", "x")],
+        start=11,
+    )
+]  # fmt: skip
+LEARNT = [" 1", " 23", " 456", " 7", " 89", " 1000"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model that has learnt six answers by heart, so that it can be right at all."""
+    model = tiny.llama(initializer_range=0.1)
+    texts = [encode(TOKENIZER, p, a.strip()) for p, a in zip(PROMPTS, LEARNT, strict=False)]
+    batch = collate(texts, tiny.PAD)
+    model.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        logits, labels = answer_logits(model, batch)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    return model.requires_grad_(False)
+
+
+def generated(model, prompt: str, most: int = 12) -> str:
+    """What greedy generation says after the prompt, up to the end token if there is one."""
+    ids = torch.tensor([TOKENIZER(prompt)["input_ids"]])
+    whole = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False
+    )
+    return TOKENIZER.decode(whole[0, ids.shape[1] :])
+
+
+def examples(model) -> list[Example]:
+    """Answers taken from the model's own generations, and spoilt ones beside them."""
+    found = []
+    for prompt in PROMPTS:
+        said = generated(model, prompt).removesuffix("<eos>").strip() or "?"
+        found.append(Example(prompt, said))
+        found.append(Example(prompt, said + "1"))  # goes on where generation stops
+        found.append(Example(prompt, said[:-1] or "?"))  # stops where generation goes on
+        found.append(Example(prompt, "x" + said[1:]))
+    return found
+
+
+def test_exact_score_equals_greedy_generation(model):
+    asked = examples(model)
+    expected = tuple(generated(model, e.prompt) == f" {e.answer}<eos>" for e in asked)
+    assert 4 <= sum(expected) < len(asked) / 2, "some must be right and some wrong"
+    assert evaluate(model, TOKENIZER, asked).correct == expected
+
+
+def choices(seed: int = 0) -> list[Example]:
+    generator = random.Random(seed)
+    found = []
+    for prompt in PROMPTS:
+        options = tuple(dict.fromkeys(str(generator.randint(1, 999)) for _ in range(4)))
+        found.append(Example(prompt, generator.choice(options), options))
+    return found
+
+
+def log_likelihood(model, prompt: str, answer: str) -> float:
+    ids = TOKENIZER(prompt)["input_ids"]
+    total = 0.0
+    for token in [*TOKENIZER(" " + answer, add_special_tokens=False)["input_ids"], tiny.EOS]:
+        last = tiny.logits(model, torch.tensor([ids]))[0, -1]
+        total += float(last.log_softmax(0)[token])
+        ids = [*ids, token]
+    return total
+
+
+def picks_right(model, example: Example) -> bool:
+    scores = {o: log_likelihood(model, example.prompt, o) for o in example.options}
+    return max(scores, key=scores.get) == example.answer
+
+
+def test_likelihood_score_equals_a_computation_one_by_one(model):
+    asked = choices()
+    expected = tuple(picks_right(model, example) for example in asked)
+    assert 0 < sum(expected) < len(asked)
+    assert evaluate(model, TOKENIZER, asked).correct == expected
+    assert evaluate(model, TOKENIZER, asked[::-1]).correct == expected[::-1]
+
+
+def test_examples_with_and_without_options_mix(model):
+    plain, optional = examples(model)[:6], choices()
+    apart = evaluate(model, TOKENIZER, plain).correct + evaluate(model, TOKENIZER, optional).correct
+    assert evaluate(model, TOKENIZER, plain + optional).correct == apart
+    mixed = evaluate(model, TOKENIZER, optional + plain).correct
+    assert mixed == apart[len(plain) :] + apart[: len(plain)]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100, 333, 10**6])
+def test_batch_size_changes_nothing(model, batch_tokens):
+    for asked in (examples(model), choices()):
+        expected = evaluate(model, TOKENIZER, asked, batch_tokens=64).correct
+        assert evaluate(model, TOKENIZER, asked, batch_tokens=batch_tokens).correct == expected
+
+
+# Batches
+
+
+ENCODED = st.builds(
+    lambda ids, answer: Encoded(tuple(ids), min(answer, len(ids) - 1)),
+    st.lists(st.integers(3, 97), min_size=2, max_size=30),
+    st.integers(1, 9),
+)
+
+
+@given(st.lists(ENCODED, min_size=1, max_size=5))
+def test_collate_pads_on_the_left(sequences):
+    batch = collate(sequences, tiny.PAD)
+    longest = max(len(s.ids) for s in sequences)
+    length = batch["input_ids"].shape[1]
+    assert length % BUCKET == 0 and longest <= length < longest + BUCKET
+    for row, sequence in enumerate(sequences):
+        n = len(sequence.ids)
+        ids, mask, positions, labels = (
+            batch[key][row].tolist()
+            for key in ("input_ids", "attention_mask", "position_ids", "labels")
+        )
+        assert ids == [tiny.PAD] * (length - n) + list(sequence.ids)
+        assert mask == [0] * (length - n) + [1] * n
+        assert positions[length - n :] == list(range(n)) and min(positions) == 0
+        kept = sequence.answer
+        assert labels == [IGNORED] * (length - kept) + list(sequence.ids[-kept:])
+    assert answer_width(batch["labels"]) == max(s.answer for s in sequences)
+
+
+@given(st.lists(ENCODED, min_size=1, max_size=20), st.integers(1, 200))
+def test_batches_hold_every_sequence_once_longest_first(sequences, batch_tokens):
+    batches = list(length_sorted(sequences, batch_tokens))
+    rows = [row for found, _ in batches for row in found]
+    assert sorted(rows) == list(range(len(sequences)))
+    lengths = [len(sequences[row].ids) for row in rows]
+    assert lengths == sorted(lengths, reverse=True)
+    for found, chosen in batches:
+        assert [sequences[row] for row in found] == chosen
+        padded = collate(chosen, 0)["input_ids"].numel()
+        assert padded <= batch_tokens or len(found) == 1
+
+
+def test_what_stands_beside_an_example_does_not_matter():
+    model = tiny.llama()
+    short, long = Encoded((1, 40, 50, 60, 2), 2), Encoded((1, *range(20, 48), 2), 4)
+    alone, labels = answer_logits(model, collate([short], tiny.PAD))
+    beside, _ = answer_logits(model, collate([long, short], tiny.PAD))
+    torch.testing.assert_close(beside[1, -2:], alone[0], rtol=1e-12, atol=1e-12)
+    assert labels.tolist() == [[60, 2]]
+    whole = tiny.logits(model, torch.tensor([short.ids]))[0, -3:-1]
+    torch.testing.assert_close(alone[0], whole, rtol=1e-12, atol=1e-12)
+
+
+def test_encoding_joins_by_a_space_and_ends():
+    encoded = encode(TOKENIZER, "How many?", "12")
+    assert TOKENIZER.decode(list(encoded.ids)) == "<bos>How many? 12<eos>"
+    assert TOKENIZER.decode(list(encoded.ids[-encoded.answer :])) == " 12<eos>"
+
+
+def test_a_prompt_without_tokens_is_refused():
+    silent = tiny.tokenizer()
+    silent._tokenizer.post_processor = None  # no <bos>
+    silent = type(silent)(tokenizer_object=silent._tokenizer, eos_token="<eos>")
+    with pytest.raises(DataError, match="has no tokens"):
+        encode(silent, "", "12")
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # Wilson 1927 by hand, z = 1.959964
+        (0, 10, 0.0, 0.27753),
+        (5, 10, 0.23659, 0.76341),
+        (10, 10, 0.72247, 1.0),
+        (81, 263, 0.25525, 0.36621),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),  # the same table
+    ],
+)
+def test_wilson_by_known_values(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5.1e-5)
+
+
+@given(st.integers(1, 5000), st.data())
+def test_wilson_bounds(n, data):
+    right = data.draw(st.integers(0, n))
+    low, high = wilson(right, n)
+    assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1
+    assert low < high
+    mirrored = wilson(n - right, n)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
+    wider = wilson(right, n, z=3.0)
+    assert wider[0] <= low + 1e-12 and high <= wider[1] + 1e-12
+
+
+def test_a_score_counts():
+    score = Score((True, False, True, True))
+    assert (score.n, score.accuracy) == (4, 0.75)
+    assert score.interval == wilson(3, 4)
+    assert score.as_dict()["accuracy_n"] == 4
+    assert str(score) == "75.0% [30.1%, 95.4%] of 4"

@@ -1,0 +1,165 @@
+"""What is written is there as a whole, or what was there before still is."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elastic import files
+from elastic.errors import ConfigError, RunError
+from elastic.files import new_directory, read_json, shipped, write_json, write_text
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=8))
+def test_json_survives(tmp_path, value):
+    file = tmp_path / "deep" / "er" / "value.json"
+    assert write_json(file, value) == file
+    assert read_json(file) == value
+    assert names(file.parent) == ["value.json"]
+
+
+def test_text_replaces_text_and_can_be_read_by_others(tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("one", "two Δ"):
+        write_text(file, text)
+        assert file.read_text(encoding="utf-8") == text
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
+def test_a_failing_write_keeps_the_old_text(tmp_path, monkeypatch, where, error):
+    file = write_text(tmp_path / "a.txt", "old")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(files.os, where, fail)
+    with pytest.raises(type(error)):
+        write_text(file, "new")
+    monkeypatch.undo()
+    assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_what_is_no_json_is_refused_before_writing(tmp_path):
+    file = write_json(tmp_path / "a.json", 1)
+    for value in (float("nan"), float("inf"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(file, value)
+    assert read_json(file) == 1 and names(tmp_path) == ["a.json"]
+
+
+def test_reading_names_the_file_and_line(tmp_path):
+    with pytest.raises(RunError, match=r"no\.json: no such file"):
+        read_json(tmp_path / "no.json")
+    (tmp_path / "a.json").write_text('{\n"a": }')
+    with pytest.raises(RunError, match=r"a\.json:2: broken JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_full_or_closed_disk_names_the_path(tmp_path, monkeypatch, code):
+    file = write_text(tmp_path / "a.txt", "old")
+
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(RunError) as caught:
+        write_text(file, "new")
+    assert str(file) in str(caught.value) and os.strerror(code) in str(caught.value)
+    with pytest.raises(RunError) as caught, new_directory(tmp_path / "folder"):
+        raise OSError(code, os.strerror(code))
+    assert f"{tmp_path}/folder: " in str(caught.value)
+    assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+# Directories
+
+
+def test_a_directory_appears_when_its_block_ends(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    with new_directory(folder) as building:
+        (building / "a").write_text("1")
+        assert not folder.exists()
+    assert names(folder) == ["a"] and names(folder.parent) == ["folder"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_directory_replaces_the_old_one_as_a_whole(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("old", "new"):
+        with new_directory(folder) as building:
+            (building / name).write_text(name)
+            if name == "new":
+                assert names(folder) == ["old"]
+    assert names(folder) == ["new"] and names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), OSError(errno.EIO, "x")])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failing_block_leaves_what_was_there(tmp_path, error, existed):
+    folder = tmp_path / "folder"
+    if existed:
+        folder.mkdir()
+        (folder / "old").write_text("old")
+    with pytest.raises(type(error)), new_directory(folder) as building:
+        (building / "new").write_text("new")
+        raise error
+    assert names(tmp_path) == (["folder"] if existed else [])
+    if existed:
+        assert names(folder) == ["old"]
+
+
+def test_a_failing_exchange_puts_the_old_directory_back(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "I/O error")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", second_fails)
+    with pytest.raises(OSError, match="I/O error"), new_directory(folder) as building:
+        (building / "new").write_text("new")
+    assert names(folder) == ["old"] and names(tmp_path) == ["folder"]
+
+
+# What comes with the package
+
+
+@pytest.mark.parametrize("folder", ["search_spaces", "configs"])
+def test_shipped_finds_every_file_by_name(folder):
+    home = Path(files.__file__).parent.parent / folder
+    assert list(home.glob("*.yaml"))
+    for path in home.glob("*.yaml"):
+        assert shipped(folder, path.stem) == path
+        assert shipped(folder, str(path)) == path
+
+
+def test_shipped_suggests():
+    with pytest.raises(ConfigError, match="unknown search space 'lama'; did you mean 'llama'"):
+        shipped("search_spaces", "lama")
+    with pytest.raises(ConfigError, match=r"none/mine\.yaml: no such file"):
+        shipped("search_spaces", "none/mine.yaml")
+
+
+def test_a_path_wins_over_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("llama.yaml").write_text(json.dumps({}))
+    assert shipped("search_spaces", "llama.yaml") == Path("llama.yaml")
+    assert shipped("search_spaces", "llama") != Path("llama.yaml")

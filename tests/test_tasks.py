@@ -1,0 +1,223 @@
+"""Splits share nothing, answers are right, and faulty data is named by file and line."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.config import TaskConfig
+from elastic.errors import ConfigError, DataError
+from elastic.tasks import TASKS, Example, load_task
+from elastic.tasks.base import Split
+
+SPLITS: list[Split] = ["train", "validation", "test"]
+
+
+def arithmetic(seed: int = 0, train: int = 150, validation: int = 40, test: int = 60):
+    return load_task(
+        TaskConfig(train_examples=train, validation_examples=validation, test_examples=test), seed
+    )
+
+
+def prompts(task, split: str) -> set[str]:
+    return {example.prompt for example in getattr(task, split)}
+
+
+# Arithmetic
+
+
+def test_splits_never_share_a_prompt_within_or_across_seeds():
+    tasks = [arithmetic(seed) for seed in range(6)] + [arithmetic(0, 600, 5, 5)]
+    everything = {split: set().union(*(prompts(t, split) for t in tasks)) for split in SPLITS}
+    for one in SPLITS:
+        for other in SPLITS:
+            if one != other:
+                assert not everything[one] & everything[other], (one, other)
+    assert len(everything["test"]) > 300, "seeds must differ for this to say anything"
+
+
+@given(st.integers(0, 2**32))
+def test_same_seed_same_examples(seed):
+    assert arithmetic(seed, 5, 5, 5) == arithmetic(seed, 5, 5, 5)
+    assert arithmetic(seed, 5, 5, 5) != arithmetic(seed + 1, 5, 5, 5)
+
+
+def test_counts_are_as_asked_and_prompts_distinct():
+    task = arithmetic(3)
+    for split, count in zip(SPLITS, (150, 40, 60), strict=True):
+        assert len(getattr(task, split)) == len(prompts(task, split)) == count
+
+
+def test_a_larger_split_begins_with_the_smaller_one():
+    assert arithmetic(1, 50, 10, 10).train == arithmetic(1, 150, 10, 10).train[:50]
+
+
+def solve(text: str) -> int:
+    """The answer, read off the text: each number with the verb before it."""
+    total = None
+    for clause in re.split(r" and |, then ", text):
+        (number,) = map(int, re.findall(r"\d+", clause))
+        verb = next(word for word in clause.split() if word in VERBS)
+        total = number if VERBS[verb] == 0 else total + VERBS[verb] * number
+    return total
+
+
+VERBS = {
+    "has": 0, "owns": 0, "starts": 0,
+    "buys": 1, "finds": 1, "gets": 1,
+    "sells": -1, "loses": -1, "gives": -1,
+}  # fmt: skip
+
+
+def test_answers_are_right():
+    task = arithmetic(5, 500, 100, 100)
+    for split in SPLITS:
+        for example in getattr(task, split):
+            assert int(example.answer) == solve(example.prompt), example
+            assert int(example.answer) > 0 and example.answer == str(int(example.answer))
+            assert example.options == ()
+    verbs = " ".join(e.prompt for e in task.train)
+    assert all(f" {verb} " in verbs for verb in VERBS), "every wording must have been checked"
+
+
+# JSON Lines
+
+
+def jsonl(tmp_path, rows, *, name="train.jsonl", test=None, **settings) -> TaskConfig:
+    """Writes rows (strings as they are) and a test file; the configuration that reads them."""
+    file = tmp_path / name
+    write(file, rows)
+    other = tmp_path / "test.jsonl"
+    write(other, test if test is not None else [{"prompt": "only in test", "answer": "a"}])
+    return TaskConfig(name="jsonl", train=str(file), test=str(other), **settings)
+
+
+def write(file, rows) -> None:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    file.write_text("".join(line + "\n" for line in lines))
+
+
+def rows(n: int, prefix: str = "p") -> list[dict]:
+    return [{"prompt": f"{prefix}{i}", "answer": f"a{i}"} for i in range(n)]
+
+
+def test_the_end_of_training_is_held_out_in_file_order(tmp_path):
+    task = load_task(jsonl(tmp_path, rows(10), validation_examples=3), 0)
+    assert [e.prompt for e in task.train] == [f"p{i}" for i in range(7)]
+    assert [e.prompt for e in task.validation] == ["p7", "p8", "p9"]
+    assert task.train[2] == Example("p2", "a2")
+
+
+def test_at_most_half_is_held_out(tmp_path):
+    task = load_task(jsonl(tmp_path, rows(10)), 0)
+    assert (len(task.train), len(task.validation)) == (5, 5)
+
+
+def test_files_of_their_own_and_limits(tmp_path):
+    write(tmp_path / "validation.jsonl", rows(8, "v"))
+    config = jsonl(
+        tmp_path,
+        rows(10),
+        test=rows(9, "t"),
+        validation=str(tmp_path / "validation.jsonl"),
+        train_examples=4,
+        validation_examples=3,
+        test_examples=2,
+    )
+    task = load_task(config, 0)
+    assert [len(getattr(task, split)) for split in SPLITS] == [4, 3, 2]
+    assert prompts(task, "validation") == {"v0", "v1", "v2"}
+    assert load_task(config, 1) == task
+
+
+def test_fields_are_mapped(tmp_path):
+    row = {"question": "2+2?", "hint": "small", "label": 4, "choices": [3, 4]}
+    settings = dict(
+        prompt="{question} ({hint})", answer="label", options="choices", validation_examples=1
+    )
+    other = {**row, "question": "1+3?", "choices": "3, 4 ,5"}
+    third = {**row, "question": "0+4?"}
+    task = load_task(jsonl(tmp_path, [row, other], test=[third], **settings), 0)
+    assert task.train == [Example("2+2? (small)", "4", ("3", "4"))]
+    assert task.validation == [Example("1+3? (small)", "4", ("3", "4", "5"))]
+
+
+def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
+    test = [{"prompt": "p1", "answer": "other answer, same prompt"}]
+    task = load_task(jsonl(tmp_path, [*rows(6), *rows(1)], test=test, validation_examples=2), 0)
+    assert prompts(task, "train") == {"p2", "p3", "p4"}  # p0 came again and is held out
+    assert prompts(task, "validation") == {"p5", "p0"}
+    assert prompts(task, "test") == {"p1"}
+    write(tmp_path / "validation.jsonl", rows(3))
+    own = jsonl(tmp_path, rows(6), test=test, validation=str(tmp_path / "validation.jsonl"))
+    task = load_task(own, 0)
+    assert prompts(task, "validation") == {"p0", "p2"}
+    assert prompts(task, "train") == {"p3", "p4", "p5"}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ('{"prompt": "x"', {}, "broken JSON"),
+        ('["prompt"]', {}, "expected a JSON object, got list"),
+        ({"question": "x", "answer": "a"}, {},
+         "field 'prompt' is missing; the row has answer, question"),
+        ({"prompt": "x", "label": "a"}, {}, "field 'answer' is missing; the row has label, prompt"),
+        ({"prompt": "x", "answer": "a"}, {"options": "choices"}, "field 'choices' is missing"),
+        ({"prompt": "x", "answer": "c"}, {"answer": "prompt", "prompt": "{answer"}, "task.prompt"),
+        ({"prompt": "x", "answer": "a"}, {"prompt": "{prompt.text}"}, "task.prompt"),
+        ({"prompt": 3, "answer": "a"}, {"prompt": "{prompt[0]}"}, "task.prompt"),
+        ({"prompt": "x", "answer": ""}, {}, "the answer in field 'answer' is empty"),
+        ({"prompt": "x", "answer": None}, {}, "the answer in field 'answer' is empty"),
+        ({"prompt": "x", "answer": "c", "o": ["a", "b"]}, {"options": "o"},
+         "answer 'c' is not among the options ['a', 'b']"),
+        ({"prompt": "x", "answer": "c", "o": []}, {"options": "o"},
+         "answer 'c' is not among the options []"),
+    ],
+)  # fmt: skip
+def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, settings, message):
+    good = {"prompt": "p", "answer": "a", "choices": ["a"], "o": ["a"]}
+    # A blank line counts as a line. A template that suits no row fails on the first one.
+    everywhere = "task.prompt" in message
+    lines = [row] if everywhere else [good, "", row]
+    config = jsonl(tmp_path, lines, test=[{**good, "prompt": "t"}] if not everywhere else [row])
+    config = TaskConfig(**{**vars(config), **settings})
+    with pytest.raises(DataError) as caught:
+        load_task(config, 0)
+    where = f"{config.test}:1: " if everywhere else f"{config.train}:3: "
+    assert str(caught.value).startswith(where), caught.value
+    assert message in str(caught.value)
+
+
+def test_an_empty_or_absent_file_and_one_that_is_no_text(tmp_path):
+    with pytest.raises(DataError, match=r"train\.jsonl: empty"):
+        load_task(jsonl(tmp_path, ["", "  "]), 0)
+    config = jsonl(tmp_path, rows(4))
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl: no such data file"):
+        load_task(config, 0)
+    (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "caf\xe9", "answer": "a"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl.*UTF-8"):
+        load_task(config, 0)
+
+
+def test_an_empty_split_is_named(tmp_path):
+    with pytest.raises(DataError, match="the train split is empty once overlaps are removed"):
+        load_task(jsonl(tmp_path, rows(2), test=rows(2)), 0)
+    with pytest.raises(DataError, match="the validation split is empty"):
+        load_task(jsonl(tmp_path, rows(1)), 0)
+
+
+def test_a_jsonl_task_names_its_files():
+    with pytest.raises(ConfigError, match=r"task\.train"):
+        TaskConfig(name="jsonl", test="x")
+    with pytest.raises(ConfigError, match=r"task\.test"):
+        TaskConfig(name="jsonl", train="x")
+    with pytest.raises(ConfigError, match=r"task\.test_examples is 0"):
+        TaskConfig(test_examples=0)
+
+
+def test_every_task_is_known_by_name():
+    assert sorted(TASKS) == ["arithmetic", "jsonl"]

@@ -1,0 +1,160 @@
+"""Models, tokenizers and spaces small enough to build in every test."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, processors
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.config import AdapterConfig
+from elastic.space import SearchSpace
+from elastic.supernet import Supernet
+
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+PAD, BOS, EOS = range(3)
+CHARACTERS = [chr(code) for code in range(32, 127)]
+VOCABULARY = len(SPECIAL) + len(CHARACTERS)
+RANK, ALPHA = 8, 24.0  # a scale of 3, so a forgotten or doubled scale shows
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+GATE_UP = ["mlp.gate_proj", "mlp.up_proj"]
+
+
+def space_dict(*, heads: bool = False) -> dict:
+    """A space like the shipped llama one, for sizes of the tiny model; with `heads`, attention
+    shrinks too."""
+    groups = {
+        "attention_rank": {"dim": "rank", "of": ATTENTION, "choices": [1.0, 0.5, 1]},
+        "mlp_width": {
+            "dim": "width",
+            "outputs": GATE_UP,
+            "inputs": ["mlp.down_proj"],
+            "choices": [1.0, 0.75, 0.5, 0.25],
+            "align": 8,
+        },
+        "mlp_rank": {"dim": "rank", "of": GATE_UP, "choices": [8, 5, 2]},
+    }
+    if heads:
+        groups["attention_heads"] = {
+            "dim": "heads",
+            "outputs": ATTENTION,
+            "inputs": ["self_attn.o_proj"],
+            "choices": [2, 1],
+        }
+    return {
+        "blocks": "model.layers.*",
+        "adapt": [*ATTENTION, *GATE_UP, "mlp.down_proj"],
+        "groups": groups,
+    }
+
+
+def space(*, heads: bool = False) -> SearchSpace:
+    return SearchSpace.from_dict(space_dict(heads=heads))
+
+
+def config(**overrides) -> LlamaConfig:
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.3,  # with the usual 0.02 attention hardly moves the logits
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return LlamaConfig(**(settings | overrides))
+
+
+def llama(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> LlamaForCausalLM:
+    """Two random layers. In float64 the norms are torch's: those of transformers round to float32,
+    which would hide every law below 1e-7."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config(**overrides))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    model = model.to(dtype).eval().requires_grad_(False)
+    if dtype == torch.float64:
+        for name, norm in list(model.named_modules()):
+            if type(norm).__name__ == "LlamaRMSNorm":
+                wide = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=dtype)
+                wide.weight = norm.weight
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, wide)
+    return model
+
+
+def randomize_(net: Supernet, seed: int = 0) -> Supernet:
+    """Fill every B, which starts at zero: without this a test proves 0 == 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in modules_of(net.model, ElasticLinear):
+        if layer.adapter is not None:
+            B = layer.adapter.B
+            B.data.copy_(0.1 * torch.randn(B.shape, generator=generator, dtype=torch.float64))
+    return net
+
+
+def supernet(
+    *, heads: bool = False, seed: int = 0, order=None, dtype=torch.float64, **overrides
+) -> Supernet:
+    """A randomized supernet on `llama(seed, **overrides)`."""
+    adapter = AdapterConfig(rank=RANK, alpha=ALPHA)
+    net = Supernet(llama(seed, dtype, **overrides), space(heads=heads), adapter, order=order)
+    return randomize_(net, seed)
+
+
+def permutations(net_or_space, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A random channel order for every group that cuts channels."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = getattr(net_or_space, "space", net_or_space)
+    return {
+        group.name: torch.randperm(group.choices[0], generator=generator)
+        for group in bound
+        if group.dim != "rank"
+    }
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(SPECIAL), VOCABULARY, (batch, length), generator=generator)
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; a sequence starts with <bos>."""
+    assert set(string.printable) - set(string.whitespace) <= set(CHARACTERS)
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_tiny(folder: Path | str, *, seed: int = 0, dtype=torch.float32, **overrides) -> Path:
+    """A model folder as `ModelConfig(path=...)` takes it; `overrides` are LlamaConfig's."""
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config(**overrides)).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
