@@ -49,6 +49,8 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
         return _fail(error, 2)
     except ElasticError as error:
         return _fail(error)
+    except OSError as error:  # a full disk under the Trainer's checkpoints, a folder not ours
+        return _fail(error)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130

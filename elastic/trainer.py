@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from elastic import models
-from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
 from elastic.config import TrainConfig
 from elastic.importance import channel_order
@@ -32,8 +31,8 @@ class ElasticTrainer(Trainer):
     """The Hugging Face Trainer with a sub-adapter active in every step.
 
     What it changes: the loss is on answers only, a sub-adapter is drawn per optimiser step (or per
-    micro-batch), methods' regularisers are added once per step, the learning rate follows the
-    stages, checkpoints hold factors instead of the model.
+    micro-batch), the learning rate follows the stages, checkpoints hold factors instead of the
+    model.
     """
 
     def __init__(self, net: Supernet, config: TrainConfig, schedule: Schedule, **kwargs) -> None:
@@ -48,7 +47,6 @@ class ElasticTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        first_of_step = self._micro_batch % self.args.gradient_accumulation_steps == 0
         each = self.config.sample_each == "micro_batch"
         sub = draw(
             self.config.sampling,
@@ -60,10 +58,7 @@ class ElasticTrainer(Trainer):
         )
         self._micro_batch += 1
         with self.net.active(sub):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            if first_of_step and (penalty := self._penalty()) is not None:
-                self.accelerator.backward(penalty * self.args.gradient_accumulation_steps)
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -79,15 +74,6 @@ class ElasticTrainer(Trainer):
         )
         count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         return total / count
-
-    def _penalty(self) -> Tensor | None:
-        terms = [
-            layer.adapter.penalty(layer.size.rank)
-            for _, layer in modules_of(self.net.model, ElasticLinear)
-            if layer.adapter is not None
-        ]
-        terms = [term for term in terms if term is not None]
-        return torch.stack(terms).sum() if terms else None
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         # The optimiser's own rate is 1, so the factor is the rate; the Trainer saves the
@@ -121,7 +107,9 @@ class MetricsFile(TrainerCallback):
         # Steps after the checkpoint are trained again; their old lines must not stay.
         kept = []
         if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+            # A kill may have cut the last line short: it ends without a line break.
+            lines = self.path.read_text().splitlines(keepends=True)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
             kept = [row for row in rows if row["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))

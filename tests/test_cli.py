@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import elastic
-from elastic import config as settings_module
 from elastic.__main__ import COMMANDS, main
 from elastic.adapters import METHODS
 from elastic.cli import from_dict, parse
@@ -212,16 +211,6 @@ def test_public_names_are_where_they_are_said_to_be():
         _ = elastic.trian
 
 
-def test_every_setting_is_explained_or_plain():
-    """A setting whose name says nothing to a newcomer would show an empty help line."""
-    import inspect
-
-    source = inspect.getsource(settings_module)
-    for name in ("path", "rank", "alpha", "train_dims", "sample_rate", "min_accuracy"):
-        line = source.index(f"    {name}: ")
-        assert '"""' in source[line:].split("\n")[1], name
-
-
 # Commands
 
 
@@ -272,7 +261,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, phases=[Phase.generate])  # shrinking would parse for minutes
 @given(CONFIGS)
 def test_the_resolved_settings_come_back_from_the_run(tmp_path_factory, config):
     run = Run(tmp_path_factory.mktemp("runs") / "mine")

@@ -321,6 +321,7 @@ def test_slicing_leaves_the_supernet_and_ties_as_they_are(tied):
     for name, tensor in net.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
+    assert small.lm_head.weight is net.model.lm_head.weight, "what is not elastic is not copied"
     assert not list(modules_of(small, ElasticLinear)) and not list(modules_of(small, FactorLinear))
     assert all(tensor.is_contiguous() for tensor in small.state_dict().values())
 

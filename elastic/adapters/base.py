@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class Adapter(nn.Module):
     """One layer's update, ΔW = B A, usable at any rank up to `max_rank`.
 
-    What a method owns is how its parameters become factors, how they start and what regularises
-    them. Forward passes, slicing, merging and every export are written once, against `factors`.
+    What a method owns is how its parameters become factors and how they start. Forward passes,
+    slicing, merging and every export are written once, against `factors`.
     """
 
     max_rank: int
@@ -22,10 +22,6 @@ class Adapter(nn.Module):
         Methods nest: the factors at a rank are what training at any larger rank also trained.
         """
         raise NotImplementedError
-
-    def penalty(self, rank: int) -> Tensor | None:
-        """The method's regulariser on the active slice, a scalar; None if it has none."""
-        return None
 
     def reorder(self, axis: str, index: Tensor) -> None:
         """Follow a permutation of the layer's channels on `axis` ("out" or "in"), in place."""

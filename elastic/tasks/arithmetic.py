@@ -13,13 +13,14 @@ import random
 from elastic.config import TaskConfig
 from elastic.tasks.base import Example, Split, Task, limits
 
-NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe", "Max", "Ida")
-THINGS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps")
+NAMES = ("Tom", "Ann", "Sam", "Ben", "Max", "Tim", "Dan", "Kim", "Bob", "Jim", "Lee")
+THINGS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "keys", "toys")
 LARGEST = 20
-FIRST = ("{n} has {a} {t}", "{n} owns {a} {t}", "{n} starts with {a} {t}")
-MORE = (" and buys {b} more", ", then finds {b}", " and gets {b} from a friend")
-FEWER = (" and sells {b}", ", then loses {b}", " and gives away {b}")
-LAST = (". How many {t} now?", ". How many {t} are left?", ". How many {t} in the end?")
+# Short sentences: a demo on two cores pays for every token of every example.
+FIRST = ("{n} has {a} {t}", "{n} owns {a} {t}", "{n} holds {a} {t}")
+MORE = (", buys {b}", ", finds {b}", ", gets {b}", ", wins {b}")
+FEWER = (", sells {b}", ", loses {b}", ", gives {b}", ", drops {b}")
+QUESTION = ". How many?"
 
 
 def load(config: TaskConfig, seed: int) -> Task:
@@ -56,4 +57,4 @@ def _problem(generator: random.Random) -> Example:
             number = generator.randint(2, LARGEST)
             text += generator.choice(MORE).format(b=number)
             total += number
-    return Example(text + generator.choice(LAST).format(t=thing), str(total))
+    return Example(text + QUESTION, str(total))
