@@ -143,7 +143,7 @@ def export(config: ExportConfig) -> Report:
         raise RunError(f"{directory} exists and is no export; choose another --name")
 
     prompts = [base.tokenizer(e.prompt)["input_ids"] for e in task.test[:4]]
-    probes = [_probe(net, sub, np.array([ids], dtype=np.int64)) for ids in prompts]
+    probes = [probe(net, sub, np.array([ids], dtype=np.int64)) for ids in prompts]
     model, full = compact(net, sub), compact(net, net.space.maximal())
     work = _Work(config, net, sub, model, full, base, probes, wanted)
     writers: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -314,7 +314,7 @@ def _float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
 
 
-def _probe(net: Supernet, sub: SubAdapter, prompt: np.ndarray) -> Probe:
+def probe(net: Supernet, sub: SubAdapter, prompt: np.ndarray) -> Probe:
     with net.active(sub) as model:
         runner = TorchRunner(model)
         logits = [runner.prefill(prompt)]

@@ -28,7 +28,7 @@ def write_text(path: Path | str, text: str) -> Path:
 def write_bytes(path: Path | str, content: bytes) -> Path:
     """Replace `path` with `content` in one step."""
     path = Path(path)
-    with _named_failure(path):
+    with named_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -67,7 +67,7 @@ def new_directory(path: Path | str) -> Iterator[Path]:
     An earlier `path` stays as it is until then, and for good when the block raises.
     """
     path = Path(path)
-    with _named_failure(path):
+    with named_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
@@ -102,7 +102,7 @@ def _replace_directory(new: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_failure(path: Path) -> Iterator[None]:
+def named_failure(path: Path) -> Iterator[None]:
     """Turns a full disk or a missing permission into an error that names the file."""
     try:
         yield

@@ -37,8 +37,12 @@ class Run:
 
         RunError when the directory holds another run, or things that are no run at all.
         """
+        from elastic.cli import from_dict
+
         if self.config_file.is_file():
-            mine, theirs = as_plain(config), self._read_config()
+            # Read back through the dataclass: a setting that did not exist then has its default.
+            stored = from_dict(TrainConfig, self._read_config(), str(self.config_file))
+            mine, theirs = as_plain(config), as_plain(stored)
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
             if differing := _differences(mine, theirs):
                 raise RunError(

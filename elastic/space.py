@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from elastic.dims import DIMS, Cut
+from elastic.dims import DIMS, Cut, GroupSpec
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json, shipped
 
@@ -59,48 +59,6 @@ class Group:
     dim: str
     choices: tuple[int, ...]
     cuts: tuple[Cut, ...]
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """The declaration of one group per block; names are relative to the block."""
-
-    name: str
-    dim: str
-    choices: tuple[int | float, ...]
-    of: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    align: int = 1
-
-    def resolve(self, full: int, where: str) -> tuple[int, ...]:
-        """Absolute choices, descending, the full size among them.
-
-        A fraction is rounded to the nearest multiple of `align` (at least one); an absolute size
-        must be a multiple itself.
-        """
-        sizes = {full}
-        for choice in self.choices:
-            if choice == 1.0 and isinstance(choice, float):
-                continue  # the full size, aligned or not
-            if isinstance(choice, float):
-                exact = choice * full
-                sizes.add(min(full, max(1, round(exact / self.align)) * self.align))
-                continue
-            if choice > full:
-                limit = "the super-adapter's max_rank" if self.dim == "rank" else "the full size"
-                advice = f", or train with adapter.rank={choice}" if self.dim == "rank" else ""
-                raise ConfigError(
-                    f"{where}: {self.dim} {choice} exceeds {limit} {full}; "
-                    f"choose from 1..{full}{advice}"
-                )
-            if choice % self.align and choice != full:
-                raise ConfigError(
-                    f"{where}: {self.dim} {choice} is not divisible by align {self.align}; "
-                    f"nearest: {choice // self.align * self.align or self.align}"
-                )
-            sizes.add(choice)
-        return tuple(sorted(sizes, reverse=True))
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,10 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
             f"{run.search} holds a search with other settings ({', '.join(differing)}); "
             f"delete {run.search} to start anew"
         )
-    # A killed run leaves its trial unfinished: put it back at the head of the queue.
+    # A killed run leaves its trial unfinished. Waiting trials are asked for in the order of their
+    # numbers, so it comes back first; its parameters stay what they were.
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params)
+        storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
     return study
 
 

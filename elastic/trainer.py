@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from elastic import models
 from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
 from elastic.config import TrainConfig
+from elastic.files import named_failure
 from elastic.importance import channel_order
 from elastic.progress import say, stderr
 from elastic.run import Run
@@ -39,7 +40,7 @@ class ElasticTrainer(Trainer):
         self.net = net
         self.config = config
         self.schedule = schedule
-        self._micro_batch = 0
+        self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
         super().__init__(model=net.model, **kwargs)
         # The loss below divides by the answer tokens of the whole step.
         self.model_accepts_loss_kwargs = True
@@ -47,16 +48,19 @@ class ElasticTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        each = self.config.sample_each == "micro_batch"
+        # Counted anew in every step: the last one of an epoch may have fewer of them, and a
+        # resumed run has seen none.
+        step, done = self._micro_batch
+        number = done if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, number + 1)
         sub = draw(
             self.config.sampling,
             self.net.space,
             self.schedule,
             self.state.global_step,
             seed=self.config.seed,
-            micro_batch=self._micro_batch % self.args.gradient_accumulation_steps if each else 0,
+            micro_batch=number if self.config.sample_each == "micro_batch" else 0,
         )
-        self._micro_batch += 1
         with self.net.active(sub):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -182,7 +186,8 @@ def train(config: TrainConfig) -> Run:
         f"Training {net.space.size:.1e} sub-adapters in one: {schedule.steps} steps of {per_step} "
         f"examples, {str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
     )
-    fit(net, config, schedule, encoded, run, pad=base.tokenizer.pad_token_id)
+    with named_failure(run.checkpoints):
+        fit(net, config, schedule, encoded, run, pad=base.tokenizer.pad_token_id)
     save_super_adapter(
         net,
         run.super_adapter,

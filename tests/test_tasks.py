@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic import tasks
 from elastic.config import TaskConfig
 from elastic.errors import ConfigError, DataError
 from elastic.tasks import TASKS, Example, load_task
@@ -29,8 +30,8 @@ def prompts(task, split: str) -> set[str]:
 
 
 def test_splits_never_share_a_prompt_within_or_across_seeds():
-    tasks = [arithmetic(seed) for seed in range(6)] + [arithmetic(0, 600, 5, 5)]
-    everything = {split: set().union(*(prompts(t, split) for t in tasks)) for split in SPLITS}
+    drawn = [arithmetic(seed) for seed in range(6)] + [arithmetic(0, 600, 5, 5)]
+    everything = {split: set().union(*(prompts(t, split) for t in drawn)) for split in SPLITS}
     for one in SPLITS:
         for other in SPLITS:
             if one != other:
@@ -50,25 +51,35 @@ def test_counts_are_as_asked_and_prompts_distinct():
         assert len(getattr(task, split)) == len(prompts(task, split)) == count
 
 
+def test_a_problem_drawn_twice_counts_once(monkeypatch):
+    def one_of_few(generator):
+        return Example(f"problem {generator.randint(1, 300)}", "1")
+
+    monkeypatch.setattr(tasks.arithmetic, "_problem", one_of_few)
+    task = arithmetic(0, 100, 20, 40)
+    assert [len(prompts(task, split)) for split in SPLITS] == [100, 20, 40]
+
+
 def test_a_larger_split_begins_with_the_smaller_one():
     assert arithmetic(1, 50, 10, 10).train == arithmetic(1, 150, 10, 10).train[:50]
 
 
-def solve(text: str) -> int:
-    """The answer, read off the text: each number with the verb before it."""
-    total = None
-    for clause in re.split(", ", text.removesuffix(". How many?")):
-        (number,) = map(int, re.findall(r"\d+", clause))
-        verb = next(word for word in clause.split() if word in VERBS)
-        total = number if VERBS[verb] == 0 else total + VERBS[verb] * number
-    return total
-
-
 VERBS = {
-    "has": 0, "owns": 0, "holds": 0,
+    "has": 0, "owns": 0, "holds": 0, "starts": 0,
     "buys": 1, "finds": 1, "gets": 1, "wins": 1,
     "sells": -1, "loses": -1, "gives": -1, "drops": -1,
 }  # fmt: skip
+
+
+def solve(text: str) -> int:
+    """The answer, read off the text: each number counts as the verb before it says."""
+    total = sign = None
+    for word in re.findall(r"[a-z]+|\d+", text):
+        if word in VERBS:
+            sign, total = (VERBS[word] or 1), (0 if VERBS[word] == 0 else total)
+        elif word.isdigit():
+            total, sign = total + sign * int(word), None  # a second number without a verb fails
+    return total
 
 
 def test_answers_are_right():
@@ -78,8 +89,9 @@ def test_answers_are_right():
             assert int(example.answer) == solve(example.prompt), example
             assert int(example.answer) > 0 and example.answer == str(int(example.answer))
             assert example.options == ()
-    verbs = " ".join(e.prompt for e in task.train)
-    assert all(f" {verb} " in verbs for verb in VERBS), "every wording must have been checked"
+    seen = " ".join(example.prompt for example in task.train)
+    for template in (*tasks.arithmetic.FIRST, *tasks.arithmetic.MORE, *tasks.arithmetic.FEWER):
+        assert any(f" {verb} " in seen for verb in VERBS if f" {verb} " in template), template
 
 
 # JSON Lines
@@ -150,6 +162,9 @@ def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
     assert prompts(task, "train") == {"p2", "p3", "p4"}  # p0 came again and is held out
     assert prompts(task, "validation") == {"p5", "p0"}
     assert prompts(task, "test") == {"p1"}
+    held_out = [{"prompt": "p5", "answer": "a"}]
+    task = load_task(jsonl(tmp_path, rows(6), test=held_out, validation_examples=2), 0)
+    assert prompts(task, "validation") == {"p3", "p4"}
     write(tmp_path / "validation.jsonl", rows(3))
     own = jsonl(tmp_path, rows(6), test=test, validation=str(tmp_path / "validation.jsonl"))
     task = load_task(own, 0)

@@ -8,6 +8,7 @@ small model class of its own, which rebuilds those linear layers from a list in 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,21 +69,22 @@ def write(
     `model` is compact: plain linear layers, any sizes. It is left as it is.
     """
     config = described_config(model)
-    config.dtype = dtype or model.dtype
     state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
     # A shell of the same class around the same tensors: the caller's config is not touched.
     shell = copy.copy(model)
     shell.config = config
     directory.mkdir(parents=True, exist_ok=True)
     shell.save_pretrained(directory, state_dict=state)
+    # save_pretrained names the type and the class it saw, not those of the files in the folder.
+    saved = directory / "config.json"
+    values = json.loads(saved.read_text(encoding="utf-8"))
+    values["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
-        # save_pretrained names the class it saw; what loads it is the one in the folder.
-        saved = directory / "config.json"
-        text = saved.read_text(encoding="utf-8")
-        write_text(saved, text.replace(f'"{base}"', f'"Elastic{base}"', 1))
+        values["architectures"] = [f"Elastic{base}"]
         code = _CLASS.format(base=base, config=kind, model_type=model.config.model_type)
         write_text(directory / CODE, code)
+    write_text(saved, json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     return directory

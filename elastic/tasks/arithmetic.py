@@ -1,8 +1,8 @@
 """Arithmetic word problems, made here: no download, no overlap between splits.
 
-One or two steps with numbers up to twenty, in many wordings. An untrained small model answers
-almost none of them exactly, a trained one about half: there is room above and below, so a
-sub-adapter that has lost something shows it.
+One step with numbers up to twenty, in several wordings. The untrained base of the demo answers
+almost none of them exactly, after a hundred steps of training more than half: there is room above and
+below, so a sub-adapter that has lost something shows it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from elastic.tasks.base import Example, Split, Task, limits
 NAMES = ("Tom", "Ann", "Sam", "Ben", "Max", "Tim", "Dan", "Kim", "Bob", "Jim", "Lee")
 THINGS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "keys", "toys")
 LARGEST = 20
-# Short sentences: a demo on two cores pays for every token of every example.
-FIRST = ("{n} has {a} {t}", "{n} owns {a} {t}", "{n} holds {a} {t}")
-MORE = (", buys {b}", ", finds {b}", ", gets {b}", ", wins {b}")
-FEWER = (", sells {b}", ", loses {b}", ", gives {b}", ", drops {b}")
-QUESTION = ". How many?"
+FIRST = ("{n} has {a} {t}", "{n} owns {a} {t}")
+MORE = (" and buys {b} more", ", then finds {b}", " and gets {b} more")
+FEWER = (" and sells {b}", ", then loses {b}", " and gives away {b}")
+LAST = (". How many {t} now?", ". How many are left?")
 
 
 def load(config: TaskConfig, seed: int) -> Task:
@@ -46,15 +45,14 @@ def _split(prompt: str) -> Split:
 
 def _problem(generator: random.Random) -> Example:
     name, thing = generator.choice(NAMES), generator.choice(THINGS)
-    total = generator.randint(2, LARGEST)
+    total = generator.randint(4, LARGEST)
     text = generator.choice(FIRST).format(n=name, a=total, t=thing)
-    for _ in range(generator.choice((1, 1, 2))):
-        if total > 3 and generator.random() < 0.5:
-            number = generator.randint(2, min(total - 1, LARGEST))
-            text += generator.choice(FEWER).format(b=number)
-            total -= number
-        else:
-            number = generator.randint(2, LARGEST)
-            text += generator.choice(MORE).format(b=number)
-            total += number
-    return Example(text + QUESTION, str(total))
+    if generator.random() < 0.5:
+        number = generator.randint(2, total - 1)
+        text += generator.choice(FEWER).format(b=number)
+        total -= number
+    else:
+        number = generator.randint(2, LARGEST)
+        text += generator.choice(MORE).format(b=number)
+        total += number
+    return Example(text + generator.choice(LAST).format(t=thing), str(total))

@@ -1,0 +1,254 @@
+"""What is measured follows from what the clock says, and a busy machine is found out. No test
+here waits: a fake machine moves the clock."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from elastic.config import TimingConfig
+from elastic.latency import measure
+from elastic.runners import TorchRunner
+from tests import tiny
+
+VOCABULARY = 50
+
+
+class Machine:
+    """A clock that only work moves forward."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.turns = 0
+        self.log = []
+
+    def clock(self) -> float:
+        return self.now
+
+
+class FakeRunner:
+    """Takes `prefill` and `decode` seconds, both times what `slowdown` says of the turn, counted
+    over this runner's own turns (0 is the warm-up) and over everybody's."""
+
+    def __init__(self, machine, name, prefill, decode, slowdown=lambda own, all: 1.0):
+        self.machine, self.name, self.slowdown = machine, name, slowdown
+        self.seconds = {"prefill": prefill, "decode": decode}
+        self.turns = 0
+        self.prompts, self.tokens = [], []
+
+    def prefill(self, input_ids):
+        self.factor = self.slowdown(self.turns, self.machine.turns)
+        self.turns += 1
+        self.machine.turns += 1
+        self.machine.log.append(self.name)
+        self.prompts.append(input_ids.copy())
+        self.machine.now += self.factor * self.seconds["prefill"]
+
+    def decode(self, input_ids):
+        self.tokens.append(input_ids.copy())
+        self.machine.now += self.factor * self.seconds["decode"]
+
+
+def timing(**settings) -> TimingConfig:
+    return TimingConfig(**(dict(prompt_tokens=3, new_tokens=2, rounds=4, max_rounds=4) | settings))
+
+
+def run(machine, runners, config=None, **settings):
+    named = {runner.name: runner for runner in runners}
+    return measure(
+        named, config or timing(), vocabulary=VOCABULARY, clock=machine.clock, **settings
+    )
+
+
+def test_times_are_what_the_clock_says():
+    machine = Machine()
+    full = FakeRunner(machine, "full", prefill=0.040, decode=0.008)
+    half = FakeRunner(machine, "half", prefill=0.020, decode=0.002)
+    found = run(machine, [full, half], timing(new_tokens=5))
+    assert found.full.prefill_ms == pytest.approx(40)
+    assert found.full.decode_ms == pytest.approx(8)  # per token, not per round
+    assert found.latencies["half"].prefill_ms == pytest.approx(20)
+    assert found.latencies["half"].decode_ms == pytest.approx(2)
+    assert found.ratio("half").prefill_ms == pytest.approx(0.5)
+    assert found.ratio("half").decode_ms == pytest.approx(0.25)
+    assert found.control == pytest.approx(0)
+    assert found.trusted and found.warning() is None
+    assert set(found.latencies) == {"full", "half"}
+
+
+def test_latency_is_the_median_over_rounds_without_the_warm_up():
+    factors = [100.0, 1.0, 7.0, 2.0, 3.0, 50.0]  # the first is the warm-up
+    machine = Machine()
+    full = FakeRunner(machine, "full", 0.010, 0.010)
+    other = FakeRunner(machine, "other", 0.010, 0.004, lambda own, _: factors[own])
+    found = run(machine, [full, other], timing(rounds=5, max_rounds=5)).latencies["other"]
+    low, median, high = np.percentile(factors[1:], (25, 50, 75))
+    assert found.prefill_ms == pytest.approx(10 * median)
+    assert found.decode_ms == pytest.approx(4 * median)
+    assert found.spread == pytest.approx((high - low) / median)
+
+
+def test_everybody_takes_a_turn_in_every_round_each_in_the_opposite_order():
+    machine = Machine()
+    runners = [FakeRunner(machine, name, 0.01, 0.01) for name in ("full", "a", "b")]
+    run(machine, runners, timing(rounds=3, max_rounds=3))
+    there, back = ["full", "a", "b", "full"], ["full", "b", "a", "full"]
+    assert machine.log == ["full", "a", "b", *there, *back, *there]
+
+
+def test_the_control_is_the_reference_measured_twice_in_a_round():
+    # Turns of the reference: 0 warms up, then reference and control change places every round.
+    def slow_as_control(own, _):
+        return 1.2 if own % 4 in (2, 3) else 1.0
+
+    machine = Machine()
+    full = FakeRunner(machine, "full", 0.010, 0.010, slow_as_control)
+    found = run(machine, [full], timing(tolerance=0.19))
+    assert found.full.prefill_ms == pytest.approx(10)
+    assert found.control == pytest.approx(0.2)
+    assert not found.trusted
+    assert "20.0%" in found.warning() and "19%" in found.warning()
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_either_time_can_fail_the_control(kind):
+    class OneKind(FakeRunner):
+        def prefill(self, input_ids):
+            super().prefill(input_ids)
+            extra = self.turns % 4 in (3, 0) and self.turns > 1
+            self.seconds = {"prefill": 0.01, "decode": 0.01}
+            if extra and kind == "decode":
+                self.seconds["decode"] = 0.02
+            if extra and kind == "prefill":
+                self.machine.now += 0.01
+
+    machine = Machine()
+    found = run(machine, [OneKind(machine, "full", 0.01, 0.01)])
+    assert found.control == pytest.approx(1.0)
+    assert not found.trusted
+
+
+@pytest.mark.parametrize("tolerance, trusted", [(0.049, False), (0.051, True)])
+def test_tolerance_decides_what_is_trusted(tolerance, trusted):
+    machine = Machine()
+    full = FakeRunner(
+        machine, "full", 0.010, 0.010, lambda own, _: 1.05 if own % 4 in (2, 3) else 1.0
+    )
+    found = run(machine, [full], timing(tolerance=tolerance))
+    assert found.trusted is trusted
+    assert (found.warning() is None) is trusted
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(["full", "a", "b"])))
+def test_a_machine_that_slows_down_favours_nobody(names):
+    """Speed falls by 5 % of the first turn's time with every turn. Opposite orders cancel it."""
+    machine = Machine()
+    seconds = {"full": 0.010, "a": 0.010, "b": 0.005}
+    runners = [
+        FakeRunner(machine, name, seconds[name], seconds[name], lambda _, turn: 1 + 0.05 * turn)
+        for name in names
+    ]
+    found = run(machine, runners, timing(rounds=6, max_rounds=6))
+    assert found.control == pytest.approx(0, abs=1e-9)
+    assert found.ratio("a").prefill_ms == pytest.approx(1)
+    assert found.ratio("a").decode_ms == pytest.approx(1)
+    assert found.ratio("b").prefill_ms == pytest.approx(0.5)
+    assert found.ratio("b").decode_ms == pytest.approx(0.5)
+
+
+def test_a_ratio_does_not_depend_on_when_it_was_measured():
+    def ratio(speed):
+        machine = Machine()
+        runners = [
+            FakeRunner(machine, "full", 0.010, 0.004, lambda *_: speed),
+            FakeRunner(machine, "a", 0.007, 0.003, lambda *_: speed),
+        ]
+        return run(machine, runners).ratio("a")
+
+    early, late = ratio(1.0), ratio(3.0)
+    assert early.prefill_ms == pytest.approx(late.prefill_ms)
+    assert early.decode_ms == pytest.approx(late.decode_ms)
+
+
+def rounds_taken(factors, **settings) -> int:
+    """Rounds until the other runner, whose n-th turn takes factors[n], was steady."""
+    machine = Machine()
+    full = FakeRunner(machine, "full", 0.010, 0.010)
+    other = FakeRunner(machine, "other", 0.010, 0.010, lambda own, _: factors(own))
+    found = run(machine, [full, other], timing(**settings))
+    assert other.turns == found.rounds + 1
+    return found.rounds
+
+
+def test_a_steady_machine_takes_the_least_rounds():
+    assert rounds_taken(lambda own: 1.0, rounds=3, max_rounds=20) == 3
+
+
+def test_a_restless_machine_takes_the_most_rounds():
+    assert rounds_taken(lambda own: 1.0 + own % 2, rounds=3, max_rounds=11) == 11
+
+
+def test_rounds_end_once_the_spread_is_small():
+    times = [1.0, 2.0, 3.0, 1.0, *[1.0] * 30]  # restless in the first rounds
+
+    def steady(count):
+        low, median, high = np.percentile(times[1 : 1 + count], (25, 50, 75))
+        return (high - low) / median < 0.1
+
+    expected = next(count for count in range(3, 31) if steady(count))
+    assert 3 < expected < 20
+    assert rounds_taken(lambda own: times[own], rounds=3, max_rounds=20) == expected
+
+
+def test_prompt_batch_and_tokens_reach_the_runner():
+    machine = Machine()
+    runners = [FakeRunner(machine, name, 0.01, 0.01) for name in ("full", "a")]
+    config = timing(batch=3, prompt_tokens=11, new_tokens=5, rounds=2, max_rounds=2)
+    run(machine, runners, config, seed=4)
+    for runner in runners:
+        for prompt in runner.prompts:
+            assert prompt.shape == (3, 11) and prompt.dtype == np.int64
+            assert prompt.min() >= 0 and prompt.max() < VOCABULARY
+            np.testing.assert_array_equal(prompt, runners[0].prompts[0])  # the same for all
+        assert len(runner.tokens) == 5 * len(runner.prompts)
+        assert all(token.shape == (3, 1) for token in runner.tokens)
+    assert len(np.unique(runners[0].prompts[0])) > 5  # not one token over and over
+
+    first = runners[0].prompts[0]
+    for seed, same in ((4, True), (5, False)):
+        again = FakeRunner(machine, "full", 0.01, 0.01)
+        run(machine, [again], config, seed=seed)
+        assert np.array_equal(again.prompts[0], first) is same
+
+
+def drive(runner, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits (batch, steps, vocab) behind ids[:, prompt - 1:], token by token after the prompt."""
+    steps = [runner.prefill(ids[:, :prompt])]
+    steps += [runner.decode(ids[:, i : i + 1]) for i in range(prompt, ids.shape[1])]
+    return np.stack(steps, axis=1)
+
+
+@pytest.mark.parametrize("prompt", [1, 6])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_decode_equal_one_forward_pass(tiny_llama, prompt, batch):
+    ids = tiny.tokens(batch, prompt + 4)
+    expected = tiny.logits(tiny_llama, ids)[:, prompt - 1 :].numpy()
+    found = drive(TorchRunner(tiny_llama), ids.numpy(), prompt)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_prefill_forgets_the_past(tiny_llama):
+    runner = TorchRunner(tiny_llama)
+    ids, other = tiny.tokens(2, 8).numpy(), tiny.tokens(2, 9, seed=1).numpy()
+    first = drive(runner, ids, 5)
+    drive(runner, other, 3)
+    np.testing.assert_array_equal(drive(runner, ids, 5), first)
+    drive(runner, other[:1], 3)  # another batch size leaves nothing behind either
+    np.testing.assert_array_equal(drive(runner, ids, 5), first)
+
+
+def test_narrow_logits_come_back_as_float32():
+    model = tiny.llama(dtype=torch.bfloat16)
+    assert TorchRunner(model).prefill(tiny.tokens(1, 4).numpy()).dtype == np.float32

@@ -1,0 +1,475 @@
+"""A search is repeatable, resumable and honest about its budget. Latency is a function of the
+parameter count here; accuracy is real."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from elastic import __main__, models, objective, study
+from elastic.config import BudgetConfig, SearchConfig, TaskConfig
+from elastic.cost import count
+from elastic.errors import BudgetError, RunError
+from elastic.evaluate import evaluate
+from elastic.front import Front
+from elastic.latency import Latency, Measurement
+from elastic.merging import compact
+from elastic.objective import Objective
+from elastic.run import Run
+from elastic.space import SubAdapter
+from elastic.study import search
+from elastic.tasks import load_task
+from elastic.trainer import train
+from tests.tiny import ATTENTION, GATE_UP
+from tests.tiny_runs import ONE_ROUND, copy_run, randomize_factors, space_file, train_config
+
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia")
+
+
+def choices_task(folder) -> TaskConfig:
+    """Which of two letters: even random weights are right now and then, and sub-adapters differ."""
+    splits = {"train": range(32), "validation": range(32, 62), "test": range(62, 84)}
+    files = {}
+    for split, numbers in splits.items():
+        rows = []
+        for n in numbers:
+            options = [chr(97 + n % 26), chr(97 + (n * 7 + 3) % 26)]
+            prompt = f"{NAMES[n % 6]} {n}:"
+            rows.append({"prompt": prompt, "options": options, "answer": options[n % 2]})
+        files[split] = folder / f"{split}.jsonl"
+        files[split].write_text("\n".join(json.dumps(row) for row in rows))
+    return TaskConfig(
+        name="jsonl", options="options", **{split: str(file) for split, file in files.items()}
+    )
+
+
+def trained_run(base, folder, declared=None) -> Run:
+    space = space_file(folder, declared)
+    config = train_config(base, folder / "run", space=space, task=choices_task(folder))
+    run = train(config)
+    randomize_factors(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """A trained run; searches use copies of it."""
+    return trained_run(tiny_folder, tmp_path_factory.mktemp("study"))
+
+
+def prefill_of(params: int) -> float:
+    return params / 1000
+
+
+def decode_of(params: int) -> float:
+    return 2 + params / 10000
+
+
+def fake_measure(runners, config, *, vocabulary, seed=0):
+    sizes = {name: count(runner.model).params for name, runner in runners.items()}
+    found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
+    return Measurement(found, 0.0, config.rounds, config.tolerance)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fake_latency():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "measure", fake_measure)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    """Drawing takes longer than these searches; the one in `searched`, made before this, draws."""
+    monkeypatch.setattr(Front, "_plot", lambda self, path: None)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every sub-adapter the objective was called with, in order."""
+    seen = []
+    call = Objective.__call__
+
+    def spied(self, sub):
+        seen.append(sub)
+        return call(self, sub)
+
+    monkeypatch.setattr(Objective, "__call__", spied)
+    return seen
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch):
+    def load(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(models, "load_model", load)
+
+
+def config(run: Run, **overrides) -> SearchConfig:
+    settings = dict(trials=8, starts=4, population=4, timing=ONE_ROUND, test_front=50)
+    return SearchConfig(run=str(run.path), **(settings | overrides))
+
+
+def trials_of(run: Run) -> list[dict[str, str]]:
+    return list(csv.DictReader((run.search / "trials.csv").read_text().splitlines()))
+
+
+def front_of(run: Run) -> list[dict]:
+    return json.loads(run.front.read_text())
+
+
+def sub_of(row) -> SubAdapter:
+    return SubAdapter(tuple(json.loads(row["sub_adapter"]).items()))
+
+
+# What a search leaves behind.
+
+
+@pytest.fixture(scope="module")
+def searched(trained, fake_latency, tmp_path_factory):
+    """(run, front) of a search with a budget that some sub-adapters miss."""
+    run = copy_run(trained, tmp_path_factory.mktemp("searched") / "run")
+    budget = BudgetConfig(prefill_ms="85%", min_accuracy=0.1)
+    return run, search(config(run, trials=16, starts=6, budget=budget))
+
+
+def test_files_of_a_search(searched):
+    run, front = searched
+    for name in ("trials.csv", "front.json", "front.png", "study.journal", "about.json"):
+        assert (run.search / name).stat().st_size > 0, name
+    assert (run.search / "front.png").read_bytes().startswith(b"\x89PNG")
+    names = [member.name for member in front.members]
+    assert {f.stem for f in run.sub_adapters.iterdir()} == {*names, "best"}
+    rows = front_of(run)
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row == json.loads((run.sub_adapters / f"{row['name']}.json").read_text())
+        assert row["accuracy_n"] == 22 and row["validation_n"] == 30
+        assert all(row[key] > 0 for key in ("prefill_ms", "decode_ms", "params", "macs"))
+    [best] = [row for row in rows if row["best"]]
+    assert best == json.loads((run.sub_adapters / "best.json").read_text())
+    assert best["validation_accuracy"] == max(row["validation_accuracy"] for row in rows)
+    rows = trials_of(run)
+    assert len(rows) == 16 == len({row["sub_adapter"] for row in rows})
+
+
+@pytest.mark.parametrize("latency", ["prefill_ms", "decode_ms"])
+def test_members_meet_the_budget_and_dominate_the_rest(trained, searched, tmp_path, latency):
+    run, front = searched
+    if latency == "decode_ms":
+        run = copy_run(trained, tmp_path / "run")
+        budget = BudgetConfig(decode_ms="90%", min_accuracy=0.1)
+        front = search(config(run, trials=12, budget=budget, latency=latency))
+    rows = trials_of(run)
+    full = getattr(front.full, latency)
+    limit = {"prefill_ms": 0.85, "decode_ms": 0.9}[latency] * full
+    assert front.limits[latency] == pytest.approx(limit)
+
+    def meets(values):
+        return float(values[latency]) <= limit and float(values["accuracy"]) >= 0.1
+
+    assert [row["feasible"] == "True" for row in rows] == [meets(row) for row in rows]
+    assert {row["feasible"] for row in rows} == {"True", "False"}
+    members = [(row["validation_accuracy"], row[latency]) for row in front_of(run)]
+    assert members == sorted(members) and len(set(members)) == len(members)  # both rise together
+    feasible = [(float(r["accuracy"]), float(r[latency])) for r in rows if r["feasible"] == "True"]
+    assert set(members) <= set(feasible)
+    for accuracy, ms in feasible:
+        assert any(a >= accuracy and m <= ms for a, m in members)
+
+
+def test_figures_are_those_of_the_sub_adapter(searched):
+    run, front = searched
+    trained, base, net = run.load()
+    task = load_task(trained.task, trained.seed)
+    assert len({figures.accuracy for _, figures, _ in front.trials}) > 2  # or this shows nothing
+    for sub, figures, _ in front.trials:
+        cost = count(compact(net, sub))
+        assert (figures.params, figures.macs) == (cost.params, cost.macs)
+        assert figures.prefill_ms == pytest.approx(prefill_of(cost.params))
+        assert figures.decode_ms == pytest.approx(decode_of(cost.params))
+        with net.active(sub) as model:
+            score = evaluate(model, base.tokenizer, task.validation)
+        assert (figures.accuracy, figures.accuracy_n) == (score.accuracy, score.n)
+    for member in front.members:
+        with net.active(member.sub_adapter) as model:
+            assert member.test["accuracy"] == evaluate(model, base.tokenizer, task.test).accuracy
+
+
+def test_the_extremes_come_first(searched):
+    run, front = searched
+    space = run.load()[2].space
+    assert [sub for sub, *_ in front.trials][:2] == [space.maximal(), space.minimal()]
+    assert front.full == front.trials[0][1]
+
+
+def test_the_front_prints_a_machine_readable_last_line(searched, capsys):
+    run, front = searched
+    front.show()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["name"] == front.best.name
+    assert last["file"] == str(run.sub_adapters / "best.json")
+
+
+def test_a_thinned_front_keeps_its_ends(trained, tmp_path):
+    run = copy_run(trained, tmp_path / "run")
+    whole = search(config(run, trials=16))
+    few = search(config(run, trials=16, test_front=2))
+    assert len(whole.members) > 2
+    ends = [whole.members[0].sub_adapter, whole.members[-1].sub_adapter]
+    assert [member.sub_adapter for member in few.members] == ends
+    assert few.best.sub_adapter == whole.best.sub_adapter
+
+
+# Samplers.
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_same_seed_same_front(trained, tmp_path, sampler):
+    found = []
+    for name in ("one", "two"):
+        run = copy_run(trained, tmp_path / name)
+        budget = BudgetConfig(prefill_ms="95%")
+        search(config(run, trials=10, sampler=sampler, seed=5, budget=budget))
+        assert len(trials_of(run)) == 10
+        found.append((front_of(run), trials_of(run)))
+    assert found[0] == found[1]
+
+
+def test_another_seed_visits_others(trained, tmp_path):
+    visited = []
+    for seed in (5, 6):
+        run = copy_run(trained, tmp_path / str(seed))
+        search(config(run, trials=7, starts=2, sampler="random", seed=seed))
+        visited.append([row["sub_adapter"] for row in trials_of(run)])
+    assert visited[0] != visited[1]
+
+
+def test_a_repeated_sub_adapter_is_evaluated_once(trained, tmp_path, asked, monkeypatch):
+    enqueue = study._enqueue_starts
+
+    def twice(found, space, config, results):
+        enqueue(found, space, config, results)
+        for sub in (space.minimal(), space.maximal(), space.minimal()):
+            found.enqueue_trial(space.indices(sub))
+
+    monkeypatch.setattr(study, "_enqueue_starts", twice)
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run))
+    assert len(asked) == 8 == len(set(asked))
+    assert len(trials_of(run)) == 8
+
+
+def test_a_small_space_is_evaluated_in_full_and_the_search_ends(tiny_folder, tmp_path, asked):
+    width = {"dim": "width", "outputs": GATE_UP, "inputs": ["mlp.down_proj"], "choices": [64, 32]}
+    declared = {"blocks": "model.layers.*", "adapt": ATTENTION, "groups": {"mlp_width": width}}
+    run = trained_run(tiny_folder, tmp_path, declared)
+    front = search(config(run, trials=50, sampler="random"))
+    assert len(asked) == 4 == len(set(asked)) == len(front.trials)
+
+
+# Resuming.
+
+
+def test_more_trials_continue_a_study(trained, tmp_path, asked):
+    whole = copy_run(trained, tmp_path / "whole")
+    search(config(whole, starts=8))
+    asked.clear()
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=4, starts=8))
+    first = trials_of(run)
+    assert len(asked) == 4 == len(first)
+    search(config(run, trials=8, starts=8))
+    assert len(asked) == 8 == len(set(asked))
+    assert trials_of(run)[:4] == first
+    # All eight were settled at the start: stopping in between makes no difference.
+    assert trials_of(run) == trials_of(whole)
+    assert front_of(run) == front_of(whole)
+    asked.clear()
+    search(config(run, trials=8, starts=8))
+    assert asked == []
+    assert front_of(run) == front_of(whole)
+
+
+def test_a_resumed_sampler_brings_new_sub_adapters(trained, tmp_path, asked):
+    run = copy_run(trained, tmp_path / "run")
+    for trials in (6, 12):
+        search(config(run, trials=trials, sampler="random", starts=2))
+        assert len(asked) == trials == len(set(asked))
+
+
+@pytest.mark.parametrize("starts, killed_at", [(8, 2), (12, 3), (2, 6)])
+def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, killed_at):
+    """Killed while a sub-adapter is measured: that one is measured first when the search goes
+    on. With more starts than trials there is a queue it could be lost behind."""
+    run = copy_run(trained, tmp_path / "run")
+    seen, call = [], Objective.__call__
+
+    def killed(self, sub):
+        seen.append(sub)
+        if len(seen) == killed_at:
+            raise KeyboardInterrupt
+        return call(self, sub)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(config(run, starts=starts))
+        search(config(run, starts=starts))
+    assert seen[killed_at] == seen[killed_at - 1]
+    assert len(seen) == 8 + 1 and len(set(seen)) == 8
+    assert [sub_of(row) for row in trials_of(run)] == list(dict.fromkeys(seen))
+    if starts == 8:  # nothing was left to the sampler
+        whole = copy_run(trained, tmp_path / "whole")
+        search(config(whole, starts=starts))
+        assert trials_of(run) == trials_of(whole)
+        assert front_of(run) == front_of(whole)
+
+
+def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weights):
+    run = copy_run(trained, tmp_path / "run")
+    study._open_study(run, config(run)).enqueue_trial({})
+    for change, named in (
+        ({"seed": 1}, "seed"),
+        ({"budget": BudgetConfig(prefill_ms=5)}, "budget"),
+        ({"latency": "decode_ms"}, "latency"),
+    ):
+        with pytest.raises(RunError, match=rf"other settings \({named}\).*delete"):
+            search(config(run, **change))
+    again = study._open_study(run, config(run, trials=99))  # more trials are no other search
+    assert len(again.trials) == 1
+
+
+# Budgets.
+
+
+def test_percentages_are_of_the_full_model(trained, tmp_path):
+    run = copy_run(trained, tmp_path / "run")
+    full = count(models.skeleton(run.config().model))
+    budget = BudgetConfig(
+        prefill_ms="90%", decode_ms="99%", params="85%", macs="90 %", min_accuracy="50%"
+    )
+    front = search(config(run, budget=budget, trials=10))
+    expected = {
+        "prefill_ms": 0.9 * prefill_of(full.params),
+        "decode_ms": 0.99 * decode_of(full.params),
+        "params": 0.85 * full.params,
+        "macs": 0.9 * full.macs,
+        "min_accuracy": 0.5 * front.full.accuracy,
+    }
+    assert front.limits == pytest.approx(expected)
+    for member in front.members:
+        for name, value in member.figures.budget_values().items():
+            assert value >= expected[name] if name == "min_accuracy" else value <= expected[name]
+
+
+@pytest.mark.parametrize("name", ["params", "macs"])
+def test_an_uncountable_budget_is_refused_before_weights(trained, tmp_path, forbid_weights, name):
+    run = copy_run(trained, tmp_path / "run")
+    with pytest.raises(BudgetError, match=rf"budget\.{name} 10 is below the minimal"):
+        search(config(run, budget=BudgetConfig(**{name: 10.0})))
+    assert not run.search.exists()
+
+
+@pytest.mark.parametrize("name", ["prefill_ms", "decode_ms"])
+def test_a_latency_nobody_meets_ends_after_the_extremes(trained, tmp_path, asked, capsys, name):
+    run = copy_run(trained, tmp_path / "run")
+    arguments = ["search", str(run.path), f"--budget.{name}", "0.001", "--trials", "8"]
+    assert __main__.main(arguments) == 2
+    space = run.load()[2].space
+    assert asked == [space.maximal(), space.minimal()]
+    error = capsys.readouterr().err
+    assert f"{name} 0.001" in error
+    fastest = prefill_of(count(compact(run.load()[2], space.minimal())).params)
+    said_fastest, said_best = error.split("The fastest:")[1].split("The most accurate:")
+    assert f"prefill {fastest:.1f} ms" in said_fastest
+    assert "on validation" in said_best
+    assert not run.front.exists()
+
+
+def test_an_accuracy_nobody_reaches_is_reported_at_the_end(trained, tmp_path, asked):
+    run = copy_run(trained, tmp_path / "run")
+    with pytest.raises(BudgetError, match="most accurate"):
+        search(config(run, budget=BudgetConfig(min_accuracy=1.0)))
+    assert len(asked) == 8
+
+
+def test_a_search_needs_training(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "nothing", tmp_path / "empty"):
+        with pytest.raises(RunError, match=f"elastic train --run {folder}"):
+            search(SearchConfig(run=str(folder)))
+        assert __main__.main(["search", str(folder)]) == 1
+        assert "elastic train" in capsys.readouterr().err
+
+
+# The objective.
+
+
+def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, monkeypatch):
+    calls = []
+    measure = objective.measure
+    monkeypatch.setattr(objective, "measure", lambda *a, **k: calls.append(1) or measure(*a, **k))
+    cfg, base, net = trained.load()
+    task = load_task(cfg.task, cfg.seed)
+    ask = Objective(net, base.tokenizer, task.validation, config(trained))
+    full = ask.measure_full()
+    assert ask(net.space.maximal()) is full
+    minimal = net.space.indices(net.space.minimal())
+    ranks = {g.name: 0 for g in net.space if g.dim == "rank"}
+    one, two = ask(net.space.at(minimal)), ask(net.space.at(minimal | ranks))
+    assert len(calls) == 2  # the full model, and both together
+    assert (one.prefill_ms, one.params) == (two.prefill_ms, two.params)
+    assert one.prefill_ms < full.prefill_ms
+
+
+def test_latency_does_not_depend_on_when_it_was_measured(trained, monkeypatch):
+    """The machine is three times slower after the start; candidates are told by their ratio."""
+    cfg, base, net = trained.load()
+    task = load_task(cfg.task, cfg.seed)
+    measure = objective.measure
+
+    def found(slowdown):
+        ask = Objective(net, base.tokenizer, task.validation, config(trained))
+        ask.measure_full()
+
+        def slower(*args, **kwargs):
+            m = measure(*args, **kwargs)
+            times = {n: Latency(slowdown * t.prefill_ms, slowdown * t.decode_ms, t.spread)
+                     for n, t in m.latencies.items()}  # fmt: skip
+            return Measurement(times, m.control, m.rounds, m.tolerance)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "measure", slower)
+            return ask(net.space.minimal())
+
+    early, late = found(1.0), found(3.0)
+    assert late.prefill_ms == pytest.approx(early.prefill_ms)
+    assert late.decode_ms == pytest.approx(early.decode_ms)
+
+
+def test_an_untrusted_measurement_is_told(trained, tmp_path, monkeypatch, capsys):
+    measure = objective.measure
+
+    def noisy(*args, **kwargs):
+        m = measure(*args, **kwargs)
+        return Measurement(m.latencies, 0.5, m.rounds, m.tolerance)
+
+    monkeypatch.setattr(objective, "measure", noisy)
+    run = copy_run(trained, tmp_path / "run")
+    front = search(config(run, trials=2, starts=2))
+    assert len(front.warnings) == 2
+    front.show()
+    assert "too busy" in capsys.readouterr().out
+
+
+def test_a_searched_run_can_be_moved(searched, tmp_path):
+    run, front = searched
+    shutil.copytree(run.path, tmp_path / "moved")
+    moved = Run(tmp_path / "moved")
+    space = moved.load()[2].space
+    assert moved.resolve("best", space) == ("best", front.best.sub_adapter)
+    name = front.members[0].name
+    assert moved.resolve(name, space) == (name, front.members[0].sub_adapter)

@@ -1,0 +1,404 @@
+"""Training changes the factors and nothing else, and a run that was killed ends up the same."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elastic import models, trainer
+from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.config import AdapterConfig, ModelConfig, ScheduleConfig, StageConfig, TaskConfig
+from elastic.errors import ConfigError, DataError, ModelError, RunError
+from elastic.importance import channel_index
+from elastic.run import Run
+from elastic.schedule import Schedule
+from elastic.trainer import ElasticTrainer, MetricsFile, last_checkpoint, train
+from tests import tiny
+from tests.tiny_runs import snapshot, space_file, train_config
+
+OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
+
+
+def factors(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.super_adapter / "factors.safetensors")
+
+
+def metrics(run: Run) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def assert_same_factors(one: Run, other: Run) -> None:
+    assert factors(one).keys() == factors(other).keys()
+    for name, tensor in factors(one).items():
+        assert torch.equal(tensor, factors(other)[name]), name
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch):
+    """Loading weights fails the test."""
+
+    def load(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "load_model", load)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The supernets that training builds, with the state each had at the start."""
+    nets = []
+    build = trainer.build
+
+    def remembered(*args, **kwargs):
+        net = build(*args, **kwargs)
+        nets.append((net, {k: v.clone() for k, v in net.model.state_dict().items()}))
+        return net
+
+    monkeypatch.setattr(trainer, "build", remembered)
+    return nets
+
+
+# What training does.
+
+
+def test_training_lowers_the_loss(tiny_folder, tmp_path):
+    config = train_config(
+        tiny_folder,
+        tmp_path / "run",
+        stages=[StageConfig(epochs=6)],
+        lr=ScheduleConfig(base_lr=0.01),
+    )
+    losses = [row["loss"] for row in metrics(train(config))]
+    per_epoch = len(losses) // 6
+    first, last = sum(losses[:per_epoch]), sum(losses[-per_epoch:])
+    assert last < 0.8 * first
+
+
+def test_only_factors_change(tiny_folder, tmp_path, built):
+    train(train_config(tiny_folder, tmp_path / "run"))
+    [(net, before)] = built
+    after = net.model.state_dict()
+    assert after.keys() == before.keys()
+    adapted = {name for name in after if ".adapter." in name}
+    assert adapted
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) is (name not in adapted), name
+    assert net.current == net.space.maximal()
+
+
+def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp_path, built):
+    train(train_config(tiny_folder, tmp_path / "run"))
+    [(net, _)] = built
+    config = ModelConfig(path=str(tiny_folder), dtype="float32")
+    original = models.load_model(str(tiny_folder), config).state_dict()
+    moved = 0
+    for group in net.space:
+        for cut in group.cuts:
+            if cut.axis != "rank":
+                index = channel_index(net.order[group.name], cut.unit)
+                moved += not torch.equal(index, torch.arange(len(index)))
+                name = f"{cut.site}.weight"
+                axis = 0 if cut.axis == "out" else 1
+                original[name] = original[name].index_select(axis, index)
+    assert moved  # activation order is not the identity here
+    state = net.model.state_dict()
+    found = {name.replace(".base.", "."): tensor for name, tensor in state.items()
+             if ".adapter." not in name}  # fmt: skip
+    assert found.keys() == original.keys()
+    for name, tensor in original.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_same_seed_same_factors(tiny_folder, tmp_path):
+    one, two, other = (
+        train(train_config(tiny_folder, tmp_path / name, seed=seed))
+        for name, seed in (("one", 3), ("two", 3), ("other", 4))
+    )
+    assert_same_factors(one, two)
+    assert one.metrics.read_text() == two.metrics.read_text()
+    assert not torch.equal(*(next(iter(factors(run).values())) for run in (one, other)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stages": [dataclasses.replace(OPEN, init_lr=3e-3, warmup_steps=3, epochs_lr=3)]},
+        {"stages": [StageConfig(), OPEN], "lr": ScheduleConfig(base_lr=2e-3, warmup_epochs=0.5)},
+    ],
+    ids=["per stage", "global"],
+)
+def test_learning_rates_are_the_schedules(tiny_folder, tmp_path, monkeypatch, settings):
+    used = []
+
+    def note(self, args, state, control, optimizer=None, **kwargs):
+        used.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(MetricsFile, "on_pre_optimizer_step", note, raising=False)
+    config = train_config(tiny_folder, tmp_path / "run", **settings)
+    run = train(config)
+    schedule = Schedule(config.stages, config.lr, steps_per_epoch=4)
+    expected = [schedule.learning_rate(step) for step in range(schedule.steps)]
+    assert len(set(expected)) > 4
+    assert used == pytest.approx(expected, rel=1e-12)
+    assert [row["step"] for row in metrics(run)] == list(range(1, schedule.steps + 1))
+    assert [row["learning_rate"] for row in metrics(run)] == pytest.approx(expected, rel=1e-12)
+
+
+# Which sub-adapter, and whose loss.
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """(step, micro_batch, drawn, active during the loss) of every micro-batch."""
+    seen, drawn = [], []
+    draw, compute_loss = trainer.draw, ElasticTrainer.compute_loss
+
+    def spied(mode, space, schedule, step, *, seed, micro_batch=0):
+        sub = draw(mode, space, schedule, step, seed=seed, micro_batch=micro_batch)
+        drawn.append((step, micro_batch, sub))
+        return sub
+
+    def loss(self, *args, **kwargs):
+        seen.append((*drawn[-1], self.net.current))
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "draw", spied)
+    monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
+    return seen
+
+
+@pytest.mark.parametrize("each", ["step", "micro_batch"])
+def test_how_often_a_sub_adapter_is_drawn(tiny_folder, tmp_path, visits, each):
+    """24 examples are 3 micro-batches: the second step of every epoch has one of them only."""
+    config = train_config(
+        tiny_folder, tmp_path / "run", stages=[OPEN], sample_each=each, accumulation=2,
+        task=TaskConfig(train_examples=24, validation_examples=8, test_examples=8),
+    )  # fmt: skip
+    train(config)
+    assert all(drawn == active for *_, drawn, active in visits)
+    place = {"step": [0, 0, 0], "micro_batch": [0, 1, 0]}[each]
+    steps = [0, 0, 1, 2, 2, 3]
+    assert [(step, micro) for step, micro, *_ in visits] == list(zip(steps, place * 2, strict=True))
+    in_a_step = {}
+    for step, _, drawn, _ in visits:
+        in_a_step.setdefault(step, set()).add(drawn)
+    assert max(map(len, in_a_step.values())) == {"step": 1, "micro_batch": 2}[each]
+
+
+def gradients(folder, run, monkeypatch, **settings):
+    """Of the first optimiser step, before clipping could hide a wrong scale; by parameter."""
+    found = []
+
+    def note(self, args, state, control, model=None, **kwargs):
+        if not found:
+            named = model.named_parameters()
+            found.append({n: p.grad.clone() for n, p in named if p.requires_grad})
+
+    build = trainer.build
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "on_pre_optimizer_step", note, raising=False)
+        patch.setattr(trainer, "build", lambda *a, **k: tiny.randomize_(build(*a, **k)))
+        train(train_config(folder, run, stages=[StageConfig()], max_grad_norm=1e9, **settings))
+    return found[0], metrics(Run(run))[0]["loss"]
+
+
+@pytest.mark.parametrize("each", ["step", "micro_batch"])
+def test_accumulated_batches_are_one_large_batch(tiny_folder, tmp_path, monkeypatch, each):
+    """The loss is the mean over the answer tokens of the whole step: micro-batches with long
+    answers weigh more."""
+    whole, loss = gradients(tiny_folder, tmp_path / "whole", monkeypatch, batch_size=16)
+    for accumulation in (2, 4):
+        parts, again = gradients(
+            tiny_folder, tmp_path / f"{accumulation}", monkeypatch,
+            batch_size=16 // accumulation, accumulation=accumulation, sample_each=each,
+        )  # fmt: skip
+        assert parts.keys() == whole.keys()
+        for name, gradient in whole.items():
+            assert gradient.abs().max() > 0, name
+            # Sums of float32 in another order, over sixteen sequences.
+            torch.testing.assert_close(
+                parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())
+            )
+        assert again == pytest.approx(loss, rel=1e-5)
+
+
+# Interruption.
+
+
+RESUMABLE = {
+    "plain": {},
+    "dropout": {"adapter": AdapterConfig(rank=8, dropout=0.2)},
+    "micro-batches": {
+        "sample_each": "micro_batch",
+        "accumulation": 2,
+        "stages": [OPEN],
+        "save_steps": 1,
+        "task": TaskConfig(train_examples=24, validation_examples=8, test_examples=8),
+    },
+}
+
+
+def interrupted(config, monkeypatch, step: int) -> Run:
+    """Training of `config`, killed in the forward pass of a 0-based step."""
+    training_step = ElasticTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ElasticTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return Run(config.run)
+
+
+@pytest.mark.parametrize("kind", RESUMABLE)
+def test_a_killed_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch, kind):
+    settings = RESUMABLE[kind]
+    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    config = train_config(tiny_folder, tmp_path / "killed", **settings)
+    run = interrupted(config, monkeypatch, 3)
+    assert not run.super_adapter.exists()
+    steps_done = len(metrics(run))
+    resumed_from = []
+    load = ElasticTrainer._load_from_checkpoint
+
+    def noted(self, folder, *args, **kwargs):
+        resumed_from.append(folder)
+        return load(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(ElasticTrainer, "_load_from_checkpoint", noted)
+    train(config)
+    assert len(resumed_from) == 1 and 0 < steps_done < len(metrics(whole))
+    assert_same_factors(run, whole)
+    assert run.metrics.read_text() == whole.metrics.read_text()
+    assert not run.checkpoints.exists()
+
+
+def test_a_half_written_checkpoint_is_ignored(tiny_folder, tmp_path, monkeypatch):
+    whole = train(train_config(tiny_folder, tmp_path / "whole"))
+    config = train_config(tiny_folder, tmp_path / "killed")
+    run = interrupted(config, monkeypatch, 5)
+    [complete] = run.checkpoints.glob("checkpoint-*")
+    for number, state in ((6, None), (7, '{"global_')):
+        half = run.checkpoints / f"checkpoint-{number}"
+        shutil.copytree(complete, half)
+        (half / "factors.safetensors").write_bytes(b"half")
+        (half / "trainer_state.json").unlink()
+        if state:
+            (half / "trainer_state.json").write_text(state)
+    assert last_checkpoint(run.checkpoints) == str(complete)
+    assert list(run.checkpoints.glob("checkpoint-*")) == [complete]
+    train(config)
+    assert_same_factors(run, whole)
+
+
+def test_the_newest_checkpoint_counts_by_its_step(tmp_path):
+    for step in (9, 10, 100, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+# What is refused, and what is not done twice.
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    config = train_config(tiny_folder, tmp_path_factory.mktemp("finished") / "run")
+    train(config)
+    return config
+
+
+def test_a_finished_run_is_not_trained_again(finished, forbid_weights):
+    before = snapshot(Run(finished.run).path)
+    assert train(finished).path == Run(finished.run).path
+    assert snapshot(Run(finished.run).path) == before
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"seed": 1}, "seed"),
+        ({"adapter": AdapterConfig(rank=8, alpha=1.0)}, "adapter.alpha"),
+        ({"stages": [StageConfig()]}, "stages"),
+    ],
+)
+def test_another_configuration_is_refused(finished, forbid_weights, change, named):
+    before = snapshot(Run(finished.run).path)
+    with pytest.raises(RunError, match=f"another run.*{named}"):
+        train(dataclasses.replace(finished, **change))
+    assert snapshot(Run(finished.run).path) == before
+
+
+def test_a_moved_run_is_still_the_same(finished, forbid_weights, tmp_path):
+    shutil.copytree(finished.run, tmp_path / "moved")
+    train(dataclasses.replace(finished, run=str(tmp_path / "moved")))
+
+
+def test_a_directory_of_other_things_is_refused(tiny_folder, tmp_path, forbid_weights):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        train(train_config(tiny_folder, tmp_path / "run"))
+    assert list(snapshot(tmp_path / "run")) == ["letter.txt"]
+
+
+def _strange_block(space: dict) -> None:
+    space["blocks"] = "transformer.h.*"
+
+
+def _rank_too_large(space: dict) -> None:
+    space["groups"]["mlp_rank"]["choices"] = [9]
+
+
+@pytest.mark.parametrize("spoil", [_strange_block, _rank_too_large])
+def test_a_bad_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights, spoil):
+    declared = tiny.space_dict()
+    spoil(declared)
+    space = space_file(tmp_path / "spaces", declared)
+    with pytest.raises(ConfigError, match=r"tiny-space\.yaml"):
+        train(train_config(tiny_folder, tmp_path / "run", space=space))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights):
+    with pytest.raises(ConfigError, match=r"lama.*did you mean 'llama'"):
+        train(train_config(tiny_folder, tmp_path / "run", space="lama"))
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n", "{broken"])
+def test_bad_data_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights, content):
+    file = tmp_path / "train.jsonl"
+    if content is not None:
+        file.write_text(content)
+    task = TaskConfig(name="jsonl", train=str(file), test=str(file))
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        train(train_config(tiny_folder, tmp_path / "run", task=task))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_model_is_refused_before_weights(tmp_path, forbid_weights):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(ModelError, match=folder.name):
+            train(train_config(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
+    train(train_config(tiny_folder, tmp_path / "run"))
+    [(net, before)] = built
+    layers = [(s, m) for s, m in modules_of(net.model, ElasticLinear) if m.adapter is not None]
+    assert {site for site, _ in layers} == set(net.space.targets)
+    for site, layer in layers:
+        assert before[f"{site}.adapter.B"].abs().max() == 0
+        assert layer.adapter.B.abs().max() > 0
