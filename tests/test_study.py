@@ -221,6 +221,8 @@ def test_a_thinned_front_keeps_its_ends(trained, tmp_path):
     ends = [whole.members[0].sub_adapter, whole.members[-1].sub_adapter]
     assert [member.sub_adapter for member in few.members] == ends
     assert few.best.sub_adapter == whole.best.sub_adapter
+    [one] = search(config(run, trials=16, test_front=1)).members
+    assert one.sub_adapter == whole.best.sub_adapter and one.best
 
 
 # Samplers.
@@ -296,8 +298,10 @@ def test_more_trials_continue_a_study(trained, tmp_path, asked):
 def test_a_resumed_sampler_brings_new_sub_adapters(trained, tmp_path, asked):
     run = copy_run(trained, tmp_path / "run")
     for trials in (6, 12):
-        search(config(run, trials=trials, sampler="random", starts=2))
+        wanted = config(run, trials=trials, sampler="random", starts=2)
+        search(wanted)
         assert len(asked) == trials == len(set(asked))
+        assert len(study._open_study(run, wanted).trials) == trials  # nothing was proposed twice
 
 
 @pytest.mark.parametrize("starts, killed_at", [(8, 2), (12, 3), (2, 6)])

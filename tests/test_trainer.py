@@ -402,3 +402,13 @@ def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
     for site, layer in layers:
         assert before[f"{site}.adapter.B"].abs().max() == 0
         assert layer.adapter.B.abs().max() > 0
+
+
+def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
+    run = train(train_config(tiny_folder, tmp_path / "run", lr=ScheduleConfig(base_lr=0.05)))
+    [(net, _)] = built
+    loaded = run.load()[2]
+    ids = tiny.tokens()
+    for sub in (net.space.maximal(), net.space.heuristic(), net.space.minimal()):
+        with net.active(sub) as model, loaded.active(sub) as again:
+            assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
