@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,8 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     from elastic.errors import BudgetError, ElasticError
 
     kind, module, function = COMMANDS[command]
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries do not belong in a log
     try:
         parsed = parse(kind, arguments, prog)
         # After parsing: --help never waits for torch.

@@ -83,9 +83,10 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
         directions=["maximize", "minimize"],
     )
     study.sampler = _sampler(config, len(study.trials))
-    # More trials or another way of reporting continue a study; anything else is another one.
+    # What was evaluated serves any budget, and more trials continue a study. What changes the
+    # meaning of its figures makes it another one.
     settings = as_plain(config)
-    for name in ("run", "trials", "test_front", "batch_tokens"):
+    for name in ("run", "budget", "trials", "test_front", "batch_tokens"):
         settings.pop(name)
     stored = study.user_attrs.get("settings")
     if stored is None:

@@ -337,7 +337,7 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
     study._open_study(run, config(run)).enqueue_trial({})
     for change, named in (
         ({"seed": 1}, "seed"),
-        ({"budget": BudgetConfig(prefill_ms=5)}, "budget"),
+        ({"sampler": "tpe"}, "sampler"),
         ({"latency": "decode_ms"}, "latency"),
     ):
         with pytest.raises(RunError, match=rf"other settings \({named}\).*delete"):
@@ -347,6 +347,17 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
 
 
 # Budgets.
+
+
+def test_another_budget_reuses_what_was_evaluated(searched, tmp_path, asked):
+    first, front = searched
+    run = copy_run(first, tmp_path / "run")
+    limit = sorted(figures.params for _, figures, _ in front.trials)[4]
+    again = search(config(run, trials=16, starts=6, budget=BudgetConfig(params=limit)))
+    assert not asked
+    assert [sub for sub, *_ in again.trials] == [sub for sub, *_ in front.trials]
+    assert all(member.figures.params <= limit for member in again.members)
+    assert {met for *_, met in again.trials} == {True, False}
 
 
 def test_percentages_are_of_the_full_model(trained, tmp_path):
