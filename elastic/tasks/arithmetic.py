@@ -1,8 +1,8 @@
 """Arithmetic word problems, made here: no download, no overlap between splits.
 
 One step with numbers up to twenty, in several wordings. The untrained base of the demo answers
-almost none of them exactly, after a hundred steps of training more than half: there is room above and
-below, so a sub-adapter that has lost something shows it.
+almost none of them exactly, after a hundred steps of training more than half: there is room above
+and below, so a sub-adapter that has lost something shows it.
 """
 
 from __future__ import annotations
