@@ -25,7 +25,7 @@ from elastic.supernet import Supernet
 from tests.benchmarks.common import interleaved, llama, report, summary
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, ALPHA, BATCH, LENGTH, ANSWER, REPETITIONS = 32, 64, 16, 32, 4, 9
+RANK, ALPHA, BATCH, LENGTH, ANSWER, REPETITIONS = 32, 64, 16, 32, 4, 5
 
 
 def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
