@@ -16,7 +16,7 @@ from elastic.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-QUERY, KEY_VALUE = ("q_proj",), ("k_proj", "v_proj")
+KEY_VALUE = ("k_proj", "v_proj")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 8
 """Greedy tokens compared per probe prompt."""
 CANDIDATE = "compact"
+_TIMES = ("prefill_ms", "full_prefill_ms", "decode_ms", "full_decode_ms")
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ class Report:
             table.add_row(
                 name,
                 f"{found['bytes'] / 1e6:.0f} MB",
-                *_milliseconds(found, "prefill_ms"),
-                *_milliseconds(found, "decode_ms"),
+                *(f"{found[kind]:.1f}" for kind in _TIMES),
                 f"{found['max_abs_diff']:.1e}",
                 "equal" if found["greedy_tokens_equal"] else "DIFFERS",
             )
@@ -110,12 +110,6 @@ class Report:
             if "path" in found:
                 print(found["path"])
         print(json.dumps({"report": str(self.directory / "report.json")}))
-
-
-def _milliseconds(found: Mapping[str, Any], kind: str) -> tuple[str, str]:
-    if found[kind] is None:
-        return "", ""
-    return f"{found[kind]:.1f}", f"{found['full_' + kind]:.1f}"
 
 
 def export(config: ExportConfig) -> Report:

@@ -23,18 +23,23 @@ def track(items: Sequence[T], label: str, *, quiet: bool = False) -> Iterator[T]
     yield from rich_track(items, description=label, console=stderr, transient=True)
 
 
-@contextlib.contextmanager
-def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
-    """A bar over trials; call the value with the count and the latest figures."""
-    with Progress(
+def counting_bar(*, transient: bool) -> Progress:
+    """A bar that counts steps or trials; silent when nobody watches."""
+    return Progress(
         "[progress.description]{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=stderr,
-        transient=True,
+        transient=transient,
         disable=not stderr.is_terminal,
-    ) as progress:
+    )
+
+
+@contextlib.contextmanager
+def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
+    """A bar over trials; call the value with the count and the latest figures."""
+    with counting_bar(transient=True) as progress:
         task = progress.add_task("searching", total=total, completed=done)
 
         def advance(count: int, figures: Any) -> None:

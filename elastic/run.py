@@ -37,12 +37,8 @@ class Run:
 
         RunError when the directory holds another run, or things that are no run at all.
         """
-        from elastic.cli import from_dict
-
         if self.config_file.is_file():
-            # Read back through the dataclass: a setting that did not exist then has its default.
-            stored = from_dict(TrainConfig, self._read_config(), str(self.config_file))
-            mine, theirs = as_plain(config), as_plain(stored)
+            mine, theirs = as_plain(config), as_plain(self._stored())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
             if differing := _differences(mine, theirs):
                 raise RunError(
@@ -60,23 +56,24 @@ class Run:
         if not self.config_file.is_file():
             write_text(self.config_file, yaml.safe_dump(as_plain(config), sort_keys=False))
 
-    def _read_config(self) -> dict[str, Any]:
+    def _stored(self) -> TrainConfig:
+        """config.yaml through the dataclass: a setting that did not exist then has its default."""
+        from elastic.cli import from_dict
+
         try:
             value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise RunError(f"{self.config_file}: broken YAML: {error}") from None
         if not isinstance(value, dict):
             raise RunError(f"{self.config_file}: expected the settings of a run")
-        return value
+        return from_dict(TrainConfig, value, str(self.config_file))
 
     def config(self) -> TrainConfig:
         """The settings the super-adapter was trained with; RunError if nothing was."""
-        from elastic.cli import from_dict
-
         if not self.config_file.is_file() or not self.super_adapter.is_dir():
             state = "has no trained super-adapter" if self.path.is_dir() else "does not exist"
             raise RunError(f"{self.path} {state}; run: elastic train --run {self.path}")
-        return from_dict(TrainConfig, self._read_config(), str(self.config_file))
+        return self._stored()
 
     def space(self) -> SearchSpace:
         """The declared space the super-adapter was trained with."""

@@ -10,12 +10,19 @@ from transformers import PreTrainedModel
 from elastic.adapters.attach import (
     ElasticLinear,
     FactorLinear,
+    ModuleType,
     modules_of,
     plain_linear,
     replace_module,
 )
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
+
+
+def module_tree(model: ModuleType) -> ModuleType:
+    """A copy of the modules around the same tensors: none is duplicated, ties stay ties."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @torch.no_grad()
@@ -26,9 +33,7 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     with the supernet, which must not change while the slice is in use. Ties stay ties.
     """
     net.space.check(sub)
-    # A copy of the module tree only: every tensor is handed through.
-    tensors = [*net.model.parameters(), *net.model.buffers()]
-    model = copy.deepcopy(net.model, {id(tensor): tensor for tensor in tensors})
+    model = module_tree(net.model)
     with net.active(sub):
         for site, layer in modules_of(net.model, ElasticLinear):
             weight = layer.weight.clone(memory_format=torch.contiguous_format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import Counter
 from elastic.errors import BudgetError, RunError
 from elastic.evaluate import evaluate
+from elastic.files import write_json
 from elastic.front import Front, Member
 from elastic.merging import compact
 from elastic.objective import Figures, Objective
@@ -19,6 +19,7 @@ from elastic.progress import say, search_bar, track
 from elastic.run import Run, as_plain
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
+from elastic.supernet import provenance
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:
@@ -273,16 +274,6 @@ def _front(
         run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
     )
     front.save()
-    write_settings(run, config)
+    device = str(objective.full_model.device)
+    write_json(run.search / "about.json", {"settings": as_plain(config), **provenance(device)})
     return front
-
-
-def write_settings(run: Run, config: SearchConfig) -> None:
-    from elastic.files import write_json
-    from elastic.supernet import provenance
-
-    device = run.config().model.device
-    write_json(
-        run.search / "about.json",
-        {"settings": json.loads(json.dumps(as_plain(config))), **provenance(device)},
-    )

@@ -17,15 +17,13 @@ from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
 from elastic.config import TrainConfig
 from elastic.files import named_failure
 from elastic.importance import channel_order
-from elastic.progress import say, stderr
+from elastic.progress import counting_bar, say
 from elastic.run import Run
 from elastic.sampler import draw
 from elastic.schedule import Schedule
 from elastic.space import SearchSpace
-from elastic.supernet import Supernet, save_super_adapter
+from elastic.supernet import FACTORS, Supernet, save_super_adapter
 from elastic.tasks import load_task
-
-FACTORS = "factors.safetensors"
 
 
 class ElasticTrainer(Trainer):
@@ -133,16 +131,7 @@ class Bar(TrainerCallback):
     """A progress bar on stderr with the latest loss."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        self.progress = Progress(
-            "[progress.description]{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=stderr,
-            disable=not stderr.is_terminal,
-        )
+        self.progress = counting_bar(transient=False)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.progress.start()

@@ -99,12 +99,12 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
-    uniform = _uniform_sizes(model)
+    sizes = _linear_sizes(model)
+    uniform = _uniform_sizes(model, sizes)
     if uniform is not None:
         for name, size in uniform.items():
             setattr(config, name, size)
         return config
-    sizes = {name: list(size) for name, size in _linear_sizes(model).items()}
     if not code:
         config.linear_sizes = sizes
         return config
@@ -131,26 +131,25 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     ).eval()
 
 
-def _linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def _linear_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     """[out, in] of every linear layer that differs from what the config says."""
     import torch
     from torch import nn
 
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
-    expected = {name: tuple(m.weight.shape) for name, m in modules_of(plain, nn.Linear)}
+    expected = {name: list(m.weight.shape) for name, m in modules_of(plain, nn.Linear)}
     return {
-        name: tuple(module.weight.shape)
+        name: list(module.weight.shape)
         for name, module in modules_of(model, nn.Linear)
-        if tuple(module.weight.shape) != expected[name]
+        if list(module.weight.shape) != expected[name]
     }
 
 
-def _uniform_sizes(model: PreTrainedModel) -> dict[str, int] | None:
+def _uniform_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> dict[str, int] | None:
     """Config values under which the family's own class has these sizes; None if there are none."""
     import torch
 
-    sizes = _linear_sizes(model)
     if not sizes:
         return {}
     widths = {size[1] for name, size in sizes.items() if re.search(r"\.down_proj$", name)}

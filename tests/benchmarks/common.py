@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic.supernet import provenance
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+"""PEFT's names for the layers that the llama space adapts."""
 RESULTS = Path(__file__).parent / "results"
 
 

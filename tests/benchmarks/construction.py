@@ -6,30 +6,23 @@ itself is built outside the clock. PEFT wraps the same model for comparison.
 
 from __future__ import annotations
 
-import copy
 import statistics
 
 from peft import LoraConfig, get_peft_model
 
 from elastic.config import AdapterConfig
+from elastic.slicing import module_tree
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
-from tests.benchmarks.common import interleaved, llama, report, summary
+from tests.benchmarks.common import TARGETS, interleaved, llama, report, summary
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 REPETITIONS = 4
 
 
 def main() -> None:
     model = llama(32, hidden=1024, intermediate=2816)
-    # Copies of the module tree around the same tensors: construction changes no weight.
-    tensors = [*model.parameters(), *model.buffers()]
-    fresh = iter(
-        [
-            copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-            for _ in range(3 * (REPETITIONS + 1))
-        ]
-    )
+    # The same tensors in all of them: construction changes no weight.
+    fresh = iter([module_tree(model) for _ in range(3 * (REPETITIONS + 1))])
     space = SearchSpace.load("llama")
 
     def elastic() -> None:

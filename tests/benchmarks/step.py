@@ -22,9 +22,8 @@ from elastic.errors import ModelError
 from elastic.sampler import generator_for
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
-from tests.benchmarks.common import interleaved, llama, report, summary
+from tests.benchmarks.common import TARGETS, interleaved, llama, report, summary
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, BATCH, LENGTH, ANSWER, REPETITIONS = 32, 64, 16, 32, 4, 5
 
 
