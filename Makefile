@@ -13,7 +13,7 @@ demo: $(VENV)/demo-ready
 	$(BIN)/elastic export --config demo-export
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/demo-ready
 	$(BIN)/python -m pytest -m slow
