@@ -57,7 +57,7 @@ class Schedule:
         0-based epoch in the stage, n the steps per epoch:
         lr = init_lr / 2 · (1 + cos(π (s - e) / (epochs_lr · n))), after the stage's own warm-up.
         Otherwise one schedule over all stages: over W epochs a linear warm-up
-        lr = warm + (base - warm) · (e · n + b + 1) / (W · n), then a cosine to zero.
+        lr = warm + (base - warm) · (e · n + b + 1) / (W · n), then the configured shape.
         """
         at = self.position(step)
         stage = self.stages[at.stage]
@@ -74,8 +74,17 @@ class Schedule:
         if step < warmup:
             span = self.lr.base_lr - self.lr.warmup_lr
             return self.lr.warmup_lr + span * min(1.0, (step + 1) / warmup)
-        turn = math.pi * min(1.0, (step - warmup) / max(1.0, self.steps - warmup))
-        return 0.5 * self.lr.base_lr * (1 + math.cos(turn))
+        passed = min(1.0, (step - warmup) / max(1.0, self.steps - warmup))
+        if self.lr.shape == "constant":
+            return self.lr.base_lr
+        if self.lr.shape == "linear":
+            return self.lr.base_lr * (1 - passed)
+        return 0.5 * self.lr.base_lr * (1 + math.cos(math.pi * passed))
+
+    def configured_rate(self, step: int) -> float:
+        """The learning rate as configured for the stage of this step, before any schedule."""
+        stage = self.stages[self.position(step).stage]
+        return self.lr.base_lr if stage.init_lr is None else stage.init_lr
 
     def open_space(self, space: BoundSpace, step: int) -> BoundSpace:
         """The space of this step: closed dimensions stay maximal, open groups offer their first

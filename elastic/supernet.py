@@ -14,12 +14,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from elastic.adapters import METHODS
-from elastic.adapters.attach import ElasticLinear, modules_of, reorder_linear, replace_module
+from elastic.adapters import METHODS, Adapter, check
+from elastic.adapters.attach import ElasticLinear, reorder_linear, replace_module
+from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.importance import channel_index
+from elastic.progress import track
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class Supernet:
 
     The base weights are permuted in place so that the important channels come first; nothing else
     of them changes, and the function at full size stays the same. `model` is the transformers model
-    to call; it starts with the maximal sub-adapter active.
+    to call; it starts with the maximal sub-adapter active. Factors are fresh, or those in
+    `factors` (see `factor_state`).
     """
 
     def __init__(
@@ -48,16 +51,20 @@ class Supernet:
         adapter: AdapterConfig,
         *,
         order: Mapping[str, Tensor] | None = None,
+        factors: Mapping[str, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model.requires_grad_(False)
         self.declared = space
         self.adapter = adapter
         self.space: BoundSpace = space.bind(model, adapter.rank)
-        self._attach(seed)
+        check(adapter, model, self.space)
+        self._attach(None if factors is not None else torch.Generator().manual_seed(seed))
         self.order: dict[str, Tensor] = {}
         if order is not None:
             self.reorder(order)
+        if factors is not None:
+            self.load_factors(factors)
         self.current = self.space.maximal()
         self._actions = {
             group.name: [(self.layer(cut.site).size, cut.axis, cut.unit) for cut in group.cuts]
@@ -67,18 +74,29 @@ class Supernet:
     def layer(self, site: str) -> ElasticLinear:
         return self.model.get_submodule(site)
 
-    def _attach(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """Site and factors of every adapted layer."""
+        for site in self.space.targets:
+            yield site, self.layer(site).adapter
+
+    def _attach(self, generator: torch.Generator | None) -> None:
         cut_sites = (cut.site for group in self.space for cut in group.cuts)
         targets = set(self.space.targets)
-        for site in dict.fromkeys((*self.space.targets, *cut_sites)):
+        method = METHODS[self.adapter.method]
+        sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
+        for site in track(sites, f"attaching {self.adapter.method}", quiet=generator is None):
             base = self.model.get_submodule(site)
-            factors = None
+            adapter = None
             if site in targets:
-                factors = METHODS[self.adapter.method](
-                    base, rank=self.adapter.rank, alpha=self.adapter.alpha, generator=generator
-                )
-            replace_module(self.model, site, ElasticLinear(base, factors, self.adapter.dropout))
+                weight = base.weight
+                # Factors stay float32 under a bfloat16 base, whose rounding would swallow their
+                # updates; of a base without data (meta) they can still be loaded.
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                device = "cpu" if weight.is_meta else weight.device
+                adapter = method(self.adapter, *weight.shape, dtype=dtype, device=device)
+                if generator is not None:
+                    adapter.start(weight, generator)
+            replace_module(self.model, site, ElasticLinear(base, adapter, self.adapter.dropout))
 
     def reorder(self, order: Mapping[str, Tensor]) -> None:
         """Permute the channels of every group in `order`, once; RunError the second time."""
@@ -131,23 +149,44 @@ class Supernet:
         """All factors at full size, by site: what training changes."""
         return {
             f"{site}.{name}": tensor.detach().contiguous()
-            for site, layer in modules_of(self.model, ElasticLinear)
-            if layer.adapter is not None
-            for name, tensor in layer.adapter.state_dict().items()
+            for site, adapter in self.adapters()
+            for name, tensor in adapter.state_dict().items()
         }
 
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `factor_state`; RunError when names or shapes differ."""
-        mine = self.factor_state()
-        if strange := set(mine).symmetric_difference(state):
-            raise RunError(f"factors and model differ in {len(strange)} tensors: {min(strange)}")
-        for name, tensor in mine.items():
-            if tensor.shape != state[name].shape:
-                raise RunError(
-                    f"factors: {name} is {tuple(state[name].shape)}, "
-                    f"the model wants {tuple(tensor.shape)}"
-                )
-            tensor.copy_(state[name])
+        """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
+        for adapter, own in self._verified(state):
+            adapter.load(own)
+
+    def succeed(self, state: Mapping[str, Tensor], seed: int = 0) -> None:
+        """Begin the next task of a sequence after the one that ended with `state`."""
+        generator = torch.Generator().manual_seed(seed)
+        for adapter, own in self._verified(state):
+            adapter.succeed(own, generator)
+
+    def _verified(self, state: Mapping[str, Tensor]) -> list[tuple[Adapter, dict[str, Tensor]]]:
+        """Every adapter with its part of `state`; nothing has been changed when this raises."""
+        parts: dict[str, dict[str, Tensor]] = {site: {} for site in self.space.targets}
+        for name, tensor in state.items():
+            site, _, own = name.rpartition(".")
+            if site not in parts:
+                raise RunError(f"factors: {name} belongs to no layer that this space adapts")
+            parts[site][own] = tensor
+        for site, adapter in self.adapters():
+            adapter.verify(parts[site], site)
+        return [(adapter, parts[site]) for site, adapter in self.adapters()]
+
+    def penalty(self, learning_rate: float) -> Tensor | None:
+        """The regulariser of the active sub-adapter; None if the method has none now."""
+        layers = ((self.layer(site), adapter) for site, adapter in self.adapters())
+        found = [adapter.penalty(layer.size.rank) for layer, adapter in layers]
+        terms = [term for term in found if term is not None]
+        return METHODS[self.adapter.method].total(terms, learning_rate) if terms else None
+
+    def advance(self, step: int, steps: int) -> None:
+        """Set what follows a schedule; `step` counts finished optimiser steps of `steps`."""
+        for _, adapter in self.adapters():
+            adapter.advance(step, steps)
 
 
 def save_super_adapter(
@@ -181,11 +220,14 @@ def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path
     space = SearchSpace.from_dict(
         yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
     )
-    net = Supernet(
-        model, space, AdapterConfig(**about["adapter"]), order=load_file(directory / ORDER)
+    adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
+    return Supernet(
+        model,
+        space,
+        adapter,
+        order=load_file(directory / ORDER),
+        factors=load_file(directory / FACTORS),
     )
-    net.load_factors(load_file(directory / FACTORS))
-    return net
 
 
 def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from elastic import models
+from elastic.adapters import METHODS, check
 from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
 from elastic.config import TrainConfig
 from elastic.files import named_failure
@@ -30,8 +32,8 @@ class ElasticTrainer(Trainer):
     """The Hugging Face Trainer with a sub-adapter active in every step.
 
     What it changes: the loss is on answers only, a sub-adapter is drawn per optimiser step (or per
-    micro-batch), the learning rate follows the stages, checkpoints hold factors instead of the
-    model.
+    micro-batch), the method's regulariser adds its gradient once per optimiser step, the learning
+    rate follows the stages, checkpoints hold factors instead of the model.
     """
 
     def __init__(self, net: Supernet, config: TrainConfig, schedule: Schedule, **kwargs) -> None:
@@ -39,7 +41,11 @@ class ElasticTrainer(Trainer):
         self.config = config
         self.schedule = schedule
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
+        self._sub = net.current
+        self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
+        if not METHODS[net.adapter.method].clip_penalty:
+            self.add_callback(_BeforeOptimizer(self.regularise))
         # The loss below divides by the answer tokens of the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -51,7 +57,8 @@ class ElasticTrainer(Trainer):
         step, done = self._micro_batch
         number = done if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, number + 1)
-        sub = draw(
+        self.net.advance(self.state.global_step, self.schedule.steps)
+        self._sub = draw(
             self.config.sampling,
             self.net.space,
             self.schedule,
@@ -59,8 +66,37 @@ class ElasticTrainer(Trainer):
             seed=self.config.seed,
             micro_batch=number if self.config.sample_each == "micro_batch" else 0,
         )
-        with self.net.active(sub):
-            return super().training_step(model, inputs, num_items_in_batch)
+        with self.net.active(self._sub):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # True in the last micro-batch of a step, when all processes have the summed gradient.
+        if self.accelerator.sync_gradients and METHODS[self.net.adapter.method].clip_penalty:
+            self.regularise()
+        return loss
+
+    def regularise(self) -> None:
+        """Add the regulariser's gradient for the sub-adapter of this step (of its last micro-batch
+        when each has its own): once, undivided, alike in every process."""
+        learning_rate = self.schedule.configured_rate(self.state.global_step)
+        with self.net.active(self._sub):
+            penalty = self.net.penalty(learning_rate)
+        self._penalty = None if penalty is None else float(penalty.detach())
+        if penalty is None or not penalty.requires_grad:
+            return
+        trained = [p for p in self.net.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """The loss logged is the task's alone; the regulariser stands beside it."""
+        if "loss" in logs and self._penalty is not None:
+            logs = {**logs, "penalty": self._penalty}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -76,6 +112,20 @@ class ElasticTrainer(Trainer):
         )
         count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         return total / count
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        ratio = self.net.adapter.lr_ratio
+        if ratio == 1:
+            return optimizer
+        adapters = (adapter for _, adapter in self.net.adapters())
+        fast = {id(getattr(adapter, name)) for adapter in adapters for name in adapter.fast}
+        for group in list(optimizer.param_groups):
+            theirs = [p for p in group["params"] if id(p) in fast]
+            if theirs:
+                group["params"] = [p for p in group["params"] if id(p) not in fast]
+                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * ratio})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         # The optimiser's own rate is 1, so the factor is the rate; the Trainer saves the
@@ -97,6 +147,16 @@ class ElasticTrainer(Trainer):
         from safetensors.torch import load_file
 
         self.net.load_factors(load_file(Path(resume_from_checkpoint) / FACTORS))
+
+
+class _BeforeOptimizer(TrainerCallback):
+    """Calls a function between clipping and the optimiser's step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.act()
 
 
 class MetricsFile(TrainerCallback):
@@ -161,7 +221,8 @@ def train(config: TrainConfig) -> Run:
         say(f"{run.path}: already trained; nothing to do")
         return run
     space = SearchSpace.load(config.space)
-    space.bind(models.skeleton(config.model), config.adapter.rank)
+    skeleton = models.skeleton(config.model)
+    check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
     task = load_task(config.task, config.seed)
     run.begin(config)
 

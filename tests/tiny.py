@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from elastic.adapters.attach import ElasticLinear, modules_of
-from elastic.config import AdapterConfig
+from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 
@@ -96,22 +95,51 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lla
     return model
 
 
+ADAPTERS = {
+    "lora": AdapterConfig(rank=RANK, alpha=ALPHA),
+    "sorsa": AdapterConfig(method="sorsa", rank=RANK, alpha=ALPHA),
+    "prolora": AdapterConfig(
+        method="prolora", rank=RANK, alpha=ALPHA, prolora=ProloraConfig(share_in=3, share_out=5)
+    ),
+    "olora": AdapterConfig(method="olora", rank=RANK, alpha=ALPHA, olora=OloraConfig(lambda_2=0.1)),
+    "olora-all": AdapterConfig(
+        method="olora", rank=RANK, alpha=ALPHA, olora=OloraConfig(shrink="all")
+    ),
+    "soslora": AdapterConfig(
+        method="soslora",
+        rank=RANK,
+        alpha=ALPHA,
+        soslora=SosLoraConfig(experts=2, rank_mode="expert"),
+    ),
+}
+"""Every method, and the second kind of cut where there is one that the tiny spaces allow."""
+
+
 def randomize_(net: Supernet, seed: int = 0) -> Supernet:
-    """Fill every B, which starts at zero: without this a test proves 0 == 0."""
+    """Move every factor: some start at zero, and a test of those proves 0 == 0."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in modules_of(net.model, ElasticLinear):
-        if layer.adapter is not None:
-            B = layer.adapter.B
-            B.data.copy_(0.1 * torch.randn(B.shape, generator=generator, dtype=torch.float64))
+    for _, adapter in net.adapters():
+        for parameter in adapter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.add_(0.1 * noise)
     return net
 
 
 def supernet(
-    *, heads: bool = False, seed: int = 0, order=None, dtype=torch.float64, **overrides
+    method: str = "lora",
+    *,
+    heads: bool = False,
+    seed: int = 0,
+    order=None,
+    dtype=torch.float64,
+    **overrides,
 ) -> Supernet:
-    """A randomized supernet on `llama(seed, **overrides)`."""
-    adapter = AdapterConfig(rank=RANK, alpha=ALPHA)
-    net = Supernet(llama(seed, dtype, **overrides), space(heads=heads), adapter, order=order)
+    """A randomized supernet on `llama(seed, **overrides)`; an O-LoRA one has two tasks behind
+    it."""
+    adapter, base = ADAPTERS[method], llama(seed, dtype, **overrides)
+    net = Supernet(base, space(heads=heads), adapter, order=order, seed=seed)
+    for task in range(2 if adapter.method == "olora" else 0):
+        net.succeed(randomize_(net, seed + task + 1).factor_state())
     return randomize_(net, seed)
 
 

@@ -1,8 +1,48 @@
 """A weight update as low-rank factors, one file per method."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from elastic.adapters.base import Adapter
 from elastic.adapters.lora import Lora
+from elastic.adapters.olora import Olora
+from elastic.adapters.prolora import Prolora
+from elastic.adapters.sorsa import Sorsa
+from elastic.adapters.soslora import SosLora
+from elastic.errors import ConfigError
 
-METHODS: dict[str, type[Adapter]] = {"lora": Lora}
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["METHODS", "Adapter", "Lora"]
+    from elastic.config import AdapterConfig
+    from elastic.space import BoundSpace
+
+METHODS: dict[str, type[Adapter]] = {
+    "lora": Lora,
+    "sorsa": Sorsa,
+    "prolora": Prolora,
+    "olora": Olora,
+    "soslora": SosLora,
+}
+
+
+def check(config: AdapterConfig, model: nn.Module, space: BoundSpace) -> None:
+    """ConfigError if the method cannot adapt a target layer or take a rank the space offers.
+
+    Needs shapes only: `model` may be on the meta device.
+    """
+    method = METHODS[config.method]
+    for site in space.targets:
+        if reason := method.refuse(config, *model.get_submodule(site).weight.shape):
+            raise ConfigError(f"{site}: {config.method}: {reason}; choose a smaller adapter.rank")
+    for group in space:
+        for choice in group.choices if group.dim == "rank" else ():
+            if reason := method.refuse_rank(config, choice):
+                raise ConfigError(
+                    f"group {group.name!r}: {config.method}: {reason}; "
+                    "change its choices in the search space"
+                )
+
+
+__all__ = ["METHODS", "Adapter", "check"]

@@ -61,6 +61,9 @@ class ElasticLinear(nn.Module):
         factors = self.factors()
         if factors is None:
             return y
+        if self.adapter.dropout_on_rank:
+            A, B = factors
+            return y + F.linear(self.dropout(F.linear(x, A.to(x.dtype))), B.to(x.dtype))
         return _add_update(y, self.dropout(x), *factors)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from elastic.adapters.base import Adapter
+from elastic.adapters.base import Adapter, kaiming_
+from elastic.config import AdapterConfig
 
 
 class Lora(Adapter):
@@ -20,25 +19,16 @@ class Lora(Adapter):
     """
 
     def __init__(
-        self, linear: nn.Linear, *, rank: int, alpha: float, generator: torch.Generator
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory
     ) -> None:
-        super().__init__()
-        self.max_rank = rank
-        self.scale = alpha / rank
-        # Factors stay float32 under a bfloat16 base: their updates are too small for its rounding.
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        bound = 1 / math.sqrt(linear.in_features)
-        uniform = torch.rand(rank, linear.in_features, generator=generator, dtype=dtype)
-        device = linear.weight.device
-        self.A = nn.Parameter((uniform * 2 * bound - bound).to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
+        super().__init__(config)
+        self.scale = config.scale
+        self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))
+        self.B = nn.Parameter(torch.zeros(out_features, config.rank, **factory))
+
+    def start(self, weight: Tensor, generator: torch.Generator) -> None:
+        kaiming_(self.A, self.A.shape[1], generator)
+        nn.init.zeros_(self.B)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         return self.A[:rank], self.scale * self.B[:, :rank]
-
-    @torch.no_grad()
-    def reorder(self, axis: str, index: Tensor) -> None:
-        if axis == "out":
-            self.B.copy_(self.B[index])
-        else:
-            self.A.copy_(self.A[:, index])
