@@ -27,7 +27,7 @@ _WHERE = {
     "SubAdapter": "space",
     "Supernet": "supernet",
     "Run": "run",
-    "train": "trainer",
+    "train": "continual",
     "search": "study",
     "export": "exporter",
     "compact": "merging",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from elastic import config
 
 COMMANDS = {
-    "train": (config.TrainConfig, "elastic.trainer", "train"),
+    "train": (config.TrainConfig, "elastic.continual", "train"),
     "search": (config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluate", "evaluate_run"),

@@ -282,6 +282,33 @@ def _two_stages() -> list[StageConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """What changes from task to task; a list has one value per task, unset keeps the run's."""
+
+    lambda_1: list[float] | None = None
+    """adapter.olora.lambda_1 of each task."""
+    lambda_2: list[float] | None = None
+    """adapter.olora.lambda_2 of each task."""
+    base_lr: list[float] | None = None
+    """lr.base_lr of each task."""
+    epochs: list[int] | None = None
+    """Epochs of the last stage in each task."""
+    new_tokens: int = 50
+    """Most tokens of a generated answer."""
+    batch: int = 32
+    """Prompts answered at once; the score does not depend on it."""
+
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "batch"):
+            value = getattr(self, name)
+            _require(value >= 1, f"sequence.{name} is {value}; at least 1")
+
+    def lists(self) -> dict[str, list]:
+        """Those that were set."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, list)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Trains a super-adapter: one adapter that contains every sub-adapter of a search space."""
 
@@ -296,6 +323,13 @@ class TrainConfig:
     """Training examples of the calibration pass behind `order: activation`."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks to train one after another, testing all seen ones after each: {task} in the
+    settings of `task` stands for the name. O-LoRA (adapter.method olora) is made for this."""
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    start_from: str | None = None
+    """A finished run of the same base, space and method to continue from, with its channel
+    order; O-LoRA freezes what that run trained and adds new factors."""
     stages: list[StageConfig] = field(default_factory=_two_stages)
     """Trained one after another; the default opens everything after a maximal epoch."""
     progressivity: list[Literal["rank", "width", "heads"]] = field(
@@ -324,6 +358,13 @@ class TrainConfig:
         _require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
         _require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
         _require(bool(self.stages), "stages is empty; give at least one")
+        twice = {name for name in self.tasks if self.tasks.count(name) > 1}
+        _require(not twice, f"tasks names {', '.join(sorted(twice))} twice")
+        for name, values in self.sequence.lists().items():
+            _require(
+                len(values) == len(self.tasks),
+                f"sequence.{name} has {len(values)} values for {len(self.tasks)} tasks",
+            )
         open_before: set[str] = set()
         for number, stage in enumerate(self.stages):
             opened = set(stage.train_dims)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from elastic.progress import track
 from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,49 @@ def _score(logits: Tensor, labels: Tensor, *, likelihoods: bool) -> tuple[list[b
         return exact.tolist(), [0.0] * len(labels)
     log_probability = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return exact.tolist(), (log_probability * counted).sum(1).tolist()
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int,
+    batch: int = 32,
+    label: str = "answering",
+) -> list[str]:
+    """Greedy continuations of at most `new_tokens` tokens, stripped, in the order of the prompts;
+    batched by length, left-padded."""
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    groups = [order[start : start + batch] for start in range(0, len(order), batch)]
+    found = [""] * len(prompts)
+    for rows in track(groups, label):
+        padded = tokenizer.pad(
+            {"input_ids": [ids[row] for row in rows]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        out = model.generate(
+            **padded,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        new = out if model.config.is_encoder_decoder else out[:, padded["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            found[row] = text.strip()
+    return found
+
+
+def same_text(found: str, expected: str) -> bool:
+    """Equal but for case, punctuation and spacing: the exact match of O-LoRA's benchmark."""
+    plain = [
+        " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+        for text in (found, expected)
+    ]
+    return plain[0] == plain[1]
 
 
 @dataclass(frozen=True)

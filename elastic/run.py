@@ -31,6 +31,7 @@ class Run:
         self.search = self.path / "search"
         self.front = self.search / "front.json"
         self.sub_adapters = self.search / "sub_adapters"
+        self.tasks = self.path / "tasks"
 
     def claim(self, config: TrainConfig) -> bool:
         """Whether this very configuration has been trained here already.
@@ -38,7 +39,7 @@ class Run:
         RunError when the directory holds another run, or things that are no run at all.
         """
         if self.config_file.is_file():
-            mine, theirs = as_plain(config), as_plain(self._stored())
+            mine, theirs = as_plain(config), as_plain(self.begun())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
             if differing := _differences(mine, theirs):
                 raise RunError(
@@ -56,7 +57,7 @@ class Run:
         if not self.config_file.is_file():
             write_text(self.config_file, yaml.safe_dump(as_plain(config), sort_keys=False))
 
-    def _stored(self) -> TrainConfig:
+    def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
         from elastic.cli import from_dict
 
@@ -73,7 +74,7 @@ class Run:
         if not self.config_file.is_file() or not self.super_adapter.is_dir():
             state = "has no trained super-adapter" if self.path.is_dir() else "does not exist"
             raise RunError(f"{self.path} {state}; run: elastic train --run {self.path}")
-        return self._stored()
+        return self.begun()
 
     def space(self) -> SearchSpace:
         """The declared space the super-adapter was trained with."""

@@ -40,8 +40,8 @@ class Supernet:
 
     The base weights are permuted in place so that the important channels come first; nothing else
     of them changes, and the function at full size stays the same. `model` is the transformers model
-    to call; it starts with the maximal sub-adapter active. Factors are fresh, or those in
-    `factors` (see `factor_state`).
+    to call; it starts with the maximal sub-adapter active. Without `start` the factors are left
+    at zero, to be loaded.
     """
 
     def __init__(
@@ -51,20 +51,18 @@ class Supernet:
         adapter: AdapterConfig,
         *,
         order: Mapping[str, Tensor] | None = None,
-        factors: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        start: bool = True,
     ) -> None:
         self.model = model.requires_grad_(False)
         self.declared = space
         self.adapter = adapter
         self.space: BoundSpace = space.bind(model, adapter.rank)
         check(adapter, model, self.space)
-        self._attach(None if factors is not None else torch.Generator().manual_seed(seed))
+        self._attach(torch.Generator().manual_seed(seed) if start else None)
         self.order: dict[str, Tensor] = {}
         if order is not None:
             self.reorder(order)
-        if factors is not None:
-            self.load_factors(factors)
         self.current = self.space.maximal()
         self._actions = {
             group.name: [(self.layer(cut.site).size, cut.axis, cut.unit) for cut in group.cuts]
@@ -213,21 +211,27 @@ def save_super_adapter(
 
 
 def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path) -> Supernet:
-    """The supernet of a saved super-adapter; BaseMismatch on another base model."""
-    from safetensors.torch import load_file
+    """The supernet of a saved super-adapter; BaseMismatch on another base model.
 
+    On a model without data (meta) the factors are real all the same, for merging elsewhere.
+    """
     about = read_super_adapter(directory, base_digest)
+    order, factors = read_tensors(directory, base_digest)
     space = SearchSpace.from_dict(
         yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
     )
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
-    return Supernet(
-        model,
-        space,
-        adapter,
-        order=load_file(directory / ORDER),
-        factors=load_file(directory / FACTORS),
-    )
+    net = Supernet(model, space, adapter, order=order, start=False)
+    net.load_factors(factors)
+    return net
+
+
+def read_tensors(directory: Path, base_digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Channel order and factors of a super-adapter trained on this base."""
+    from safetensors.torch import load_file
+
+    read_super_adapter(directory, base_digest)
+    return load_file(directory / ORDER), load_file(directory / FACTORS)
 
 
 def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from elastic import models
 from elastic.adapters import METHODS, check
 from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
 from elastic.config import TrainConfig
+from elastic.errors import ConfigError
 from elastic.files import named_failure
 from elastic.importance import channel_order
 from elastic.progress import counting_bar, say
@@ -24,7 +25,7 @@ from elastic.run import Run
 from elastic.sampler import draw
 from elastic.schedule import Schedule
 from elastic.space import SearchSpace
-from elastic.supernet import FACTORS, Supernet, save_super_adapter
+from elastic.supernet import FACTORS, Supernet, read_tensors, save_super_adapter
 from elastic.tasks import load_task
 
 
@@ -110,8 +111,10 @@ class ElasticTrainer(Trainer):
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
-        return total / count
+        if num_items_in_batch is None:
+            return total / (labels != IGNORED).sum()
+        # Counted over all processes, whose gradients are averaged.
+        return total * self.accelerator.num_processes / num_items_in_batch
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -220,7 +223,8 @@ def train(config: TrainConfig) -> Run:
     if run.claim(config):
         say(f"{run.path}: already trained; nothing to do")
         return run
-    space = SearchSpace.load(config.space)
+    before = _predecessor(config) if config.start_from else None
+    space = before.space() if before else SearchSpace.load(config.space)
     skeleton = models.skeleton(config.model)
     check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
     task = load_task(config.task, config.seed)
@@ -229,7 +233,11 @@ def train(config: TrainConfig) -> Run:
     say(f"Loading {config.model.path}")
     base = models.load(config.model)
     encoded = [encode(base.tokenizer, e.prompt, e.answer) for e in task.train]
-    net = build(base.model, space, config, calibration=encoded, pad=base.tokenizer.pad_token_id)
+    if before:
+        net = continued(base, space, config, before)
+    else:
+        pad = base.tokenizer.pad_token_id
+        net = build(base.model, space, config, calibration=encoded, pad=pad)
     per_step = config.batch_size * config.accumulation
     schedule = Schedule(config.stages, config.lr, max(1, math.ceil(len(encoded) / per_step)))
     say(
@@ -265,6 +273,28 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     order = channel_order(model, bound, config.order, batches)
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
+
+
+def _predecessor(config: TrainConfig) -> Run:
+    """The finished run to continue from; ConfigError if it trained something else."""
+    before = Run(config.start_from)
+    theirs = before.config()
+    for name in ("method", "rank", "scale"):
+        mine, other = getattr(config.adapter, name), getattr(theirs.adapter, name)
+        if mine != other:
+            raise ConfigError(
+                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
+                "a sequence keeps one method, rank and scale"
+            )
+    return before
+
+
+def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
+    """The supernet in which the next task begins; BaseMismatch on another base model."""
+    order, factors = read_tensors(before.super_adapter, base.digest)
+    net = Supernet(base.model, space, config.adapter, order=order, start=False)
+    net.succeed(factors, config.seed)
+    return net
 
 
 def last_checkpoint(directory: Path) -> str | None:

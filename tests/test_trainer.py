@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +14,21 @@ from safetensors.torch import load_file
 
 from elastic import models, trainer
 from elastic.adapters.attach import ElasticLinear, modules_of
-from elastic.config import AdapterConfig, ModelConfig, ScheduleConfig, StageConfig, TaskConfig
+from elastic.config import (
+    AdapterConfig,
+    ModelConfig,
+    OloraConfig,
+    ScheduleConfig,
+    StageConfig,
+    TaskConfig,
+)
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.importance import channel_index
 from elastic.run import Run
 from elastic.schedule import Schedule
 from elastic.trainer import ElasticTrainer, MetricsFile, last_checkpoint, train
 from tests import tiny
+from tests.steps import step_gradients
 from tests.tiny_runs import snapshot, space_file, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
@@ -412,3 +424,158 @@ def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
     for sub in (net.space.maximal(), net.space.heuristic(), net.space.minimal()):
         with net.active(sub) as model, loaded.active(sub) as again:
             assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
+
+
+# Regularisers
+
+
+@pytest.mark.parametrize("method", ["sorsa", "olora", "soslora"])
+def test_a_regulariser_counts_once_whatever_the_accumulation(tiny_folder, tmp_path, method):
+    _, whole = step_gradients(tiny_folder, tmp_path, method, batch_size=16, accumulation=1)
+    _, parts = step_gradients(tiny_folder, tmp_path, method, batch_size=4, accumulation=4)
+    net = tiny.supernet(method)
+    net.advance(0, 1)
+    penalty = net.penalty(ScheduleConfig().base_lr)
+    trained = {n: p for n, p in net.model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
+    visible = 0
+    for (name, _), gradient in zip(trained.items(), gradients, strict=True):
+        # SOS-LoRA's gate is float32 inside, as published.
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-6)
+        if gradient is not None and gradient.norm() > 1e-3 * whole[name].norm():
+            visible += 1  # so that a doubled regulariser would show above
+    assert visible
+
+
+def test_a_regulariser_counts_once_whatever_the_number_of_devices(tiny_folder, tmp_path):
+    """Two processes with half of the batch each see the gradient of one with all of it."""
+    script = Path(__file__).with_name("steps.py")
+    methods = ["sorsa", "olora"]
+    run_script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *run_script, str(script), str(tiny_folder), str(tmp_path), *methods],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for method in methods:
+        _, whole = step_gradients(tiny_folder, tmp_path, method, batch_size=16, accumulation=1)
+        for rank in range(2):
+            found = load_file(tmp_path / f"{method}-{rank}.safetensors")
+            assert found.keys() == whole.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sorsa", "olora"])
+def test_the_gradient_is_the_tasks_and_the_regularisers(tiny_folder, tmp_path, method):
+    """Clipping acts on the sum, except for SORSA, whose regulariser is added after it."""
+    size = dict(batch_size=16, accumulation=1)
+    _, free = step_gradients(tiny_folder, tmp_path, method, **size)
+    net = tiny.supernet(method)
+    penalty = net.penalty(ScheduleConfig().base_lr)
+    trained = {n: p for n, p in net.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
+    added = {n: 0 if g is None else g for n, g in zip(trained, found, strict=True)}
+    task = {name: gradient - added[name] for name, gradient in free.items()}
+    _, clipped = step_gradients(tiny_folder, tmp_path / "clip", method, max_grad_norm=0.5, **size)
+    before = task if method == "sorsa" else free
+    norm = torch.stack([g.norm() for g in before.values()]).norm()
+    assert norm > 0.5
+    for name, gradient in clipped.items():
+        expected = before[name] * 0.5 / (norm + 1e-6)
+        if method == "sorsa":
+            expected = expected + added[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_regulariser_is_as_exact_over_a_bfloat16_base(tiny_folder, tmp_path):
+    net = tiny.supernet("olora", dtype=torch.bfloat16)
+    wide = tiny.supernet("olora", dtype=torch.float32)
+    net.load_factors(wide.factor_state())
+    assert torch.equal(net.penalty(1e-3), wide.penalty(1e-3))
+    assert net.penalty(1e-3).dtype == torch.float32
+
+
+def test_the_loss_logged_is_the_tasks_alone(tiny_folder, tmp_path):
+    rows = {}
+    for weight in (0.0, 5.0):
+        adapter = dataclasses.replace(tiny.ADAPTERS["olora"], olora=OloraConfig(lambda_2=weight))
+        run = train(train_config(tiny_folder, tmp_path / str(weight), adapter=adapter))
+        rows[weight] = metrics(run)[0]
+    assert rows[0.0]["loss"] == rows[5.0]["loss"]
+    assert "penalty" not in rows[0.0] and rows[5.0]["penalty"] > 1
+
+
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
+def test_every_method_learns(tiny_folder, tmp_path, method):
+    config = train_config(
+        tiny_folder,
+        tmp_path / "run",
+        adapter=dataclasses.replace(tiny.ADAPTERS[method], alpha=None),
+        stages=[StageConfig(epochs=3), StageConfig(train_dims=["rank", "width", "heads"])],
+        lr=ScheduleConfig(base_lr=0.01),
+    )
+    run = train(config)
+    losses = [row["loss"] for row in metrics(run)]
+    assert sum(losses[8:12]) < 0.97 * sum(losses[:4])
+    _, base, net = run.load()
+    assert net.space.minimal() != net.space.maximal()
+    assert base.digest
+
+
+def test_a_killed_soslora_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch):
+    """Its schedules are functions of the step, so resuming needs no state of them."""
+    settings = dict(adapter=tiny.ADAPTERS["soslora"])
+    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    config = train_config(tiny_folder, tmp_path / "killed", **settings)
+    real = ElasticTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ElasticTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert_same_factors(train(config), whole)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, ratio):
+    """After one step of Adam every entry has moved by its learning rate."""
+    adapter = dataclasses.replace(tiny.ADAPTERS["soslora"], lr_ratio=ratio)
+    config = train_config(
+        tiny_folder, tmp_path / "run", adapter=adapter, stages=[StageConfig()],
+        lr=ScheduleConfig(base_lr=1e-3, shape="constant"), batch_size=32, save_steps=1,
+    )  # fmt: skip
+    run = train(config)
+    base = models.load(config.model)
+    start = trainer.build(
+        base.model, run.space(), config,
+        calibration=[trainer.encode(base.tokenizer, e.prompt, e.answer)
+                     for e in trainer.load_task(config.task, 0).train],
+        pad=tiny.PAD,
+    ).factor_state()  # fmt: skip
+    moved = {"A": [], "B": []}
+    for name, tensor in factors(run).items():
+        leaf = name.rpartition(".")[2]
+        if leaf in moved:
+            moved[leaf].append((tensor - start[name]).abs().flatten())
+    # B starts at zero, so A has no gradient of the task yet; B has.
+    largest = torch.cat(moved["B"]).quantile(0.5).item()
+    assert largest == pytest.approx(1e-3 * ratio, rel=0.01)
+    assert torch.cat(moved["A"]).max().item() < 1.01e-3
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_shapes_of_the_learning_rate(shape):
+    schedule = Schedule([StageConfig()], ScheduleConfig(base_lr=2.0, shape=shape), 10)
+    rates = [schedule.learning_rate(step) for step in range(10)]
+    middle = {"constant": 2.0, "linear": 1.0, "cosine": 1.0}[shape]
+    assert rates[0] == 2.0 and rates[5] == pytest.approx(middle)
+    assert rates == sorted(rates, reverse=True)
+    assert schedule.configured_rate(9) == 2.0
+    own = Schedule([StageConfig(init_lr=3.0), StageConfig(init_lr=0.5)], ScheduleConfig(), 10)
+    assert [own.configured_rate(step) for step in (0, 9, 10)] == [3.0, 3.0, 0.5]

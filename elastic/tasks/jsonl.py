@@ -59,7 +59,8 @@ def _example(line: str, config: TaskConfig, where: str) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:
-        prompt = config.prompt.format_map(row)
+        shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+        prompt = config.prompt.format_map(shown)
         answer = "" if row[config.answer] is None else str(row[config.answer])
         options = tuple(map(str, _list(row[config.options]))) if config.options else ()
     except KeyError as error:

@@ -1,0 +1,256 @@
+"""A sequence of tasks, trained one after another; every seen one is tested after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic import trainer
+from elastic.config import TaskConfig, TrainConfig
+from elastic.errors import ConfigError, DataError, unknown
+from elastic.evaluate import Score, answers, same_text
+from elastic.files import write_bytes, write_json, write_text
+from elastic.progress import say
+from elastic.run import Run
+from elastic.supernet import provenance
+from elastic.tasks import load_task
+
+if TYPE_CHECKING:
+    from elastic.tasks.base import Example
+
+_PLACE = "{task}"
+
+
+def train(config: TrainConfig) -> Run | Sequential:
+    """`elastic train`: one task, or `tasks` one after another."""
+    return train_sequence(config) if config.tasks else trainer.train(config)
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """What a sequence of tasks left: scores[t][i] is task i after training on task t, i <= t."""
+
+    run: Run
+    tasks: Sequence[str]
+    scores: Sequence[Sequence[Score]]
+
+    def accuracy(self, after: int, task: int) -> float:
+        return self.scores[after][task].accuracy
+
+    @property
+    def average(self) -> float:
+        """Mean over tasks after the last one (AA)."""
+        return sum(score.accuracy for score in self.scores[-1]) / len(self.tasks)
+
+    @property
+    def backward_transfer(self) -> float:
+        """Mean change of the earlier tasks since each was trained (BWT; Lopez-Paz and Ranzato
+        2017, arXiv 1706.08840); 0 for a single task."""
+        last = len(self.tasks) - 1
+        changes = [self.accuracy(last, i) - self.accuracy(i, i) for i in range(last)]
+        return sum(changes) / last if last else 0.0
+
+    @property
+    def forgetting(self) -> float:
+        """Mean drop of the earlier tasks from the best they ever were (Chaudhry et al. 2018,
+        arXiv 1801.10112); 0 for a single task."""
+        last = len(self.tasks) - 1
+        drops = [
+            max(self.accuracy(t, i) for t in range(i, last)) - self.accuracy(last, i)
+            for i in range(last)
+        ]
+        return sum(drops) / last if last else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks),
+            "average_accuracy": self.average,
+            "backward_transfer": self.backward_transfer,
+            "forgetting": self.forgetting,
+            "accuracy": [[score.accuracy for score in row] for row in self.scores],
+            "interval": [[list(score.interval) for score in row] for row in self.scores],
+            "n": [score.n for score in self.scores[-1]],
+        }
+
+    def save(self) -> None:
+        """Write RUN/continual.json and RUN/continual.png."""
+        config = self.run.begun()
+        contents = {
+            **self.as_dict(),
+            "method": config.adapter.method,
+            "name_in_prompt": _PLACE in config.task.prompt,
+            "seed": config.seed,
+            **provenance(config.model.device),
+        }
+        write_json(self.run.path / "continual.json", contents)
+        self._plot(self.run.path / "continual.png")
+
+    def show(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="Accuracy on the test examples of each task")
+        for column in ("after", *self.tasks):
+            table.add_column(column, justify="left" if column == "after" else "right")
+        for name, row in zip(self.tasks, self.scores, strict=True):
+            table.add_row(name, *(f"{score.accuracy:.1%}" for score in row))
+        console = Console(width=max(100, Console().width))
+        console.print(table)
+        console.print(
+            f"Average {self.average:.1%}, backward transfer {self.backward_transfer:+.1%}, "
+            f"forgetting {self.forgetting:.1%}; n = {[score.n for score in self.scores[-1]]}"
+        )
+        console.print(f"Plot: {self.run.path / 'continual.png'}")
+        last = stage_path(self.run, len(self.tasks) - 1, self.tasks[-1])
+        console.print(f"Next: elastic search {last} --budget.prefill_ms 80%", markup=False)
+        print(json.dumps({"continual": str(self.run.path / "continual.json")}))
+
+    def _plot(self, path: Path) -> None:
+        import io
+
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for i, task in enumerate(self.tasks):
+            at = range(i, len(self.tasks))
+            ys = [100 * self.accuracy(t, i) for t in at]
+            low, high = zip(*(self.scores[t][i].interval for t in at), strict=True)
+            bars = [
+                [y - 100 * bound for y, bound in zip(ys, low, strict=True)],
+                [100 * bound - y for y, bound in zip(ys, high, strict=True)],
+            ]
+            axes.errorbar(at, ys, yerr=bars, marker="o", capsize=3, label=task)
+        axes.set_xticks(range(len(self.tasks)), [f"after {task}" for task in self.tasks])
+        axes.set_ylabel("test accuracy, % (95 % interval)")
+        axes.set_ylim(-2, 102)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        write_bytes(path, buffer.getvalue())
+
+
+def train_sequence(config: TrainConfig) -> Sequential:
+    """Train each task from where the one before ended; RUN/tasks/NN-NAME is a run of its own.
+
+    All data is read and checked before weights load. A killed sequence resumes within its stage.
+    """
+    run = Run(config.run)
+    run.claim(config)
+    stages = [stage_config(config, number) for number in range(len(config.tasks))]
+    tests = [
+        _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
+    ]
+    run.begin(config)
+    scores = []
+    for number, stage in enumerate(stages):
+        say(f"Task {number + 1} of {len(stages)}: {config.tasks[number]}")
+        trained = trainer.train(stage)
+        seen = dict(zip(config.tasks[: number + 1], tests, strict=False))
+        scores.append(_score_all(trained, seen, config))
+    found = Sequential(run, tuple(config.tasks), tuple(scores))
+    found.save()
+    return found
+
+
+def stage_path(run: Run, number: int, name: str) -> Path:
+    return run.tasks / f"{number + 1:02d}-{name}"
+
+
+def stage_config(config: TrainConfig, number: int) -> TrainConfig:
+    """The settings of one task of the sequence, as a run of its own."""
+    run, name = Run(config.run), config.tasks[number]
+    own = {key: values[number] for key, values in config.sequence.lists().items()}
+    lambdas = {key: value for key, value in own.items() if key.startswith("lambda")}
+    adapter = replace(config.adapter, olora=replace(config.adapter.olora, **lambdas))
+    stages, lr = list(config.stages), config.lr
+    if "epochs" in own:
+        stages[-1] = replace(stages[-1], epochs=own["epochs"])
+    if "base_lr" in own:
+        lr = replace(lr, base_lr=own["base_lr"])
+    before = config.start_from
+    if number:
+        before = str(stage_path(run, number - 1, config.tasks[number - 1]))
+    return replace(
+        config,
+        run=str(stage_path(run, number, name)),
+        task=_named(config.task, name),
+        tasks=[],
+        sequence=dataclasses.replace(config.sequence, **dict.fromkeys(config.sequence.lists())),
+        start_from=before,
+        adapter=adapter,
+        stages=stages,
+        lr=lr,
+    )
+
+
+def _named(task: TaskConfig, name: str) -> TaskConfig:
+    """The task with its name put where {task} stands."""
+    texts = {key: value for key, value in vars(task).items() if isinstance(value, str)}
+    if not any(_PLACE in text for text in texts.values()):
+        raise ConfigError(
+            "tasks: nothing in the settings of `task` depends on the name; write {task} where it "
+            "belongs, such as --task.train data/{task}.train.jsonl"
+        )
+    return replace(task, **{key: text.replace(_PLACE, name) for key, text in texts.items()})
+
+
+def _load(task: TaskConfig, name: str, config: TrainConfig) -> Sequence[Example]:
+    try:
+        return load_task(task, config.seed).test
+    except DataError as error:
+        template = config.task.train or ""
+        if name in _known(template) or Path(template.replace(_PLACE, name)).exists():
+            raise
+        raise ConfigError(f"tasks: {unknown('task', name, _known(template))}: {error}") from None
+
+
+def _known(template: str) -> list[str]:
+    """Names for which the training data is there."""
+    if _PLACE not in template:
+        return []
+    before, _, after = Path(template).as_posix().partition(_PLACE)
+    root = Path(before + "x").parent
+    pattern = f"{Path(before + 'x').name[:-1]}*{after}"
+    found = root.glob(pattern.replace(_PLACE, "*")) if root.is_dir() else ()
+    return sorted(p.as_posix()[len(before) :].removesuffix(after) for p in found)
+
+
+def _score_all(
+    trained: Run, seen: dict[str, Sequence[Example]], config: TrainConfig
+) -> list[Score]:
+    """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
+    files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
+    if not all(file.is_file() for file in files.values()):
+        _, base, net = trained.load()
+        for name, examples in seen.items():
+            if files[name].is_file():
+                continue
+            found = answers(
+                net.model, base.tokenizer, [example.prompt for example in examples],
+                new_tokens=config.sequence.new_tokens, batch=config.sequence.batch,
+                label=f"testing {name}",
+            )  # fmt: skip
+            rows = [
+                {
+                    "prompt": example.prompt,
+                    "answer": example.answer,
+                    "prediction": text,
+                    "correct": same_text(text, example.answer),
+                }
+                for example, text in zip(examples, found, strict=True)
+            ]
+            write_text(files[name], "".join(json.dumps(row) + "\n" for row in rows))
+    return [_read(file) for file in files.values()]
+
+
+def _read(file: Path) -> Score:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return Score(tuple(row["correct"] for row in rows))

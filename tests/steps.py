@@ -1,0 +1,77 @@
+"""The gradients of one training step, in this process or in several.
+
+    torchrun --nproc_per_node 2 tests/steps.py TINY_MODEL OUTPUT METHOD ...
+
+writes what each process saw, with half of the batch each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from pytest import MonkeyPatch
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from elastic import models, trainer
+from elastic.config import ModelConfig, StageConfig, TaskConfig
+from elastic.run import Run
+from elastic.schedule import Schedule
+from elastic.trainer import ElasticTrainer
+from tests import tiny
+from tests.tiny_runs import space_file, train_config
+
+
+def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, max_grad_norm=1e9):
+    """The gradients that the optimiser sees in the first step of 16 examples."""
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+            if not seen:
+                seen.update({n: p.grad.clone() for n, p in net.model.named_parameters()
+                             if p.grad is not None})  # fmt: skip
+
+    config = train_config(
+        tiny_folder,
+        tmp_path / f"{method}-{batch_size}-{accumulation}",
+        adapter=tiny.ADAPTERS[method],
+        space=space_file(tmp_path),
+        model=ModelConfig(path=str(tiny_folder), dtype="float64", device="cpu"),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_grad_norm=max_grad_norm,
+        stages=[StageConfig(epochs=1)],
+        task=TaskConfig(train_examples=16, validation_examples=1, test_examples=1),
+    )
+    net = tiny.supernet(method)
+    base = models.load(config.model)
+    examples = trainer.load_task(config.task, 0).train
+    encoded = [trainer.encode(base.tokenizer, e.prompt, e.answer) for e in examples]
+    schedule = Schedule(config.stages, config.lr, 1)
+    real = ElasticTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        self.add_callback(Watch())
+
+    with MonkeyPatch.context() as patch:
+        patch.setattr(ElasticTrainer, "__init__", init)
+        trainer.fit(net, config, schedule, encoded, Run(config.run), pad=tiny.PAD)
+    return net, seen
+
+
+if __name__ == "__main__":
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    folder, output, *methods = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    for method in methods:
+        work = Path(output) / f"process-{rank}"
+        _, seen = step_gradients(folder, work, method, batch_size=8, accumulation=1)
+        save_file(seen, Path(output) / f"{method}-{rank}.safetensors")
