@@ -123,8 +123,8 @@ class Sequential:
             ys = [100 * self.accuracy(t, i) for t in at]
             low, high = zip(*(self.scores[t][i].interval for t in at), strict=True)
             bars = [
-                [y - 100 * bound for y, bound in zip(ys, low, strict=True)],
-                [100 * bound - y for y, bound in zip(ys, high, strict=True)],
+                [max(0.0, y - 100 * bound) for y, bound in zip(ys, low, strict=True)],
+                [max(0.0, 100 * bound - y) for y, bound in zip(ys, high, strict=True)],
             ]
             axes.errorbar(at, ys, yerr=bars, marker="o", capsize=3, label=task)
         axes.set_xticks(range(len(self.tasks)), [f"after {task}" for task in self.tasks])
