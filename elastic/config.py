@@ -487,6 +487,35 @@ class SearchConfig:
         _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeAdapterConfig:
+    """Another adapter on the same base model."""
+
+    path: str
+    """A run of ours, or a PEFT adapter's directory."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Other adapters to fold in with the sub-adapter, permuted and cut to its widths."""
+
+    adapters: list[MergeAdapterConfig] = field(default_factory=list)
+    weight: float = 1.0
+    """The sub-adapter's own weight."""
+    strategy: Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"] = "linear"
+    """How updates combine (PEFT's functions of these names): weighted sum; the same of the largest
+    entries; with a vote on signs (TIES, arXiv 2306.01708); of random entries (DARE, arXiv
+    2311.03099)."""
+    density: float = 0.5
+    """Share of entries kept, by all but linear."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """ties, dare_ties: signs vote with their size or one each."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
+
+
 _FORMATS = ("hf", "peft", "onnx", "openvino")
 
 
@@ -505,6 +534,7 @@ class ExportConfig:
     )
     logits: Literal["last", "all"] = "last"
     """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
     accuracy: bool = True
     """Score the compact model on the test split, unless the search already has."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from elastic import models
+from elastic import foreign, models
 from elastic.config import ExportConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, RunError
@@ -22,7 +22,7 @@ from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.latency import REFERENCE, Measurement, measure
-from elastic.merging import compact
+from elastic.merging import combine, compact
 from elastic.progress import say
 from elastic.run import Run, as_plain
 from elastic.runners import Runner, TorchRunner
@@ -87,6 +87,8 @@ class Report:
                 f"Accuracy {c['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) "
                 f"on {c['accuracy_n']} test examples the search never saw"
             )
+        if "merge" in c:
+            _show_merge(console, c["merge"])
         table = Table()
         for column in ("", "size", "prefill ms", "full model", "decode ms", "full model",
                        "max logit diff", "greedy"):  # fmt: skip
@@ -112,6 +114,25 @@ class Report:
         print(json.dumps({"report": str(self.directory / "report.json")}))
 
 
+def _show_merge(console: Any, merge: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"Merged, strategy {merge['strategy']}")
+    for column in ("adapter", "method", "weight", "norm of update", "lost by cutting"):
+        table.add_column(column, justify="left" if column in ("adapter", "method") else "right")
+    for entry in merge["adapters"]:
+        table.add_row(
+            entry["name"],
+            entry["kind"],
+            f"{entry['weight']:g}",
+            f"{entry['norm']:.3g}",
+            f"{entry['lost_by_cutting']:.1%}",
+        )
+    console.print(table)
+    for pair, cosine in merge["cosine"].items():
+        console.print(f"cosine of {pair}: {cosine:+.3f}", markup=False)
+
+
 def export(config: ExportConfig) -> Report:
     """Write RUN/export/NAME in every format asked for, each checked against the supernet.
 
@@ -126,19 +147,31 @@ def export(config: ExportConfig) -> Report:
             onnx.require()
         if name == "openvino":
             openvino.require()
+    digest = models.digest(models.locate(trained.model.path))
+    others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
     dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = run.load(dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    name = f"{name}-merged" if others else name
     directory = run.path / "export" / (config.name or name)
     if directory.exists() and not (directory / "report.json").is_file():
         raise RunError(f"{directory} exists and is no export; choose another --name")
 
     prompts = [base.tokenizer(e.prompt)["input_ids"] for e in task.test[:4]]
-    probes = [probe(net, sub, np.array([ids], dtype=np.int64)) for ids in prompts]
-    model, full = compact(net, sub), compact(net, net.space.maximal())
+    inputs = [np.array([ids], dtype=np.int64) for ids in prompts]
+    if others:
+        updates = [foreign.read(folder, wanted, digest) for folder in others]
+        merged = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
+        model, extra = merged.model, {"merge": merged.report}
+        probes = [probe(model, ids) for ids in inputs]
+    else:
+        model, extra = compact(net, sub), {}
+        with net.active(sub) as active:
+            probes = [probe(active, ids) for ids in inputs]
+    full = compact(net, net.space.maximal())
     work = _Work(config, net, sub, model, full, base, probes, wanted)
     writers: dict[str, Callable[[Path], dict[str, Any]]] = {
         "hf": work.hf, "peft": work.peft, "onnx": work.onnx, "openvino": work.openvino
@@ -155,6 +188,7 @@ def export(config: ExportConfig) -> Report:
         contents = {
             "name": name,
             "sub_adapter": sub.as_dict(),
+            **extra,
             **_accuracy(run, config, name, sub, model, base.tokenizer, task.test),
             **_costs(net, sub, model),
             "timing": as_plain(config.timing),
@@ -202,6 +236,9 @@ class _Work:
         return self._described(directory, self._agreement("hf", runner, limit), timing)
 
     def peft(self, directory: Path) -> dict[str, Any]:
+        if self.config.merge.adapters:
+            reason = "merged with other adapters, whose sum need not have a low rank"
+            return {"skipped": reason}
         if reason := peft.why_not(self.net, self.sub):
             return {"skipped": reason}
         from peft import PeftModel
@@ -211,7 +248,11 @@ class _Work:
         runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
         timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})
-        return self._described(directory, self._agreement("peft", runner, limit), timing)
+        rank = read_json(directory / peft.CONFIG)["r"]
+        return {
+            "rank": rank,
+            **self._described(directory, self._agreement("peft", runner, limit), timing),
+        }
 
     def onnx(self, directory: Path) -> dict[str, Any]:
         graph = onnx.write(_float32(self.model), directory, logits=self.config.logits)
@@ -308,14 +349,13 @@ def _float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
 
 
-def probe(net: Supernet, sub: SubAdapter, prompt: np.ndarray) -> Probe:
-    with net.active(sub) as model:
-        runner = TorchRunner(model)
-        logits = [runner.prefill(prompt)]
-        tokens = [logits[0].argmax(-1)]
-        for _ in range(NEW_TOKENS - 1):
-            logits.append(runner.decode(tokens[-1][:, None]))
-            tokens.append(logits[-1].argmax(-1))
+def probe(model: PreTrainedModel, prompt: np.ndarray) -> Probe:
+    runner = TorchRunner(model)
+    logits = [runner.prefill(prompt)]
+    tokens = [logits[0].argmax(-1)]
+    for _ in range(NEW_TOKENS - 1):
+        logits.append(runner.decode(tokens[-1][:, None]))
+        tokens.append(logits[-1].argmax(-1))
     return Probe(prompt, np.stack(tokens, axis=1), np.concatenate(logits))
 
 

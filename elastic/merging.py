@@ -1,11 +1,26 @@
-"""Folds low-rank updates into base weights."""
+"""Folds low-rank updates into base weights: the sub-adapter's own, and those of other adapters."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import FactorLinear, modules_of, plain_linear, replace_module
+from elastic.adapters.attach import (
+    ElasticLinear,
+    FactorLinear,
+    modules_of,
+    plain_linear,
+    replace_module,
+)
+from elastic.config import MergeConfig
+from elastic.errors import RunError
+from elastic.foreign import Update
 from elastic.slicing import sliced
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
@@ -29,3 +44,144 @@ def merge_(model: PreTrainedModel) -> PreTrainedModel:
 def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     """`sub` as a model of plain linear layers: sliced, then merged."""
     return merge_(sliced(net, sub))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A sub-adapter with others folded in, and what became of each."""
+
+    model: PreTrainedModel
+    report: Mapping[str, Any]
+
+
+@torch.no_grad()
+def combine(
+    net: Supernet,
+    sub: SubAdapter,
+    updates: Sequence[Update],
+    config: MergeConfig,
+    *,
+    name: str = "sub-adapter",
+    seed: int = 0,
+) -> Merged:
+    """`sub` and other adapters in one model of plain layers.
+
+    Updates are permuted like the base weights and cut to the sub-adapter's widths; the strategy
+    then combines them parameter by parameter. The report has, per adapter, the Frobenius norm of
+    its full update, the share of the squared norm lost by cutting, and the cosines between the cut
+    updates.
+    """
+    small = sliced(net, sub)
+    own = {
+        f"{site}.weight": (layer.B @ layer.A).to(_wide(layer.weight))
+        for site, layer in modules_of(small, FactorLinear)
+    }
+    for site, layer in modules_of(small, FactorLinear):
+        bias = None if layer.bias is None else layer.bias.data
+        replace_module(small, site, plain_linear(layer.weight.data, bias))
+    cut = [own, *(_cut(net, sub, update) for update in updates)]
+    weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in dict.fromkeys(key for deltas in cut for key in deltas):
+            before = small.get_parameter(parameter)
+            change = _combined([deltas.get(parameter) for deltas in cut], weights, config)
+            after = (before.to(change.dtype) + change).to(before.dtype)
+            _replace_parameter(small, before, after)
+    names = [name, *(update.name for update in updates)]
+    report = {
+        "strategy": config.strategy,
+        "density": None if config.strategy == "linear" else config.density,
+        "adapters": [
+            {"name": name, "kind": net.adapter.method, "weight": config.weight,
+             "norm": _norm(own), "lost_by_cutting": 0.0},
+            *(
+                {
+                    "name": update.name,
+                    "kind": update.kind,
+                    "path": entry.path,
+                    "weight": entry.weight,
+                    "norm": (norm := _norm(update.deltas)),
+                    "lost_by_cutting": 1 - (_norm(deltas) / norm) ** 2 if norm else 0.0,
+                }
+                for update, entry, deltas in zip(updates, config.adapters, cut[1:], strict=True)
+            ),
+        ],
+        "cosine": {
+            f"{names[i]} | {names[j]}": _cosine(cut[i], cut[j])
+            for i in range(len(cut))
+            for j in range(i)
+        },
+    }  # fmt: skip
+    return Merged(small, report)
+
+
+def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
+    """The update in the supernet's channel order, at the sizes of `sub`."""
+    moved, found = net.permutations(), {}
+    layers = dict(modules_of(net.model, ElasticLinear))
+    with net.active(sub):
+        for name, delta in update.deltas.items():
+            site, _, leaf = name.rpartition(".")
+            layer = layers.get(site)
+            whole = _parameter(net.model, name) if layer is None else getattr(layer.base, leaf)
+            if whole is None or whole.shape != delta.shape:
+                raise RunError(
+                    f"merge: {update.name} changes {name} by {tuple(delta.shape)}, the base model "
+                    f"has {'no such parameter' if whole is None else tuple(whole.shape)}"
+                )
+            if (site, "out") in moved:
+                delta = delta[moved[site, "out"]]
+            if (site, "in") in moved and leaf == "weight":
+                delta = delta[:, moved[site, "in"]]
+            if layer is not None:
+                delta = delta[: layer.size.rows]
+                delta = delta[:, : layer.size.columns] if leaf == "weight" else delta
+            found[name] = delta.to(whole.device)
+    return found
+
+
+def _combined(deltas: Sequence[Tensor | None], weights: Tensor, config: MergeConfig) -> Tensor:
+    """One parameter's change; an adapter that leaves it alone counts as zero."""
+    from peft.utils import merge_utils
+
+    some = next(delta for delta in deltas if delta is not None)
+    tensors = [torch.zeros_like(some) if delta is None else delta.to(some) for delta in deltas]
+    weights = weights.to(some)
+    if config.strategy == "linear":
+        return merge_utils.task_arithmetic(tensors, weights)
+    extra = {}
+    if config.strategy.endswith("ties"):
+        extra = {"majority_sign_method": config.majority_sign_method}
+    return getattr(merge_utils, config.strategy)(tensors, weights, config.density, **extra)
+
+
+def _replace_parameter(model: nn.Module, old: nn.Parameter, new: Tensor) -> None:
+    """Everywhere it stands, so that ties stay ties; the supernet's own tensor is left alone."""
+    fresh = nn.Parameter(new, requires_grad=False)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, fresh)
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _norm(deltas: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(delta.double().pow(2).sum()) for delta in deltas.values()))
+
+
+def _cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    dot = sum(float((one[name].double() * other[name].double()).sum())
+              for name in one if name in other)  # fmt: skip
+    norms = _norm(one) * _norm(other)
+    return dot / norms if norms else 0.0

@@ -111,6 +111,17 @@ class Supernet:
                     layer.adapter.reorder(cut.axis, index)
         self.order = dict(order)
 
+    def permutations(self) -> dict[tuple[str, str], Tensor]:
+        """Per cut layer and axis ("out" or "in"), which channel of the base model stands at each
+        place; the inverse (argsort) leads back."""
+        return {
+            (cut.site, cut.axis): channel_index(self.order[group.name], cut.unit)
+            for group in self.space
+            if group.name in self.order
+            for cut in group.cuts
+            if cut.axis != "rank"
+        }
+
     def activate(self, sub: SubAdapter) -> None:
         """Make `sub` the active sub-adapter; only groups that differ are touched.
 

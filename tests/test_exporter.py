@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import __main__, exporter, models
-from elastic.config import ExportConfig, ModelConfig
+from elastic.config import ExportConfig, ModelConfig, StageConfig
 from elastic.errors import BaseMismatch, ExportError, RunError
 from elastic.evaluate import evaluate
 from elastic.exporter import NEW_TOKENS, Agreement, Probe, agreement, export
@@ -27,7 +27,14 @@ from elastic.space import SubAdapter
 from elastic.tasks import load_task
 from elastic.trainer import train
 from tests import tiny
-from tests.tiny_runs import ONE_ROUND, copy_run, randomize_factors, snapshot, train_config
+from tests.tiny_runs import (
+    ONE_ROUND,
+    copy_run,
+    move_factors,
+    randomize_factors,
+    snapshot,
+    train_config,
+)
 
 FIELDS = {
     "path", "bytes", "max_abs_diff", "greedy_tokens_equal",
@@ -200,6 +207,22 @@ def test_peft_folder_is_the_active_sub_adapter(runs, nets, tiny_folder, tmp_path
     )
 
 
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
+def test_every_method_is_written_as_a_plain_lora(tmp_path, method):
+    """On the untouched base stock PEFT computes what the supernet does."""
+    net = tiny.supernet(method, heads=True)
+    net.reorder(tiny.permutations(net))
+    ids = tiny.tokens(3, 9)
+    for name, sub in (("maximal", net.space.maximal()), ("mixed", mixed_ranks(net))):
+        folder = peft.write(net, sub, tmp_path / name, base_model="tiny")
+        model = PeftModel.from_pretrained(tiny.llama(), str(folder)).double().eval()
+        logits_close(tiny.logits(model, ids), active_logits(net, sub, ids), "float64")
+        site = "model.layers.0.self_attn.q_proj"
+        with net.active(sub):
+            A, _ = net.layer(site).factors()
+        assert model.get_submodule(f"base_model.model.{site}").r["default"] == len(A)
+
+
 def test_peft_of_a_cut_base_is_skipped_with_the_reason(run, capsys):
     report = export(config(run, sub_adapter="minimal", formats=["hf", "peft"], name="cut"))
     [(key, reason)] = report.contents["formats"]["peft"].items()
@@ -248,6 +271,30 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
     score = evaluate(model, tiny.tokenizer(), load_task(trained.task, trained.seed).test)
     assert {key: report[key] for key in score.as_dict()} == score.as_dict()
     assert not hidden(run.path)
+
+
+@pytest.mark.parametrize("method", ["sorsa", "prolora", "olora", "soslora"])
+def test_exported_is_what_every_method_trained(tiny_folder, tmp_path, method):
+    """The command compares each written model with the supernet; here the folders are loaded."""
+    settings = dict(adapter=tiny.ADAPTERS[method], stages=[StageConfig()])
+    run = train(train_config(tiny_folder, tmp_path / "run", **settings))
+    move_factors(run)
+    net = run.load()[2]
+    file = write_sub(mixed(net), tmp_path / "mixed.json")
+    report = export(config(run, sub_adapter=file, formats=["hf", "onnx", "openvino"]))
+    loaded = hf.load(report.directory / "hf", torch.float32)
+    ids = tiny.tokens(2, 6)
+    expected = active_logits(net, mixed(net), ids)
+    logits_close(tiny.logits(loaded, ids), expected)
+    found = onnx.OnnxRunner(report.directory / "onnx" / "model.onnx").prefill(ids.numpy())
+    logits_close(torch.from_numpy(found), expected[:, -1])
+    for kind in ("onnx", "openvino"):
+        entry = report.contents["formats"][kind]
+        assert entry["greedy_tokens_equal"]
+        assert entry["max_abs_diff"] <= 2e-4 * entry["largest_logit"]
+    whole = export(config(run, sub_adapter="maximal", formats=["peft"]))
+    rank = {"sorsa": 2, "soslora": 2}.get(method, 1) * tiny.RANK
+    assert whole.contents["formats"]["peft"]["rank"] == rank
 
 
 def test_the_score_of_the_search_is_reported_again(run, nets):
@@ -511,7 +558,8 @@ def test_probes_are_the_supernets_own_greedy_continuation(nets):
     net = nets["float64"]
     sub = mixed(net)
     prompt = tiny.tokens(1, 5)
-    found = exporter.probe(net, sub, prompt.numpy())
+    with net.active(sub) as model:
+        found = exporter.probe(model, prompt.numpy())
     ids = prompt
     for step in range(NEW_TOKENS):
         logits = active_logits(net, sub, ids)[0, -1]

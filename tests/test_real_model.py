@@ -75,7 +75,8 @@ def test_active_equals_compact_equals_every_written_format(folder, batches, tmp_
             layer.adapter.B.data.mul_(0.02)  # a realistic update: the model still makes sense
     sub = net.space.random(generator_for(0, "real model"))
     prompts = [batches[0]["input_ids"][row : row + 1, -12:].numpy() for row in range(3)]
-    probes = [probe(net, sub, np.ascontiguousarray(prompt)) for prompt in prompts]
+    with net.active(sub) as active:
+        probes = [probe(active, np.ascontiguousarray(prompt)) for prompt in prompts]
     model = compact(net, sub)
     hf.write(model, None, tmp_path / "hf")
     graph = onnx.write(model, tmp_path / "onnx")

@@ -61,6 +61,18 @@ def randomize_factors(run: Run, seed: int = 0) -> None:
     save_file(state, file)
 
 
+def move_factors(run: Run, seed: int = 0) -> None:
+    """Add noise to every trained tensor on disk, for methods whose factors have a shape to keep."""
+    file = run.super_adapter / "factors.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    state = load_file(file)
+    for name, tensor in state.items():
+        if name.rpartition(".")[2] not in ("temperature", "A0", "B0", "S0"):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            state[name] = tensor + (0.1 * noise).to(tensor.dtype)
+    save_file(state, file)
+
+
 def copy_run(run: Run, path: Path) -> Run:
     shutil.copytree(run.path, path)
     return Run(path)

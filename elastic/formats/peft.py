@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,14 @@ import torch
 
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.errors import ExportError
-from elastic.importance import channel_index
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def why_not(net: Supernet, sub: SubAdapter) -> str | None:
@@ -41,7 +42,7 @@ def write(net: Supernet, sub: SubAdapter, directory: Path, *, base_model: str) -
 
     if reason := why_not(net, sub):
         raise ExportError(f"peft: {reason}")
-    original = _original_order(net)
+    original = {key: torch.argsort(index) for key, index in net.permutations().items()}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -72,16 +73,5 @@ def write(net: Supernet, sub: SubAdapter, directory: Path, *, base_model: str) -
     )
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     return directory
-
-
-def _original_order(net: Supernet) -> Mapping[tuple[str, str], Tensor]:
-    """Per cut site and axis, where each of the base model's channels stands in the supernet."""
-    return {
-        (cut.site, cut.axis): torch.argsort(channel_index(net.order[group.name], cut.unit))
-        for group in net.space
-        if group.name in net.order
-        for cut in group.cuts
-        if cut.axis != "rank"
-    }

@@ -1,0 +1,135 @@
+"""Adapters trained elsewhere, as what they change of the full-size base model.
+
+A run of ours with any method, or any adapter that stock PEFT can load and merge (LoRA with rank
+patterns, DoRA, IA3 ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elastic import models
+from elastic.config import ModelConfig
+from elastic.errors import BaseMismatch, RunError
+from elastic.files import read_json
+from elastic.formats import peft
+from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter adds to the base model, in the base model's channel order."""
+
+    name: str
+    kind: str
+    """The method, and the rank it has as a plain LoRA where it has one."""
+    deltas: Mapping[str, Tensor]
+    """By parameter name, float32 or wider; parameters that are not changed are absent."""
+
+
+def identify(path: str, base_digest: str) -> Path:
+    """The directory that holds the adapter; nothing but JSON is read.
+
+    RunError when there is none or it would have to be unpickled, BaseMismatch when a super-adapter
+    was trained on another base.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunError(f"merge: {path}: no such directory")
+    for place in (folder / "super_adapter", folder):
+        if (place / ABOUT).is_file():
+            read_super_adapter(place, base_digest)
+            return place
+    if not (folder / peft.CONFIG).is_file():
+        raise RunError(
+            f"merge: {path}: neither a run with a super-adapter nor a PEFT adapter "
+            f"({peft.CONFIG} is missing)"
+        )
+    if not (folder / peft.WEIGHTS).is_file():
+        raise RunError(
+            f"merge: {path}: {peft.WEIGHTS} is missing; pickled weights (.bin) are not read, save "
+            "the adapter as safetensors"
+        )
+    return folder
+
+
+def read(folder: Path, model: ModelConfig, base_digest: str) -> Update:
+    """The update of an identified adapter."""
+    if (folder / ABOUT).is_file():
+        return _of_super_adapter(folder, model, base_digest)
+    return _of_peft(folder, model)
+
+
+@torch.no_grad()
+def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Update:
+    """The maximal sub-adapter's update; factors are read, base weights are not."""
+    dtype = models.resolve_dtype(model.dtype, models.resolve_device(model.device))
+    net = load_super_adapter(models.skeleton(model).to(dtype), base_digest, folder)
+    moved = net.permutations()
+    deltas, ranks = {}, set()
+    for site, adapter in net.adapters():
+        A, B = adapter.factors(adapter.max_rank)
+        ranks.add(len(A))
+        if (site, "in") in moved:
+            A = A[:, torch.argsort(moved[site, "in"])]
+        if (site, "out") in moved:
+            B = B[torch.argsort(moved[site, "out"])]
+        deltas[f"{site}.weight"] = (B @ A).detach()
+    name = folder.parent.name if folder.name == "super_adapter" else folder.name
+    method = read_json(folder / ABOUT)["adapter"]["method"]
+    return Update(name, f"{method}, LoRA rank {max(ranks)}", deltas)
+
+
+@torch.no_grad()
+def _of_peft(folder: Path, model: ModelConfig) -> Update:
+    """PEFT merges the adapter into a fresh base model; what has changed is the update."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / peft.WEIGHTS)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"merge: {folder / peft.WEIGHTS}: {name} holds NaN or infinite values")
+    wide = models.load_model(models.locate(model.path), model)
+    before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    try:
+        adapted = PeftModel.from_pretrained(wide, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise BaseMismatch(
+            f"merge: {folder} does not fit {model.path}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    expected = set(get_peft_model_state_dict(adapted))
+    if strange := sorted(expected.symmetric_difference(weights)):
+        verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"
+        raise RunError(
+            f"merge: {folder / peft.WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
+        )
+    kind = adapted.peft_config["default"].peft_type.value.lower()
+    if getattr(adapted.peft_config["default"], "use_dora", False):
+        kind = "dora"
+    after = adapted.merge_and_unload(safe_merge=True)
+    deltas = _changes(before, after, folder)
+    return Update(folder.name, f"peft {kind}", deltas)
+
+
+def _changes(before: Mapping[str, Tensor], after: nn.Module, folder: Path) -> dict[str, Tensor]:
+    own = {name for name, _ in after.named_parameters()}
+    changed = {}
+    for name, tensor in after.state_dict().items():
+        if name not in before:
+            raise RunError(f"merge: {folder} adds {name}, which the base model does not have")
+        if torch.equal(tensor, before[name]):
+            continue
+        if name in own:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            changed[name] = tensor.to(wide) - before[name].to(wide)
+    return changed
