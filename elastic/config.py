@@ -197,8 +197,9 @@ class AdapterConfig:
 class TaskConfig:
     """Where examples come from. Train, validation and test never share one."""
 
-    name: Literal["arithmetic", "jsonl"] = "arithmetic"
-    """arithmetic: seeded word problems made here. jsonl: your own files."""
+    name: Literal["arithmetic", "jsonl", "instructions"] = "arithmetic"
+    """arithmetic: seeded word problems made here. jsonl: your own files. instructions: a folder of
+    O-LoRA's benchmark."""
     train_examples: int = 1024
     """How many to use at most."""
     validation_examples: int = 200
@@ -214,6 +215,11 @@ class TaskConfig:
     """jsonl: the prompt, with fields of the row in braces. A space joins it to the answer."""
     answer: str = "answer"
     """jsonl: the field that holds the answer."""
+    folder: str | None = None
+    """instructions: a folder TYPE/NAME with train.json, test.json, labels.json and perhaps
+    dev.json; * stands for a type that is not known."""
+    name_data: bool = True
+    """instructions: name the data set in the prompt, as published; it tells which task this is."""
     options: str | None = None
     """jsonl: a field with the list of possible answers; scored by likelihood if given."""
 
@@ -224,6 +230,8 @@ class TaskConfig:
         if self.name == "jsonl":
             _require(self.train is not None, "task.train: name the training file of a jsonl task")
             _require(self.test is not None, "task.test: name the test file of a jsonl task")
+        if self.name == "instructions":
+            _require(self.folder is not None, "task.folder: name the folder of the data set")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +84,9 @@ class Sequential:
         contents = {
             **self.as_dict(),
             "method": config.adapter.method,
-            "name_in_prompt": _PLACE in config.task.prompt,
+            "name_in_prompt": config.task.name_data
+            if config.task.name == "instructions"
+            else _PLACE in config.task.prompt,
             "seed": config.seed,
             **provenance(config.model.device),
         }
@@ -206,7 +210,7 @@ def _load(task: TaskConfig, name: str, config: TrainConfig) -> Sequence[Example]
     try:
         return load_task(task, config.seed).test
     except DataError as error:
-        template = config.task.train or ""
+        template = config.task.train or config.task.folder or ""
         if name in _known(template) or Path(template.replace(_PLACE, name)).exists():
             raise
         raise ConfigError(f"tasks: {unknown('task', name, _known(template))}: {error}") from None
@@ -216,11 +220,14 @@ def _known(template: str) -> list[str]:
     """Names for which the training data is there."""
     if _PLACE not in template:
         return []
-    before, _, after = Path(template).as_posix().partition(_PLACE)
-    root = Path(before + "x").parent
-    pattern = f"{Path(before + 'x').name[:-1]}*{after}"
-    found = root.glob(pattern.replace(_PLACE, "*")) if root.is_dir() else ()
-    return sorted(p.as_posix()[len(before) :].removesuffix(after) for p in found)
+    depth = Path(template[: template.index(_PLACE)] + _PLACE).parts
+    names = set()
+    for path in glob.glob(template.replace(_PLACE, "*")):
+        pattern = re.escape(Path(template).name).replace(re.escape(_PLACE), "(.+)")
+        part = Path(path).parts[len(depth) - 1]
+        found = re.fullmatch(pattern, part)
+        names.add(found[1] if found else part)
+    return sorted(names)
 
 
 def _score_all(

@@ -81,8 +81,13 @@ def evaluate(
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
+    kind = model.config.is_encoder_decoder
     candidates = [
-        (index, option == example.answer, encode(tokenizer, example.prompt, option))
+        (
+            index,
+            option == example.answer,
+            encode(tokenizer, example.prompt, option, encoder_decoder=kind),
+        )
         for index, example in enumerate(examples)
         for option in (example.options or (example.answer,))
     ]
@@ -126,14 +131,15 @@ def answers(
     label: str = "answering",
 ) -> list[str]:
     """Greedy continuations of at most `new_tokens` tokens, stripped, in the order of the prompts;
-    batched by length, left-padded."""
+    batched by length."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     found = [""] * len(prompts)
+    side = "right" if model.config.is_encoder_decoder else "left"
     for rows in track(groups, label):
         padded = tokenizer.pad(
-            {"input_ids": [ids[row] for row in rows]}, padding_side="left", return_tensors="pt"
+            {"input_ids": [ids[row] for row in rows]}, padding_side=side, return_tensors="pt"
         ).to(model.device)
         out = model.generate(
             **padded,

@@ -147,6 +147,7 @@ def export(config: ExportConfig) -> Report:
             onnx.require()
         if name == "openvino":
             openvino.require()
+    models.decoder_only(trained.model, "export")
     digest = models.digest(models.locate(trained.model.path))
     others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from elastic.batching import IGNORED
 from elastic.space import BoundSpace, Group
 
 
@@ -59,17 +60,24 @@ def _activation_scores(
     def watch(site: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].double().flatten(0, -2)
+            real = answer if "decoder" in site.split(".") else prompt
             squares[site] += (x if real is None else x[real]).pow(2).sum(0).cpu()
 
         return model.get_submodule(site).register_forward_pre_hook(hook)
 
-    real: Tensor | None = None
+    # What padding computes is noise, and how much there is depends on the batch.
+    prompt: Tensor | None = None
+    answer: Tensor | None = None
     handles = [watch(site) for site in sites]
     try:
         for batch in batches:
-            # What padding computes is noise, and how much there is depends on the batch.
-            real = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
-            model(**batch, logits_to_keep=1, use_cache=False)
+            prompt = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
+            if model.config.is_encoder_decoder:
+                answer = batch["labels"].flatten() != IGNORED
+                model(**batch, use_cache=False)
+            else:
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                model(**inputs, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

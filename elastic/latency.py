@@ -191,11 +191,13 @@ class LatencyReport:
 def time_run(config: LatencyConfig) -> LatencyReport:
     """`elastic latency`: one sub-adapter, sliced and merged, against the full model."""
     from elastic.merging import compact
+    from elastic.models import decoder_only
     from elastic.progress import say
     from elastic.run import Run
     from elastic.runners import open_runner
     from elastic.supernet import provenance
 
+    decoder_only(Run(config.run).config().model, "latency")
     _, _, net = Run(config.run).load()
     name, sub = Run(config.run).resolve(config.sub_adapter, net.space, config.seed)
     if name in (REFERENCE, CONTROL):

@@ -22,7 +22,7 @@ from elastic.files import new_directory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
 
@@ -61,12 +61,36 @@ def locate(path: str) -> str:
 def skeleton(config: ModelConfig) -> PreTrainedModel:
     """The model with its real modules and no memory: enough to bind a search space to."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    trust = config.trust_remote_code
-    architecture = AutoConfig.from_pretrained(locate(config.path), trust_remote_code=trust)
+    architecture = architecture_of(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust)
+        return _kind(architecture).from_config(
+            architecture, trust_remote_code=config.trust_remote_code
+        )
+
+
+def architecture_of(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration; reads no weights."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        locate(config.path), trust_remote_code=config.trust_remote_code
+    )
+
+
+def _kind(architecture: PretrainedConfig):
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+
+
+def decoder_only(config: ModelConfig, what: str) -> None:
+    """ModelError for an encoder-decoder model, which `what` cannot handle yet."""
+    if architecture_of(config).is_encoder_decoder:
+        raise ModelError(
+            f"{what}: {config.path} is an encoder-decoder model, which can be trained and "
+            "evaluated but not yet searched, timed or exported"
+        )
 
 
 def load(config: ModelConfig) -> Base:
@@ -77,11 +101,12 @@ def load(config: ModelConfig) -> Base:
 
 
 def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
-    """The causal language model in a folder, frozen, in evaluation mode, on the device."""
-    from transformers import AutoModelForCausalLM
+    """The language model in a folder, frozen, in evaluation mode, on the device."""
+    from transformers import AutoConfig
 
     device = resolve_device(config.device)
-    model = AutoModelForCausalLM.from_pretrained(
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    model = _kind(architecture).from_pretrained(
         folder,
         dtype=resolve_dtype(config.dtype, device),
         trust_remote_code=config.trust_remote_code,
@@ -91,11 +116,7 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The type the weights were saved in, as the checkpoint's config says."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(
-        locate(config.path), trust_remote_code=config.trust_remote_code
-    ).dtype
+    return architecture_of(config).dtype
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -62,12 +62,33 @@ class Group:
 
 
 @dataclass(frozen=True)
-class SearchSpace:
-    """What is elastic in a family of models; knows no model."""
+class Section:
+    """What is elastic in one kind of block, such as a decoder layer."""
 
     blocks: str
     adapt: tuple[str, ...]
     groups: tuple[GroupSpec, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "blocks": self.blocks,
+            "adapt": list(self.adapt),
+            "groups": {
+                spec.name: {
+                    key: list(item) if isinstance(item, tuple) else item
+                    for key, item in vars(spec).items()
+                    if key != "name" and item not in ((), 1)
+                }
+                for spec in self.groups
+            },
+        }
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is elastic in a family of models; knows no model."""
+
+    sections: tuple[Section, ...]
     source: str = "search space"
 
     @classmethod
@@ -82,62 +103,22 @@ class SearchSpace:
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "search space") -> SearchSpace:
-        """Checks every key and value; ConfigError names the group that is wrong."""
-        _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "adapt", "groups"}, source)
-        _types(value, source)
-        groups = []
-        for name, spec in value["groups"].items():
-            where = f"{source}: group {name!r}"
-            if not isinstance(spec, Mapping) or spec.get("dim") not in list(DIMS):
-                dim = spec.get("dim") if isinstance(spec, Mapping) else None
-                raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
-            lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
-            _keys(spec, {"dim", "choices", "align"} | lists, {"dim", "choices"} | lists, where)
-            groups.append(_group_spec(name, spec, where))
-        return cls(value["blocks"], tuple(value["adapt"]), tuple(groups), source)
+        """From one section, or a list of them; ConfigError names the group that is wrong."""
+        values = value if isinstance(value, list) and value else [value]
+        return cls(tuple(_section(item, source) for item in values), source)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The declaration again; `from_dict` reads it back to an equal space."""
-        return {
-            "blocks": self.blocks,
-            "adapt": list(self.adapt),
-            "groups": {
-                spec.name: {
-                    key: list(item) if isinstance(item, tuple) else item
-                    for key, item in vars(spec).items()
-                    if key != "name" and item not in ((), 1)
-                }
-                for spec in self.groups
-            },
-        }
+        declared = [section.as_dict() for section in self.sections]
+        return declared[0] if len(declared) == 1 else declared
 
     def bind(self, model: nn.Module, max_rank: int) -> BoundSpace:
         """Groups with sites and absolute choices for this model (meta tensors will do).
 
         ConfigError when a pattern matches nothing or a choice does not fit.
         """
-        linears = {name for name, module in model.named_modules() if _is_linear(module)}
-        names = [name for name, _ in model.named_modules()]
-        pattern = re.compile(re.escape(self.blocks).replace(r"\*", r"[^.]+"))
-        blocks = [name for name in names if pattern.fullmatch(name)]
-        if not blocks:
-            raise ConfigError(
-                f"{self.source}: blocks {self.blocks!r} matches nothing in "
-                f"{type(model).__name__}; its modules are {_outline(names)}"
-            )
-        targets = tuple(f"{block}.{name}" for block in blocks for name in self.adapt)
-        _all_linear(targets, linears, f"{self.source}: adapt")
-        groups = []
-        for block in blocks:
-            for spec in self.groups:
-                where = f"{self.source}: group {spec.name!r}"
-                sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
-                _all_linear(sites, linears, where)
-                if spec.dim == "rank":
-                    _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
-                full, cuts = DIMS[spec.dim](model, block, spec, max_rank)
-                choices = spec.resolve(full, where)
-                groups.append(Group(f"{block}.{spec.name}", spec.dim, choices, tuple(cuts)))
+        bound = [self._bind(section, model, max_rank) for section in self.sections]
+        groups = [group for found, _ in bound for group in found]
         taken: dict[tuple[str, str], str] = {}
         for group in groups:
             for cut in group.cuts:
@@ -147,7 +128,35 @@ class SearchSpace:
                         f"{self.source}: {cut.site} ({cut.axis}) is cut by both "
                         f"{other!r} and {group.name!r}; give it one group"
                     )
-        return BoundSpace(tuple(groups), targets)
+        targets = dict.fromkeys(target for _, found in bound for target in found)
+        return BoundSpace(tuple(groups), tuple(targets))
+
+    def _bind(
+        self, section: Section, model: nn.Module, max_rank: int
+    ) -> tuple[list[Group], list[str]]:
+        linears = {name for name, module in model.named_modules() if _is_linear(module)}
+        names = [name for name, _ in model.named_modules()]
+        pattern = re.compile(re.escape(section.blocks).replace(r"\*", r"[^.]+"))
+        blocks = [name for name in names if pattern.fullmatch(name)]
+        if not blocks:
+            raise ConfigError(
+                f"{self.source}: blocks {section.blocks!r} matches nothing in "
+                f"{type(model).__name__}; its modules are {_outline(names)}"
+            )
+        targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
+        _all_linear(targets, linears, f"{self.source}: adapt")
+        groups = []
+        for block in blocks:
+            for spec in section.groups:
+                where = f"{self.source}: group {spec.name!r}"
+                sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
+                _all_linear(sites, linears, where)
+                if spec.dim == "rank":
+                    _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
+                full, cuts = DIMS[spec.dim](model, block, spec, max_rank)
+                choices = spec.resolve(full, where)
+                groups.append(Group(f"{block}.{spec.name}", spec.dim, choices, tuple(cuts)))
+        return groups, targets
 
 
 @dataclass(frozen=True)
@@ -268,6 +277,21 @@ def _outline(names: list[str]) -> str:
     shapes = dict.fromkeys(re.sub(r"\.\d+", ".*", name) for name in names if name)
     shallow = [shape for shape in shapes if shape.count(".") <= 2]
     return ", ".join(shallow[:8])
+
+
+def _section(value: Any, source: str) -> Section:
+    _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "adapt", "groups"}, source)
+    _types(value, source)
+    groups = []
+    for name, spec in value["groups"].items():
+        where = f"{source}: group {name!r}"
+        if not isinstance(spec, Mapping) or spec.get("dim") not in list(DIMS):
+            dim = spec.get("dim") if isinstance(spec, Mapping) else None
+            raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
+        lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
+        _keys(spec, {"dim", "choices", "align"} | lists, {"dim", "choices"} | lists, where)
+        groups.append(_group_spec(name, spec, where))
+    return Section(value["blocks"], tuple(value["adapt"]), tuple(groups))
 
 
 def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:

@@ -37,6 +37,7 @@ def search(config: SearchConfig) -> Front:
     """
     run = Run(config.run)
     trained = run.config()
+    models.decoder_only(trained.model, "search")
     _refuse_by_counting(run, config.budget, trained)
     task = load_task(trained.task, trained.seed)
     study = _open_study(run, config)

@@ -232,7 +232,11 @@ def train(config: TrainConfig) -> Run:
 
     say(f"Loading {config.model.path}")
     base = models.load(config.model)
-    encoded = [encode(base.tokenizer, e.prompt, e.answer) for e in task.train]
+    encoded = [
+        encode(base.tokenizer, example.prompt, example.answer,
+               encoder_decoder=base.model.config.is_encoder_decoder)
+        for example in task.train
+    ]  # fmt: skip
     if before:
         net = continued(base, space, config, before)
     else:
@@ -268,7 +272,7 @@ def build(
     batches = []
     for start in range(0, len(examples), config.batch_size):
         batch = collate(examples[start : start + config.batch_size], pad)
-        batches.append({k: v.to(model.device) for k, v in batch.items() if k != "labels"})
+        batches.append({key: value.to(model.device) for key, value in batch.items()})
     if config.order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
     order = channel_order(model, bound, config.order, batches)

@@ -225,18 +225,33 @@ def test_shipped_spaces_load_bind_and_survive(path):
     space = SearchSpace.load(str(path))
     assert SearchSpace.from_dict(space.as_dict(), space.source) == space
     # Wide enough for align 64 to leave several widths.
-    model = tiny.llama(intermediate_size=1024, dtype=torch.float32)
+    if path.stem.startswith("t5"):
+        model = tiny.t5()
+        layers = 2 * 2 + 2  # self-attention twice, and the decoder's attention to the encoder
+    else:
+        model = tiny.llama(intermediate_size=1024, dtype=torch.float32)
+        layers = model.config.num_hidden_layers
     bound = space.bind(model, 32)
     assert bound.size == math.prod(len(group.choices) for group in bound)
-    layers = model.config.num_hidden_layers
-    assert bound.size == math.prod(len(spec.choices) for spec in space.groups) ** layers
-    assert len(bound.targets) == layers * len(space.adapt)
+    sizes = {math.prod(len(s.choices) for s in section.groups) for section in space.sections}
+    assert bound.size == sizes.pop() ** layers and not sizes
+    assert len(bound.targets) == layers * len(space.sections[0].adapt)
 
 
 def test_the_shipped_llama_space_is_found_by_name():
-    assert SearchSpace.load("llama").groups[1].choices == (1.0, 0.875, 0.75, 0.625, 0.5)
+    assert SearchSpace.load("llama").sections[0].groups[1].choices == (1.0, 0.875, 0.75, 0.625, 0.5)
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         SearchSpace.load("lama")
+
+
+def test_sections_must_not_cut_the_same_layer_twice():
+    value = tiny.space_dict()
+    with pytest.raises(ConfigError, match="is cut by both"):
+        bind([value, {**value, "groups": {"other": value["groups"]["mlp_rank"]}}])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: expected a mapping"):
+        bind([value, "more"])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: expected a mapping"):
+        bind([])
 
 
 def test_binding_to_meta_tensors_is_the_same():

@@ -95,7 +95,7 @@ def test_maximal_lora_equals_peft():
         LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            target_modules=[name.rpartition(".")[2] for name in net.declared.adapt],
+            target_modules=[name.rpartition(".")[2] for name in net.declared.sections[0].adapt],
             lora_dropout=0.0,
         ),
     ).double()

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.space import SearchSpace
@@ -152,6 +158,27 @@ def permutations(net_or_space, seed: int = 0) -> dict[str, torch.Tensor]:
         for group in bound
         if group.dim != "rank"
     }
+
+
+def t5(seed: int = 0, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
+    """Two random layers in encoder and decoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
+                feed_forward_proj="gated-gelu", initializer_factor=1.0,
+            )
+        )  # fmt: skip
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def save_t5(folder: Path | str) -> Path:
+    """A T5 folder as `ModelConfig(path=...)` takes it."""
+    t5().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Path(folder)
 
 
 def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from elastic.config import TaskConfig
-from elastic.tasks import arithmetic, jsonl
+from elastic.tasks import arithmetic, instructions, jsonl
 from elastic.tasks.base import Example, Split, Task
 
 TASKS: dict[str, Callable[[TaskConfig, int], Task]] = {
     "arithmetic": arithmetic.load,
     "jsonl": jsonl.load,
+    "instructions": instructions.load,
 }
 
 

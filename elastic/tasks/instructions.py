@@ -1,0 +1,106 @@
+"""Data sets in the layout of O-LoRA's benchmark (arXiv 2310.14152): instructions with options.
+
+A folder TYPE/NAME holds train.json, test.json and perhaps dev.json, each a list of objects with
+`sentence` and `label`, and labels.json, the list of answers. The type decides the question.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from elastic.config import TaskConfig
+from elastic.errors import DataError
+from elastic.tasks.base import Example, Task, limits
+
+QUESTIONS = {
+    "TC": "Which topic is this text about? Choose one of the options.",
+    "SC": "Which sentiment does this text express? Choose one of the options.",
+    "NLI": "How does the second sentence relate to the first? Choose one of the options.",
+    "QQP": "Do the two questions mean the same? Choose one of the options.",
+    "BoolQA": "Is the answer to the question about this passage true or false? "
+    "Choose one of the options.",
+    "MultiRC": "Is this answer to the question about the passage right? Choose one of the options.",
+    "WiC": "Is the word used in the same sense in both sentences? Choose one of the options.",
+    "COPA": "",
+}
+"""In our words, by task type; COPA has neither question nor options."""
+
+
+def load(config: TaskConfig, seed: int) -> Task:
+    """Rows of each split, shuffled by the seed; without dev.json validation is held out of
+    training. A row whose prompt also stands in the test split is dropped from the other two."""
+    folder = _folder(config.folder)
+    labels = _json(folder / "labels.json")
+    if not isinstance(labels, list) or not labels:
+        raise DataError(f"{folder / 'labels.json'}: expected a list of answers")
+    wanted = limits(config)
+    test = _read(folder, "test", labels, config, seed)[: wanted["test"]]
+    seen = {example.prompt for example in test}
+    train = [e for e in _read(folder, "train", labels, config, seed) if e.prompt not in seen]
+    if (folder / "dev.json").is_file():
+        dev = _read(folder, "dev", labels, config, seed)
+        validation = [e for e in dev if e.prompt not in seen][: wanted["validation"]]
+        seen |= {example.prompt for example in validation}
+        train = [example for example in train if example.prompt not in seen]
+    else:
+        held_out = min(wanted["validation"], len(train) // 2)
+        train, validation = train[held_out:], train[:held_out]
+    splits = {"train": train[: wanted["train"]], "validation": validation, "test": test}
+    for name, examples in splits.items():
+        if not examples:
+            raise DataError(f"{folder}: the {name} split is empty once overlaps are removed")
+    return Task(**{name: tuple(examples) for name, examples in splits.items()})
+
+
+def _folder(pattern: str) -> Path:
+    found = [Path(path) for path in sorted(glob.glob(pattern)) if Path(path).is_dir()]
+    if len(found) != 1:
+        state = "no such folder" if not found else f"{len(found)} folders match: {found}"
+        raise DataError(f"{pattern}: {state}; expected one like TC/agnews")
+    if found[0].parent.name not in QUESTIONS:
+        raise DataError(
+            f"{found[0]}: its parent names the type of task; choose from {', '.join(QUESTIONS)}"
+        )
+    return found[0]
+
+
+def _read(
+    folder: Path, split: str, labels: list[Any], config: TaskConfig, seed: int
+) -> list[Example]:
+    file = folder / f"{split}.json"
+    rows = _json(file)
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: expected a list of rows, got {type(rows).__name__}")
+    examples = []
+    for number, row in enumerate(rows):
+        for name in ("sentence", "label"):
+            if not isinstance(row, dict) or name not in row:
+                raise DataError(f"{file}: row {number} has no field {name!r}")
+        examples.append(Example(_prompt(folder, row, labels, config), str(row["label"])))
+    random.Random(f"{seed}/{split}").shuffle(examples)
+    return examples
+
+
+def _prompt(folder: Path, row: dict[str, Any], labels: list[Any], config: TaskConfig) -> str:
+    kind = folder.parent.name
+    lines = [f"Task:{kind}"]
+    if config.name_data:
+        lines.append(f"Dataset:{folder.name}")
+    if QUESTIONS[kind]:
+        lines += [QUESTIONS[kind], f"Option: {', '.join(map(str, labels))} "]
+    return "\n".join([*lines, str(row["sentence"]), "Answer:"])
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such data file") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text: {error.reason}") from None

@@ -1,0 +1,192 @@
+"""The recipes of the papers: they fit the models they name, and tiny versions of them run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from elastic import __main__
+from elastic.adapters import METHODS, check
+from elastic.cli import parse
+from elastic.config import TaskConfig, TrainConfig
+from elastic.continual import stage_config
+from elastic.errors import DataError
+from elastic.run import Run
+from elastic.space import SearchSpace
+from elastic.tasks import load_task
+from tests import tiny
+
+LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b")
+PARAMETERS = {
+    "sorsa-llama2-7b-math-train": 319_844_352,
+    "soslora-llama2-7b-math-train": 325_256_064,
+    "prolora-llama2-7b-instructions-train": 19_992_064,
+    "olora-t5-large-train": 2_359_296,
+    "olora-llama-7b-train": 2 * 32 * 8 * (4096 + 4096),
+}
+"""Trained per task, as the papers count or the formulas of their methods give."""
+KINDS = {"dbpedia": "TC", "amazon": "SC", "yahoo": "TC", "agnews": "TC"}
+
+
+def architecture(path: str) -> torch.nn.Module:
+    """The named model without memory."""
+    with torch.device("meta"):
+        if path in LLAMA:
+            return LlamaForCausalLM(LlamaConfig())  # the defaults are those of LLaMA-7B
+        assert path == "google-t5/t5-large"
+        return T5ForConditionalGeneration(
+            T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
+        )
+
+
+def recipe(*names: str) -> TrainConfig:
+    return parse(TrainConfig, [part for name in names for part in ("--config", name)])
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_binds_and_trains_as_many_parameters_as_published(name):
+    config = recipe(name)
+    model = architecture(config.model.path)
+    bound = SearchSpace.load(config.space).bind(model, config.adapter.rank)
+    check(config.adapter, model, bound)
+    assert bound.size > 1
+    method, count = METHODS[config.adapter.method], 0
+    for site in bound.targets:
+        weight = model.get_submodule(site).weight
+        adapter = method(config.adapter, *weight.shape, device="meta")
+        count += sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    assert count == PARAMETERS[name]
+
+
+def test_the_small_setting_of_prolora():
+    config = parse(TrainConfig, [
+        "--config", "prolora-llama2-7b-instructions-train", "--adapter.rank", "8",
+        "--adapter.prolora", "{unshared_rank: 1, share_in: 7, share_out: 7}",
+    ])  # fmt: skip
+    model = architecture(config.model.path)
+    bound = SearchSpace.load(config.space).bind(model, 8)
+    sizes = [model.get_submodule(site).weight.shape for site in bound.targets]
+    adapters = (METHODS["prolora"](config.adapter, *size, device="meta") for size in sizes)
+    assert sum(p.numel() for a in adapters for p in a.parameters()) == 4_999_520
+
+
+@pytest.mark.parametrize("base", ["olora-t5-large-train", "olora-llama-7b-train"])
+@pytest.mark.parametrize("order", range(1, 7))
+def test_orders_of_tasks_layer_over_a_model(base, order):
+    config = recipe(base, f"olora-order{order}-train")
+    assert config.model.path == recipe(base).model.path
+    assert len(config.tasks) == len(set(config.tasks)) == (4 if order < 4 else 15)
+    last = stage_config(config, len(config.tasks) - 1)
+    expected = (5.0, 0.3) if order == 6 else (0.5, 0.0)
+    assert (last.adapter.olora.lambda_1, last.adapter.olora.lambda_2) == expected
+    assert last.task.folder == f"data/CL_Benchmark/*/{config.tasks[-1]}"
+    if order > 3:
+        assert set(config.tasks) == set(recipe("olora-order4-train").tasks)
+
+
+# Tiny versions
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A file with every field that a recipe reads."""
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        {"query": f"{i} and {i}?", "response": str(2 * i), "instruction": f"say {i}", "output": "a"}
+        for i in range(12)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({key: "7" for key in lines[0]}) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if "olora" not in name])
+def test_a_tiny_version_trains(name, rows, tiny_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = [
+        "train", str(run), "--config", name, "--model.path", str(tiny_folder),
+        "--model.dtype", "float32", "--model.device", "cpu", "--adapter.rank", "16",
+        "--task.train", str(rows), "--task.test", str(rows.with_name("test.jsonl")),
+        "--task.train_examples", "8", "--task.validation_examples", "2",
+        "--accumulation", "2", "--batch_size", "2",
+        "--stages", "[{epochs: 1}, {train_dims: [rank, width], epochs: 1}]",
+    ]  # fmt: skip
+    assert __main__.main(command) == 0, capsys.readouterr().err
+    net = Run(run).load()[2]
+    moved = [a for _, a in net.adapters() if any(d.abs().max() > 0 for d in a.factors(16)[1:])]
+    assert len(moved) == len(net.space.targets)
+
+
+def benchmark(folder: Path) -> Path:
+    """The published layout with eight rows per split."""
+    for name, kind in KINDS.items():
+        place = folder / kind / name
+        place.mkdir(parents=True)
+        labels = [f"{name[:2]}{i}" for i in range(2)]
+        (place / "labels.json").write_text(json.dumps(labels))
+        for split in ("train", "dev", "test"):
+            lines = [{"sentence": f"{split} {i} of {name}", "label": labels[i % 2]}
+                     for i in range(8)]  # fmt: skip
+            (place / f"{split}.json").write_text(json.dumps(lines))
+    return folder
+
+
+@pytest.mark.parametrize("base", ["olora-t5-large-train", "olora-llama-7b-train"])
+def test_a_tiny_sequence_runs(base, tiny_folder, tmp_path, capsys):
+    folder = tiny.save_t5(tmp_path / "t5") if "t5" in base else tiny_folder
+    run = tmp_path / "run"
+    command = [
+        "train", str(run), "--config", base, "--config", "olora-order1-train",
+        "--model.path", str(folder), "--model.dtype", "float32", "--model.device", "cpu",
+        "--task.folder", str(benchmark(tmp_path / "data") / "*" / "{task}"),
+        "--batch_size", "4", "--accumulation", "1", "--sequence.new_tokens", "3",
+    ]  # fmt: skip
+    assert __main__.main(command) == 0, capsys.readouterr().err
+    found = json.loads((run / "continual.json").read_text())
+    assert found["tasks"] == list(KINDS) and found["n"] == [8] * 4
+    assert found["name_in_prompt"] is True
+    net = Run(run / "tasks" / "04-agnews").load()[2]
+    for _, adapter in net.adapters():
+        assert len(adapter.A_old) == 3 * 8
+        assert adapter.B_old.abs().sum() > 0 and adapter.B.abs().sum() > 0
+
+
+def test_prompts_of_the_published_layout(tmp_path):
+    folder = benchmark(tmp_path / "data")
+    config = TaskConfig(name="instructions", folder=str(folder / "*" / "amazon"))
+    task = load_task(config, 0)
+    prompts = {example.prompt for example in task.test}
+    assert (
+        "Task:SC\nDataset:amazon\nWhich sentiment does this text express? Choose one of the "
+        "options.\nOption: am0, am1 \ntest 0 of amazon\nAnswer:"
+    ) in prompts
+    anonymous = load_task(TaskConfig(**{**vars(config), "name_data": False}), 0)
+    assert all("amazon\n" not in e.prompt.split("Option")[0] for e in anonymous.test)
+    assert len(task.train) == len(task.validation) == len(task.test) == 8
+    (folder / "SC" / "amazon" / "dev.json").unlink()
+    held_out = load_task(config, 0)
+    assert len(held_out.train) == 4 and len(held_out.validation) == 4
+    assert not {e.prompt for e in held_out.train} & {e.prompt for e in held_out.validation}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda f: (f / "labels.json").write_text("{}"), r"labels\.json: expected a list"),
+        (lambda f: (f / "train.json").write_text("[{"), r"train\.json:1: broken JSON"),
+        (lambda f: (f / "test.json").write_text('[{"label": 1}]'), "row 0 has no field 'sentence'"),
+        (lambda f: (f / "test.json").unlink(), r"test\.json: no such data file"),
+        (lambda f: (f / "test.json").write_text("[]"), "the test split is empty"),
+        (lambda f: f.parent.rename(f.parents[1] / "XX"), "its parent names the type of task"),
+        (lambda f: f.rename(f.parent / "other"), "no such folder"),
+    ],
+)
+def test_a_broken_folder_is_named(tmp_path, change, match):
+    folder = benchmark(tmp_path / "data") / "SC" / "amazon"
+    change(folder)
+    config = TaskConfig(name="instructions", folder=str(tmp_path / "data" / "*" / "amazon"))
+    with pytest.raises(DataError, match=match):
+        load_task(config, 0)
