@@ -60,11 +60,19 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": median * 1e3, "iqr_ms": (high - low) * 1e3, "n": len(seconds)}
 
 
-def report(name: str, description: str, rows: Mapping[str, Any], **values: Any) -> None:
+def report(
+    name: str,
+    description: str,
+    rows: Mapping[str, Any],
+    *,
+    save: bool | None = None,
+    **values: Any,
+) -> None:
     """Print a table and a line of JSON; `--save` keeps the JSON in results/."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
-    save = parser.parse_args().save
+    if save is None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--save", action="store_true", help="keep the figures in results/")
+        save = parser.parse_args().save
     print(description)
     for row, found in rows.items():
         shown = ", ".join(
