@@ -244,12 +244,15 @@ class _Work:
             return {"skipped": reason}
         from peft import PeftModel
 
-        peft.write(self.net, self.sub, directory, base_model=self.trained.path)
+        peft.write(
+            self.net, self.sub, directory,
+            base_model=self.trained.path, base_digest=self.base.digest,
+        )  # fmt: skip
         plain = models.load_model(models.locate(self.trained.path), self.trained)
         runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
         timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})
-        rank = read_json(directory / peft.CONFIG)["r"]
+        rank = read_json(directory / foreign.PEFT_CONFIG)["r"]
         return {
             "rank": rank,
             **self._described(directory, self._agreement("peft", runner, limit), timing),

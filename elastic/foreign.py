@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from elastic import models
 from elastic.config import ModelConfig
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import read_json
-from elastic.formats import peft
+from elastic.progress import say
 from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIGEST = "base_digest"
+"""Where an adapter that we wrote names its base, in the metadata of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,10 @@ class Update:
 
 
 def identify(path: str, base_digest: str) -> Path:
-    """The directory that holds the adapter; nothing but JSON is read.
+    """The directory that holds the adapter; no tensors are read.
 
-    RunError when there is none or it would have to be unpickled, BaseMismatch when a super-adapter
-    was trained on another base.
+    RunError when there is none or it would have to be unpickled, BaseMismatch when it is known to
+    be of another base.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -49,15 +55,21 @@ def identify(path: str, base_digest: str) -> Path:
         if (place / ABOUT).is_file():
             read_super_adapter(place, base_digest)
             return place
-    if not (folder / peft.CONFIG).is_file():
+    if not (folder / PEFT_CONFIG).is_file():
         raise RunError(
             f"merge: {path}: neither a run with a super-adapter nor a PEFT adapter "
-            f"({peft.CONFIG} is missing)"
+            f"({PEFT_CONFIG} is missing)"
         )
-    if not (folder / peft.WEIGHTS).is_file():
+    if not (folder / PEFT_WEIGHTS).is_file():
         raise RunError(
-            f"merge: {path}: {peft.WEIGHTS} is missing; pickled weights (.bin) are not read, save "
+            f"merge: {path}: {PEFT_WEIGHTS} is missing; pickled weights (.bin) are not read, save "
             "the adapter as safetensors"
+        )
+    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+        theirs = (file.metadata() or {}).get(DIGEST, base_digest)
+    if theirs != base_digest:
+        raise BaseMismatch(
+            f"merge: {path} was trained on a base with {theirs}, this run's has {base_digest}"
         )
     return folder
 
@@ -95,10 +107,13 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    weights = load_file(folder / peft.WEIGHTS)
+    theirs = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+    if theirs and theirs != model.path:
+        say(f"{folder} says that it was trained on {theirs}; shapes are all that can be compared")
+    weights = load_file(folder / PEFT_WEIGHTS)
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise RunError(f"merge: {folder / peft.WEIGHTS}: {name} holds NaN or infinite values")
+            raise RunError(f"merge: {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
     wide = models.load_model(models.locate(model.path), model)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
     try:
@@ -111,7 +126,7 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
     if strange := sorted(expected.symmetric_difference(weights)):
         verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"
         raise RunError(
-            f"merge: {folder / peft.WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
+            f"merge: {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
         )
     kind = adapted.peft_config["default"].peft_type.value.lower()
     if getattr(adapted.peft_config["default"], "use_dora", False):

@@ -364,6 +364,24 @@ def test_a_super_adapter_of_another_base_is_refused_before_weights(runs, tmp_pat
         export(config(runs["lora"], other.path))
 
 
+def test_a_peft_adapter_of_ours_knows_its_base(runs, tiny_folder, tmp_path, monkeypatch):
+    written = export(config(runs["sorsa"], sub_adapter="maximal", formats=["peft"]))
+    path = written.directory / "peft"
+    assert foreign.identify(str(path), models.digest(tiny_folder)) == path
+    with pytest.raises(BaseMismatch, match="was trained on a base with sha256"):
+        foreign.identify(str(path), "sha256:other")
+    # Read back, it is the update that the run's own directory holds.
+    base = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu")
+    mine, theirs = (
+        foreign.read(foreign.identify(str(place), models.digest(tiny_folder)), base,
+                     models.digest(tiny_folder)).deltas
+        for place in (runs["sorsa"].path, path)
+    )  # fmt: skip
+    assert mine.keys() == theirs.keys()
+    for name, delta in mine.items():
+        torch.testing.assert_close(theirs[name], delta, rtol=1e-4, atol=1e-5)
+
+
 def test_a_super_adapter_with_broken_factors_is_refused(runs, tmp_path):
     other = copy_run(runs["sorsa"], tmp_path / "other")
     file = other.super_adapter / "factors.safetensors"

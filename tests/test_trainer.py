@@ -18,6 +18,7 @@ from elastic.config import (
     AdapterConfig,
     ModelConfig,
     OloraConfig,
+    ProloraConfig,
     ScheduleConfig,
     StageConfig,
     TaskConfig,
@@ -424,6 +425,37 @@ def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
     for sub in (net.space.maximal(), net.space.heuristic(), net.space.minimal()):
         with net.active(sub) as model, loaded.active(sub) as again:
             assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "match"),
+    [
+        (AdapterConfig(method="sorsa", rank=17), "exceeds the 16 singular values"),
+        (
+            AdapterConfig(method="prolora", rank=8, prolora=ProloraConfig(unshared_rank=4)),
+            "below the 4 unshared ranks",
+        ),
+        (AdapterConfig(method="soslora", rank=8), "would leave the experts uneven"),
+    ],
+)
+def test_a_rank_the_method_cannot_have_is_refused_before_weights(
+    tiny_folder, tmp_path, forbid_weights, adapter, match
+):
+    config = train_config(
+        tiny_folder, tmp_path / "run", adapter=adapter, space=wide_space(tmp_path)
+    )
+    with pytest.raises(ConfigError, match=match):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def wide_space(folder) -> str:
+    """Ranks as fractions, so that any max_rank binds."""
+    declared = tiny.space_dict()
+    for group in declared["groups"].values():
+        if group["dim"] == "rank":
+            group["choices"] = [1.0, 0.25]
+    return space_file(folder, declared)
 
 
 # Regularisers

@@ -9,14 +9,12 @@ import torch
 
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.errors import ExportError
+from elastic.foreign import DIGEST, PEFT_WEIGHTS
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def why_not(net: Supernet, sub: SubAdapter) -> str | None:
@@ -30,11 +28,19 @@ def why_not(net: Supernet, sub: SubAdapter) -> str | None:
     )
 
 
-def write(net: Supernet, sub: SubAdapter, directory: Path, *, base_model: str) -> Path:
+def write(
+    net: Supernet,
+    sub: SubAdapter,
+    directory: Path,
+    *,
+    base_model: str,
+    base_digest: str | None = None,
+) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, loadable by stock PEFT.
 
     Ranks differ between layers (`rank_pattern`); alpha follows (`alpha_pattern`), so that PEFT's
     alpha / r is the scale every rank was trained with. Channels go back to the base model's order.
+    The digest of the base's weights goes into the file's metadata, which merging checks.
     ExportError if base channels are cut.
     """
     from peft import LoraConfig
@@ -73,5 +79,6 @@ def write(net: Supernet, sub: SubAdapter, directory: Path, *, base_model: str) -
     )
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({} if base_digest is None else {DIGEST: base_digest})
+    save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
