@@ -132,6 +132,8 @@ class Sequential:
             ]
             axes.errorbar(at, ys, yerr=bars, marker="o", capsize=3, label=task)
         axes.set_xticks(range(len(self.tasks)), [f"after {task}" for task in self.tasks])
+        if len(self.tasks) > 6:
+            axes.tick_params(axis="x", rotation=60)
         axes.set_ylabel("test accuracy, % (95 % interval)")
         axes.set_ylim(-2, 102)
         axes.grid(alpha=0.25)
