@@ -149,7 +149,8 @@ _ALPHA_PER_RANK = {"lora": 2.0, "sorsa": 1.0, "prolora": 2.0, "olora": 4.0, "sos
 class AdapterConfig:
     """The low-rank factors of the super-adapter."""
 
-    method: Literal["lora", "sorsa", "prolora", "olora", "soslora"] = "lora"
+    method: Literal["auto", "lora", "sorsa", "prolora", "olora", "soslora"] = "auto"
+    """auto: lora, or olora when there is a list of tasks."""
     rank: int = 32
     """Inner size of the maximal sub-adapter's factors (max_rank)."""
     alpha: float | None = None
@@ -173,10 +174,10 @@ class AdapterConfig:
         _require(self.lr_ratio > 0, f"adapter.lr_ratio is {self.lr_ratio}; it must be positive")
         unshared, experts = self.prolora.unshared_rank, self.soslora.experts
         _require(
-            self.method != "prolora" or unshared <= self.rank,
+            self.resolved_method != "prolora" or unshared <= self.rank,
             f"adapter.prolora.unshared_rank is {unshared}, above adapter.rank {self.rank}",
         )
-        total = self.method == "soslora" and self.soslora.rank_mode == "total"
+        total = self.resolved_method == "soslora" and self.soslora.rank_mode == "total"
         _require(
             not total or self.rank % experts == 0,
             f"adapter.rank {self.rank} is not divisible by adapter.soslora.experts {experts}; "
@@ -184,8 +185,14 @@ class AdapterConfig:
         )
 
     @property
+    def resolved_method(self) -> str:
+        return "lora" if self.method == "auto" else self.method
+
+    @property
     def resolved_alpha(self) -> float:
-        return _ALPHA_PER_RANK[self.method] * self.rank if self.alpha is None else self.alpha
+        if self.alpha is not None:
+            return self.alpha
+        return _ALPHA_PER_RANK[self.resolved_method] * self.rank
 
     @property
     def scale(self) -> float:

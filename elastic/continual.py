@@ -83,7 +83,7 @@ class Sequential:
         config = self.run.begun()
         contents = {
             **self.as_dict(),
-            "method": config.adapter.method,
+            "method": config.adapter.resolved_method,
             "name_in_prompt": config.task.name_data
             if config.task.name == "instructions"
             else _PLACE in config.task.prompt,
@@ -148,6 +148,8 @@ def train_sequence(config: TrainConfig) -> Sequential:
 
     All data is read and checked before weights load. A killed sequence resumes within its stage.
     """
+    if config.adapter.method == "auto":
+        config = replace(config, adapter=replace(config.adapter, method="olora"))
     run = Run(config.run)
     run.claim(config)
     stages = [stage_config(config, number) for number in range(len(config.tasks))]

@@ -97,8 +97,7 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
             B = B[torch.argsort(moved[site, "out"])]
         deltas[f"{site}.weight"] = (B @ A).detach()
     name = folder.parent.name if folder.name == "super_adapter" else folder.name
-    method = read_json(folder / ABOUT)["adapter"]["method"]
-    return Update(name, f"{method}, LoRA rank {max(ranks)}", deltas)
+    return Update(name, f"{net.adapter.resolved_method}, LoRA rank {max(ranks)}", deltas)
 
 
 @torch.no_grad()

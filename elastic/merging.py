@@ -93,7 +93,7 @@ def combine(
         "strategy": config.strategy,
         "density": None if config.strategy == "linear" else config.density,
         "adapters": [
-            {"name": name, "kind": net.adapter.method, "weight": config.weight,
+            {"name": name, "kind": net.adapter.resolved_method, "weight": config.weight,
              "norm": _norm(own), "lost_by_cutting": 0.0},
             *(
                 {

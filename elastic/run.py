@@ -71,6 +71,9 @@ class Run:
 
     def config(self) -> TrainConfig:
         """The settings the super-adapter was trained with; RunError if nothing was."""
+        if self.tasks.is_dir():
+            stages = sorted(str(path) for path in self.tasks.iterdir())
+            raise RunError(f"{self.path} is a sequence of tasks; name one: {', '.join(stages)}")
         if not self.config_file.is_file() or not self.super_adapter.is_dir():
             state = "has no trained super-adapter" if self.path.is_dir() else "does not exist"
             raise RunError(f"{self.path} {state}; run: elastic train --run {self.path}")

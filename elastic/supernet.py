@@ -80,9 +80,10 @@ class Supernet:
     def _attach(self, generator: torch.Generator | None) -> None:
         cut_sites = (cut.site for group in self.space for cut in group.cuts)
         targets = set(self.space.targets)
-        method = METHODS[self.adapter.method]
+        name = self.adapter.resolved_method
+        method = METHODS[name]
         sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
-        for site in track(sites, f"attaching {self.adapter.method}", quiet=generator is None):
+        for site in track(sites, f"attaching {name}", quiet=generator is None):
             base = self.model.get_submodule(site)
             adapter = None
             if site in targets:
@@ -190,7 +191,7 @@ class Supernet:
         layers = ((self.layer(site), adapter) for site, adapter in self.adapters())
         found = [adapter.penalty(layer.size.rank) for layer, adapter in layers]
         terms = [term for term in found if term is not None]
-        return METHODS[self.adapter.method].total(terms, learning_rate) if terms else None
+        return METHODS[self.adapter.resolved_method].total(terms, learning_rate) if terms else None
 
     def advance(self, step: int, steps: int) -> None:
         """Set what follows a schedule; `step` counts finished optimiser steps of `steps`."""

@@ -45,7 +45,8 @@ class ElasticTrainer(Trainer):
         self._sub = net.current
         self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
-        if not METHODS[net.adapter.method].clip_penalty:
+        self._clip_penalty = METHODS[net.adapter.resolved_method].clip_penalty
+        if not self._clip_penalty:
             self.add_callback(_BeforeOptimizer(self.regularise))
         # The loss below divides by the answer tokens of the whole step.
         self.model_accepts_loss_kwargs = True
@@ -70,7 +71,10 @@ class ElasticTrainer(Trainer):
         with self.net.active(self._sub):
             loss = super().training_step(model, inputs, num_items_in_batch)
         # True in the last micro-batch of a step, when all processes have the summed gradient.
-        if self.accelerator.sync_gradients and METHODS[self.net.adapter.method].clip_penalty:
+        if (
+            self.accelerator.sync_gradients
+            and METHODS[self.net.adapter.resolved_method].clip_penalty
+        ):
             self.regularise()
         return loss
 
@@ -224,7 +228,7 @@ def train(config: TrainConfig) -> Run:
         say(f"{run.path}: already trained; nothing to do")
         return run
     before = _predecessor(config) if config.start_from else None
-    space = before.space() if before else SearchSpace.load(config.space)
+    space = SearchSpace.load(config.space)
     skeleton = models.skeleton(config.model)
     check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
     task = load_task(config.task, config.seed)
@@ -284,12 +288,18 @@ def _predecessor(config: TrainConfig) -> Run:
     before = Run(config.start_from)
     theirs = before.config()
     for name in ("method", "rank", "scale"):
-        mine, other = getattr(config.adapter, name), getattr(theirs.adapter, name)
+        field = "resolved_method" if name == "method" else name
+        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
         if mine != other:
             raise ConfigError(
                 f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
                 "a sequence keeps one method, rank and scale"
             )
+    if SearchSpace.load(config.space).sections != before.space().sections:
+        raise ConfigError(
+            f"start_from: {before.path} was trained in another search space than {config.space}; "
+            f"a sequence keeps one"
+        )
     return before
 
 

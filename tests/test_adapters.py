@@ -46,8 +46,8 @@ def noisy_(adapter: Adapter) -> Adapter:
 
 def test_the_config_offers_exactly_the_methods():
     hint = typing.get_type_hints(AdapterConfig)["method"]
-    assert set(typing.get_args(hint)) == set(METHODS)
-    assert {config.method for config in ADAPTERS.values()} == set(METHODS)
+    assert set(typing.get_args(hint)) == {"auto", *METHODS}
+    assert {config.resolved_method for config in ADAPTERS.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -125,7 +125,7 @@ def test_factors_nest(method):
 def test_the_factor_rank_is_what_the_method_needs(method):
     adapter = noisy_(adapter_of(dataclasses.replace(ADAPTERS[method], rank=4), 40, 30))
     A, B = adapter.factors(3)
-    needed = {"sorsa": 6, "soslora": 6}.get(ADAPTERS[method].method, 3)
+    needed = {"sorsa": 6, "soslora": 6}.get(ADAPTERS[method].resolved_method, 3)
     assert len(A) == needed
     assert int(torch.linalg.matrix_rank(B @ A)) == needed
 

@@ -122,7 +122,7 @@ def test_budgets_are_numbers_or_percentages(text):
         (SearchConfig, ["--budget.prefil_ms", "1"], "did you mean 'budget.prefill_ms'?"),
         (TrainConfig, ["one", "two"], "unknown setting 'two'"),
         (TrainConfig, ["--adapter.method", "lroa"],
-         "unknown adapter.method 'lroa'; did you mean 'lora'? known: lora"),
+         "unknown adapter.method 'lroa'; did you mean 'lora'? known: auto"),
         (TrainConfig, ["--order", "activaton"], "unknown order 'activaton'; did you mean"),
         (TrainConfig, ["--task.name", "arithmetics"], "did you mean 'arithmetic'?"),
         (SearchConfig, ["--sampler", "nsga3"], "unknown sampler 'nsga3'; did you mean 'nsga2'?"),
@@ -196,7 +196,7 @@ def literal(kind: type, field: str) -> set[str]:
 
 
 def test_literals_equal_registries():
-    assert literal(AdapterConfig, "method") == set(METHODS)
+    assert literal(AdapterConfig, "method") == {"auto", *METHODS}
     assert literal(TaskConfig, "name") == set(TASKS)
     assert literal(StageConfig, "train_dims") == set(DIMS) == set(TrainConfig().progressivity)
     assert literal(TrainConfig, "progressivity") == set(DIMS)

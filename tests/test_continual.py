@@ -235,6 +235,30 @@ def test_a_finished_sequence_is_not_trained_again(finished, tiny_folder, data, m
     assert train(settings).scores == finished.scores
 
 
+def test_a_sequence_is_olora_unless_told_otherwise(tiny_folder, data, tmp_path):
+    adapter = dataclasses.replace(tiny.ADAPTERS["lora"], method="auto", rank=4, alpha=None)
+    settings = config(tiny_folder, data, tmp_path / "run", adapter=adapter, tasks=TASKS[:1])
+    found = train(settings)
+    assert found.run.begun().adapter.method == "olora"
+    assert "model.layers.0.mlp.up_proj.A_old" in factors(found.run, 0)
+    assert train(settings).scores == found.scores  # the same command finds it finished
+    assert adapter.resolved_method == "lora"
+
+
+def test_a_sequence_names_its_stages_where_one_run_is_needed(finished):
+    with pytest.raises(RunError, match=r"is a sequence of tasks; name one: .*02-sizes"):
+        finished.run.config()
+
+
+def test_another_space_cannot_be_continued_in(finished, tiny_folder, data, tmp_path):
+    before = continual.stage_path(finished.run, 0, TASKS[0])
+    settings = config(
+        tiny_folder, data, tmp_path / "run", tasks=TASKS[1:], start_from=str(before), space="llama"
+    )
+    with pytest.raises(ConfigError, match="another search space than llama"):
+        train(settings)
+
+
 def scores(*rows: list[int]) -> list[list[Score]]:
     """Of ten examples each."""
     return [[Score((True,) * right + (False,) * (10 - right)) for right in row] for row in rows]

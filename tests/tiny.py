@@ -102,7 +102,7 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lla
 
 
 ADAPTERS = {
-    "lora": AdapterConfig(rank=RANK, alpha=ALPHA),
+    "lora": AdapterConfig(method="lora", rank=RANK, alpha=ALPHA),
     "sorsa": AdapterConfig(method="sorsa", rank=RANK, alpha=ALPHA),
     "prolora": AdapterConfig(
         method="prolora", rank=RANK, alpha=ALPHA, prolora=ProloraConfig(share_in=3, share_out=5)

@@ -32,15 +32,16 @@ def check(config: AdapterConfig, model: nn.Module, space: BoundSpace) -> None:
 
     Needs shapes only: `model` may be on the meta device.
     """
-    method = METHODS[config.method]
+    name = config.resolved_method
+    method = METHODS[name]
     for site in space.targets:
         if reason := method.refuse(config, *model.get_submodule(site).weight.shape):
-            raise ConfigError(f"{site}: {config.method}: {reason}; choose a smaller adapter.rank")
+            raise ConfigError(f"{site}: {name}: {reason}; choose a smaller adapter.rank")
     for group in space:
         for choice in group.choices if group.dim == "rank" else ():
             if reason := method.refuse_rank(config, choice):
                 raise ConfigError(
-                    f"group {group.name!r}: {config.method}: {reason}; "
+                    f"group {group.name!r}: {name}: {reason}; "
                     "change its choices in the search space"
                 )
 
