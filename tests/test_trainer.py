@@ -611,3 +611,15 @@ def test_shapes_of_the_learning_rate(shape):
     assert schedule.configured_rate(9) == 2.0
     own = Schedule([StageConfig(init_lr=3.0), StageConfig(init_lr=0.5)], ScheduleConfig(), 10)
     assert [own.configured_rate(step) for step in (0, 9, 10)] == [3.0, 3.0, 0.5]
+
+
+def test_schedules_of_soslora_follow_the_steps(tiny_folder, tmp_path):
+    """What is saved is the temperature of the last step, counted from 0."""
+    settings = dataclasses.replace(tiny.ADAPTERS["soslora"].soslora, gate_anneal=1.0)
+    adapter = dataclasses.replace(tiny.ADAPTERS["soslora"], soslora=settings)
+    run = train(train_config(tiny_folder, tmp_path / "run", adapter=adapter))
+    steps = len(metrics(run))
+    assert steps == 8
+    expected = 2.0 + (steps - 1) / steps * (1.0 - 2.0)
+    found = {float(t) for name, t in factors(run).items() if name.endswith("temperature")}
+    assert found == {pytest.approx(expected)}
