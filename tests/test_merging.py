@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from elastic import __main__, foreign, models
@@ -51,15 +51,19 @@ def load_base(folder):
 
 def peft_adapter(folder, path, seed: int = 0, **settings):
     """A saved PEFT adapter with every tensor moved, and the model that carries it."""
-    model = get_peft_model(load_base(folder), LoraConfig(**(LORA | settings)))
+    model = moved_(get_peft_model(load_base(folder), LoraConfig(**(LORA | settings))), seed)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def moved_(model, seed: int = 0):
+    """Every trained tensor with noise: what starts at zero would prove nothing."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.add_(0.1 * noise)
-            assert "lora" in name or "bias" in name
-    model.save_pretrained(path)
-    return model.eval()
+    return model
 
 
 def net_of(folder, method: str = "lora", *, heads: bool = True) -> Supernet:
@@ -91,6 +95,26 @@ def test_a_peft_adapter_is_what_peft_merges(folder, tmp_path, kind):
     for name, delta in update.deltas.items():
         model.get_parameter(name).data += delta
     close(logits(model, tokens()), logits(theirs, tokens()), MERGED)
+    assert not torch.allclose(logits(model, tokens()), logits(load_base(folder), tokens()))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoHaConfig(r=3, target_modules=["up_proj", "o_proj"]),
+        IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+    ids=["loha", "ia3"],
+)
+def test_what_is_no_lora_is_merged_too(folder, tmp_path, settings):
+    theirs = moved_(get_peft_model(load_base(folder), settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    update = read_peft(folder, tmp_path / "theirs")
+    model = load_base(folder)
+    for name, delta in update.deltas.items():
+        model.get_parameter(name).data += delta
+    # PEFT keeps some of these factors in float32.
+    close(logits(model, tokens()), logits(theirs.eval(), tokens()), 1e-6)
     assert not torch.allclose(logits(model, tokens()), logits(load_base(folder), tokens()))
 
 
