@@ -6,6 +6,7 @@ Not the QR initialisation that is also called OLoRA.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ class Olora(Adapter):
     in_features), B_old (out_features, same), oldest task first.
     """
 
-    along_in = {"A": 1, "A_old": 1}  # noqa: RUF012
-    along_out = {"B": 0, "B_old": 0}  # noqa: RUF012
+    along_in: ClassVar = {"A": 1, "A_old": 1}
+    along_out: ClassVar = {"B": 0, "B_old": 0}
     grows = True
 
     def __init__(

@@ -3,6 +3,8 @@ channels and rotated along the ranks."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ class Prolora(Adapter):
     B_unshared (out_features, u), u + S = max_rank.
     """
 
-    along_in = {"A_unshared": 1, "gather_A": 1}  # noqa: RUF012
-    along_out = {"B_unshared": 0, "gather_B": 0}  # noqa: RUF012
+    along_in: ClassVar = {"A_unshared": 1, "gather_A": 1}
+    along_out: ClassVar = {"B_unshared": 0, "gather_B": 0}
     fast = ("B_chunk", "B_unshared")
 
     def __init__(

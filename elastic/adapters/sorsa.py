@@ -4,6 +4,7 @@ and kept orthonormal."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class Sorsa(Adapter):
     Shapes: A, A0 (max_rank, in_features), S, S0 (max_rank,), B, B0 (out_features, max_rank).
     """
 
-    along_in = {"A": 1, "A0": 1}  # noqa: RUF012
-    along_out = {"B": 0, "B0": 0}  # noqa: RUF012
+    along_in: ClassVar = {"A": 1, "A0": 1}
+    along_out: ClassVar = {"B": 0, "B0": 0}
     clip_penalty = False
 
     def __init__(

@@ -4,6 +4,7 @@ always on."""
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class SosLora(Adapter):
     expert_scales c (K, out_features), gate_logits (K,).
     """
 
-    along_in = {"A": 2}  # noqa: RUF012
-    along_out = {"B": 1, "expert_scales": 1}  # noqa: RUF012
+    along_in: ClassVar = {"A": 2}
+    along_out: ClassVar = {"B": 1, "expert_scales": 1}
 
     def __init__(
         self, config: AdapterConfig, out_features: int, in_features: int, **factory
