@@ -1,8 +1,9 @@
 """A SORSA-trained and an O-LoRA-trained adapter merged into a sub-adapter of SmolLM2.
 
-    python -m tests.benchmarks.merging LONAS_RUN SORSA_RUN OLORA_SEQUENCE [--save]
+    python -m tests.benchmarks.merging LONAS_RUN SORSA_RUN OLORA_SEQUENCE [--of TASK ...] [--save]
 
-Accuracy on the test examples of each task before and after, for several ways to combine. Every
+Accuracy on the test examples of each task (of the sequence's tasks, those named by --of) before and
+after, for several ways to combine. Every
 model answers the same examples; the sub-adapter is the best of LONAS_RUN's search.
 """
 
@@ -23,7 +24,6 @@ WAYS = {
     "merged, linear, weights 1": dict(weights=(1.0, 1.0)),
     "merged, linear, weights 0.5": dict(weights=(0.5, 0.5)),
     "merged, ties, density 0.5": dict(weights=(1.0, 1.0), strategy="ties"),
-    "merged, dare_ties, density 0.5": dict(weights=(1.0, 1.0), strategy="dare_ties"),
 }
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("lonas", "sorsa", "olora"):
         parser.add_argument(name)
+    parser.add_argument("--of", nargs="+", default=[])
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     lonas, sorsa, sequence = Run(given.lonas), Run(given.sorsa), Run(given.olora)
@@ -48,6 +49,7 @@ def main() -> None:
         name: load_task(task, 0).test
         for run in (lonas, sorsa, sequence)
         for name, task in tasks_of(run).items()
+        if run is not sequence or name in (given.of or tasks)
     }
 
     trained, base, net = lonas.load(dtype="float32")
