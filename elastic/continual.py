@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import json
 import re
@@ -11,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import trainer
+from elastic import plot, trainer
 from elastic.config import TaskConfig, TrainConfig
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import Score, answers, same_text
-from elastic.files import write_bytes, write_json, write_text
+from elastic.files import write_json, write_text
 from elastic.progress import say
 from elastic.run import Run
 from elastic.supernet import provenance
@@ -114,33 +113,21 @@ class Sequential:
         print(json.dumps({"continual": str(self.run.path / "continual.json")}))
 
     def _plot(self, path: Path) -> None:
-        import io
-
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure, axes = plot.canvas(8, 4.5)
         for i, task in enumerate(self.tasks):
             at = range(i, len(self.tasks))
-            ys = [100 * self.accuracy(t, i) for t in at]
-            low, high = zip(*(self.scores[t][i].interval for t in at), strict=True)
-            bars = [
-                [max(0.0, y - 100 * bound) for y, bound in zip(ys, low, strict=True)],
-                [max(0.0, 100 * bound - y) for y, bound in zip(ys, high, strict=True)],
-            ]
+            scores = [self.scores[t][i] for t in at]
+            ys, bars = plot.percent_bars(
+                (score.accuracy for score in scores), (score.interval for score in scores)
+            )
             axes.errorbar(at, ys, yerr=bars, marker="o", capsize=3, label=task)
         axes.set_xticks(range(len(self.tasks)), [f"after {task}" for task in self.tasks])
         if len(self.tasks) > 6:
             axes.tick_params(axis="x", rotation=60)
         axes.set_ylabel("test accuracy, % (95 % interval)")
         axes.set_ylim(-2, 102)
-        axes.grid(alpha=0.25)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        write_bytes(path, buffer.getvalue())
+        plot.save(figure, path)
 
 
 def train_sequence(config: TrainConfig) -> Sequential:
@@ -191,7 +178,7 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
         run=str(stage_path(run, number, name)),
         task=_named(config.task, name),
         tasks=[],
-        sequence=dataclasses.replace(config.sequence, **dict.fromkeys(config.sequence.lists())),
+        sequence=replace(config.sequence, **dict.fromkeys(config.sequence.lists())),
         start_from=before,
         adapter=adapter,
         stages=stages,

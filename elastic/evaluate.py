@@ -81,12 +81,12 @@ def evaluate(
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
-    kind = model.config.is_encoder_decoder
+    encoder_decoder = model.config.is_encoder_decoder
     candidates = [
         (
             index,
             option == example.answer,
-            encode(tokenizer, example.prompt, option, encoder_decoder=kind),
+            encode(tokenizer, example.prompt, option, encoder_decoder=encoder_decoder),
         )
         for index, example in enumerate(examples)
         for option in (example.options or (example.answer,))

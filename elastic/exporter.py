@@ -27,7 +27,7 @@ from elastic.progress import say
 from elastic.run import Run, as_plain
 from elastic.runners import Runner, TorchRunner
 from elastic.space import SubAdapter
-from elastic.supernet import Supernet, provenance
+from elastic.supernet import ABOUT, Supernet, provenance
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def export(config: ExportConfig) -> Report:
         if name == "openvino":
             openvino.require()
     models.decoder_only(trained.model, "export")
-    digest = models.digest(models.locate(trained.model.path))
+    # The base itself is hashed, and held against this, when the run is loaded.
+    digest = read_json(run.super_adapter / ABOUT)["base_digest"]
     others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.files import new_directory, write_bytes, write_json, write_text
+from elastic import plot
+from elastic.files import new_directory, write_json, write_text
 from elastic.objective import Figures
 from elastic.run import Run
 from elastic.space import SubAdapter
@@ -122,12 +123,7 @@ class Front:
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))
 
     def _plot(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure, axes = plot.canvas(8, 5)
 
         def latency(figures: Figures) -> float:
             return getattr(figures, self.latency)
@@ -143,17 +139,10 @@ class Front:
                     color=colour, label=f"{label} (validation, n={rows[0].accuracy_n})",
                 )  # fmt: skip
         xs = [latency(member.figures) for member in self.members]
-        ys = [100 * member.test["accuracy"] for member in self.members]
-        bars = [
-            [
-                y - 100 * m.test["accuracy_interval"][0]
-                for y, m in zip(ys, self.members, strict=True)
-            ],
-            [
-                100 * m.test["accuracy_interval"][1] - y
-                for y, m in zip(ys, self.members, strict=True)
-            ],
-        ]
+        ys, bars = plot.percent_bars(
+            (member.test["accuracy"] for member in self.members),
+            (member.test["accuracy_interval"] for member in self.members),
+        )
         n = self.members[0].test["accuracy_n"]
         axes.errorbar(
             xs, ys, yerr=bars, fmt="o-", color="#1f4e79", capsize=3, linewidth=1.2,
@@ -174,8 +163,5 @@ class Front:
         kind = {"prefill_ms": "prefill (time to first token)", "decode_ms": "decode, per token"}
         axes.set_xlabel(f"{kind[self.latency]}, milliseconds")
         axes.set_ylabel("accuracy, %")
-        axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="lower right")
-        file = io.BytesIO()
-        figure.savefig(file, dpi=130, format="png")
-        write_bytes(path, file.getvalue())
+        plot.save(figure, path)

@@ -34,7 +34,7 @@ def merge_(model: PreTrainedModel) -> PreTrainedModel:
     is half a unit in the last place of the weight's type.
     """
     for site, layer in modules_of(model, FactorLinear):
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        wide = _wide(layer.weight)
         merged = torch.addmm(layer.weight.to(wide), layer.B.to(wide), layer.A.to(wide))
         bias = None if layer.bias is None else layer.bias.data
         replace_module(model, site, plain_linear(merged.to(layer.weight.dtype), bias))
@@ -72,11 +72,9 @@ def combine(
     updates.
     """
     small = sliced(net, sub)
-    own = {
-        f"{site}.weight": (layer.B @ layer.A).to(_wide(layer.weight))
-        for site, layer in modules_of(small, FactorLinear)
-    }
+    own = {}
     for site, layer in modules_of(small, FactorLinear):
+        own[f"{site}.weight"] = (layer.B @ layer.A).to(_wide(layer.weight))
         bias = None if layer.bias is None else layer.bias.data
         replace_module(small, site, plain_linear(layer.weight.data, bias))
     cut = [own, *(_cut(net, sub, update) for update in updates)]

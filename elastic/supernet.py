@@ -228,7 +228,7 @@ def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path
     On a model without data (meta) the factors are real all the same, for merging elsewhere.
     """
     about = read_super_adapter(directory, base_digest)
-    order, factors = read_tensors(directory, base_digest)
+    order, factors = read_tensors(directory)
     space = SearchSpace.from_dict(
         yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
     )
@@ -238,11 +238,10 @@ def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path
     return net
 
 
-def read_tensors(directory: Path, base_digest: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Channel order and factors of a super-adapter trained on this base."""
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Channel order and factors of a super-adapter; `read_super_adapter` checks it first."""
     from safetensors.torch import load_file
 
-    read_super_adapter(directory, base_digest)
     return load_file(directory / ORDER), load_file(directory / FACTORS)
 
 

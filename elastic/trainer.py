@@ -25,7 +25,7 @@ from elastic.run import Run
 from elastic.sampler import draw
 from elastic.schedule import Schedule
 from elastic.space import SearchSpace
-from elastic.supernet import FACTORS, Supernet, read_tensors, save_super_adapter
+from elastic.supernet import FACTORS, Supernet, read_super_adapter, read_tensors, save_super_adapter
 from elastic.tasks import load_task
 
 
@@ -59,7 +59,8 @@ class ElasticTrainer(Trainer):
         step, done = self._micro_batch
         number = done if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, number + 1)
-        self.net.advance(self.state.global_step, self.schedule.steps)
+        if number == 0:
+            self.net.advance(self.state.global_step, self.schedule.steps)
         self._sub = draw(
             self.config.sampling,
             self.net.space,
@@ -71,10 +72,7 @@ class ElasticTrainer(Trainer):
         with self.net.active(self._sub):
             loss = super().training_step(model, inputs, num_items_in_batch)
         # True in the last micro-batch of a step, when all processes have the summed gradient.
-        if (
-            self.accelerator.sync_gradients
-            and METHODS[self.net.adapter.resolved_method].clip_penalty
-        ):
+        if self.accelerator.sync_gradients and self._clip_penalty:
             self.regularise()
         return loss
 
@@ -305,7 +303,8 @@ def _predecessor(config: TrainConfig) -> Run:
 
 def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
     """The supernet in which the next task begins; BaseMismatch on another base model."""
-    order, factors = read_tensors(before.super_adapter, base.digest)
+    read_super_adapter(before.super_adapter, base.digest)
+    order, factors = read_tensors(before.super_adapter)
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
     net.succeed(factors, config.seed)
     return net

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from elastic.config import TaskConfig
+from elastic.errors import DataError
 
 Split = Literal["train", "validation", "test"]
 
@@ -27,6 +28,39 @@ class Task:
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
+
+
+def disjoint(
+    train: Sequence[Example],
+    validation: Sequence[Example] | None,
+    test: Sequence[Example],
+    config: TaskConfig,
+    where: Mapping[Split, str],
+) -> Task:
+    """At most the configured numbers of each, in order, no prompt in two splits.
+
+    Test comes first, then validation; without one, the last rows of training are held out.
+    DataError names `where` of a split that is left empty.
+    """
+    wanted = limits(config)
+    test = test[: wanted["test"]]
+    seen = {example.prompt for example in test}
+    rest = [example for example in train if example.prompt not in seen]
+    if validation is not None:
+        validation = [example for example in validation if example.prompt not in seen]
+    else:
+        held_out = min(wanted["validation"], len(rest) // 2)
+        rest, validation = rest[: len(rest) - held_out], rest[len(rest) - held_out :]
+    validation = validation[: wanted["validation"]]
+    seen |= {example.prompt for example in validation}
+    train = [example for example in rest if example.prompt not in seen][: wanted["train"]]
+    splits: dict[Split, Sequence[Example]] = {
+        "train": train, "validation": validation, "test": test
+    }  # fmt: skip
+    for name, examples in splits.items():
+        if not examples:
+            raise DataError(f"{where[name]}: the {name} split is empty once overlaps are removed")
+    return Task(**splits)
 
 
 def limits(config: TaskConfig) -> dict[Split, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic.config import TaskConfig
 from elastic.errors import DataError
-from elastic.tasks.base import Example, Task, limits
+from elastic.tasks.base import Example, Task, disjoint, limits
 
 QUESTIONS = {
     "TC": "Which topic is this text about? Choose one of the options.",
@@ -37,23 +37,11 @@ def load(config: TaskConfig, seed: int) -> Task:
     labels = _json(folder / "labels.json")
     if not isinstance(labels, list) or not labels:
         raise DataError(f"{folder / 'labels.json'}: expected a list of answers")
-    wanted = limits(config)
-    test = _read(folder, "test", labels, config, seed)[: wanted["test"]]
-    seen = {example.prompt for example in test}
-    train = [e for e in _read(folder, "train", labels, config, seed) if e.prompt not in seen]
+    test, train = (_read(folder, split, labels, config, seed) for split in ("test", "train"))
+    dev = None
     if (folder / "dev.json").is_file():
         dev = _read(folder, "dev", labels, config, seed)
-        validation = [e for e in dev if e.prompt not in seen][: wanted["validation"]]
-        seen |= {example.prompt for example in validation}
-        train = [example for example in train if example.prompt not in seen]
-    else:
-        held_out = min(wanted["validation"], len(train) // 2)
-        train, validation = train[held_out:], train[:held_out]
-    splits = {"train": train[: wanted["train"]], "validation": validation, "test": test}
-    for name, examples in splits.items():
-        if not examples:
-            raise DataError(f"{folder}: the {name} split is empty once overlaps are removed")
-    return Task(**{name: tuple(examples) for name, examples in splits.items()})
+    return disjoint(train, dev, test, config, dict.fromkeys(limits(config), str(folder)))
 
 
 def _folder(pattern: str) -> Path:

@@ -9,29 +9,16 @@ from typing import Any
 
 from elastic.config import TaskConfig
 from elastic.errors import DataError
-from elastic.tasks.base import Example, Task, limits
+from elastic.tasks.base import Example, Task, disjoint, limits
 
 
 def load(config: TaskConfig, seed: int) -> Task:
     """Rows in file order. Without a validation file, the last rows of the training file are held
     out. A row whose prompt also stands in the test split is dropped from the other two."""
-    test = _read(config.test, config)[: config.test_examples]
-    seen = {example.prompt for example in test}
-    rest = [example for example in _read(config.train, config) if example.prompt not in seen]
-    if config.validation is not None:
-        validation = [e for e in _read(config.validation, config) if e.prompt not in seen]
-    else:
-        held_out = min(config.validation_examples, len(rest) // 2)
-        rest, validation = rest[: len(rest) - held_out], rest[len(rest) - held_out :]
-    validation = validation[: config.validation_examples]
-    seen |= {example.prompt for example in validation}
-    train = [example for example in rest if example.prompt not in seen]
-    splits = {"train": train[: config.train_examples], "validation": validation, "test": test}
-    for name in limits(config):
-        if not splits[name]:
-            file = getattr(config, name) or config.train
-            raise DataError(f"{file}: the {name} split is empty once overlaps are removed")
-    return Task(**splits)
+    files = {split: getattr(config, split) or config.train for split in limits(config)}
+    test, train = _read(config.test, config), _read(config.train, config)
+    validation = None if config.validation is None else _read(config.validation, config)
+    return disjoint(train, validation, test, config, files)
 
 
 def _read(file: str, config: TaskConfig) -> Sequence[Example]:
