@@ -9,12 +9,14 @@ edge, only the last few positions need logits, in training as in evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from elastic.errors import DataError
 
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-BUCKET = 8
-"""Lengths are rounded up to this: few distinct shapes let matrix kernels be reused."""
+
+
+def padded(length: int) -> int:
+    """The length rounded up to a multiple of 8, of 16 above 128, of 32 above 256, and so on: at
+    most an eighth is padding from 64 up, and few distinct shapes let matrix kernels be reused."""
+    step = 1 << max(3, (length - 1).bit_length() - 4)
+    return -(-length // step) * step
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
         labels[real == 0] = IGNORED
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     longest = max(len(sequence.ids) for sequence in sequences)
-    length = -(-longest // BUCKET) * BUCKET
+    length = padded(longest)
     shape = (len(sequences), length)
     ids = torch.full(shape, pad)
     mask = torch.zeros(shape, dtype=torch.int64)
@@ -86,7 +93,7 @@ def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
 
 def _right(rows: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids and their mask, (rows, length)."""
-    length = -(-max(map(len, rows)) // BUCKET) * BUCKET
+    length = padded(max(map(len, rows)))
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     for number, row in enumerate(rows):
@@ -122,7 +129,41 @@ def length_sorted(
     order = sorted(range(len(sequences)), key=lambda i: -sequences[i].length)
     start = 0
     while start < len(order):
-        length = -(-sequences[order[start]].length // BUCKET) * BUCKET
+        length = padded(sequences[order[start]].length)
         rows = order[start : start + max(1, batch_tokens // length)]
         yield rows, [sequences[row] for row in rows]
         start += len(rows)
+
+
+class SimilarLengths(Sampler[int]):
+    """The order of an epoch in which examples of similar length stand together.
+
+    Shuffled, then sorted by length within windows of `_WINDOW` steps, whose steps are shuffled
+    again: little padding, still another mixture in every epoch. A function of seed and epoch, so
+    a resumed run needs no generator state; `step` examples make one optimiser step, over all
+    processes, so their number does not change what a step sees. What is left over comes last.
+    """
+
+    _WINDOW = 32
+
+    def __init__(
+        self, lengths: Sequence[int], step: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed}/epoch/{self.epoch()}")
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        whole = len(order) - len(order) % self.step
+        steps: list[list[int]] = []
+        for start in range(0, whole, self.step * self._WINDOW):
+            window = order[start : min(whole, start + self.step * self._WINDOW)]
+            window.sort(key=lambda index: padded(self.lengths[index]))
+            steps += [window[i : i + self.step] for i in range(0, len(window), self.step)]
+        generator.shuffle(steps)
+        yield from (index for step in steps for index in step)
+        yield from order[whole:]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from elastic.errors import ConfigError
@@ -292,10 +292,6 @@ class ScheduleConfig:
         _require(self.warmup_epochs >= 0, f"lr.warmup_epochs is {self.warmup_epochs}; at least 0")
 
 
-def _two_stages() -> list[StageConfig]:
-    return [StageConfig(), StageConfig(train_dims=["rank", "width"], epochs=2)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
     """What changes from task to task; a list has one value per task, unset keeps the run's."""
@@ -332,8 +328,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     space: str = "llama"
     """A shipped search space or a YAML file."""
-    order: Literal["activation", "norm", "none"] = "activation"
-    """What decides which channels come first, and are therefore kept longest."""
+    order: Literal["auto", "activation", "norm", "none"] = "auto"
+    """What decides which channels come first, and are therefore kept longest. auto: activation,
+    or none for `sampling: lonas`."""
     order_examples: int = 64
     """Training examples of the calibration pass behind `order: activation`."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -345,18 +342,25 @@ class TrainConfig:
     start_from: str | None = None
     """A finished run of the same base, space and method to continue from, with its channel
     order; O-LoRA freezes what that run trained and adds new factors."""
-    stages: list[StageConfig] = field(default_factory=_two_stages)
-    """Trained one after another; the default opens everything after a maximal epoch."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Trained one after another. Unset: a maximal epoch, then two with everything open; for
+    `sampling: lonas` three with everything open."""
     progressivity: list[Literal["rank", "width", "heads"]] = field(
         default_factory=lambda: ["rank", "width", "heads"]
     )
     """The order in which stages may open dimensions; an open one never closes."""
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
-    sampling: Literal["stratified", "lonas"] = "stratified"
+    sampling: Literal["stratified", "sandwich", "uniform", "lonas"] = "stratified"
     """stratified: a target size first, then choices near it, and the maximal sub-adapter every
-    fourth time. lonas: every group draws its choice uniformly and on its own."""
-    sample_each: Literal["step", "micro_batch"] = "step"
-    """Draw once per optimiser step, or anew for every micro-batch as LoNAS does."""
+    fourth time. sandwich: the maximal, the minimal and a stratified one in every step, which costs
+    more than two steps. uniform: every group draws on its own. lonas: as published, uniform for
+    every micro-batch, channels in no particular order, all open from the start."""
+    sample_each: Literal["auto", "step", "micro_batch"] = "auto"
+    """Draw once per optimiser step, or anew for every micro-batch. auto: step, or micro_batch for
+    `sampling: lonas`."""
+    distill: float = 0.0
+    """Weight of in-place distillation: how much of a smaller sub-adapter's loss is the divergence
+    from the maximal one's answer distribution instead of the labels. Costs a forward pass."""
     batch_size: int = 16
     """Sequences per micro-batch."""
     accumulation: int = 1
@@ -372,7 +376,7 @@ class TrainConfig:
         _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
         _require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
         _require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
-        _require(bool(self.stages), "stages is empty; give at least one")
+        _require(0 <= self.distill <= 1, f"distill is {self.distill}; choose from [0, 1]")
         twice = {name for name in self.tasks if self.tasks.count(name) > 1}
         _require(not twice, f"tasks names {', '.join(sorted(twice))} twice")
         for name, values in self.sequence.lists().items():
@@ -395,6 +399,27 @@ class TrainConfig:
             all(with_lr) or not any(with_lr),
             "stages: give init_lr to every stage, or to none and use the global schedule lr",
         )
+
+    @property
+    def resolved_order(self) -> Literal["activation", "norm", "none"]:
+        if self.order != "auto":
+            return self.order
+        return "none" if self.sampling == "lonas" else "activation"
+
+    @property
+    def draws_per_micro_batch(self) -> bool:
+        if self.sample_each != "auto":
+            return self.sample_each == "micro_batch"
+        return self.sampling == "lonas"
+
+    @property
+    def resolved_stages(self) -> list[StageConfig]:
+        if self.stages:
+            return self.stages
+        everything = StageConfig(train_dims=["rank", "width"], epochs=2)
+        if self.sampling == "lonas":
+            return [replace(everything, epochs=3)]
+        return [StageConfig(), everything]
 
 
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")

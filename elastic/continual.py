@@ -165,7 +165,7 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
     own = {key: values[number] for key, values in config.sequence.lists().items()}
     lambdas = {key: value for key, value in own.items() if key.startswith("lambda")}
     adapter = replace(config.adapter, olora=replace(config.adapter.olora, **lambdas))
-    stages, lr = list(config.stages), config.lr
+    stages, lr = list(config.resolved_stages), config.lr
     if "epochs" in own:
         stages[-1] = replace(stages[-1], epochs=own["epochs"])
     if "base_lr" in own:

@@ -223,13 +223,16 @@ class BoundSpace:
         """A target size first, then choices near it.
 
         Independent draws crowd around the middle and never visit the ends. Here a position t in
-        [0, 1] is drawn once, and every group takes the choice nearest t plus its own jitter.
+        [0, 1] is drawn once per dimension, and every group takes the choice nearest its
+        dimension's t plus its own jitter. Dimensions have targets of their own because a small
+        width with a full rank is what deployments ask for: a merged rank costs nothing.
         """
-        t = generator.random()
+        targets = {dim: generator.random() for dim in sorted({group.dim for group in self})}
 
         def near(group: Group) -> int:
             last = len(group.choices) - 1
-            return round(last * min(1.0, max(0.0, t + generator.uniform(-jitter, jitter))))
+            t = targets[group.dim] + generator.uniform(-jitter, jitter)
+            return round(last * min(1.0, max(0.0, t)))
 
         return self.at({group.name: near(group) for group in self.groups})
 

@@ -15,14 +15,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from elastic import models
 from elastic.adapters import METHODS, check
-from elastic.batching import IGNORED, Encoded, answer_logits, collate, encode
+from elastic.batching import IGNORED, Encoded, SimilarLengths, answer_logits, collate, encode
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.files import named_failure
 from elastic.importance import channel_order
+from elastic.loss import answer_loss
 from elastic.progress import counting_bar, say
 from elastic.run import Run
-from elastic.sampler import draw
+from elastic.sampler import visits
 from elastic.schedule import Schedule
 from elastic.space import SearchSpace
 from elastic.supernet import FACTORS, Supernet, read_super_adapter, read_tensors, save_super_adapter
@@ -42,7 +43,8 @@ class ElasticTrainer(Trainer):
         self.config = config
         self.schedule = schedule
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
-        self._sub = net.current
+        self._visits = (net.current,)
+        self._teacher: Tensor | None = None  # the maximal sub-adapter's logits of this micro-batch
         self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
         self._clip_penalty = METHODS[net.adapter.resolved_method].clip_penalty
@@ -61,26 +63,30 @@ class ElasticTrainer(Trainer):
         self._micro_batch = (self.state.global_step, number + 1)
         if number == 0:
             self.net.advance(self.state.global_step, self.schedule.steps)
-        self._sub = draw(
-            self.config.sampling,
+        self._visits = visits(
+            self.config.sampling.replace("lonas", "uniform"),
             self.net.space,
             self.schedule,
             self.state.global_step,
             seed=self.config.seed,
-            micro_batch=number if self.config.sample_each == "micro_batch" else 0,
+            draw=number if self.config.draws_per_micro_batch else 0,
         )
-        with self.net.active(self._sub):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._teacher = None
+        losses = []
+        for sub in self._visits:
+            with self.net.active(sub):
+                losses.append(super().training_step(model, inputs, num_items_in_batch))
+        loss = torch.stack(losses).sum()
         # True in the last micro-batch of a step, when all processes have the summed gradient.
         if self.accelerator.sync_gradients and self._clip_penalty:
             self.regularise()
         return loss
 
     def regularise(self) -> None:
-        """Add the regulariser's gradient for the sub-adapter of this step (of its last micro-batch
-        when each has its own): once, undivided, alike in every process."""
+        """Add the regulariser's gradient for the largest sub-adapter of this step (of its last
+        micro-batch when each has its own): once, undivided, alike in every process."""
         learning_rate = self.schedule.configured_rate(self.state.global_step)
-        with self.net.active(self._sub):
+        with self.net.active(self._visits[0]):
             penalty = self.net.penalty(learning_rate)
         self._penalty = None if penalty is None else float(penalty.detach())
         if penalty is None or not penalty.requires_grad:
@@ -108,15 +114,36 @@ class ElasticTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of the answer tokens, averaged over all of them in the optimiser step."""
+        """The answer tokens' loss, averaged over all of them in the optimiser step and over the
+        sub-adapters that it visits."""
         logits, labels = answer_logits(model, inputs)
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        teacher = self._teach(model, inputs, logits) if self.config.distill else None
+        total = answer_loss(logits, labels, teacher, self.config.distill) / len(self._visits)
         if num_items_in_batch is None:
             return total / (labels != IGNORED).sum()
         # Counted over all processes, whose gradients are averaged.
         return total * self.accelerator.num_processes / num_items_in_batch
+
+    def _teach(self, model: nn.Module, inputs: dict[str, Any], logits: Tensor) -> Tensor | None:
+        """The maximal sub-adapter's logits on this micro-batch; None when it is the one active."""
+        maximal = self.net.space.maximal()
+        if self.net.current == maximal:
+            self._teacher = logits.detach()
+            return None
+        if self._teacher is None:
+            with torch.no_grad(), self.net.active(maximal):
+                self._teacher, _ = answer_logits(model, inputs)
+        return self._teacher
+
+    def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        lengths = [sequence.length for sequence in self.train_dataset]
+
+        def epoch() -> int:
+            return self.state.global_step // self.schedule.steps_per_epoch
+
+        return SimilarLengths(lengths, step, self.config.seed, epoch)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -245,7 +272,9 @@ def train(config: TrainConfig) -> Run:
         pad = base.tokenizer.pad_token_id
         net = build(base.model, space, config, calibration=encoded, pad=pad)
     per_step = config.batch_size * config.accumulation
-    schedule = Schedule(config.stages, config.lr, max(1, math.ceil(len(encoded) / per_step)))
+    schedule = Schedule(
+        config.resolved_stages, config.lr, max(1, math.ceil(len(encoded) / per_step))
+    )
     say(
         f"Training {net.space.size:.1e} sub-adapters in one: {schedule.steps} steps of {per_step} "
         f"examples, {str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
@@ -275,9 +304,9 @@ def build(
     for start in range(0, len(examples), config.batch_size):
         batch = collate(examples[start : start + config.batch_size], pad)
         batches.append({key: value.to(model.device) for key, value in batch.items()})
-    if config.order == "activation":
+    if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
-    order = channel_order(model, bound, config.order, batches)
+    order = channel_order(model, bound, config.resolved_order, batches)
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
 
 

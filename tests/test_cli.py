@@ -161,7 +161,6 @@ def test_a_wrong_flag_is_named(kind, arguments, message):
         ("sede: 3", "did you mean 'seed'?"),
         ("adapter: {rank: 0}", "adapter.rank is 0"),
         ("order: activaton", "unknown order 'activaton'; did you mean 'activation'?"),
-        ("stages: []", "stages is empty"),
         ("stages: [{train_dim: [rank]}]",
          "unknown setting 'stages.train_dim'; did you mean 'stages.train_dims'?"),
         ("stages: [{train_dims: [rnk]}]", "did you mean 'rank'?"),

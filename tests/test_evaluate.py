@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.batching import (
-    BUCKET,
     IGNORED,
     Encoded,
     answer_logits,
@@ -144,7 +143,7 @@ def test_collate_pads_on_the_left(sequences):
     batch = collate(sequences, tiny.PAD)
     longest = max(len(s.ids) for s in sequences)
     length = batch["input_ids"].shape[1]
-    assert length % BUCKET == 0 and longest <= length < longest + BUCKET
+    assert length % 8 == 0 and longest <= length < longest + 8
     for row, sequence in enumerate(sequences):
         n = len(sequence.ids)
         ids, mask, positions, labels = (

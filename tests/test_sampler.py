@@ -9,13 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import ScheduleConfig, StageConfig
-from elastic.sampler import MAXIMAL_EVERY, draw
+from elastic.sampler import MAXIMAL_EVERY, visits
 from elastic.schedule import Schedule
 from tests import tiny
 
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
 ALL = ["rank", "width", "heads"]
-MODES = ["stratified", "lonas"]
+MODES = ["stratified", "uniform"]
+
+
+def draw(*args, micro_batch: int = 0, **kwargs):
+    [sub] = visits(*args, draw=micro_batch, **kwargs)
+    return sub
 
 
 def schedule(*stages: StageConfig, n: int = 10_000) -> Schedule:
@@ -49,13 +54,13 @@ def test_seed_step_and_micro_batch_all_matter(mode):
 
 def test_draws_do_not_depend_on_the_process():
     """A known draw: a change of the generator would break resuming."""
-    sub = draw("lonas", SPACE, OPEN, 7, seed=3, micro_batch=1)
+    sub = draw("uniform", SPACE, OPEN, 7, seed=3, micro_batch=1)
     assert sub == SPACE.random(random.Random("3/7/1"))
 
 
-def test_lonas_draws_are_uniform_and_independent():
+def test_uniform_draws_are_uniform_and_independent():
     n = 3000
-    draws = [draw("lonas", SPACE, OPEN, step, seed=0) for step in range(n)]
+    draws = [draw("uniform", SPACE, OPEN, step, seed=0) for step in range(n)]
     for group in SPACE:
         k = len(group.choices)
         seen = Counter(sub[group.name] for sub in draws)
@@ -84,9 +89,10 @@ def test_stratified_is_maximal_every_fourth_turn_and_reaches_both_ends():
 
 
 def share(sub) -> float:
-    """Mean position of the choices, 0 minimal and 1 maximal."""
+    """Mean position of the ranks, 0 minimal and 1 maximal; a dimension has one target."""
     indices = SPACE.indices(sub)
-    return sum(1 - indices[g.name] / (len(g.choices) - 1) for g in SPACE) / len(SPACE.groups)
+    ranks = [group for group in SPACE if group.dim == "rank"]
+    return sum(1 - indices[g.name] / (len(g.choices) - 1) for g in ranks) / len(ranks)
 
 
 def test_micro_batches_of_one_step_take_turns_at_the_maximal():
@@ -123,3 +129,12 @@ def test_closed_dimensions_stay_maximal(mode):
             assert sub[group.name] in allowed
     seen = {draw(mode, SPACE, plan, step, seed=0) for step in range(100, 200)}
     assert len(seen) > 5
+
+
+def test_a_sandwich_holds_both_ends_and_one_between():
+    for step in range(50):
+        first, middle, last = visits("sandwich", SPACE, OPEN, step, seed=0)
+        assert (first, last) == (SPACE.maximal(), SPACE.minimal())
+        assert middle == SPACE.check(middle)
+    closed = schedule(StageConfig())
+    assert visits("sandwich", SPACE, closed, 0, seed=0) == (SPACE.maximal(),)

@@ -170,5 +170,18 @@ def test_a_stage_refuses_impossible_settings(setting):
     (value,) = setting.values()
     with pytest.raises(ConfigError, match=str(value)):
         StageConfig(**setting)
-    with pytest.raises(ConfigError, match="stages is empty"):
-        TrainConfig(stages=[])
+
+
+def test_unset_stages_follow_the_sampling():
+    """Published training opens everything from the start, ours trains the maximal one first."""
+    assert [stage.train_dims for stage in TrainConfig().resolved_stages] == [[], ["rank", "width"]]
+    lonas = TrainConfig(sampling="lonas")
+    assert [stage.train_dims for stage in lonas.resolved_stages] == [["rank", "width"]]
+    assert (lonas.resolved_order, lonas.draws_per_micro_batch) == ("none", True)
+    ours = TrainConfig()
+    assert (ours.resolved_order, ours.draws_per_micro_batch) == ("activation", False)
+    epochs = [sum(s.epochs for s in c.resolved_stages) for c in (ours, lonas)]
+    assert epochs[0] == epochs[1]
+    own = TrainConfig(sampling="lonas", order="norm", sample_each="step", stages=[StageConfig()])
+    assert (own.resolved_order, own.draws_per_micro_batch) == ("norm", False)
+    assert own.resolved_stages == [StageConfig()]

@@ -151,6 +151,15 @@ def test_draws_are_points_and_functions_of_the_generator(seed):
         assert draw(random.Random(seed)) == sub
 
 
+def test_every_dimension_has_a_target_of_its_own():
+    """Deployments ask for a small width at full rank: such sub-adapters are drawn."""
+    draws = [BOUND.stratified(random.Random(seed)) for seed in range(400)]
+    narrow = {g.name: g.choices[-1] for g in BOUND if g.dim == "width"}
+    full = {g.name: g.choices[0] for g in BOUND if g.dim == "rank"}
+    both = [d for d in draws if all(d[name] == c for name, c in (narrow | full).items())]
+    assert both
+
+
 def test_ladder_descends_from_maximal_to_minimal():
     rungs = BOUND.ladder()
     assert (rungs[0], rungs[-1]) == (BOUND.maximal(), BOUND.minimal())

@@ -168,18 +168,18 @@ def test_learning_rates_are_the_schedules(tiny_folder, tmp_path, monkeypatch, se
 def visits(monkeypatch):
     """(step, micro_batch, drawn, active during the loss) of every micro-batch."""
     seen, drawn = [], []
-    draw, compute_loss = trainer.draw, ElasticTrainer.compute_loss
+    visits, compute_loss = trainer.visits, ElasticTrainer.compute_loss
 
-    def spied(mode, space, schedule, step, *, seed, micro_batch=0):
-        sub = draw(mode, space, schedule, step, seed=seed, micro_batch=micro_batch)
-        drawn.append((step, micro_batch, sub))
-        return sub
+    def spied(mode, space, schedule, step, *, seed, draw=0):
+        [sub] = visits(mode, space, schedule, step, seed=seed, draw=draw)
+        drawn.append((step, draw, sub))
+        return (sub,)
 
     def loss(self, *args, **kwargs):
         seen.append((*drawn[-1], self.net.current))
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "draw", spied)
+    monkeypatch.setattr(trainer, "visits", spied)
     monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
     return seen
 

@@ -31,4 +31,6 @@ class Lora(Adapter):
         nn.init.zeros_(self.B)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        if rank == self.max_rank:
+            return self.A, self.scale * self.B
         return self.A[:rank], self.scale * self.B[:, :rank]

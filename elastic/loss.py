@@ -1,0 +1,33 @@
+"""The loss of a training step: on answer tokens alone, from their labels and perhaps a teacher."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic.batching import IGNORED
+
+
+def answer_loss(
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, distill: float = 0.0
+) -> Tensor:
+    """Summed over answer tokens: (1 - distill) · cross-entropy + distill · KL(teacher ‖ model).
+
+    The distribution of the teacher at temperature 1, on the same positions (in-place distillation:
+    Yu et al. 2020, arXiv 2003.11142). Without a teacher the cross-entropy alone.
+
+    Shapes: logits and teacher (batch, length, vocabulary), labels (batch, length).
+    """
+    labels = labels.flatten()
+    logits = logits.flatten(0, 1)
+    hard = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if teacher is None or distill == 0:
+        return hard
+    kept = labels != IGNORED
+    soft = F.kl_div(
+        F.log_softmax(logits[kept], -1),
+        F.log_softmax(teacher.flatten(0, 1)[kept], -1),
+        reduction="sum",
+        log_target=True,
+    )
+    return (1 - distill) * hard + distill * soft
