@@ -40,6 +40,7 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     """Parse, call, print: what each entry does."""
     from elastic.cli import parse
     from elastic.errors import BudgetError, ElasticError
+    from elastic.processes import is_main
 
     kind, module, function = COMMANDS[command]
     if not sys.stderr.isatty():
@@ -57,7 +58,8 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
-    result.show()
+    if is_main():
+        result.show()
     return 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -31,6 +33,7 @@ def parse(
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--run", arguments[0]]
     parser = _parser(kind, prog)
+    arguments = _continuing(arguments)
     return _build(kind, parser, lambda: parser.parse_args(_with_recipes(arguments)))
 
 
@@ -59,6 +62,19 @@ def _build(kind: type[Config], parser: ArgumentParser, read: Callable[[], Namesp
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(_reason(kind, str(error))) from None
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _continuing(arguments: list[str]) -> list[str]:
+    """`--from RUN` is that run's settings, `--start_from RUN`, and a directory beside it."""
+    given = dict(itertools.pairwise([*arguments, ""]))
+    run = given.get("--from")
+    if not run:
+        return arguments
+    at = arguments.index("--from")
+    others = arguments[:at] + arguments[at + 2 :]
+    what = Path(given.get("--sub_adapter", "next")).stem
+    beside = [] if "--run" in given else ["--run", f"{run.rstrip('/')}-{what}"]
+    return ["--config", str(Path(run) / "config.yaml"), "--start_from", run, *beside, *others]
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:

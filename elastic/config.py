@@ -341,7 +341,12 @@ class TrainConfig:
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     start_from: str | None = None
     """A finished run of the same base, space and method to continue from, with its channel
-    order; O-LoRA freezes what that run trained and adds new factors."""
+    order; O-LoRA freezes what that run trained and adds new factors. `--from RUN` says the same
+    and takes over that run's settings."""
+    sub_adapter: str | None = None
+    """With start_from: train on only this sub-adapter of that run, at its small size. A name of its
+    front, a JSON file, or maximal, heuristic, minimal, uniform-FRACTION. With `distill` it learns
+    from what that run's maximal sub-adapter answers."""
     stages: list[StageConfig] = field(default_factory=list)
     """Trained one after another. Unset: a maximal epoch, then two with everything open; for
     `sampling: lonas` three with everything open."""
@@ -355,9 +360,9 @@ class TrainConfig:
     fourth time. sandwich: the maximal, the minimal and a stratified one in every step, which costs
     more than two steps. uniform: every group draws on its own. lonas: as published, uniform for
     every micro-batch, channels in no particular order, all open from the start."""
-    sample_each: Literal["auto", "step", "micro_batch"] = "auto"
-    """Draw once per optimiser step, or anew for every micro-batch. auto: step, or micro_batch for
-    `sampling: lonas`."""
+    sample_each: Literal["auto", "step", "micro_batch", "process"] = "auto"
+    """Draw once per optimiser step, anew for every micro-batch, or for every micro-batch of every
+    process. auto: step, or micro_batch for `sampling: lonas`."""
     distill: float = 0.0
     """Weight of in-place distillation: how much of a smaller sub-adapter's loss is the divergence
     from the maximal one's answer distribution instead of the labels. Costs a forward pass."""
@@ -369,9 +374,19 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_steps: int = 50
     """A checkpoint to resume from every this many optimiser steps."""
+    probe_steps: int = 25
+    """The losses of the maximal, a random and the minimal sub-adapter are measured on the same
+    validation examples after every this many steps; 0 never."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of the Hugging Face Trainer, such as tensorboard, beside metrics.jsonl."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.probe_steps >= 0, f"probe_steps is {self.probe_steps}; at least 0")
+        _require(
+            self.sub_adapter is None or self.start_from is not None,
+            "sub_adapter: name the run that it belongs to; give start_from (or --from RUN)",
+        )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
         _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
         _require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
@@ -407,10 +422,10 @@ class TrainConfig:
         return "none" if self.sampling == "lonas" else "activation"
 
     @property
-    def draws_per_micro_batch(self) -> bool:
+    def draw_for(self) -> Literal["step", "micro_batch", "process"]:
         if self.sample_each != "auto":
-            return self.sample_each == "micro_batch"
-        return self.sampling == "lonas"
+            return self.sample_each
+        return "micro_batch" if self.sampling == "lonas" else "step"
 
     @property
     def resolved_stages(self) -> list[StageConfig]:

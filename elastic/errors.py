@@ -5,7 +5,8 @@
     ├── DataError            a data file or split that cannot be used; names file and line
     ├── ModelError           a base model that is not there or has no place to attach to
     ├── RunError             a run directory that belongs to something else, or lacks a step
-    │   └── BaseMismatch     a super-adapter met another base model than its own
+    │   ├── BaseMismatch     a super-adapter met another base model than its own
+    │   └── TrainingError    the loss or a factor became infinite or NaN
     ├── BudgetError          no sub-adapter meets the budget
     ├── ExportError          a written model does not compute what the supernet computes
     └── MissingExtra         an optional dependency is not installed
@@ -41,6 +42,10 @@ class RunError(ElasticError):
 
 
 class BaseMismatch(RunError):
+    pass
+
+
+class TrainingError(RunError):
     pass
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -58,6 +59,15 @@ def read_json(path: Path | str) -> Any:
         raise RunError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise RunError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+
+
+def digest(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress import track as rich_track
 
+from elastic.processes import is_main
+
 T = TypeVar("T")
 stderr = Console(stderr=True)
 
@@ -50,5 +52,6 @@ def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
 
 
 def say(message: str) -> None:
-    """One line on what is going on."""
-    stderr.print(message, highlight=False, markup=False)
+    """One line on what is going on; one process of several says it."""
+    if is_main():
+        stderr.print(message, highlight=False, markup=False)

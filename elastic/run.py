@@ -28,6 +28,7 @@ class Run:
         self.super_adapter = self.path / "super_adapter"
         self.metrics = self.path / "train" / "metrics.jsonl"
         self.checkpoints = self.path / "train" / "checkpoints"
+        self.sub_adapter = self.path / "sub_adapter.json"  # of a run that trained only that one
         self.search = self.path / "search"
         self.front = self.search / "front.json"
         self.sub_adapters = self.search / "sub_adapters"
@@ -102,20 +103,26 @@ class Run:
     def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
         """What `--sub_adapter` means: a name and a point of the space.
 
-        best, a name of the search's front, a JSON file, or maximal, heuristic, minimal, random,
-        uniform-FRACTION.
+        best (of the search, or the only one trained), a name of the search's front, a JSON file, or
+        maximal, heuristic, minimal, random, uniform-FRACTION.
         """
         if Path(name).suffix == ".json":
             return Path(name).stem, space.check(SubAdapter.read(name))
         file = self.sub_adapters / f"{name}.json"
         if file.is_file():
             return name, space.check(SubAdapter.read(file))
+        if name == "best" and self.sub_adapter.is_file():
+            return "specialised", space.check(SubAdapter.read(self.sub_adapter))
         if name == "best":
             raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
         return name, space.named(name, seed)
 
     def show(self) -> None:
         """What training left, and what to do next."""
+        if self.sub_adapter.is_file():
+            print(f"Sub-adapter, trained alone: {self.sub_adapter}")
+            print(f"Next: elastic evaluate {self.path} --sub_adapter best, then elastic export")
+            return
         print(f"Super-adapter: {self.super_adapter}")
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
 

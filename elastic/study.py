@@ -38,6 +38,11 @@ def search(config: SearchConfig) -> Front:
     run = Run(config.run)
     trained = run.config()
     models.decoder_only(trained.model, "search")
+    if run.sub_adapter.is_file():
+        raise RunError(
+            f"{run.path} trained one sub-adapter alone; there is nothing to search. Run: "
+            f"elastic export {run.path}"
+        )
     _refuse_by_counting(run, config.budget, trained)
     task = load_task(trained.task, trained.seed)
     study = _open_study(run, config)

@@ -163,6 +163,15 @@ class Supernet:
             for name, tensor in adapter.state_dict().items()
         }
 
+    def named(self, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factors in a state of the whole model, named as `factor_state` names them."""
+        return {
+            f"{site}.{name}": model_state[f"{site}.adapter.{name}"]
+            for site, adapter in self.adapters()
+            for name in adapter.state_dict()
+            if f"{site}.adapter.{name}" in model_state
+        }
+
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
         for adapter, own in self._verified(state):
@@ -200,13 +209,21 @@ class Supernet:
 
 
 def save_super_adapter(
-    net: Supernet, directory: Path, *, model: ModelConfig, base_digest: str, **about: Any
+    net: Supernet,
+    directory: Path,
+    *,
+    model: ModelConfig,
+    base_digest: str,
+    factors: Mapping[str, Tensor] | None = None,
+    **about: Any,
 ) -> None:
-    """Write factors, channel order, space and provenance, all at once or not at all."""
+    """Write factors (the supernet's unless given), channel order, space and provenance, all at
+    once or not at all."""
     from safetensors.torch import save_file
 
     with new_directory(directory) as building:
-        save_file({k: v.cpu() for k, v in net.factor_state().items()}, building / FACTORS)
+        factors = net.factor_state() if factors is None else factors
+        save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
         save_file({k: v.contiguous() for k, v in net.order.items()}, building / ORDER)
         write_text(building / SPACE, yaml.safe_dump(net.declared.as_dict(), sort_keys=False))
         write_json(
@@ -242,7 +259,14 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     """Channel order and factors of a super-adapter; `read_super_adapter` checks it first."""
     from safetensors.torch import load_file
 
-    return load_file(directory / ORDER), load_file(directory / FACTORS)
+    return load_file(directory / ORDER), read_factors(directory)
+
+
+def read_factors(directory: Path) -> dict[str, Tensor]:
+    """Of a super-adapter or a checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(directory / FACTORS)
 
 
 def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:

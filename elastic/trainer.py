@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,63 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from elastic import models
+from elastic import checkpoints, models, processes
 from elastic.adapters import METHODS, check
 from elastic.batching import IGNORED, Encoded, SimilarLengths, answer_logits, collate, encode
 from elastic.config import TrainConfig
-from elastic.errors import ConfigError
-from elastic.files import named_failure
+from elastic.errors import ConfigError, TrainingError
+from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
 from elastic.loss import answer_loss
-from elastic.progress import counting_bar, say
+from elastic.progress import say
 from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule
-from elastic.space import SearchSpace
-from elastic.supernet import FACTORS, Supernet, read_super_adapter, read_tensors, save_super_adapter
+from elastic.slicing import module_tree
+from elastic.space import SearchSpace, SubAdapter
+from elastic.supernet import (
+    FACTORS,
+    Supernet,
+    read_factors,
+    read_super_adapter,
+    read_tensors,
+    save_super_adapter,
+)
 from elastic.tasks import load_task
+from elastic.tasks.base import Example
+from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
 
 
 class ElasticTrainer(Trainer):
     """The Hugging Face Trainer with a sub-adapter active in every step.
 
-    What it changes: the loss is on answers only, a sub-adapter is drawn per optimiser step (or per
-    micro-batch), the method's regulariser adds its gradient once per optimiser step, the learning
-    rate follows the stages, checkpoints hold factors instead of the model.
+    What it changes: the loss is on answers only, a step visits sub-adapters (drawn per optimiser
+    step, micro-batch or process), the method's regulariser adds its gradient once per optimiser
+    step, the learning rate follows the stages, batches hold similar lengths, checkpoints are whole
+    and hold factors instead of the model, and a loss that is no number ends the run.
     """
 
-    def __init__(self, net: Supernet, config: TrainConfig, schedule: Schedule, **kwargs) -> None:
+    def __init__(
+        self,
+        net: Supernet,
+        config: TrainConfig,
+        schedule: Schedule,
+        *,
+        only: SubAdapter | None = None,
+        probe: Probe | None = None,
+        **kwargs,
+    ) -> None:
+        """`only`: the one sub-adapter to train, taught by what the maximal one is now."""
         self.net = net
         self.config = config
         self.schedule = schedule
+        self.only = only
+        self.probe = probe
+        self.pace = Pace()
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
-        self._visits = (net.current,)
-        self._teacher: Tensor | None = None  # the maximal sub-adapter's logits of this micro-batch
+        self._visits = (only or net.current,)
+        self._fixed_teacher = frozen(net) if only and config.distill else None
+        self._teacher: Tensor | None = None  # its logits on this micro-batch
         self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
         self._clip_penalty = METHODS[net.adapter.resolved_method].clip_penalty
@@ -63,30 +88,62 @@ class ElasticTrainer(Trainer):
         self._micro_batch = (self.state.global_step, number + 1)
         if number == 0:
             self.net.advance(self.state.global_step, self.schedule.steps)
-        self._visits = visits(
-            self.config.sampling.replace("lonas", "uniform"),
-            self.net.space,
-            self.schedule,
-            self.state.global_step,
-            seed=self.config.seed,
-            draw=number if self.config.draws_per_micro_batch else 0,
-        )
+        inputs = dict(inputs)
+        examples = inputs.pop("example")
+        self.pace.add(len(examples), int(inputs["attention_mask"].sum()))
+        self._visits = self._draw(number)
         self._teacher = None
         losses = []
         for sub in self._visits:
             with self.net.active(sub):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
-        loss = torch.stack(losses).sum()
+            if not torch.isfinite(losses[-1]):
+                self._fail(f"the loss is {float(losses[-1])}", sub, examples.tolist())
         # True in the last micro-batch of a step, when all processes have the summed gradient.
         if self.accelerator.sync_gradients and self._clip_penalty:
             self.regularise()
-        return loss
+        return torch.stack(losses).sum()
+
+    def _draw(self, micro_batch: int) -> tuple[SubAdapter, ...]:
+        if self.only:
+            return (self.only,)
+        each, processes_ = self.config.draw_for, self.args.world_size
+        draw = {"step": 0, "micro_batch": micro_batch, "process": micro_batch * processes_}[each]
+        if each == "process":
+            draw += self.args.process_index
+        return visits(
+            self.config.sampling.replace("lonas", "uniform"),
+            self.net.space,
+            self.schedule,
+            self.state.global_step,
+            seed=self.config.seed,
+            draw=draw,
+        )
+
+    def _fail(self, what: str, sub: SubAdapter, examples: Sequence[int]) -> None:
+        """End the run, saying where; whole checkpoints stay."""
+        step = self.state.global_step + 1
+        stage = self.schedule.position(step - 1).stage + 1
+        kept = checkpoints.newest(Path(self.args.output_dir))
+        file = Path(self.args.output_dir).parent / "failed.json"
+        about = {"step": step, "stage": stage, "examples": list(examples)}
+        write_json(file, {**about, "sub_adapter": sub.as_dict(), "what": what})
+        last = (
+            f"the checkpoint of step {checkpoints.step_of(kept)}" if kept else "no checkpoint yet"
+        )
+        raise TrainingError(
+            f"step {step}, stage {stage}: {what} on training examples {list(examples)} (the "
+            f"sub-adapter is in {file}); kept: {last}. Lower lr.base_lr or max_grad_norm, lengthen "
+            "the warm-up, or look at those examples"
+        )
 
     def regularise(self) -> None:
         """Add the regulariser's gradient for the largest sub-adapter of this step (of its last
         micro-batch when each has its own): once, undivided, alike in every process."""
         learning_rate = self.schedule.configured_rate(self.state.global_step)
-        with self.net.active(self._visits[0]):
+        # Of the same one in every process, even when each draws its own for the loss.
+        sub = self._visits[0] if self.config.draw_for != "process" else self.net.space.maximal()
+        with self.net.active(sub):
             penalty = self.net.penalty(learning_rate)
         self._penalty = None if penalty is None else float(penalty.detach())
         if penalty is None or not penalty.requires_grad:
@@ -102,9 +159,15 @@ class ElasticTrainer(Trainer):
                 parameter.grad += gradient
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The loss logged is the task's alone; the regulariser stands beside it."""
-        if "loss" in logs and self._penalty is not None:
-            logs = {**logs, "penalty": self._penalty}
+        """Beside the task's loss: stage, pace, regulariser, and now and then the probe."""
+        if "loss" in logs:
+            step = self.state.global_step
+            logs = {**logs, "stage": self.schedule.position(step - 1).stage + 1}
+            logs |= self.pace.read()
+            if self._penalty is not None:
+                logs["penalty"] = self._penalty
+            if self.probe and step % self.probe.every == 0:
+                logs |= self.probe.losses(self.model_wrapped)
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -125,20 +188,25 @@ class ElasticTrainer(Trainer):
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def _teach(self, model: nn.Module, inputs: dict[str, Any], logits: Tensor) -> Tensor | None:
-        """The maximal sub-adapter's logits on this micro-batch; None when it is the one active."""
+        """The teacher's logits on this micro-batch; None when it is the one active itself."""
+        if self._teacher is not None:
+            return self._teacher
+        if self._fixed_teacher is not None:
+            with torch.no_grad():
+                self._teacher, _ = answer_logits(self._fixed_teacher, inputs)
+            return self._teacher
         maximal = self.net.space.maximal()
         if self.net.current == maximal:
             self._teacher = logits.detach()
             return None
-        if self._teacher is None:
-            with torch.no_grad(), self.net.active(maximal):
-                self._teacher, _ = answer_logits(model, inputs)
+        with torch.no_grad(), self.net.active(maximal):
+            self._teacher, _ = answer_logits(model, inputs)
         return self._teacher
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        lengths = [sequence.length for sequence in self.train_dataset]
+        lengths = [sequence.length for _, sequence in self.train_dataset]
 
         def epoch() -> int:
             return self.state.global_step // self.schedule.steps_per_epoch
@@ -167,18 +235,48 @@ class ElasticTrainer(Trainer):
         )
         return self.lr_scheduler
 
+    def _get_output_dir(self, trial) -> str:
+        return str(Path(self.args.output_dir) / checkpoints.BUILDING)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        building = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(building, ignore_errors=True)  # what a kill left
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            [built] = building.iterdir()
+            checkpoints.publish(built, Path(self.args.output_dir))
+
+    def factors(self) -> dict[str, Tensor]:
+        """All factors at full size, by site; every process takes part, for they may be sharded."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return self.net.named(self.accelerator.get_state_dict(self.model_wrapped))
+        return self.net.factor_state()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Factors alone; of a sharded model they come in `state_dict`, gathered."""
         from safetensors.torch import save_file
 
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.cpu() for name, tensor in self.net.factor_state().items()}
-        save_file(state, directory / FACTORS)
+        state = self.net.factor_state() if state_dict is None else self.net.named(state_dict)
+        if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+            self._fail(f"{bad[0]} is not finite after a step", self._visits[-1], [])
+        save_file({name: tensor.cpu() for name, tensor in state.items()}, directory / FACTORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        from safetensors.torch import load_file
+        """Nothing: `fit` loads the factors before the model is wrapped and perhaps sharded."""
 
-        self.net.load_factors(load_file(Path(resume_from_checkpoint) / FACTORS))
+
+def frozen(net: Supernet) -> nn.Module:
+    """The model as it computes now, sharing the base weights but no factors, in evaluation."""
+    model = module_tree(net.model)
+    for site, _ in net.adapters():
+        layer = model.get_submodule(site)
+        layer.adapter = copy.deepcopy(layer.adapter)
+    return model.eval().requires_grad_(False)
 
 
 class _BeforeOptimizer(TrainerCallback):
@@ -191,57 +289,6 @@ class _BeforeOptimizer(TrainerCallback):
         self.act()
 
 
-class MetricsFile(TrainerCallback):
-    """One JSON object per optimiser step in train/metrics.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # Steps after the checkpoint are trained again; their old lines must not stay.
-        kept = []
-        if self.path.is_file():
-            # A kill may have cut the last line short: it ends without a line break.
-            lines = self.path.read_text().splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]
-            kept = [row for row in rows if row["step"] <= state.global_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        row = {name: float(value) for name, value in (logs or {}).items() if _is_finite(value)}
-        if "loss" in row:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-class Bar(TrainerCallback):
-    """A progress bar on stderr with the latest loss."""
-
-    def __init__(self) -> None:
-        self.progress = counting_bar(transient=False)
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.progress.start()
-        self.task = self.progress.add_task(
-            "training", total=state.max_steps, completed=state.global_step
-        )
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(self.task, description=f"training, loss {logs['loss']:.3f}")
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.progress.update(self.task, completed=state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.progress.stop()
-
-
 def train(config: TrainConfig) -> Run:
     """Train as configured and write RUN/super_adapter; returns the run.
 
@@ -249,48 +296,66 @@ def train(config: TrainConfig) -> Run:
     configuration is resumed from its last checkpoint, or returned as it is when finished.
     """
     run = Run(config.run)
-    if run.claim(config):
+    with processes.main_first():
+        finished = run.claim(config)
+    if finished:
         say(f"{run.path}: already trained; nothing to do")
         return run
-    before = _predecessor(config) if config.start_from else None
     space = SearchSpace.load(config.space)
     skeleton = models.skeleton(config.model)
-    check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
+    bound = space.bind(skeleton, config.adapter.rank)
+    check(config.adapter, skeleton, bound)
+    before = _predecessor(config) if config.start_from else None
+    only = before.resolve(config.sub_adapter, bound)[1] if config.sub_adapter else None
     task = load_task(config.task, config.seed)
-    run.begin(config)
+    with processes.main_first():
+        run.begin(config)
 
     say(f"Loading {config.model.path}")
-    base = models.load(config.model)
-    encoded = [
-        encode(base.tokenizer, example.prompt, example.answer,
-               encoder_decoder=base.model.config.is_encoder_decoder)
-        for example in task.train
-    ]  # fmt: skip
+    with processes.main_first():  # a packaged model is converted once
+        base = models.load(config.model)
+
+    def encoded(examples: Sequence[Example]) -> list[Encoded]:
+        return [
+            encode(base.tokenizer, example.prompt, example.answer,
+                   encoder_decoder=base.model.config.is_encoder_decoder)
+            for example in examples
+        ]  # fmt: skip
+
+    examples, pad = encoded(task.train), base.tokenizer.pad_token_id
     if before:
         net = continued(base, space, config, before)
     else:
-        pad = base.tokenizer.pad_token_id
-        net = build(base.model, space, config, calibration=encoded, pad=pad)
-    per_step = config.batch_size * config.accumulation
-    schedule = Schedule(
-        config.resolved_stages, config.lr, max(1, math.ceil(len(encoded) / per_step))
-    )
+        net = build(base.model, space, config, calibration=examples, pad=pad)
+    per_step = config.batch_size * config.accumulation * processes.count()
+    per_epoch = max(1, math.ceil(len(examples) / per_step))
+    schedule = Schedule(config.resolved_stages, config.lr, per_epoch)
+    what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
     say(
-        f"Training {net.space.size:.1e} sub-adapters in one: {schedule.steps} steps of {per_step} "
-        f"examples, {str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
+        f"Training {what}: {schedule.steps} steps of {per_step} examples, "
+        f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
     )
     with named_failure(run.checkpoints):
-        fit(net, config, schedule, encoded, run, pad=base.tokenizer.pad_token_id)
-    save_super_adapter(
-        net,
-        run.super_adapter,
-        model=config.model,
-        base_digest=base.digest,
-        seed=config.seed,
-        steps=schedule.steps,
-        learning_rate=schedule.learning_rate(schedule.steps - 1),
-    )
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+        trainer = fit(
+            net, config, schedule, examples, run, pad=pad, only=only,
+            watched=encoded(task.validation[: config.batch_size]),
+        )  # fmt: skip
+    factors = trainer.factors()
+    with processes.main_first():
+        if processes.is_main():
+            if only:
+                write_json(run.sub_adapter, {"sub_adapter": only.as_dict()})
+            save_super_adapter(
+                net,
+                run.super_adapter,
+                factors=factors,
+                model=config.model,
+                base_digest=base.digest,
+                seed=config.seed,
+                steps=schedule.steps,
+                learning_rate=schedule.learning_rate(schedule.steps - 1),
+            )
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
 
 
@@ -306,7 +371,8 @@ def build(
         batches.append({key: value.to(model.device) for key, value in batch.items()})
     if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
-    order = channel_order(model, bound, config.resolved_order, batches)
+    # Of one process: another device may round another way, and ties break either way.
+    order = processes.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
 
 
@@ -331,27 +397,16 @@ def _predecessor(config: TrainConfig) -> Run:
 
 
 def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
-    """The supernet in which the next task begins; BaseMismatch on another base model."""
+    """The supernet in which the next task begins, or in which one sub-adapter goes on with its
+    own; BaseMismatch on another base model."""
     read_super_adapter(before.super_adapter, base.digest)
     order, factors = read_tensors(before.super_adapter)
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
-    net.succeed(factors, config.seed)
+    if config.sub_adapter:
+        net.load_factors(factors)
+    else:
+        net.succeed(factors, config.seed)
     return net
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest complete checkpoint; what a kill left half-written is removed.
-
-    The Trainer writes trainer_state.json last.
-    """
-    complete = []
-    for folder in directory.glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text())
-            complete.append((state["global_step"], str(folder)))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder, ignore_errors=True)
-    return max(complete)[1] if complete else None
 
 
 def fit(
@@ -362,8 +417,15 @@ def fit(
     run: Run,
     *,
     pad: int,
+    only: SubAdapter | None = None,
+    watched: Sequence[Encoded] = (),
 ) -> ElasticTrainer:
-    """Run all stages on the encoded examples, resuming from a checkpoint of `run`."""
+    """Run all stages on the encoded examples, resuming from a checkpoint of `run`.
+
+    The losses of three sub-adapters are measured now and then on the `watched` examples.
+    """
+    report_to, own_trackers = trackers(config.report_to, run.path / "train" / "tensorboard")
+    device = net.model.device
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=config.batch_size,
@@ -373,32 +435,44 @@ def fit(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_steps=config.save_steps,
-        save_total_limit=1,
         seed=config.seed,
-        report_to=[],
+        report_to=report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        use_cpu=net.model.device.type == "cpu",
-        dataloader_pin_memory=net.model.device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
     )
+    probe = None
+    if config.probe_steps and watched and not only:
+        batch = {key: value.to(device) for key, value in collate(watched, pad).items()}
+        probe = Probe(net, batch, config.probe_steps, config.seed)
+
+    def batch_of(numbered: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
+        numbers, sequences = zip(*numbered, strict=True)
+        return {**collate(sequences, pad), "example": torch.tensor(numbers)}
+
     trainer = ElasticTrainer(
         net,
         config,
         schedule,
+        only=only,
+        probe=probe,
         args=arguments,
-        train_dataset=encoded,
-        data_collator=lambda sequences: collate(sequences, pad),
-        callbacks=[MetricsFile(run.metrics), Bar()],
+        train_dataset=list(enumerate(encoded)),
+        data_collator=batch_of,
+        callbacks=[MetricsFile(run.metrics), Bar(), *own_trackers],
     )
     trainer.remove_callback(
         next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
     )
-    checkpoint = last_checkpoint(run.checkpoints)
+    checkpoint = checkpoints.newest(run.checkpoints)
     if checkpoint:
         say(f"Resuming from {checkpoint}")
+        net.load_factors(read_factors(checkpoint))
     net.model.train()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     net.model.eval()
     return trainer

@@ -177,11 +177,11 @@ def test_unset_stages_follow_the_sampling():
     assert [stage.train_dims for stage in TrainConfig().resolved_stages] == [[], ["rank", "width"]]
     lonas = TrainConfig(sampling="lonas")
     assert [stage.train_dims for stage in lonas.resolved_stages] == [["rank", "width"]]
-    assert (lonas.resolved_order, lonas.draws_per_micro_batch) == ("none", True)
+    assert (lonas.resolved_order, lonas.draw_for) == ("none", "micro_batch")
     ours = TrainConfig()
-    assert (ours.resolved_order, ours.draws_per_micro_batch) == ("activation", False)
+    assert (ours.resolved_order, ours.draw_for) == ("activation", "step")
     epochs = [sum(s.epochs for s in c.resolved_stages) for c in (ours, lonas)]
     assert epochs[0] == epochs[1]
     own = TrainConfig(sampling="lonas", order="norm", sample_each="step", stages=[StageConfig()])
-    assert (own.resolved_order, own.draws_per_micro_batch) == ("norm", False)
+    assert (own.resolved_order, own.draw_for) == ("norm", "step")
     assert own.resolved_stages == [StageConfig()]

@@ -27,7 +27,8 @@ from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.importance import channel_index
 from elastic.run import Run
 from elastic.schedule import Schedule
-from elastic.trainer import ElasticTrainer, MetricsFile, last_checkpoint, train
+from elastic.trainer import ElasticTrainer, train
+from elastic.watching import MetricsFile
 from tests import tiny
 from tests.steps import step_gradients
 from tests.tiny_runs import snapshot, space_file, train_config
@@ -132,7 +133,6 @@ def test_same_seed_same_factors(tiny_folder, tmp_path):
         for name, seed in (("one", 3), ("two", 3), ("other", 4))
     )
     assert_same_factors(one, two)
-    assert one.metrics.read_text() == two.metrics.read_text()
     assert not torch.equal(*(next(iter(factors(run).values())) for run in (one, other)))
 
 
@@ -237,88 +237,6 @@ def test_accumulated_batches_are_one_large_batch(tiny_folder, tmp_path, monkeypa
                 parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())
             )
         assert again == pytest.approx(loss, rel=1e-5)
-
-
-# Interruption.
-
-
-RESUMABLE = {
-    "plain": {},
-    "dropout": {"adapter": AdapterConfig(rank=8, dropout=0.2)},
-    "micro-batches": {
-        "sample_each": "micro_batch",
-        "accumulation": 2,
-        "stages": [OPEN],
-        "save_steps": 1,
-        "task": TaskConfig(train_examples=24, validation_examples=8, test_examples=8),
-    },
-}
-
-
-def interrupted(config, monkeypatch, step: int) -> Run:
-    """Training of `config`, killed in the forward pass of a 0-based step."""
-    training_step = ElasticTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return training_step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ElasticTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    return Run(config.run)
-
-
-@pytest.mark.parametrize("kind", RESUMABLE)
-def test_a_killed_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch, kind):
-    settings = RESUMABLE[kind]
-    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
-    config = train_config(tiny_folder, tmp_path / "killed", **settings)
-    run = interrupted(config, monkeypatch, 3)
-    assert not run.super_adapter.exists()
-    steps_done = len(metrics(run))
-    resumed_from = []
-    load = ElasticTrainer._load_from_checkpoint
-
-    def noted(self, folder, *args, **kwargs):
-        resumed_from.append(folder)
-        return load(self, folder, *args, **kwargs)
-
-    monkeypatch.setattr(ElasticTrainer, "_load_from_checkpoint", noted)
-    train(config)
-    assert len(resumed_from) == 1 and 0 < steps_done < len(metrics(whole))
-    assert_same_factors(run, whole)
-    assert run.metrics.read_text() == whole.metrics.read_text()
-    assert not run.checkpoints.exists()
-
-
-def test_a_half_written_checkpoint_is_ignored(tiny_folder, tmp_path, monkeypatch):
-    whole = train(train_config(tiny_folder, tmp_path / "whole"))
-    config = train_config(tiny_folder, tmp_path / "killed")
-    run = interrupted(config, monkeypatch, 5)
-    [complete] = run.checkpoints.glob("checkpoint-*")
-    for number, state in ((6, None), (7, '{"global_')):
-        half = run.checkpoints / f"checkpoint-{number}"
-        shutil.copytree(complete, half)
-        (half / "factors.safetensors").write_bytes(b"half")
-        (half / "trainer_state.json").unlink()
-        if state:
-            (half / "trainer_state.json").write_text(state)
-    assert last_checkpoint(run.checkpoints) == str(complete)
-    assert list(run.checkpoints.glob("checkpoint-*")) == [complete]
-    train(config)
-    assert_same_factors(run, whole)
-
-
-def test_the_newest_checkpoint_counts_by_its_step(tmp_path):
-    for step in (9, 10, 100, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-    assert last_checkpoint(tmp_path / "nothing") is None
 
 
 # What is refused, and what is not done twice.

@@ -1,0 +1,48 @@
+"""One process or several (torchrun, accelerate launch): who goes first, and what all share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block before the others do; all leave it together."""
+    if count() == 1:
+        yield
+        return
+    state = _state()
+    with state.main_process_first():
+        yield
+    state.wait_for_everyone()
+
+
+def shared(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, in every process."""
+    if count() == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    _state()
+    made = [make() if is_main() else None]
+    return broadcast_object_list(made)[0]
+
+
+def _state():
+    from accelerate import PartialState
+
+    return PartialState()

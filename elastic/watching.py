@@ -1,0 +1,151 @@
+"""What a training run shows of itself: a bar, metrics.jsonl, and losses to compare over time."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from elastic.batching import IGNORED, answer_logits
+from elastic.loss import answer_loss
+from elastic.progress import counting_bar
+from elastic.sampler import generator_for
+from elastic.supernet import Supernet
+
+
+class Probe:
+    """Losses of the maximal, one random and the minimal sub-adapter on the same few examples.
+
+    A step trains one sub-adapter on its own examples, so its loss says little beside the last
+    one's. These are comparable from step to step, at the cost of three forward passes.
+    """
+
+    def __init__(self, net: Supernet, batch: Mapping[str, Tensor], every: int, seed: int) -> None:
+        """`batch` as `collate` makes it; taken after every `every` optimiser steps."""
+        self.net, self.batch, self.every = net, dict(batch), every
+        self.subs = {
+            "maximal": net.space.maximal(),
+            "random": net.space.random(generator_for(seed, "probe")),
+            "minimal": net.space.minimal(),
+        }
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Cross-entropy per answer token, by name; dropout is off and no generator moves."""
+        training = model.training
+        model.eval()
+        found = {}
+        try:
+            for name, sub in self.subs.items():
+                with self.net.active(sub):
+                    logits, labels = answer_logits(model, self.batch)
+                mean = answer_loss(logits, labels) / (labels != IGNORED).sum()
+                found[f"loss_{name}"] = float(mean)
+        finally:
+            model.train(training)
+        return found
+
+
+class Pace:
+    """Examples and real tokens per second since it was last asked."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._examples = self._tokens = 0
+        self._since = clock()
+
+    def add(self, examples: int, tokens: int) -> None:
+        self._examples += examples
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        now = self.clock()
+        seconds = max(now - self._since, 1e-9)
+        rates = {
+            "examples_per_second": self._examples / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        self._examples, self._tokens, self._since = 0, 0, now
+        return rates
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object per optimiser step in train/metrics.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        # Steps after the checkpoint are trained again; their old lines must not stay.
+        kept = []
+        if self.path.is_file():
+            # A kill may have cut the last line short: it ends without a line break.
+            lines = self.path.read_text().splitlines(keepends=True)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            kept = [row for row in rows if row["step"] <= state.global_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        row = {name: float(value) for name, value in (logs or {}).items() if _is_finite(value)}
+        if "loss" in row and state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+class Bar(TrainerCallback):
+    """A progress bar on stderr with the stage, the latest losses and the pace."""
+
+    def __init__(self) -> None:
+        self.progress = counting_bar(transient=False)
+        self._probed = ""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.progress.start()
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if "loss_maximal" in logs:
+            three = (logs[f"loss_{name}"] for name in ("maximal", "random", "minimal"))
+            self._probed = " (maximal {:.2f}, random {:.2f}, minimal {:.2f})".format(*three)
+        text = (
+            f"stage {logs['stage']}, loss {logs['loss']:.3f}{self._probed}, "
+            f"lr {logs['learning_rate']:.1e}, {logs['examples_per_second']:.1f} examples/s"
+        )
+        self.progress.update(self.task, description=text)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.progress.stop()
+
+
+def trackers(names: list[str], folder: Path) -> tuple[list[str], list[TrainerCallback]]:
+    """What the Trainer's `report_to` gets, and callbacks beside it: TensorBoard's files belong to
+    the run, while the Trainer would put them among checkpoints that do not last."""
+    if "tensorboard" not in names:
+        return names, []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    writer = TensorBoardCallback(SummaryWriter(str(folder)))
+    return [name for name in names if name != "tensorboard"], [writer]

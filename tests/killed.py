@@ -1,0 +1,82 @@
+"""Trains tiny runs in child processes that are killed with SIGKILL at random moments.
+
+    python tests/killed.py TINY_MODEL FOLDER SEED KILLS
+
+One interpreter imports everything once and forks; FOLDER/whole is never interrupted,
+FOLDER/killed is killed and begun again until it ends by itself. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from elastic.config import AdapterConfig
+from elastic.run import Run
+from elastic.trainer import train
+from tests.tiny_runs import train_config
+
+
+def begin(config) -> int:
+    child = os.fork()
+    if child == 0:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        code = 1
+        try:
+            train(config)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def steps(run: Run) -> int:
+    return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0
+
+
+def killed(config, generator: random.Random, moment: str) -> dict[str, int | str]:
+    """Start the run and kill it a little after a step, or while a checkpoint is being written."""
+    run = Run(config.run)
+    child = begin(config)
+    goal = steps(run) + generator.randint(1, 3)
+    building = run.checkpoints / "building"
+
+    def reached() -> bool:
+        if steps(run) < goal:
+            return False
+        return moment == "step" or building.is_dir()
+
+    while not reached() and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.0005)
+    time.sleep(generator.uniform(0, 0.02 if moment == "step" else 0.005))
+    seen = {"moment": moment, "building": building.is_dir()}
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        seen["ended"] = True
+    return {**seen, "steps": steps(run)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
+    settings = dict(save_steps=1, adapter=AdapterConfig(rank=8, dropout=0.2), accumulation=2,
+                    batch_size=4, seed=seed)  # fmt: skip
+    config = train_config(model, folder / "killed", **settings)
+    generator = random.Random(seed)
+    found = [killed(config, generator, ("step", "write")[n % 2]) for n in range(kills)]
+    codes = []
+    for one in (config, train_config(model, folder / "whole", **settings)):
+        _, status = os.waitpid(begin(one), 0)
+        codes.append(os.waitstatus_to_exitcode(status))
+    print(json.dumps({"kills": found, "codes": codes}))

@@ -1,0 +1,199 @@
+"""A run that was killed ends up bit for bit like one that was not."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elastic import checkpoints
+from elastic.config import AdapterConfig, StageConfig, TaskConfig
+from elastic.run import Run
+from elastic.trainer import ElasticTrainer, train
+from tests.tiny_runs import train_config
+
+OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
+RATES = ("examples_per_second", "tokens_per_second")
+
+
+def factors(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.super_adapter / "factors.safetensors")
+
+
+def metrics(run: Run) -> list[dict]:
+    """All that was logged but the pace, which is no function of the settings."""
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert all(rate in row for row in rows for rate in RATES)
+    return [{key: value for key, value in row.items() if key not in RATES} for row in rows]
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    assert factors(run).keys() == factors(whole).keys()
+    for name, tensor in factors(whole).items():
+        assert torch.equal(tensor, factors(run)[name]), name
+    assert metrics(run) == metrics(whole)
+    assert not run.checkpoints.exists()
+
+
+def interrupted(config, monkeypatch, step: int) -> Run:
+    """Training of `config`, stopped in the forward pass of a 0-based step."""
+    training_step = ElasticTrainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ElasticTrainer, "training_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return Run(config.run)
+
+
+RESUMABLE = {
+    "plain": {},
+    "dropout": {"adapter": AdapterConfig(rank=8, dropout=0.2)},
+    "sandwich": {"sampling": "sandwich", "distill": 0.5},
+    "micro-batches": {
+        "sample_each": "micro_batch",
+        "accumulation": 2,
+        "stages": [OPEN],
+        "save_steps": 1,
+        "task": TaskConfig(train_examples=24, validation_examples=8, test_examples=8),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RESUMABLE)
+def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch, kind):
+    settings = RESUMABLE[kind]
+    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    config = train_config(tiny_folder, tmp_path / "stopped", **settings)
+    run = interrupted(config, monkeypatch, 3)
+    assert not run.super_adapter.exists()
+    assert 0 < len(metrics(run)) < len(metrics(whole))
+    assert checkpoints.newest(run.checkpoints) is not None
+    resumed = []
+    trained = ElasticTrainer.train
+    monkeypatch.setattr(
+        ElasticTrainer, "train",
+        lambda self, **kwargs: (resumed.append(kwargs), trained(self, **kwargs)),
+    )  # fmt: skip
+    train(config)
+    assert resumed[0]["resume_from_checkpoint"] is not None
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_nine_at_any_moment(tiny_folder, tmp_path, seed):
+    """Also while a checkpoint is being written: every second kill waits for that."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killed.py")),
+         str(tiny_folder), str(tmp_path), str(seed), "5"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["codes"] == [0, 0]
+    assert any(kill["building"] for kill in found["kills"])
+    assert sum("ended" not in kill for kill in found["kills"]) >= 3
+    assert_same(Run(tmp_path / "killed"), Run(tmp_path / "whole"))
+
+
+# Damage.
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = folder / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped byte": flip_a_byte,
+    "a lost file": lambda folder: (folder / "factors.safetensors").unlink(),
+    "a cut file": lambda folder: (folder / "scheduler.pt").write_bytes(b""),
+    "no digests": lambda folder: (folder / "files.json").unlink(),
+    "broken digests": lambda folder: (folder / "files.json").write_text('{"factors.s'),
+    "other digests": lambda folder: (folder / "files.json").write_text("[]"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_folder, tmp_path_factory):
+    """A run stopped at step 5 with the checkpoints of steps 2 and 4, and the whole run."""
+    folder = tmp_path_factory.mktemp("damage")
+    config = train_config(tiny_folder, folder / "stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        run = interrupted(config, patch, 5)
+    found = [checkpoints.step_of(path) for path in run.checkpoints.glob("checkpoint-*")]
+    assert sorted(found) == [2, 4]
+    return config, run, train(train_config(tiny_folder, folder / "whole"))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped, tmp_path, monkeypatch, capsys, kind
+):
+    config, run, whole = stopped
+    config = dataclasses.replace(config, run=str(tmp_path / "run"))
+    shutil.copytree(run.path, config.run)
+    run = Run(config.run)
+    DAMAGE[kind](run.checkpoints / "checkpoint-4")
+    assert checkpoints.newest(run.checkpoints) == run.checkpoints / "checkpoint-2"
+    train(config)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "checkpoint-4: damaged" in said and "Resuming from" in said
+    assert_same(run, whole)
+
+
+def test_all_damaged_begins_anew(stopped, tmp_path, capsys):
+    config, run, whole = stopped
+    config = dataclasses.replace(config, run=str(tmp_path / "run"))
+    shutil.copytree(run.path, config.run)
+    for step in (2, 4):
+        flip_a_byte(Path(config.run) / "train" / "checkpoints" / f"checkpoint-{step}")
+    train(config)
+    assert_same(Run(config.run), whole)
+
+
+def built(folder: Path, step: int) -> Path:
+    path = folder / "building" / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "factors.safetensors").write_text(str(step))
+    return path
+
+
+def test_the_newest_checkpoint_counts_by_its_step(tmp_path):
+    for step in (9, 10, 100, 20):
+        checkpoints.publish(built(tmp_path, step), tmp_path)
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-100"
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-100", "checkpoint-20"
+    }  # fmt: skip
+    assert checkpoints.newest(tmp_path / "nothing") is None
+
+
+def test_what_is_being_built_is_never_seen(tmp_path):
+    checkpoints.publish(built(tmp_path, 1), tmp_path)
+    half = built(tmp_path, 2)
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-1"
+    checkpoints.publish(half, tmp_path)
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_step_saved_again_replaces_a_damaged_one(tmp_path):
+    first = checkpoints.publish(built(tmp_path, 1), tmp_path)
+    (first / "factors.safetensors").write_text("damaged")
+    assert checkpoints.newest(tmp_path) is None
+    checkpoints.publish(built(tmp_path, 1), tmp_path)
+    assert checkpoints.newest(tmp_path) == first
