@@ -19,6 +19,14 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def sharding() -> str | None:
+    """What shards the model over the processes, as `accelerate launch` was configured."""
+    for variable, name in (("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")):
+        if os.environ.get(f"ACCELERATE_USE_{variable}", "false").lower() in ("true", "1"):
+            return name
+    return None
+
+
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The main process runs the block before the others do; all leave it together."""

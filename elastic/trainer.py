@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from elastic import checkpoints, models, processes
-from elastic.adapters import METHODS, check
+from elastic.adapters import METHODS, Adapter, check
 from elastic.batching import IGNORED, Encoded, SimilarLengths, answer_logits, collate, encode
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, TrainingError
@@ -37,7 +37,10 @@ from elastic.supernet import (
 )
 from elastic.tasks import load_task
 from elastic.tasks.base import Example
-from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
+from elastic.watching import Bar, MetricsFile, Pace, Probe, check_trackers, trackers
+
+WATCHED = 16
+"""Validation examples on which the losses of three sub-adapters are compared over time."""
 
 
 class ElasticTrainer(Trainer):
@@ -90,7 +93,8 @@ class ElasticTrainer(Trainer):
             self.net.advance(self.state.global_step, self.schedule.steps)
         inputs = dict(inputs)
         examples = inputs.pop("example")
-        self.pace.add(len(examples), int(inputs["attention_mask"].sum()))
+        world = self.args.world_size
+        self.pace.add(world * len(examples), world * int(inputs["attention_mask"].sum()))
         self._visits = self._draw(number)
         self._teacher = None
         losses = []
@@ -250,9 +254,10 @@ class ElasticTrainer(Trainer):
             checkpoints.publish(built, Path(self.args.output_dir))
 
     def factors(self) -> dict[str, Tensor]:
-        """All factors at full size, by site; every process takes part, for they may be sharded."""
+        """All factors at full size, by site, in the main process at least; every process takes
+        part, for they may be sharded."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return self.net.named(self.accelerator.get_state_dict(self.model_wrapped))
+            return self.net.named(self.accelerator.get_state_dict(self.model_wrapped) or {})
         return self.net.factor_state()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -301,6 +306,8 @@ def train(config: TrainConfig) -> Run:
     if finished:
         say(f"{run.path}: already trained; nothing to do")
         return run
+    check_trackers(config.report_to)
+    _refuse_sharded(config)
     space = SearchSpace.load(config.space)
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
@@ -338,7 +345,7 @@ def train(config: TrainConfig) -> Run:
     with named_failure(run.checkpoints):
         trainer = fit(
             net, config, schedule, examples, run, pad=pad, only=only,
-            watched=encoded(task.validation[: config.batch_size]),
+            watched=encoded(task.validation[:WATCHED]),
         )  # fmt: skip
     factors = trainer.factors()
     with processes.main_first():
@@ -357,6 +364,28 @@ def train(config: TrainConfig) -> Run:
             )
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
+
+
+def _refuse_sharded(config: TrainConfig) -> None:
+    """ConfigError for what DeepSpeed and FSDP leave no place for.
+
+    DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
+    gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
+    """
+    sharding = processes.sharding()
+    method = config.adapter.resolved_method
+    if sharding and METHODS[method].penalty is not Adapter.penalty:
+        raise ConfigError(
+            f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
+            "use configs/accelerate/ddp.yaml"
+        )
+    if sharding == "FSDP" and models.resolve_device(config.model.device).type == "cpu":
+        raise ConfigError(
+            "FSDP: accelerate shards models on accelerators alone; on CPU processes use "
+            "configs/accelerate/ddp.yaml"
+        )
+    if sharding == "DeepSpeed" and config.sampling == "sandwich":
+        raise ConfigError("sampling: sandwich does not work with DeepSpeed; use DDP or FSDP")
 
 
 def build(

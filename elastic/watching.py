@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from elastic.batching import IGNORED, answer_logits
+from elastic.errors import ConfigError, unknown
 from elastic.loss import answer_loss
 from elastic.progress import counting_bar
 from elastic.sampler import generator_for
@@ -137,6 +138,19 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.progress.stop()
+
+
+def check_trackers(names: list[str]) -> None:
+    """ConfigError for one that the Trainer does not know or whose package is not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"report_to: {unknown('tracker', name, {*available, 'tensorboard'})}; those of the "
+                "Trainer whose packages are installed (pip install 'elastic-adapters[tensorboard]')"
+            )
 
 
 def trackers(names: list[str], folder: Path) -> tuple[list[str], list[TrainerCallback]]:

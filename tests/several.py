@@ -1,0 +1,110 @@
+"""Trains tiny runs as one of several processes.
+
+    torchrun --nproc_per_node 2 tests/several.py TINY_MODEL FOLDER NAME ...
+
+NAME is a key of RUNS; `resumed` is stopped after a checkpoint and begun again. What FSDP2 computes
+is written to FOLDER/sharded.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from elastic.config import StageConfig
+from elastic.run import Run
+from elastic.supernet import Supernet
+from elastic.trainer import ElasticTrainer, train
+from tests import tiny
+from tests.tiny_runs import train_config
+
+OPEN = StageConfig(train_dims=["rank", "width", "heads"])
+RUNS = {
+    "staged": {},
+    "resumed": {},
+    "accumulated": {"accumulation": 2, "batch_size": 2},
+    "sandwich": {"sampling": "sandwich", "distill": 0.5, "stages": [OPEN]},
+    "own": {"sample_each": "process", "stages": [OPEN]},
+}
+ALONE = {
+    "accumulated": {"accumulation": 2, "batch_size": 4},
+    "own": {"sample_each": "micro_batch", "accumulation": 2, "batch_size": 4},
+}
+"""What one process does instead, where it is more than twice the batch."""
+
+
+def config_of(model: Path, folder: Path, name: str, *, alone: bool):
+    settings = {"batch_size": 8 if alone else 4, "probe_steps": 2, **RUNS[name]}
+    if alone:
+        settings |= ALONE.get(name, {})
+    return train_config(model, folder / name, **settings)
+
+
+def stopped_once(config) -> None:
+    """Every process stops before the sixth step; the checkpoint is of the fourth."""
+    training_step = ElasticTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    ElasticTrainer.training_step = stop
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        ElasticTrainer.training_step = training_step
+
+
+def gradients(net: Supernet, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a loss on `ids`, by sub-adapter and parameter; gathered where they are sharded."""
+    found = {}
+    for number, sub in enumerate((net.space.maximal(), net.space.heuristic(), net.space.minimal())):
+        net.model.zero_grad()
+        with net.active(sub):
+            net.model(input_ids=ids).logits.log_softmax(-1)[..., 0].mean().backward()
+        for name, parameter in net.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                if isinstance(gradient, DTensor):
+                    gradient = gradient.full_tensor()
+                found[f"{number} {name}"] = gradient.clone()
+    return found
+
+
+def shard(folder: Path) -> None:
+    """FSDP2 on CPU processes, which accelerate does not offer."""
+    net = tiny.supernet(heads=True)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in net.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net.model, mesh=mesh)
+    half = tiny.tokens(batch=4).chunk(2)[mesh.get_rank()]
+    found = gradients(net, half)
+    assert all(isinstance(p, DTensor) for p in net.model.parameters())
+    if mesh.get_rank() == 0:
+        save_file(found, folder / "sharded.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model, folder, *names = sys.argv[1:]
+    for name in names:
+        config = config_of(Path(model), Path(folder), name, alone=False)
+        if name == "resumed":
+            stopped_once(config)
+            assert not Run(config.run).super_adapter.exists()
+            config = dataclasses.replace(config)
+        train(config)
+    shard(Path(folder))

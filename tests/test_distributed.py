@@ -1,0 +1,102 @@
+"""Two processes compute what one does with twice the batch; sharded ones too."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elastic import trainer
+from elastic.config import AdapterConfig
+from elastic.errors import ConfigError
+from elastic.run import Run
+from elastic.trainer import train
+from tests import tiny
+from tests.several import RUNS, config_of, gradients
+from tests.test_resume import metrics
+from tests.tiny_runs import train_config
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
+
+
+def launch(model: Path, folder: Path, *names: str) -> None:
+    script = Path(__file__).with_name("several.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(model), str(folder), *names],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def two(tiny_folder, tmp_path_factory):
+    """One launch of two processes for everything."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(tiny_folder, folder, *RUNS)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, name):
+    one, run = train(config_of(tiny_folder, tmp_path, name, alone=True)), Run(two / name)
+    mine, theirs = metrics(one), metrics(run)
+    assert [row["step"] for row in theirs] == [row["step"] for row in mine]
+    for row, other in zip(mine, theirs, strict=True):
+        assert other == pytest.approx(row, rel=1e-4), row["step"]  # float32, summed in halves
+    factors, again = (load_file(r.super_adapter / "factors.safetensors") for r in (one, run))
+    assert factors.keys() == again.keys()
+    for name_, tensor in factors.items():
+        torch.testing.assert_close(again[name_], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_own_draws_differ_from_shared_ones(two):
+    losses = {name: [row["loss"] for row in metrics(Run(two / name))] for name in RUNS}
+    assert losses["own"] != losses["staged"] and losses["resumed"] == losses["staged"]
+
+
+def test_sharded_layers_have_the_gradients_of_whole_ones(two):
+    found = load_file(two / "sharded.safetensors")
+    whole = gradients(tiny.supernet(heads=True), tiny.tokens(batch=4))
+    assert found.keys() == whole.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_fsdp_needs_an_accelerator(tiny_folder, tmp_path, monkeypatch):
+    """accelerate would shard nothing on a CPU, without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"FSDP.*ddp\.yaml"):
+        train(train_config(tiny_folder, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "settings", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", {"sampling": "sandwich"}, "sampling: sandwich"),
+        ("ACCELERATE_USE_DEEPSPEED", {"adapter": AdapterConfig(method="sorsa", rank=8)}, "sorsa"),
+        ("ACCELERATE_USE_FSDP", {"adapter": AdapterConfig(method="soslora", rank=8)}, "soslora"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused_before_weights_load(
+    tiny_folder, tmp_path, monkeypatch, variable, settings, message
+):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(trainer.models, "load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=message):
+        train(train_config(tiny_folder, tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configurations_are_accelerates(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(file))
+    assert found.num_processes == 2 and str(found.mixed_precision) == "no"
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert found.distributed_type == kinds[file.stem]
+    assert f"configs/accelerate/{file.name}" in file.read_text()
