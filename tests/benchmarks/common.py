@@ -21,8 +21,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def llama(layers: int, hidden: int = 576, intermediate: int = 1536, vocabulary: int = 1024):
+def llama(layers: int, hidden: int = 576, intermediate: int | None = None, vocabulary: int = 1024):
     """A random Llama in SmolLM2's proportions."""
+    intermediate = intermediate or hidden * 8 // 3 // 64 * 64
     torch.manual_seed(0)
     heads = hidden // 64
     config = LlamaConfig(
@@ -60,12 +61,30 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": median * 1e3, "iqr_ms": (high - low) * 1e3, "n": len(seconds)}
 
 
+def sides(
+    candidates: Mapping[str, Callable[[], Any]], repetitions: int, baseline: str
+) -> dict[str, dict[str, float]]:
+    """Medians, and the ratio to the baseline: the median over rounds of the ratio within one, so
+    that a machine that slows down for a while slows both sides."""
+    seconds = interleaved(candidates, repetitions)
+    return {
+        name: {
+            **summary(found),
+            "ratio": statistics.median(
+                mine / other for mine, other in zip(found, seconds[baseline], strict=True)
+            ),
+        }
+        for name, found in seconds.items()
+    }
+
+
 def report(
     name: str,
     description: str,
     rows: Mapping[str, Any],
     *,
     save: bool | None = None,
+    result: str | None = None,
     **values: Any,
 ) -> None:
     """Print a table and a line of JSON; `--save` keeps the JSON in results/."""
@@ -74,13 +93,13 @@ def report(
         parser.add_argument("--save", action="store_true", help="keep the figures in results/")
         save = parser.parse_args().save
     print(description)
-    for row, found in rows.items():
+    for row, values_ in rows.items():
         shown = ", ".join(
             f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}"
-            for key, item in found.items()
+            for key, item in values_.items()
         )
         print(f"  {row:<28} {shown}")
-    result = {
+    found = {
         "benchmark": name,
         "description": description,
         "command": f"python -m tests.benchmarks.{name}",
@@ -89,6 +108,6 @@ def report(
         "rows": rows,
         **provenance("cpu" if not torch.cuda.is_available() else "cuda:0"),
     }
-    print(json.dumps(result))
+    print(json.dumps(found))
     if save:
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / f"{result or name}.json").write_text(json.dumps(found, indent=2) + "\n")
