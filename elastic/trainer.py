@@ -102,7 +102,8 @@ class ElasticTrainer(Trainer):
             with self.net.active(sub):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
             if not torch.isfinite(losses[-1]):
-                self._fail(f"the loss is {float(losses[-1])}", sub, examples.tolist())
+                what = f"the loss is {float(losses[-1])}"
+                self._fail(self.state.global_step + 1, what, sub, examples.tolist())
         # True in the last micro-batch of a step, when all processes have the summed gradient.
         if self.accelerator.sync_gradients and self._clip_penalty:
             self.regularise()
@@ -111,10 +112,11 @@ class ElasticTrainer(Trainer):
     def _draw(self, micro_batch: int) -> tuple[SubAdapter, ...]:
         if self.only:
             return (self.only,)
-        each, processes_ = self.config.draw_for, self.args.world_size
-        draw = {"step": 0, "micro_batch": micro_batch, "process": micro_batch * processes_}[each]
-        if each == "process":
-            draw += self.args.process_index
+        args, draw = self.args, 0
+        if self.config.draw_for == "micro_batch":
+            draw = micro_batch
+        elif self.config.draw_for == "process":
+            draw = micro_batch * args.world_size + args.process_index
         return visits(
             self.config.sampling.replace("lonas", "uniform"),
             self.net.space,
@@ -124,21 +126,18 @@ class ElasticTrainer(Trainer):
             draw=draw,
         )
 
-    def _fail(self, what: str, sub: SubAdapter, examples: Sequence[int]) -> None:
-        """End the run, saying where; whole checkpoints stay."""
-        step = self.state.global_step + 1
+    def _fail(self, step: int, what: str, sub: SubAdapter, examples: Sequence[int]) -> None:
+        """End the run in this 1-based step, saying where; whole checkpoints stay."""
         stage = self.schedule.position(step - 1).stage + 1
         kept = checkpoints.newest(Path(self.args.output_dir))
         file = Path(self.args.output_dir).parent / "failed.json"
         about = {"step": step, "stage": stage, "examples": list(examples)}
         write_json(file, {**about, "sub_adapter": sub.as_dict(), "what": what})
-        last = (
-            f"the checkpoint of step {checkpoints.step_of(kept)}" if kept else "no checkpoint yet"
-        )
+        last = f"the checkpoint of step {checkpoints.step_of(kept)}" if kept else "no checkpoint"
+        where = f" on training examples {list(examples)}" if examples else ""
         raise TrainingError(
-            f"step {step}, stage {stage}: {what} on training examples {list(examples)} (the "
-            f"sub-adapter is in {file}); kept: {last}. Lower lr.base_lr or max_grad_norm, lengthen "
-            "the warm-up, or look at those examples"
+            f"step {step}, stage {stage}: {what}{where} (the sub-adapter is in {file}); kept: "
+            f"{last}. Lower lr.base_lr or max_grad_norm, lengthen the warm-up, or look at the data"
         )
 
     def regularise(self) -> None:
@@ -268,7 +267,8 @@ class ElasticTrainer(Trainer):
         directory.mkdir(parents=True, exist_ok=True)
         state = self.net.factor_state() if state_dict is None else self.net.named(state_dict)
         if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-            self._fail(f"{bad[0]} is not finite after a step", self._visits[-1], [])
+            what = f"{bad[0]} is not finite after an update"
+            self._fail(self.state.global_step, what, self._visits[-1], [])
         save_file({name: tensor.cpu() for name, tensor in state.items()}, directory / FACTORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -20,10 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from elastic.config import AdapterConfig
+from elastic.config import AdapterConfig, StageConfig
 from elastic.run import Run
 from elastic.trainer import train
 from tests.tiny_runs import train_config
+
+
+DIMS = ["rank", "width", "heads"]
 
 
 def begin(config) -> int:
@@ -47,7 +50,7 @@ def killed(config, generator: random.Random, moment: str) -> dict[str, int | str
     """Start the run and kill it a little after a step, or while a checkpoint is being written."""
     run = Run(config.run)
     child = begin(config)
-    goal = steps(run) + generator.randint(1, 3)
+    goal = steps(run) + generator.randint(1, 2)
     building = run.checkpoints / "building"
 
     def reached() -> bool:
@@ -71,7 +74,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     model, folder, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
     settings = dict(save_steps=1, adapter=AdapterConfig(rank=8, dropout=0.2), accumulation=2,
-                    batch_size=4, seed=seed)  # fmt: skip
+                    batch_size=4, seed=seed,
+                    stages=[StageConfig(), StageConfig(train_dims=DIMS, epochs=3)])  # fmt: skip
     config = train_config(model, folder / "killed", **settings)
     generator = random.Random(seed)
     found = [killed(config, generator, ("step", "write")[n % 2]) for n in range(kills)]

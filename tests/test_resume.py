@@ -91,12 +91,11 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeyp
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kill_nine_at_any_moment(tiny_folder, tmp_path, seed):
+def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     """Also while a checkpoint is being written: every second kill waits for that."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killed.py")),
-         str(tiny_folder), str(tmp_path), str(seed), "5"],
+         str(tiny_folder), str(tmp_path), "0", "5"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -104,7 +103,7 @@ def test_kill_nine_at_any_moment(tiny_folder, tmp_path, seed):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["codes"] == [0, 0]
     assert any(kill["building"] for kill in found["kills"])
-    assert sum("ended" not in kill for kill in found["kills"]) >= 3
+    assert sum("ended" not in kill for kill in found["kills"]) >= 4
     assert_same(Run(tmp_path / "killed"), Run(tmp_path / "whole"))
 
 
