@@ -367,6 +367,9 @@ class TrainConfig:
     """Micro-batches per optimiser step."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: the same
+    gradients with less memory, for about half more time (frozen weights have no gradient)."""
     save_steps: int = 50
     """A checkpoint to resume from every this many optimiser steps."""
     seed: int = 0

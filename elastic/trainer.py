@@ -372,6 +372,8 @@ def fit(
         learning_rate=1.0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         save_steps=config.save_steps,
         save_total_limit=1,
