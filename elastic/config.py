@@ -29,10 +29,20 @@ class ModelConfig:
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a
     loss scaler, which needs an accelerator."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Keep the weights of linear layers (the head's excepted) in 8 bits, or in 4.5 with nf4
+    (QLoRA, arXiv 2305.14314), and dequantise them layer by layer to compute in `dtype`."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.quantise == "none" or self.dtype != "float64",
+            f"model.quantise {self.quantise} with model.dtype float64: 8 and 4 bits hold nothing "
+            "that float64 would keep; choose float32, bfloat16 or float16, or quantise none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

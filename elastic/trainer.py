@@ -378,6 +378,7 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_broadcast_buffers=False,  # constants all of them, a quantised base among them
         fp16=config.model.dtype == "float16",
         logging_steps=1,
         save_steps=config.save_steps,

@@ -25,6 +25,7 @@ SETTINGS = {
     "sandwich": {"sampling": "sandwich", "distill": 0.5},
     "dropout": {"adapter": AdapterConfig(rank=RANK, alpha=ALPHA, dropout=0.3)},
     "bfloat16": {"dtype": "bfloat16", "accumulation": 2},
+    "nf4": {"quantise": "nf4", "accumulation": 2},
 }
 
 
@@ -32,7 +33,9 @@ SETTINGS = {
 def test_checkpointing_trains_the_same_factors(tiny_folder, tmp_path, monkeypatch, kind):
     """To the last bit: what is computed twice is computed alike, with the same sub-adapter."""
     settings = {"stages": [OPEN]} | SETTINGS[kind]
-    own = {name: settings.pop(name) for name in ("dtype",) if name in settings}
+    if settings.get("quantise"):
+        pytest.importorskip("bitsandbytes")
+    own = {name: settings.pop(name) for name in ("dtype", "quantise") if name in settings}
     model = ModelConfig(path=str(tiny_folder), device="cpu", **{"dtype": "float32"} | own)
     calls, forward = [], LlamaMLP.forward
 
