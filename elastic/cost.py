@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.quantised import QuantisedLinear
 from elastic.space import BoundSpace, SubAdapter
 
 
 @dataclass(frozen=True)
 class Cost:
     params: int
-    """Elements of all distinct parameters."""
+    """Elements of all distinct parameters, however many bits each takes."""
     macs: int
     """Multiply-accumulates of the linear layers per token, the head included."""
 
@@ -21,7 +22,9 @@ class Cost:
 def count(model: nn.Module) -> Cost:
     """Of a plain model, as it stands."""
     macs = sum(layer.in_features * layer.out_features for _, layer in modules_of(model, nn.Linear))
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+    packed = modules_of(model, QuantisedLinear)  # whose weights are not parameters
+    params = sum(layer.shape.numel() for _, layer in packed)
+    return Cost(params + sum(parameter.numel() for parameter in model.parameters()), macs)
 
 
 class Counter:

@@ -118,8 +118,8 @@ def _cuts(block: str, spec: GroupSpec, units: Mapping[str, int]) -> list[Cut]:
 def _full(model: nn.Module, spec: GroupSpec, cuts: list[Cut]) -> int:
     sizes = {}
     for cut in cuts:
-        out_features, in_features = model.get_submodule(cut.site).weight.shape
-        sizes[cut] = (out_features if cut.axis == "out" else in_features) // cut.unit
+        layer = model.get_submodule(cut.site)
+        sizes[cut] = (layer.out_features if cut.axis == "out" else layer.in_features) // cut.unit
     if len(set(sizes.values())) != 1:
         found = ", ".join(f"{cut.site} ({cut.axis}) {size}" for cut, size in sizes.items())
         raise ConfigError(f"group {spec.name!r}: sites of one width differ in size: {found}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from elastic import foreign, models
+from elastic.adapters.attach import dequantise_
 from elastic.config import ExportConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, RunError
@@ -249,7 +250,8 @@ class _Work:
             self.net, self.sub, directory,
             base_model=self.trained.path, base_digest=self.base.digest,
         )  # fmt: skip
-        plain = models.load_model(models.locate(self.trained.path), self.trained)
+        # Dense like the full model it is timed against.
+        plain = dequantise_(models.load_model(models.locate(self.trained.path), self.trained))
         runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
         timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})

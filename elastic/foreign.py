@@ -6,6 +6,7 @@ patterns, DoRA, IA3 ...).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
 
 @torch.no_grad()
 def _of_peft(folder: Path, model: ModelConfig) -> Update:
-    """PEFT merges the adapter into a fresh base model; what has changed is the update."""
+    """PEFT merges the adapter into a fresh base model, not quantised as it knows no such layers of
+    ours; what has changed is the update."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -113,7 +115,8 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise RunError(f"merge: {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
-    wide = models.load_model(models.locate(model.path), model)
+    dense = dataclasses.replace(model, quantise="none")
+    wide = models.load_model(models.locate(model.path), dense)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
     try:
         adapted = PeftModel.from_pretrained(wide, str(folder))

@@ -122,7 +122,7 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
         for name, delta in update.deltas.items():
             site, _, leaf = name.rpartition(".")
             layer = layers.get(site)
-            whole = _parameter(net.model, name) if layer is None else getattr(layer.base, leaf)
+            whole = _weight(net.model, name) if layer is None else getattr(layer.base, leaf)
             if whole is None or whole.shape != delta.shape:
                 raise RunError(
                     f"merge: {update.name} changes {name} by {tuple(delta.shape)}, the base model "
@@ -163,9 +163,11 @@ def _replace_parameter(model: nn.Module, old: nn.Parameter, new: Tensor) -> None
                 setattr(module, name, fresh)
 
 
-def _parameter(model: nn.Module, name: str) -> Tensor | None:
+def _weight(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter by its name, or the weight of a quantised layer, which is none."""
+    site, _, leaf = name.rpartition(".")
     try:
-        return model.get_parameter(name)
+        return getattr(model.get_submodule(site), leaf)
     except AttributeError:
         return None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import ModelConfig
-from elastic.errors import ModelError
+from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.files import new_directory
 
 if TYPE_CHECKING:
@@ -93,6 +93,33 @@ def decoder_only(config: ModelConfig, what: str) -> None:
         )
 
 
+def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
+    """MissingExtra or ModelError when the base cannot be loaded as configured; no weights are
+    read."""
+    if getattr(architecture, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path {config.path} has been quantised already; give the original weights, "
+            "which model.quantise packs while they load"
+        )
+    if config.quantise != "none":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            what = f"model.quantise {config.quantise}"
+            raise MissingExtra("bitsandbytes", "quantised", what) from error
+
+
+def require_training(config: ModelConfig) -> None:
+    """What `require` raises, or ConfigError when the type cannot be trained on this device."""
+    require(config, architecture_of(config))
+    device = resolve_device(config.device)
+    if config.dtype == "float16" and device.type == "cpu":
+        raise ConfigError(
+            "model.dtype float16 on cpu: small gradients vanish without a loss scaler, which only "
+            "accelerators have; choose bfloat16 or float32, or model.device cuda"
+        )
+
+
 def load(config: ModelConfig) -> Base:
     """Weights, tokenizer and digest."""
     folder = locate(config.path)
@@ -104,13 +131,20 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     """The language model in a folder, frozen, in evaluation mode, on the device."""
     from transformers import AutoConfig
 
-    device = resolve_device(config.device)
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    require(config, architecture)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    settings: dict[str, Any] = {"dtype": dtype}
+    if config.quantise != "none":
+        from elastic import quantised
+
+        settings = quantised.loading(config.quantise, architecture.dtype, device)
     model = _kind(architecture).from_pretrained(
-        folder,
-        dtype=resolve_dtype(config.dtype, device),
-        trust_remote_code=config.trust_remote_code,
+        folder, trust_remote_code=config.trust_remote_code, **settings
     )
+    if config.quantise != "none":
+        model = quantised.adopt_(model, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from elastic.adapters.attach import (
     ElasticLinear,
     FactorLinear,
     ModuleType,
+    dequantise_,
     modules_of,
     plain_linear,
     replace_module,
@@ -30,7 +31,8 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     """A new model with `sub`'s sizes, its factors beside the weights (unmerged).
 
     Elastic layers are copied; everything else (embeddings, norms, uncut layers' biases) is shared
-    with the supernet, which must not change while the slice is in use. Ties stay ties.
+    with the supernet, which must not change while the slice is in use. Ties stay ties. Quantised
+    weights become dense, in the type they are computed in.
     """
     net.space.check(sub)
     model = module_tree(net.model)
@@ -45,4 +47,4 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             replace_module(model, site, small)
-    return model.eval()
+    return dequantise_(model).eval()

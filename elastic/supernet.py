@@ -38,8 +38,9 @@ FACTORS, ORDER, SPACE, ABOUT = (
 class Supernet:
     """A base model whose target layers run at the sizes of one active sub-adapter.
 
-    The base weights are permuted in place so that the important channels come first; nothing else
-    of them changes, and the function at full size stays the same. `model` is the transformers model
+    The base weights are permuted in place so that the important channels come first (quantised
+    ones keep their codes and remember the order); nothing else of them changes, and the function
+    at full size stays the same. `model` is the transformers model
     to call; it starts with the maximal sub-adapter active. Without `start` the factors are left
     at zero, to be loaded.
     """
@@ -82,19 +83,19 @@ class Supernet:
         targets = set(self.space.targets)
         name = self.adapter.resolved_method
         method = METHODS[name]
+        # Factors stay float32 under a base in half precision, whose rounding would swallow their
+        # updates; of a base without data (meta) they can still be loaded.
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        device = "cpu" if self.model.device.type == "meta" else self.model.device
         sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
         for site in track(sites, f"attaching {name}", quiet=generator is None):
             base = self.model.get_submodule(site)
             adapter = None
             if site in targets:
-                weight = base.weight
-                # Factors stay float32 under a bfloat16 base, whose rounding would swallow their
-                # updates; of a base without data (meta) they can still be loaded.
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                device = "cpu" if weight.is_meta else weight.device
-                adapter = method(self.adapter, *weight.shape, dtype=dtype, device=device)
+                sizes = base.out_features, base.in_features
+                adapter = method(self.adapter, *sizes, dtype=dtype, device=device)
                 if generator is not None:
-                    adapter.start(weight, generator)
+                    adapter.start(base.weight, generator)
             replace_module(self.model, site, ElasticLinear(base, adapter, self.adapter.dropout))
 
     def reorder(self, order: Mapping[str, Tensor]) -> None:
@@ -230,6 +231,7 @@ def save_super_adapter(
             building / ABOUT,
             {
                 "base_model": model.path,
+                "quantise": model.quantise,
                 "base_digest": base_digest,
                 "adapter": dataclasses.asdict(net.adapter),
                 "sub_adapters": str(net.space.size),
@@ -285,7 +287,7 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
 
 def provenance(device: str) -> dict[str, Any]:
     """Versions and device, for everything that is written."""
-    names = ("elastic-adapters", "torch", "transformers", "optuna")
+    names = ("elastic-adapters", "torch", "transformers", "optuna", "bitsandbytes")
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -152,7 +152,10 @@ class ElasticTrainer(Trainer):
         if penalty is None or not penalty.requires_grad:
             return
         trained = [p for p in self.net.model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        # A loss scaler has multiplied the task's gradients, and divides all of them in clipping.
+        scaler = self.accelerator.scaler if self._clip_penalty else None
+        scaled = penalty if scaler is None else penalty * scaler.get_scale()
+        gradients = torch.autograd.grad(scaled, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 continue
@@ -309,6 +312,7 @@ def train(config: TrainConfig) -> Run:
     check_trackers(config.report_to)
     _refuse_sharded(config)
     space = SearchSpace.load(config.space)
+    models.require_training(config.model)
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
@@ -463,6 +467,10 @@ def fit(
         learning_rate=1.0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_broadcast_buffers=False,  # constants all of them, a quantised base among them
+        fp16=config.model.dtype == "float16",
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=config.save_steps,

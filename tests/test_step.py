@@ -52,6 +52,19 @@ def test_the_lean_layer_has_the_gradients_of_its_formula(bias, cut):
     assert not layer.adapter.B.grad[rows:].any() and not layer.adapter.B.grad[:, rank:].any()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the lean layer, and the composed one
+def test_a_pass_goes_back_through_what_was_active(dropout):
+    layer = elastic_linear(bias=True, dropout=dropout)
+    layer.size.rows, layer.size.columns = 7, 3
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    layer.size.rows, layer.size.columns = 10, 6
+    y.sum().backward()
+    A, B = layer.adapter.A[:, :3], 3.0 * layer.adapter.B[:7]
+    expected = (layer.base.weight[:7, :3] + B @ A).sum(0).expand(4, 3)
+    torch.testing.assert_close(x.grad, expected.detach())
+
+
 def test_the_lean_layer_passes_gradcheck():
     layer = elastic_linear(bias=True)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)

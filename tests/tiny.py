@@ -91,13 +91,16 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lla
             if name.endswith("bias") or "norm" in name:
                 nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     model = model.to(dtype).eval().requires_grad_(False)
-    if dtype == torch.float64:
-        for name, norm in list(model.named_modules()):
-            if type(norm).__name__ == "LlamaRMSNorm":
-                wide = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=dtype)
-                wide.weight = norm.weight
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, wide)
+    return wide_norms_(model) if dtype == torch.float64 else model
+
+
+def wide_norms_(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    for name, norm in list(model.named_modules()):
+        if type(norm).__name__ == "LlamaRMSNorm":
+            wide = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=norm.weight.dtype)
+            wide.weight = norm.weight
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, wide)
     return model
 
 
@@ -138,11 +141,13 @@ def supernet(
     seed: int = 0,
     order=None,
     dtype=torch.float64,
+    base=None,
     **overrides,
 ) -> Supernet:
-    """A randomized supernet on `llama(seed, **overrides)`; an O-LoRA one has two tasks behind
-    it."""
-    adapter, base = ADAPTERS[method], llama(seed, dtype, **overrides)
+    """A randomized supernet on `base` or `llama(seed, **overrides)`; an O-LoRA one has two tasks
+    behind it."""
+    adapter = ADAPTERS[method]
+    base = llama(seed, dtype, **overrides) if base is None else base
     net = Supernet(base, space(heads=heads), adapter, order=order, seed=seed)
     for task in range(2 if adapter.method == "olora" else 0):
         net.succeed(randomize_(net, seed + task + 1).factor_state())

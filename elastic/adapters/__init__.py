@@ -35,7 +35,8 @@ def check(config: AdapterConfig, model: nn.Module, space: BoundSpace) -> None:
     name = config.resolved_method
     method = METHODS[name]
     for site in space.targets:
-        if reason := method.refuse(config, *model.get_submodule(site).weight.shape):
+        layer = model.get_submodule(site)
+        if reason := method.refuse(config, layer.out_features, layer.in_features):
             raise ConfigError(f"{site}: {name}: {reason}; choose a smaller adapter.rank")
     for group in space:
         for choice in group.choices if group.dim == "rank" else ():

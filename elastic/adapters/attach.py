@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from elastic.adapters.base import Adapter
+from elastic.quantised import QuantisedLinear, frozen_linear
 
 
 class Size:
@@ -44,7 +45,13 @@ class ElasticLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The active part of the base weight, (rows, columns)."""
-        return self.base.weight[: self.size.rows, : self.size.columns]
+        return self._source()()
+
+    def _source(self) -> Callable[[], Tensor]:
+        """Gives the weight that is active now, whatever is active when it is asked: the backward
+        pass asks again, so that a dequantised weight need not be kept."""
+        base, rows, columns = self.base, self.size.rows, self.size.columns
+        return lambda: base.weight[:rows, :columns]
 
     @property
     def bias(self) -> Tensor | None:
@@ -63,10 +70,10 @@ class ElasticLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.factors()
-        if factors is not None and self._lean():
+        if factors is not None and self._lean(x):
             A, B = (factor.to(x.dtype) for factor in factors)
-            return _FactoredLinear.apply(x, self.weight, self.bias, A, B)
-        y = F.linear(x, self.weight, self.bias)
+            return _FactoredLinear.apply(x, self._source(), self.bias, A, B)
+        y = frozen_linear(x, self._source(), self.bias)
         if factors is None:
             return y
         if self.adapter.dropout_on_rank:
@@ -74,41 +81,45 @@ class ElasticLinear(nn.Module):
             return y + F.linear(self.dropout(F.linear(x, A.to(x.dtype))), B.to(x.dtype))
         return _add_update(y, self.dropout(x), *factors)
 
-    def _lean(self) -> bool:
+    def _lean(self, x: Tensor) -> bool:
         """Whether nothing stands between x and both products: no dropout that acts, no autocast,
         which a function of its own would not see in its backward pass."""
         acts = self.training and isinstance(self.dropout, nn.Dropout)
-        return not acts and not torch.is_autocast_enabled(self.base.weight.device.type)
+        return not acts and not torch.is_autocast_enabled(x.device.type)
 
 
 class _FactoredLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + (x Aᵀ) Bᵀ as one node, adding into y instead of beside it.
 
     Composed of three linear layers, every output-sized sum is a pass over memory, forward and
-    backward; on two CPU cores that is a tenth of the layer's time. W and bias are frozen.
+    backward; on two CPU cores that is a tenth of the layer's time. W and bias are frozen; W is
+    asked for in either pass.
 
-    Shapes: x (..., in), weight (out, in), bias (out,) or None, A (rank, in), B (out, rank).
+    Shapes: x (..., in), weight() (out, in), bias (out,) or None, A (rank, in), B (out, rank).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor):
+    def forward(
+        ctx, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None, A: Tensor, B: Tensor
+    ):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ A.T
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        y = F.linear(rows, weight(), bias)
         y.addmm_(inner, B.T)
-        ctx.save_for_backward(rows, weight, A, B, inner)
+        ctx.weight = weight
+        ctx.save_for_backward(rows, A, B, inner)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        rows, weight, A, B, inner = ctx.saved_tensors
-        shape = (*grad.shape[:-1], weight.shape[1])
+        rows, A, B, inner = ctx.saved_tensors
+        shape = (*grad.shape[:-1], rows.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = grad @ B
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, A).view(shape)
+            grad_x = (grad @ ctx.weight()).addmm_(grad_inner, A).view(shape)
         return grad_x, None, None, grad_inner.T @ rows, grad.T @ inner
 
 
@@ -162,9 +173,19 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 @torch.no_grad()
+def dequantise_(model: ModuleType) -> ModuleType:
+    """Replace every quantised layer by a plain one with its weight, in place."""
+    for name, layer in modules_of(model, QuantisedLinear):
+        replace_module(model, name, plain_linear(layer.weight, layer.bias))
+    return model
+
+
+@torch.no_grad()
 def reorder_linear(linear: nn.Linear, axis: str, index: Tensor) -> None:
     """Permute the rows (with the bias) or columns of a linear layer, in place."""
-    if axis == "out":
+    if isinstance(linear, QuantisedLinear):
+        linear.reorder(axis, index)
+    elif axis == "out":
         linear.weight.copy_(linear.weight[index])
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[index])
