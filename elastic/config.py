@@ -370,6 +370,9 @@ class TrainConfig:
     save_steps: int = 50
     """A checkpoint to resume from every this many optimiser steps."""
     seed: int = 0
+    dry_run: bool = False
+    """Only print the space, sizes, memory and compute that these settings lead to; reads no weights
+    and writes nothing. A model folder with config.json alone will do."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")

@@ -252,7 +252,7 @@ def train(config: TrainConfig) -> Run:
     if run.claim(config):
         say(f"{run.path}: already trained; nothing to do")
         return run
-    before = _predecessor(config) if config.start_from else None
+    before = predecessor(config) if config.start_from else None
     space = SearchSpace.load(config.space)
     skeleton = models.skeleton(config.model)
     check(config.adapter, skeleton, space.bind(skeleton, config.adapter.rank))
@@ -310,7 +310,7 @@ def build(
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
 
 
-def _predecessor(config: TrainConfig) -> Run:
+def predecessor(config: TrainConfig) -> Run:
     """The finished run to continue from; ConfigError if it trained something else."""
     before = Run(config.start_from)
     theirs = before.config()
