@@ -107,14 +107,16 @@ def answer_width(labels: Tensor) -> int:
     return int((labels != IGNORED).sum(1).max())
 
 
-def answer_logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    model: torch.nn.Module, batch: dict[str, Tensor], width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits (batch, width, vocabulary) that predict the labels (batch, width), float32 or wider;
-    width is the longest answer."""
+    width is the longest answer, read from the labels unless given."""
     labels = batch["labels"]
     if "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
         logits = model(**batch, use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
-    width = answer_width(labels)
+    width = answer_width(labels) if width is None else width
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))

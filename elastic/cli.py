@@ -33,8 +33,8 @@ def parse(
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--run", arguments[0]]
     parser = _parser(kind, prog)
-    arguments = _continuing(arguments)
-    return _build(kind, parser, lambda: parser.parse_args(_with_recipes(arguments)))
+    arguments = _with_values(kind, _with_recipes(_continuing(arguments)))
+    return _build(kind, parser, lambda: parser.parse_args(arguments))
 
 
 def from_dict(kind: type[Config], value: Mapping[str, Any], where: str) -> Config:
@@ -94,6 +94,17 @@ def _with_recipes(arguments: list[str]) -> list[str]:
     return recipes + others
 
 
+def _with_values(kind: type, arguments: list[str]) -> list[str]:
+    """A switch alone is on: `--dry_run` means `--dry_run true`."""
+    switches = {f"--{name}" for name in _dotted(kind, of=bool)}
+    spelled = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        spelled.append(argument)
+        if argument in switches and following.startswith("--"):
+            spelled.append("true")
+    return spelled
+
+
 def _reason(kind: type, message: str) -> str:
     """The library's message on one line, with the nearest name where one was unknown."""
     message = " ".join(message.split())
@@ -114,13 +125,15 @@ def _reason(kind: type, message: str) -> str:
     return message
 
 
-def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
+def _dotted(kind: type, prefix: str = "", of: type | None = None) -> Iterator[str]:
+    """Names of all settings, or of those of one type."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from _dotted(hints[field.name], f"{prefix}{field.name}.")
+            yield from _dotted(hints[field.name], f"{prefix}{field.name}.", of)
             continue
-        yield prefix + field.name
+        if of is None or hints[field.name] is of:
+            yield prefix + field.name
         for item in typing.get_args(hints[field.name]):  # a list of stages
             if dataclasses.is_dataclass(item):
-                yield from _dotted(item, f"{prefix}{field.name}.")
+                yield from _dotted(item, f"{prefix}{field.name}.", of)

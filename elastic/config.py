@@ -394,6 +394,9 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)
     """Trackers of the Hugging Face Trainer, such as tensorboard, beside metrics.jsonl."""
     seed: int = 0
+    dry_run: bool = False
+    """Only print the space, sizes, memory and compute that these settings lead to; reads no weights
+    and writes nothing. A model folder with config.json alone will do."""
 
     def __post_init__(self) -> None:
         _require(self.probe_steps >= 0, f"probe_steps is {self.probe_steps}; at least 0")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import plot, trainer
+from elastic import plot
 from elastic.config import TaskConfig, TrainConfig
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import Score, answers, same_text
@@ -21,14 +21,25 @@ from elastic.supernet import provenance
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:
+    from elastic.dry import Estimate
     from elastic.tasks.base import Example
 
 _PLACE = "{task}"
 
 
-def train(config: TrainConfig) -> Run | Sequential:
-    """`elastic train`: one task, or `tasks` one after another."""
-    return train_sequence(config) if config.tasks else trainer.train(config)
+def train(config: TrainConfig) -> Run | Sequential | Estimate:
+    """`elastic train`: one task, or `tasks` one after another; or what either will need."""
+    if config.tasks and config.adapter.method == "auto":
+        config = replace(config, adapter=replace(config.adapter, method="olora"))
+    if config.dry_run:
+        from elastic.dry import estimate
+
+        return estimate(*(_stages(config) if config.tasks else [config]))
+    if config.tasks:
+        return train_sequence(config)
+    from elastic import trainer  # takes seconds to import, which a dry run does without
+
+    return trainer.train(config)
 
 
 @dataclass(frozen=True)
@@ -135,11 +146,11 @@ def train_sequence(config: TrainConfig) -> Sequential:
 
     All data is read and checked before weights load. A killed sequence resumes within its stage.
     """
-    if config.adapter.method == "auto":
-        config = replace(config, adapter=replace(config.adapter, method="olora"))
+    from elastic import trainer
+
     run = Run(config.run)
     run.claim(config)
-    stages = [stage_config(config, number) for number in range(len(config.tasks))]
+    stages = _stages(config)
     tests = [
         _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
     ]
@@ -153,6 +164,10 @@ def train_sequence(config: TrainConfig) -> Sequential:
     found = Sequential(run, tuple(config.tasks), tuple(scores))
     found.save()
     return found
+
+
+def _stages(config: TrainConfig) -> list[TrainConfig]:
+    return [stage_config(config, number) for number in range(len(config.tasks))]
 
 
 def stage_path(run: Run, number: int, name: str) -> Path:

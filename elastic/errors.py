@@ -3,6 +3,7 @@
     ElasticError
     ├── ConfigError          a setting, a search space or a stage that cannot work
     ├── DataError            a data file or split that cannot be used; names file and line
+    │   └── DataMissing      a data file or folder that is not there
     ├── ModelError           a base model that is not there or has no place to attach to
     ├── RunError             a run directory that belongs to something else, or lacks a step
     │   ├── BaseMismatch     a super-adapter met another base model than its own
@@ -30,6 +31,10 @@ class ConfigError(ElasticError, ValueError):
 
 
 class DataError(ElasticError, ValueError):
+    pass
+
+
+class DataMissing(DataError):
     pass
 
 

@@ -9,21 +9,26 @@ from elastic.batching import IGNORED
 
 
 def answer_loss(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None = None, distill: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    distill: float = 0.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Summed over answer tokens: (1 - distill) · cross-entropy + distill · KL(teacher ‖ model).
 
     The distribution of the teacher at temperature 1, on the same positions (in-place distillation:
     Yu et al. 2020, arXiv 2003.11142). Without a teacher the cross-entropy alone.
 
-    Shapes: logits and teacher (batch, length, vocabulary), labels (batch, length).
+    Shapes: logits and teacher (batch, length, vocabulary), labels (batch, length); kept are the
+    flat places of answer tokens, read from the labels unless given.
     """
     labels = labels.flatten()
     logits = logits.flatten(0, 1)
     hard = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     if teacher is None or distill == 0:
         return hard
-    kept = labels != IGNORED
+    kept = labels != IGNORED if kept is None else kept
     soft = F.kl_div(
         F.log_softmax(logits[kept], -1),
         F.log_softmax(teacher.flatten(0, 1)[kept], -1),

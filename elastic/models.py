@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,13 @@ class Base:
     digest: str
 
 
-def locate(path: str) -> str:
-    """A folder or hub name that transformers can load; ModelError if there is none."""
+EVERYTHING = ("*.json", "*.safetensors", "*.model")
+"""What of a hub repository a model is loaded from."""
+
+
+def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
+    """A folder that transformers can load, from a hub name with at least these files; ModelError
+    if there is none."""
     if path == SMOLLM2:
         return str(_smollm2_folder())
     if Path(path).exists() or path.startswith((".", "/", "~")):
@@ -53,28 +59,33 @@ def locate(path: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model"])
+        return snapshot_download(path, allow_patterns=list(files))
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise ModelError(f"model.path {path!r}: neither a folder nor on the hub: {error}") from None
 
 
-def skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The model with its real modules and no memory: enough to bind a search space to."""
+def skeleton(
+    config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | str = "meta"
+) -> PreTrainedModel:
+    """The model with its real modules and no memory: enough to bind a search space to. In the type
+    of its configuration unless one is given."""
     import torch
 
     architecture = architecture_of(config)
-    with torch.device("meta"):
+    with torch.device(device):
         return _kind(architecture).from_config(
-            architecture, trust_remote_code=config.trust_remote_code
+            architecture,
+            dtype=dtype or architecture.dtype,
+            trust_remote_code=config.trust_remote_code,
         )
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
-    """The model's own configuration; reads no weights."""
+    """The model's own configuration; reads no weights, and downloads none."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(
-        locate(config.path), trust_remote_code=config.trust_remote_code
+        locate(config.path, ["config.json"]), trust_remote_code=config.trust_remote_code
     )
 
 

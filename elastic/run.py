@@ -40,7 +40,7 @@ class Run:
         RunError when the directory holds another run, or things that are no run at all.
         """
         if self.config_file.is_file():
-            mine, theirs = as_plain(config), as_plain(self.begun())
+            mine, theirs = _identity(config), _identity(self.begun())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
             if differing := _differences(mine, theirs):
                 raise RunError(
@@ -56,7 +56,7 @@ class Run:
 
     def begin(self, config: TrainConfig) -> None:
         if not self.config_file.is_file():
-            write_text(self.config_file, yaml.safe_dump(as_plain(config), sort_keys=False))
+            write_text(self.config_file, yaml.safe_dump(_identity(config), sort_keys=False))
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
@@ -125,6 +125,13 @@ class Run:
             return
         print(f"Super-adapter: {self.super_adapter}")
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What a run is known by: not whether it was ever rehearsed."""
+    plain = as_plain(config)
+    del plain["dry_run"]
+    return plain
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def train(config: TrainConfig) -> Run:
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
-    before = _predecessor(config) if config.start_from else None
+    before = predecessor(config) if config.start_from else None
     only = before.resolve(config.sub_adapter, bound)[1] if config.sub_adapter else None
     task = load_task(config.task, config.seed)
     with processes.main_first():
@@ -409,7 +409,7 @@ def build(
     return Supernet(model, space, config.adapter, order=order, seed=config.seed)
 
 
-def _predecessor(config: TrainConfig) -> Run:
+def predecessor(config: TrainConfig) -> Run:
     """The finished run to continue from; ConfigError if it trained something else."""
     before = Run(config.start_from)
     theirs = before.config()

@@ -25,7 +25,6 @@ from elastic.run import Run
 from elastic.trainer import train
 from tests.tiny_runs import train_config
 
-
 DIMS = ["rank", "width", "heads"]
 
 

@@ -347,3 +347,12 @@ def test_names_of_sub_adapters(tmp_path):
 def test_timing_of_latency_starts_with_more_rounds():
     assert LatencyConfig().timing == TimingConfig(rounds=10)
     assert EvaluateConfig().split == "test"
+
+
+def test_a_switch_alone_is_on():
+    assert parse(TrainConfig, ["--dry_run"]).dry_run is True
+    assert parse(TrainConfig, ["runs/x", "--dry_run", "--seed", "3"]).seed == 3
+    assert parse(TrainConfig, ["--dry_run", "false"]).dry_run is False
+    assert parse(TrainConfig, ["--adapter.soslora.fixed_scales"]).adapter.soslora.fixed_scales
+    with pytest.raises(ConfigError, match="expected one argument"):
+        parse(TrainConfig, ["--seed"])

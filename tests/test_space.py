@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BloomConfig, BloomForCausalLM
 
 from elastic.errors import ConfigError, RunError
 from elastic.space import GroupSpec, SearchSpace, SubAdapter
@@ -237,6 +238,9 @@ def test_shipped_spaces_load_bind_and_survive(path):
     if path.stem.startswith("t5"):
         model = tiny.t5()
         layers = 2 * 2 + 2  # self-attention twice, and the decoder's attention to the encoder
+    elif path.stem.startswith("bloom"):
+        model = BloomForCausalLM(BloomConfig(hidden_size=256, n_layer=2, n_head=4, vocab_size=99))
+        layers = model.config.n_layer
     else:
         model = tiny.llama(intermediate_size=1024, dtype=torch.float32)
         layers = model.config.num_hidden_layers

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.errors import DataError
+from elastic.errors import DataError, DataMissing
 from elastic.tasks.base import Example, Task, disjoint, limits
 
 QUESTIONS = {
@@ -46,9 +46,10 @@ def load(config: TaskConfig, seed: int) -> Task:
 
 def _folder(pattern: str) -> Path:
     found = [Path(path) for path in sorted(glob.glob(pattern)) if Path(path).is_dir()]
-    if len(found) != 1:
-        state = "no such folder" if not found else f"{len(found)} folders match: {found}"
-        raise DataError(f"{pattern}: {state}; expected one like TC/agnews")
+    if not found:
+        raise DataMissing(f"{pattern}: no such folder; expected one like TC/agnews")
+    if len(found) > 1:
+        raise DataError(f"{pattern}: {len(found)} folders match: {found}; name one like TC/agnews")
     if found[0].parent.name not in QUESTIONS:
         raise DataError(
             f"{found[0]}: its parent names the type of task; choose from {', '.join(QUESTIONS)}"
@@ -87,7 +88,7 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{file}: no such data file") from None
+        raise DataMissing(f"{file}: no such data file") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError as error:

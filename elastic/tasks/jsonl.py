@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.errors import DataError
+from elastic.errors import DataError, DataMissing
 from elastic.tasks.base import Example, Task, disjoint, limits
 
 
@@ -24,7 +24,7 @@ def load(config: TaskConfig, seed: int) -> Task:
 def _read(file: str, config: TaskConfig) -> Sequence[Example]:
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"{file}: no such data file")
+        raise DataMissing(f"{file}: no such data file")
     examples = []
     try:
         with path.open(encoding="utf-8") as lines:
