@@ -27,6 +27,7 @@ from elastic.cost import Cost, Counter
 from elastic.errors import ConfigError, DataMissing
 from elastic.loss import answer_loss
 from elastic.meter import Meter
+from elastic.quantised import packed_bytes
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 from elastic.supernet import Supernet, read_tensors
@@ -219,9 +220,15 @@ def estimate(*runs: TrainConfig) -> Estimate:
         device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model = models.skeleton(config.model, dtype, device)
-        parameters, base = sum(p.numel() for p in model.parameters()), _bytes(model)
+        parameters = sum(p.numel() for p in model.parameters())
+        base = _bytes(model) - _spared(model, config.model.quantise)
         shapes = {name: layer.weight.shape for name, layer in modules_of(model, nn.Linear)}
+        dense = _bytes(model)
         net = Supernet(model, space, config.adapter, start=False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.model.quantise != "none":
+        notes.append("temporaries and compute are those of a base that is not quantised")
     if before:
         net.succeed(read_tensors(before.super_adapter)[1])
     with fake:
@@ -230,7 +237,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
                 adapter.succeed(adapter.state_dict(), torch.Generator())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
-    memory = Memory(base, _bytes(model) - base, gradients, 2 * gradients)
+    memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
     batch, examples = _data(runs, model.config.is_encoder_decoder)
     compute = None
     try:
@@ -387,6 +394,17 @@ def _trained_by(adapter: AdapterConfig, shapes: Sequence[torch.Size]) -> dict[st
 def _bytes(model: nn.Module) -> int:
     """Of all parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _spared(model: nn.Module, quantise: str) -> int:
+    """Bytes that packing the weights of linear layers, the head's excepted, saves."""
+    if quantise == "none":
+        return 0
+    head = model.get_output_embeddings()
+    layers = [layer for _, layer in modules_of(model, nn.Linear) if layer is not head]
+    return sum(
+        layer.weight.nbytes - packed_bytes(quantise, *layer.weight.shape) for layer in layers
+    )
 
 
 def _short(number: float | None, unit: str = "") -> str:

@@ -38,6 +38,14 @@ def _nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -
 DEQUANTISE = {"int8": _int8, "nf4": _nf4}
 
 
+def packed_bytes(kind: str, out_features: int, in_features: int) -> int:
+    """Codes and float32 scales of a weight: one scale per row (int8) or per block (nf4)."""
+    weights = out_features * in_features
+    if kind == "int8":
+        return weights + 4 * out_features
+    return -(-weights // 2) + 4 * -(-weights // BLOCK)
+
+
 class QuantisedLinear(nn.Linear):
     """A frozen linear layer whose weight exists only while somebody uses it.
 

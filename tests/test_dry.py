@@ -427,3 +427,22 @@ def test_a_run_continued_carries_the_one_before(tmp_path, tiny_folder):
     assert train(second).memory.factors == 2 * alone.memory.factors
     with pytest.raises(ConfigError, match=r"was trained with adapter rank 8, not 4"):
         train(replace(second, adapter=replace(first.adapter, rank=4)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_takes_what_its_packed_tensors_take(tmp_path, kind):
+    folder = tiny.save_tiny(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    config = train_config(folder, tmp_path / "run")
+    config = replace(config, model=replace(config.model, quantise=kind))
+    base = models.load_model(str(folder), config.model)
+    held = sum(tensor.nbytes for tensor in (*base.parameters(), *base.buffers()))
+    found = dry.estimate(config)
+    assert found.memory.base == held < dry.estimate(train_config(folder, tmp_path)).memory.base
+    assert any("not quantised" in note for note in found.notes)
+
+
+def test_gradient_checkpointing_is_less_memory_for_more_compute(tmp_path, tiny_folder):
+    config = train_config(tiny_folder, tmp_path / "run")
+    plain, less = (dry.estimate(replace(config, gradient_checkpointing=on)) for on in (0, 1))
+    assert less.memory.activations < plain.memory.activations / 2
+    assert plain.compute.maximal < less.compute.maximal < 2 * plain.compute.maximal

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import itertools
-import json
-import tempfile
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from elastic import models
 from elastic.batching import IGNORED, answer_logits
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.loss import answer_loss
+from elastic.meter import Meter
 from elastic.sampler import generator_for
 from elastic.space import SearchSpace, SubAdapter
 from elastic.supernet import Supernet
@@ -83,26 +81,32 @@ class Steps:
             "elastic, minimal": lambda: self.elastic(self.net.space.minimal()),
         }
 
-    def operations(self) -> dict[str, float]:
-        """Floating-point operations of a step, in millions."""
-
-        def count(steps: list[Callable[[], None]]) -> float:
-            with FlopCounterMode(display=False) as counter:
-                for step in steps:
-                    step()
-            return counter.get_total_flops() / len(steps) / 1e6
-
+    def metered(self) -> dict[str, Meter]:
+        """Operations and peak memory of a step; of the draws, of the first and largest one."""
         space = self.net.space
-        plain = count([self.peft])
-        return {
-            "peft": plain,
-            "peft again (control)": plain,
-            "elastic, maximal": count([lambda: self.elastic(space.maximal())]),
-            "elastic, uniform draws": count(
-                [lambda sub=sub: self.elastic(sub) for sub in self.draws]
-            ),
-            "elastic, minimal": count([lambda: self.elastic(space.minimal())]),
+        largest = max(self.draws, key=lambda sub: sum(choice for _, choice in sub.choices))
+        steps = {
+            "peft": self.peft,
+            "elastic, maximal": lambda: self.elastic(space.maximal()),
+            "elastic, uniform draws": lambda: self.elastic(largest),
+            "elastic, minimal": lambda: self.elastic(space.minimal()),
         }
+        found = {}
+        for name, step in steps.items():
+            step()
+            model = self.plain if name == "peft" else self.net.model
+            states = self.optimizers[id(model)].state.values()
+            moments = (t for state in states for t in state.values() if torch.is_tensor(t))
+            given = (*model.parameters(), *model.buffers(), *moments, *self.batch.values())
+            with Meter(given).recording() as found[name]:
+                step()
+        drawn = []
+        for sub in self.draws:
+            with Meter(()).recording() as meter:
+                self.elastic(sub)
+            drawn.append(meter.flops)
+        found["elastic, uniform draws"].flops = statistics.mean(drawn)
+        return {**found, "peft again (control)": found["peft"]}
 
 
 def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -115,26 +119,6 @@ def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
         "labels": labels,
     }  # fmt: skip
     return {key: value.to(DEVICE) for key, value in batch.items()}
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """The most that is allocated during a step beyond what was before it."""
-    step()
-    gc.collect()
-    if CUDA:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        found.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    memory = sorted(
-        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
-    )
-    return max(itertools.accumulate(change for _, change in memory))
 
 
 def busiest(step: Callable[[], None], rows: int = 8) -> dict[str, float]:
@@ -150,16 +134,13 @@ def busiest(step: Callable[[], None], rows: int = 8) -> dict[str, float]:
     return {name: round(time / total, 3) for name, time in top}
 
 
-def measured(steps: Steps, repetitions: int, *, memory: bool = True) -> dict[str, dict]:
-    candidates, operations = steps.candidates(), steps.operations()
-    found = sides(candidates, repetitions, baseline="peft")
+def measured(steps: Steps, repetitions: int) -> dict[str, dict]:
+    """Seconds, and the ratios to PEFT of seconds, operations and peak memory beside the weights."""
+    found, meters = sides(steps.candidates(), repetitions, baseline="peft"), steps.metered()
     for name, row in found.items():
-        row["operations"] = operations[name] / operations["peft"]
+        row["operations"] = meters[name].flops / meters["peft"].flops
         row["over_operations"] = row["ratio"] / row["operations"]
-    if memory:
-        peaks = {name: peak_bytes(step) for name, step in candidates.items()}
-        for name, row in found.items():
-            row["peak_memory"] = peaks[name] / peaks["peft"]
+        row["peak_memory"] = meters[name].peak / meters["peft"].peak
     return found
 
 
@@ -199,7 +180,7 @@ def main() -> None:
         del steps
     grown = {}
     for name, make in growth():
-        found = measured(make(), 2 * given.repetitions, memory=False)
+        found = measured(make(), 2 * given.repetitions)
         grown[name] = {
             "peft_ms": found["peft"]["median_ms"],
             "control": found["peft again (control)"]["ratio"],
