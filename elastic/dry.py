@@ -177,11 +177,14 @@ class Estimate:
 
     def _lines(self) -> list[str]:
         batch, plan, compute = self.batch, self.plan, self.compute
-        others = {name: n for name, n in self.trained_by.items() if name != self.method}
+        methods = ", ".join(f"{name} {count:,}" for name, count in self.trained_by.items())
+        whole = ""
+        if compute and compute.run:
+            whole = f"; {_span(compute.run)} in all, were every batch so long"
         lines = [
             f"Base: {self.architecture}, {self.parameters:,} parameters, {self.dtype}",
-            f"Trained: {self.trained:,} parameters ({self.method}); the same rank with "
-            + ", ".join(f"{name} {count:,}" for name, count in others.items()),
+            f"Trained: {self.trained:,} parameters with {self.method}; one task at this rank by "
+            f"method: {methods}",
             f"Micro-batch: {batch.sequences} sequences of {batch.length} tokens, {batch.answer} of "
             "the answer" + (f"; assumed, since {batch.assumed}" if batch.assumed else ""),
         ]
@@ -194,12 +197,7 @@ class Estimate:
         if compute:
             lines.append(
                 f"Compute: {_short(compute.maximal, 'FLOP')} per micro-batch maximal, "
-                f"{_short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step"
-                + (
-                    f"; {_span(compute.run)} in all, were every batch so long"
-                    if compute.run
-                    else ""
-                )
+                f"{_short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
             )
         return lines + [f"Note: {note}" for note in self.notes]
 
