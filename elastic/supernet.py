@@ -61,6 +61,10 @@ class Supernet:
         self.space: BoundSpace = space.bind(model, adapter.rank)
         check(adapter, model, self.space)
         self._attach(torch.Generator().manual_seed(seed) if start else None)
+        # A head that gets the last positions of every sequence gets a view with gaps, and would be
+        # multiplied, its whole weight read, once per sequence instead of once.
+        if head := model.get_output_embeddings():
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.order: dict[str, Tensor] = {}
         if order is not None:
             self.reorder(order)
