@@ -37,9 +37,9 @@ def train(config: TrainConfig) -> Run | Sequential | Estimate:
         return estimate(*(_stages(config) if config.tasks else [config]))
     if config.tasks:
         return train_sequence(config)
-    from elastic import trainer  # takes seconds to import, which a dry run does without
+    from elastic import training  # takes seconds to import, which a dry run does without
 
-    return trainer.train(config)
+    return training.train(config)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
 
     All data is read and checked before weights load. A killed sequence resumes within its stage.
     """
-    from elastic import trainer
+    from elastic import training
 
     run = Run(config.run)
     run.claim(config)
@@ -158,7 +158,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
     scores = []
     for number, stage in enumerate(stages):
         say(f"Task {number + 1} of {len(stages)}: {config.tasks[number]}")
-        trained = trainer.train(stage)
+        trained = training.train(stage)
         seen = dict(zip(config.tasks[: number + 1], tests, strict=False))
         scores.append(_score_all(trained, seen, config))
     found = Sequential(run, tuple(config.tasks), tuple(scores))

@@ -28,6 +28,7 @@ from elastic.errors import ConfigError, DataMissing
 from elastic.loss import answer_loss
 from elastic.meter import Meter
 from elastic.quantised import packed_bytes
+from elastic.run import predecessor
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 from elastic.supernet import Supernet, read_tensors
@@ -207,8 +208,6 @@ def estimate(*runs: TrainConfig) -> Estimate:
     which carries the finished tasks."""
     config, notes, before = runs[-1], [], None
     if runs[0].start_from:
-        from elastic.trainer import predecessor  # transformers' Trainer takes seconds to import
-
         before = predecessor(runs[0])
     space = SearchSpace.load(config.space)
     device = models.resolve_device(config.model.device)

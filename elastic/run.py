@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from elastic.config import TrainConfig
-from elastic.errors import RunError
+from elastic.errors import ConfigError, RunError
 from elastic.files import write_text
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 
@@ -125,6 +125,26 @@ class Run:
             return
         print(f"Super-adapter: {self.super_adapter}")
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
+
+
+def predecessor(config: TrainConfig) -> Run:
+    """The finished run to continue from; ConfigError if it trained something else."""
+    before = Run(config.start_from)
+    theirs = before.config()
+    for name in ("method", "rank", "scale"):
+        field = "resolved_method" if name == "method" else name
+        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
+        if mine != other:
+            raise ConfigError(
+                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
+                "a sequence keeps one method, rank and scale"
+            )
+    if SearchSpace.load(config.space).sections != before.space().sections:
+        raise ConfigError(
+            f"start_from: {before.path} was trained in another search space than {config.space}; "
+            f"a sequence keeps one"
+        )
+    return before
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import AdapterConfig, StageConfig
 from elastic.run import Run
-from elastic.trainer import train
+from elastic.training import train
 from tests.tiny_runs import train_config
 
 DIMS = ["rank", "width", "heads"]

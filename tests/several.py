@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from elastic.config import StageConfig
 from elastic.run import Run
 from elastic.supernet import Supernet
-from elastic.trainer import ElasticTrainer, train
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import train_config
 

@@ -11,7 +11,7 @@ from elastic.merging import compact
 from elastic.slicing import sliced
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
-from elastic.trainer import train
+from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several
 from tests.tiny_runs import train_config

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic import continual, models, trainer
+from elastic import continual, models, training
 from elastic.config import (
     AdapterConfig,
     ScheduleConfig,
@@ -174,14 +174,14 @@ def test_new_factors_are_kept_away_from_the_old(tiny_folder, data, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "sorsa", "prolora", "soslora"])
 def test_any_method_continues_its_own_factors(tiny_folder, data, tmp_path, method, monkeypatch):
     started = []
-    real = trainer.continued
+    real = training.continued
 
     def remembered(*args):
         net = real(*args)
         started.append({k: v.clone() for k, v in net.factor_state().items()})
         return net
 
-    monkeypatch.setattr(trainer, "continued", remembered)
+    monkeypatch.setattr(training, "continued", remembered)
     found = train(config(tiny_folder, data, tmp_path / "run", method=method, tasks=TASKS[:2]))
     assert len(started) == 1
     for name, tensor in factors(found.run, 0).items():
@@ -214,7 +214,7 @@ def test_a_killed_sequence_resumes(finished, tiny_folder, data, tmp_path, monkey
 
         patch = (continual, "answers", tested)
         if moment == "between":
-            patch = (trainer, "continued", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch = (training, "continued", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with monkeypatch.context() as context:
         context.setattr(*patch)
         with pytest.raises(KeyboardInterrupt):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic import trainer
+from elastic import training
 from elastic.config import AdapterConfig
 from elastic.errors import ConfigError
 from elastic.run import Run
-from elastic.trainer import train
+from elastic.training import train
 from tests import tiny
 from tests.several import RUNS, config_of, gradients
 from tests.test_resume import metrics
@@ -86,7 +86,7 @@ def test_what_sharding_cannot_do_is_refused_before_weights_load(
     tiny_folder, tmp_path, monkeypatch, variable, settings, message
 ):
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(trainer.models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training.models, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         train(train_config(tiny_folder, tmp_path / "run", **settings))
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, LlamaConfig
 
-from elastic import dry, models, trainer
+from elastic import dry, models, training
 from elastic.__main__ import main
 from elastic.batching import Encoded, answer_logits, collate
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
@@ -261,7 +261,7 @@ def peak_of_training(config: TrainConfig, folder: Path) -> int:
     """The most bytes allocated at once by `elastic train`, as torch's profiler saw them; the base,
     whose file is mapped into memory, is not among them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.train(config)
+        training.train(config)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")

@@ -18,7 +18,7 @@ from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.tasks.base import Example
-from elastic.trainer import train
+from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several
 from tests.tiny_runs import train_config

@@ -25,7 +25,7 @@ from elastic.run import Run
 from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
 from elastic.tasks import load_task
-from elastic.trainer import train
+from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import (
     ONE_ROUND,

@@ -11,7 +11,8 @@ from elastic import models, trainer
 from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.supernet import Supernet
-from elastic.trainer import ElasticTrainer, train
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from tests import tiny
 from tests.steps import step_gradients
 from tests.test_trainer import assert_same_factors

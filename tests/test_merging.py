@@ -16,7 +16,7 @@ from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.merging import combine, compact
 from elastic.supernet import Supernet, save_super_adapter
-from elastic.trainer import train
+from elastic.training import train
 from tests import tiny
 from tests.test_supernet import MERGED, close
 from tests.tiny import logits, tokens

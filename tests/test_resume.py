@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from elastic import checkpoints
 from elastic.config import AdapterConfig, StageConfig, TaskConfig
 from elastic.run import Run
-from elastic.trainer import ElasticTrainer, train
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from tests.tiny_runs import train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)

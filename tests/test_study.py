@@ -20,7 +20,7 @@ from elastic.run import Run
 from elastic.space import SubAdapter
 from elastic.study import search
 from elastic.tasks import load_task
-from elastic.trainer import train
+from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP
 from tests.tiny_runs import ONE_ROUND, copy_run, randomize_factors, space_file, train_config
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic import models, trainer
+from elastic import models, trainer, training
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.config import (
     AdapterConfig,
@@ -27,7 +27,8 @@ from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.importance import channel_index
 from elastic.run import Run
 from elastic.schedule import Schedule
-from elastic.trainer import ElasticTrainer, train
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from elastic.watching import MetricsFile
 from tests import tiny
 from tests.steps import step_gradients
@@ -65,14 +66,14 @@ def forbid_weights(monkeypatch):
 def built(monkeypatch):
     """The supernets that training builds, with the state each had at the start."""
     nets = []
-    build = trainer.build
+    build = training.build
 
     def remembered(*args, **kwargs):
         net = build(*args, **kwargs)
         nets.append((net, {k: v.clone() for k, v in net.model.state_dict().items()}))
         return net
 
-    monkeypatch.setattr(trainer, "build", remembered)
+    monkeypatch.setattr(training, "build", remembered)
     return nets
 
 
@@ -211,10 +212,10 @@ def gradients(folder, run, monkeypatch, **settings):
             named = model.named_parameters()
             found.append({n: p.grad.clone() for n, p in named if p.requires_grad})
 
-    build = trainer.build
+    build = training.build
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFile, "on_pre_optimizer_step", note, raising=False)
-        patch.setattr(trainer, "build", lambda *a, **k: tiny.randomize_(build(*a, **k)))
+        patch.setattr(training, "build", lambda *a, **k: tiny.randomize_(build(*a, **k)))
         train(train_config(folder, run, stages=[StageConfig()], max_grad_norm=1e9, **settings))
     return found[0], metrics(Run(run))[0]["loss"]
 
@@ -502,10 +503,10 @@ def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, rati
     )  # fmt: skip
     run = train(config)
     base = models.load(config.model)
-    start = trainer.build(
+    start = training.build(
         base.model, run.space(), config,
-        calibration=[trainer.encode(base.tokenizer, e.prompt, e.answer)
-                     for e in trainer.load_task(config.task, 0).train],
+        calibration=[training.encode(base.tokenizer, e.prompt, e.answer)
+                     for e in training.load_task(config.task, 0).train],
         pad=tiny.PAD,
     ).factor_state()  # fmt: skip
     moved = {"A": [], "B": []}

@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic import trainer
+from elastic import trainer, training
 from elastic.batching import IGNORED, collate, encode
 from elastic.config import StageConfig, TaskConfig
 from elastic.errors import ConfigError, TrainingError
 from elastic.run import Run
 from elastic.supernet import Supernet
-from elastic.trainer import ElasticTrainer, train
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from elastic.watching import Pace, Probe
 from tests import tiny
 from tests.tiny_runs import train_config
@@ -77,7 +78,7 @@ def test_metrics_tell_stage_rate_pace_and_probes(tiny_folder, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused_before_weights_load(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training.models, "load", lambda *_: pytest.fail("weights were loaded"))
     config = train_config(tiny_folder, tmp_path / "run", report_to=["tensorbord"])
     with pytest.raises(ConfigError, match=r"tensorbord.*did you mean 'tensorboard'"):
         train(config)
@@ -116,7 +117,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_folder, tmp_path, monkeypatc
     about = json.loads((run.path / "train" / "failed.json").read_text())
     [(sub, ids)] = seen
     assert about["sub_adapter"] == sub.as_dict() and about["step"] == 6
-    task = trainer.load_task(config.task, config.seed)
+    task = training.load_task(config.task, config.seed)
     chosen = [task.train[number] for number in about["examples"]]
     encoded = [encode(tiny.tokenizer(), e.prompt, e.answer) for e in chosen]
     assert torch.equal(collate(encoded, tiny.PAD)["input_ids"], ids)

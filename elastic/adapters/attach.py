@@ -61,7 +61,9 @@ class ElasticLinear(nn.Module):
         """The active A (rank, columns) and B (rows, rank); None without an adapter."""
         if self.adapter is None:
             return None
-        A, B = self.adapter.factors(self.size.rank)
+        return self._cut(*self.adapter.factors(self.size.rank))
+
+    def _cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         if self.size.columns < A.shape[1]:  # every slice is a padded gradient later
             A = A[:, : self.size.columns]
         if self.size.rows < B.shape[0]:
@@ -69,10 +71,11 @@ class ElasticLinear(nn.Module):
         return A, B
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.adapter is not None and self._lean(x):
+            A, B, scale = self.adapter.parts(self.size.rank)
+            A, B = (factor.to(x.dtype) for factor in self._cut(A, B))
+            return _FactoredLinear.apply(x, self._source(), self.bias, A, B, scale)
         factors = self.factors()
-        if factors is not None and self._lean(x):
-            A, B = (factor.to(x.dtype) for factor in factors)
-            return _FactoredLinear.apply(x, self._source(), self.bias, A, B)
         y = frozen_linear(x, self._source(), self.bias)
         if factors is None:
             return y
@@ -89,7 +92,7 @@ class ElasticLinear(nn.Module):
 
 
 class _FactoredLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + (x Aᵀ) Bᵀ as one node, adding into y instead of beside it.
+    """y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ as one node, adding into y instead of beside it.
 
     Composed of three linear layers, every output-sized sum is a pass over memory, forward and
     backward; on two CPU cores that is a tenth of the layer's time. W and bias are frozen; W is
@@ -100,13 +103,19 @@ class _FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None, A: Tensor, B: Tensor
-    ):
+        ctx,
+        x: Tensor,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ A.T
+        inner = (rows @ A.T).mul_(scale)
         y = F.linear(rows, weight(), bias)
         y.addmm_(inner, B.T)
-        ctx.weight = weight
+        ctx.weight, ctx.scale = weight, scale
         ctx.save_for_backward(rows, A, B, inner)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -116,11 +125,11 @@ class _FactoredLinear(torch.autograd.Function):
         rows, A, B, inner = ctx.saved_tensors
         shape = (*grad.shape[:-1], rows.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_inner = grad @ B
+        grad_inner = (grad @ B).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ ctx.weight()).addmm_(grad_inner, A).view(shape)
-        return grad_x, None, None, grad_inner.T @ rows, grad.T @ inner
+        return grad_x, None, None, grad_inner.T @ rows, grad.T @ inner, None
 
 
 class FactorLinear(nn.Linear):

@@ -64,6 +64,11 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def parts(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """A, B and a number that is in neither: ΔW = number · B A. For forward passes, which then
+        need not keep a scaled copy of B for the backward pass."""
+        return *self.factors(rank), 1.0
+
     def penalty(self, rank: int) -> Tensor | None:
         """This layer's regulariser on its active ranks, weighted; None if there is none now."""
         return None

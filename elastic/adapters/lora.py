@@ -31,6 +31,10 @@ class Lora(Adapter):
         nn.init.zeros_(self.B)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        if rank == self.max_rank:
-            return self.A, self.scale * self.B
-        return self.A[:rank], self.scale * self.B[:, :rank]
+        A, B, scale = self.parts(rank)
+        return A, scale * B
+
+    def parts(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        if rank == self.max_rank:  # every slice is a padded gradient later
+            return self.A, self.B, self.scale
+        return self.A[:rank], self.B[:, :rank], self.scale

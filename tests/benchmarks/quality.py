@@ -24,7 +24,7 @@ from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.space import BoundSpace, SubAdapter
 from elastic.tasks import load_task
-from elastic.trainer import train
+from elastic.training import train
 from tests.benchmarks.common import report
 
 WIDTHS = (1.0, 0.75, 0.625, 0.5)

@@ -1,0 +1,152 @@
+"""From settings to a super-adapter directory: check, load, build or continue, train, save."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+
+from elastic import models, processes
+from elastic.adapters import METHODS, Adapter, check
+from elastic.batching import Encoded, collate, encode
+from elastic.config import TrainConfig
+from elastic.errors import ConfigError
+from elastic.files import named_failure, write_json
+from elastic.importance import channel_order
+from elastic.progress import say
+from elastic.run import Run, predecessor
+from elastic.schedule import Schedule
+from elastic.space import SearchSpace
+from elastic.supernet import Supernet, read_super_adapter, read_tensors, save_super_adapter
+from elastic.tasks import load_task
+from elastic.tasks.base import Example
+from elastic.trainer import fit
+from elastic.watching import check_trackers
+
+WATCHED = 16
+"""Validation examples on which the losses of three sub-adapters are compared over time."""
+
+
+def train(config: TrainConfig) -> Run:
+    """Train as configured and write RUN/super_adapter; returns the run.
+
+    Space, data and run directory are checked before weights are read. A run of the same
+    configuration is resumed from its last checkpoint, or returned as it is when finished.
+    """
+    run = Run(config.run)
+    with processes.main_first():
+        finished = run.claim(config)
+    if finished:
+        say(f"{run.path}: already trained; nothing to do")
+        return run
+    check_trackers(config.report_to)
+    _refuse_sharded(config)
+    space = SearchSpace.load(config.space)
+    models.require_training(config.model)
+    skeleton = models.skeleton(config.model)
+    bound = space.bind(skeleton, config.adapter.rank)
+    check(config.adapter, skeleton, bound)
+    before = predecessor(config) if config.start_from else None
+    only = before.resolve(config.sub_adapter, bound)[1] if config.sub_adapter else None
+    task = load_task(config.task, config.seed)
+    with processes.main_first():
+        run.begin(config)
+
+    say(f"Loading {config.model.path}")
+    with processes.main_first():  # a packaged model is converted once
+        base = models.load(config.model)
+
+    def encoded(examples: Sequence[Example]) -> list[Encoded]:
+        return [
+            encode(base.tokenizer, example.prompt, example.answer,
+                   encoder_decoder=base.model.config.is_encoder_decoder)
+            for example in examples
+        ]  # fmt: skip
+
+    examples, pad = encoded(task.train), base.tokenizer.pad_token_id
+    if before:
+        net = continued(base, space, config, before)
+    else:
+        net = build(base.model, space, config, calibration=examples, pad=pad)
+    per_step = config.batch_size * config.accumulation * processes.count()
+    per_epoch = max(1, math.ceil(len(examples) / per_step))
+    schedule = Schedule(config.resolved_stages, config.lr, per_epoch)
+    what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
+    say(
+        f"Training {what}: {schedule.steps} steps of {per_step} examples, "
+        f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
+    )
+    with named_failure(run.checkpoints):
+        trainer = fit(
+            net, config, schedule, examples, run, pad=pad, only=only,
+            watched=encoded(task.validation[:WATCHED]),
+        )  # fmt: skip
+    factors = trainer.factors()
+    with processes.main_first():
+        if processes.is_main():
+            if only:
+                write_json(run.sub_adapter, {"sub_adapter": only.as_dict()})
+            save_super_adapter(
+                net,
+                run.super_adapter,
+                factors=factors,
+                model=config.model,
+                base_digest=base.digest,
+                seed=config.seed,
+                steps=schedule.steps,
+                learning_rate=schedule.learning_rate(schedule.steps - 1),
+            )
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return run
+
+
+def _refuse_sharded(config: TrainConfig) -> None:
+    """ConfigError for what DeepSpeed and FSDP leave no place for.
+
+    DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
+    gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
+    """
+    sharding = processes.sharding()
+    method = config.adapter.resolved_method
+    if sharding and METHODS[method].penalty is not Adapter.penalty:
+        raise ConfigError(
+            f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
+            "use configs/accelerate/ddp.yaml"
+        )
+    if sharding == "FSDP" and models.resolve_device(config.model.device).type == "cpu":
+        raise ConfigError(
+            "FSDP: accelerate shards models on accelerators alone; on CPU processes use "
+            "configs/accelerate/ddp.yaml"
+        )
+    if sharding == "DeepSpeed" and config.sampling == "sandwich":
+        raise ConfigError("sampling: sandwich does not work with DeepSpeed; use DDP or FSDP")
+
+
+def build(
+    model, space: SearchSpace, config: TrainConfig, *, calibration: list[Encoded], pad: int
+) -> Supernet:
+    """The supernet at the start of training, its channels ordered."""
+    bound = space.bind(model, config.adapter.rank)
+    examples = calibration[: config.order_examples]
+    batches = []
+    for start in range(0, len(examples), config.batch_size):
+        batch = collate(examples[start : start + config.batch_size], pad)
+        batches.append({key: value.to(model.device) for key, value in batch.items()})
+    if config.resolved_order == "activation":
+        say(f"Ordering channels by activation on {len(examples)} training examples")
+    # Of one process: another device may round another way, and ties break either way.
+    order = processes.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
+    return Supernet(model, space, config.adapter, order=order, seed=config.seed)
+
+
+def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
+    """The supernet in which the next task begins, or in which one sub-adapter goes on with its
+    own; BaseMismatch on another base model."""
+    read_super_adapter(before.super_adapter, base.digest)
+    order, factors = read_tensors(before.super_adapter)
+    net = Supernet(base.model, space, config.adapter, order=order, start=False)
+    if config.sub_adapter:
+        net.load_factors(factors)
+    else:
+        net.succeed(factors, config.seed)
+    return net
