@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from elastic.meter import Meter
 from elastic.sampler import generator_for
 from elastic.space import SearchSpace, SubAdapter
 from elastic.supernet import Supernet
-from tests.benchmarks.common import TARGETS, llama, report, sides
+from tests.benchmarks.common import RESULTS, TARGETS, llama, report, sides
 
 RANK, ALPHA, ANSWER, DRAWS = 32, 64, 4, 6
 CUDA = torch.cuda.is_available()
@@ -157,43 +158,57 @@ def growth() -> Iterator[tuple[str, Callable[[], Steps]]]:
         )
 
 
+def profiles(steps: Steps) -> dict[str, dict[str, float]]:
+    space = steps.net.space
+    return {
+        "peft": busiest(steps.peft),
+        "elastic, maximal": busiest(lambda: steps.elastic(space.maximal())),
+        "elastic, minimal": busiest(lambda: steps.elastic(space.minimal())),
+    }
+
+
+def over_operations(steps: Steps, repetitions: int) -> dict[str, float]:
+    """Ratios of seconds to PEFT over those of operations."""
+    found = measured(steps, repetitions)
+    ratios = {row.removeprefix("elastic, "): value["over_operations"] for row, value in
+              found.items() if row != "peft"}  # fmt: skip
+    return {"peft_ms": found["peft"]["median_ms"], **ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     parser.add_argument("--smollm2", help="folder of SmolLM2; unset, that of the wheel")
     parser.add_argument("--repetitions", type=int, default=12)
+    parser.add_argument("--parts", nargs="+", default=["smollm2", "llama", "growth"],
+                        help="measure only these, and keep the others of an earlier result")  # fmt: skip
     given = parser.parse_args()
-    folder = given.smollm2 or models.locate("smollm2")
-    cpu = ModelConfig(path=folder, dtype="float32", device="cpu")
-    rows, profiles = {}, {}
-    for name, make in {
-        "SmolLM2-135M": lambda: models.load_model(folder, cpu),
-        "random Llama, 32 layers of 1024": lambda: llama(32, hidden=1024, intermediate=2816),
-    }.items():
-        steps = Steps(make())
-        rows |= {f"{name}: {row}": f for row, f in measured(steps, given.repetitions).items()}
-        profiles[name] = {
-            "peft": busiest(steps.peft),
-            "elastic, maximal": busiest(lambda s=steps: s.elastic(s.net.space.maximal())),
-            "elastic, minimal": busiest(lambda s=steps: s.elastic(s.net.space.minimal())),
-        }
-        del steps
-    grown = {}
-    for name, make in growth():
-        found = measured(make(), 2 * given.repetitions)
-        grown[name] = {
-            "peft_ms": found["peft"]["median_ms"],
-            "control": found["peft again (control)"]["ratio"],
-            **{
-                row: found[f"elastic, {row}"]["over_operations"]
-                for row in ("maximal", "uniform draws", "minimal")
-            },
-        }
+
+    def smollm2() -> torch.nn.Module:
+        folder = given.smollm2 or models.locate("smollm2")
+        return models.load_model(folder, ModelConfig(path=folder, dtype="float32", device="cpu"))
+
+    result = "step-cuda" if CUDA else "step"
+    file = RESULTS / f"{result}.json"
+    earlier = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
+    rows, profile, grown = earlier["rows"], earlier.get("profile", {}), earlier.get("growth", {})
+    for part, name, make in (
+        ("smollm2", "SmolLM2-135M", smollm2),
+        ("llama", "random Llama, 32 layers of 1024",
+         lambda: llama(32, hidden=1024, intermediate=2816)),
+    ):  # fmt: skip
+        if part in given.parts:
+            steps = Steps(make())
+            for row, found in measured(steps, given.repetitions).items():
+                rows[f"{name}: {row}"] = found
+            profile[name] = profiles(steps)
+            del steps
+    if "growth" in given.parts:
+        grown = {name: over_operations(make(), 2 * given.repetitions) for name, make in growth()}
     dtype = str(DTYPE).removeprefix("torch.")
     report(
         "step", f"training step, {dtype}, batch {BATCH} x {LENGTH}, rank {RANK}, space llama", rows,
-        save=given.save, result="step-cuda" if CUDA else "step",
-        profile=profiles, growth=grown,
+        save=given.save, result=result, profile=profile, growth=grown,
     )  # fmt: skip
 
 
