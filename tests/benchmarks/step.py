@@ -5,6 +5,7 @@
 A step is forward, loss on the answer positions, backward and AdamW; the PEFT model is measured
 twice (A/A control), the candidates take turns. Beside each measured ratio stands the ratio of
 operations, counted while the steps run, and of peak memory. On CUDA: bfloat16, 8 x 512 tokens.
+`--parts` measures some models and keeps the rest of an earlier result.
 """
 
 from __future__ import annotations
@@ -180,8 +181,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     parser.add_argument("--smollm2", help="folder of SmolLM2; unset, that of the wheel")
     parser.add_argument("--repetitions", type=int, default=12)
-    parser.add_argument("--parts", nargs="+", default=["smollm2", "llama", "growth"],
-                        help="measure only these, and keep the others of an earlier result")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", default=["smollm2", "llama", "growth"])
     given = parser.parse_args()
 
     def smollm2() -> torch.nn.Module:
