@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from elastic import trainer, training
 from elastic.batching import IGNORED, collate, encode
@@ -37,6 +38,8 @@ def test_the_pace_is_what_was_added_over_the_time():
 
 def test_a_probe_compares_three_sub_adapters_on_the_same_examples():
     net, tokenizer = tiny.supernet(heads=True), tiny.tokenizer()
+    for site, _ in net.adapters():
+        net.layer(site).dropout = nn.Dropout(0.5)  # which must not act
     texts = [("1 + 1 =", "2"), ("a longer sum: 20 + 22 =", "42")]
     batch = collate([encode(tokenizer, *text) for text in texts], tiny.PAD)
     probe = Probe(net, batch, every=1, seed=0)
@@ -47,6 +50,7 @@ def test_a_probe_compares_three_sub_adapters_on_the_same_examples():
     assert net.model.training and torch.equal(state, torch.get_rng_state())
     assert net.current == net.space.maximal()
     for name, sub in probe.subs.items():
+        net.model.eval()
         with net.active(sub), torch.no_grad():
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             log_p = net.model(**inputs).logits.log_softmax(-1)
