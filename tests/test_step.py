@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import nn
 
 from elastic.adapters.attach import ElasticLinear, plain_linear
 from elastic.adapters.lora import Lora
-from elastic.batching import IGNORED, SimilarLengths, padded
-from elastic.config import AdapterConfig
+from elastic.batching import IGNORED, SimilarLengths, answer_logits, padded
+from elastic.config import AdapterConfig, StageConfig
 from elastic.loss import answer_loss
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
+from tests.tiny_runs import train_config
 
 
 def elastic_linear(*, bias: bool, dropout: float = 0.0, seed: int = 0) -> ElasticLinear:
@@ -171,3 +175,24 @@ def test_padding_is_small_and_lengths_are_few(length):
 def test_there_are_eight_lengths_to_a_doubling():
     for top in (256, 512, 4096):
         assert len({padded(n) for n in range(top + 1, 2 * top + 1)}) == 8
+
+
+def test_a_step_is_the_mean_of_the_sub_adapters_it_visits(tiny_folder, tmp_path, monkeypatch):
+    compute_loss, seen = ElasticTrainer.compute_loss, []
+
+    def loss(self, model, inputs, *args, **kwargs):
+        value = compute_loss(self, model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            logits, labels = answer_logits(model, inputs)
+        seen.append((value.item(), answer_loss(logits, labels) / (labels != IGNORED).sum()))
+        return value
+
+    monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
+    stage = StageConfig(train_dims=["rank", "width", "heads"])
+    run = train(train_config(tiny_folder, tmp_path / "run", sampling="sandwich", stages=[stage]))
+    logged = json.loads(run.metrics.read_text().splitlines()[0])["loss"]
+    first = seen[:3]
+    assert len({whole.item() for _, whole in first}) == 3
+    assert logged == pytest.approx(sum(whole.item() for _, whole in first) / 3, rel=1e-5)
+    for value, whole in first:
+        assert value == pytest.approx(whole.item() / 3, rel=1e-5)
