@@ -10,7 +10,7 @@ edge, only the last few positions need logits, in training as in evaluation.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from elastic.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from elastic.tasks.base import Example
 
 IGNORED = -100
 
@@ -60,6 +62,16 @@ def encode(
     if encoder_decoder:
         return Encoded(tail, len(tail), tuple(head))
     return Encoded((*head, *tail), len(tail))
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], encoder_decoder: bool = False
+) -> list[Encoded]:
+    """Every example with its answer."""
+    return [
+        encode(tokenizer, example.prompt, example.answer, encoder_decoder=encoder_decoder)
+        for example in examples
+    ]
 
 
 def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:

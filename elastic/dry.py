@@ -6,8 +6,8 @@ but no memory, and one training step runs on them. So nothing here knows how a l
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from elastic import models
 from elastic.adapters import METHODS
 from elastic.adapters.attach import modules_of
-from elastic.batching import Encoded, answer_logits, collate, encode, padded
+from elastic.batching import Encoded, answer_logits, collate, encode_all, padded
 from elastic.config import AdapterConfig, StageConfig, TrainConfig
 from elastic.cost import Cost, Counter
 from elastic.errors import ConfigError, DataMissing
@@ -279,11 +279,7 @@ def _data(runs: Sequence[TrainConfig], encoder_decoder: bool) -> tuple[Batch, li
     if not any(file for name in VOCABULARIES for file in Path(folder).glob(name)):
         return replace(assumed, sequences=sequences, assumed=f"{folder} has no tokenizer"), counts
     tokenizer = models.load_tokenizer(replace(config.model, path=folder))
-    encoded = [
-        encode(tokenizer, example.prompt, example.answer, encoder_decoder=encoder_decoder)
-        for examples in tasks
-        for example in examples
-    ]
+    encoded = encode_all(tokenizer, itertools.chain(*tasks), encoder_decoder)
     longest = max(len(one.source or one.ids) for one in encoded)
     return Batch(sequences, padded(longest), max(one.answer for one in encoded)), counts
 
@@ -294,12 +290,7 @@ def _plan(runs: Sequence[TrainConfig], examples: Sequence[int]) -> Plan:
 
 
 def _schedules(runs: Sequence[TrainConfig], examples: Sequence[int]) -> list[Schedule]:
-    return [
-        Schedule(
-            run.resolved_stages, run.lr, math.ceil(count / (run.batch_size * run.accumulation))
-        )
-        for run, count in zip(runs, examples, strict=True)
-    ]
+    return [Schedule.of(run, count) for run, count in zip(runs, examples, strict=True)]
 
 
 def _measure(

@@ -45,9 +45,8 @@ class Meter(TorchDispatchMode):
         self.peak = 0
         """The most that lived at once."""
         self._live = 0
-        self._given = {id(tensor.untyped_storage()) for tensor in given}
-        self._known = set(self._given)
-        self._saved = set(self._given)
+        self._known = {id(tensor.untyped_storage()) for tensor in given}
+        self._saved = set(self._known)
 
     @contextmanager
     def recording(self):

@@ -33,7 +33,7 @@ def visits(
     turn = step // stage.sample_rate
     opened = schedule.open_space(space, step)
     generator = generator_for(seed, turn, draw)
-    if mode == "uniform":
+    if mode in ("uniform", "lonas"):
         return (opened.random(generator),)
     if mode == "sandwich":
         three = (opened.maximal(), opened.stratified(generator), opened.minimal())

@@ -6,8 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from elastic.config import ScheduleConfig, StageConfig
+from elastic.config import ScheduleConfig, StageConfig, TrainConfig
 from elastic.space import BoundSpace
+
+
+def examples_per_step(config: TrainConfig, processes: int = 1) -> int:
+    """Of one optimiser step, in all processes."""
+    return config.batch_size * config.accumulation * processes
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class Schedule:
     stages: Sequence[StageConfig]
     lr: ScheduleConfig
     steps_per_epoch: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, examples: int, processes: int = 1) -> Schedule:
+        """Of a run on so many examples; the last step of an epoch may have fewer than the rest."""
+        steps = math.ceil(examples / examples_per_step(config, processes))
+        return cls(config.resolved_stages, config.lr, steps)
 
     @property
     def epochs(self) -> int:

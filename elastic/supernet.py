@@ -40,9 +40,8 @@ class Supernet:
 
     The base weights are permuted in place so that the important channels come first (quantised
     ones keep their codes and remember the order); nothing else of them changes, and the function
-    at full size stays the same. `model` is the transformers model
-    to call; it starts with the maximal sub-adapter active. Without `start` the factors are left
-    at zero, to be loaded.
+    at full size stays the same. `model` is the transformers model to call; it starts with the
+    maximal sub-adapter active. Without `start` the factors are left at zero, to be loaded.
     """
 
     def __init__(

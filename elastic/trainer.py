@@ -22,14 +22,10 @@ from elastic.loss import answer_loss
 from elastic.progress import say
 from elastic.run import Run
 from elastic.sampler import visits
-from elastic.schedule import Schedule
+from elastic.schedule import Schedule, examples_per_step
 from elastic.slicing import module_tree
 from elastic.space import SubAdapter
-from elastic.supernet import (
-    FACTORS,
-    Supernet,
-    read_factors,
-)
+from elastic.supernet import FACTORS, Supernet, read_factors
 from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
 
 
@@ -108,7 +104,7 @@ class ElasticTrainer(Trainer):
         elif self.config.draw_for == "process":
             draw = micro_batch * args.world_size + args.process_index
         return visits(
-            self.config.sampling.replace("lonas", "uniform"),
+            self.config.sampling,
             self.net.space,
             self.schedule,
             self.state.global_step,
@@ -200,8 +196,7 @@ class ElasticTrainer(Trainer):
         return self._teacher
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
-        args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step = examples_per_step(self.config, self.args.world_size)
         lengths = [sequence.length for _, sequence in self.train_dataset]
 
         def epoch() -> int:

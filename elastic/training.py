@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Sequence
 
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import Encoded, collate, encode
+from elastic.batching import Encoded, collate, encode_all
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
 from elastic.progress import say
 from elastic.run import Run, predecessor
-from elastic.schedule import Schedule
+from elastic.schedule import Schedule, examples_per_step
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet, read_super_adapter, read_tensors, save_super_adapter
 from elastic.tasks import load_task
-from elastic.tasks.base import Example
 from elastic.trainer import fit
 from elastic.watching import check_trackers
 
@@ -56,31 +53,22 @@ def train(config: TrainConfig) -> Run:
     with processes.main_first():  # a packaged model is converted once
         base = models.load(config.model)
 
-    def encoded(examples: Sequence[Example]) -> list[Encoded]:
-        return [
-            encode(base.tokenizer, example.prompt, example.answer,
-                   encoder_decoder=base.model.config.is_encoder_decoder)
-            for example in examples
-        ]  # fmt: skip
-
-    examples, pad = encoded(task.train), base.tokenizer.pad_token_id
+    pad, encoder_decoder = base.tokenizer.pad_token_id, base.model.config.is_encoder_decoder
+    examples = encode_all(base.tokenizer, task.train, encoder_decoder)
+    watched = encode_all(base.tokenizer, task.validation[:WATCHED], encoder_decoder)
     if before:
         net = continued(base, space, config, before)
     else:
         net = build(base.model, space, config, calibration=examples, pad=pad)
-    per_step = config.batch_size * config.accumulation * processes.count()
-    per_epoch = max(1, math.ceil(len(examples) / per_step))
-    schedule = Schedule(config.resolved_stages, config.lr, per_epoch)
+    schedule = Schedule.of(config, len(examples), processes.count())
     what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
     say(
-        f"Training {what}: {schedule.steps} steps of {per_step} examples, "
+        f"Training {what}: {schedule.steps} steps of "
+        f"{examples_per_step(config, processes.count())} examples, "
         f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
     )
     with named_failure(run.checkpoints):
-        trainer = fit(
-            net, config, schedule, examples, run, pad=pad, only=only,
-            watched=encoded(task.validation[:WATCHED]),
-        )  # fmt: skip
+        trainer = fit(net, config, schedule, examples, run, pad=pad, only=only, watched=watched)
     factors = trainer.factors()
     with processes.main_first():
         if processes.is_main():

@@ -8,11 +8,11 @@ is written to FOLDER/sharded.safetensors.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import torch
+from pytest import MonkeyPatch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,12 +21,10 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import StageConfig
-from elastic.run import Run
 from elastic.supernet import Supernet
-from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests import tiny
-from tests.tiny_runs import train_config
+from tests.tiny_runs import interrupted, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"])
 RUNS = {
@@ -48,24 +46,6 @@ def config_of(model: Path, folder: Path, name: str, *, alone: bool):
     if alone:
         settings |= ALONE.get(name, {})
     return train_config(model, folder / name, **settings)
-
-
-def stopped_once(config) -> None:
-    """Every process stops before the sixth step; the checkpoint is of the fourth."""
-    training_step = ElasticTrainer.training_step
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return training_step(self, *args, **kwargs)
-
-    ElasticTrainer.training_step = stop
-    try:
-        train(config)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        ElasticTrainer.training_step = training_step
 
 
 def gradients(net: Supernet, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,8 +84,8 @@ if __name__ == "__main__":
     for name in names:
         config = config_of(Path(model), Path(folder), name, alone=False)
         if name == "resumed":
-            stopped_once(config)
-            assert not Run(config.run).super_adapter.exists()
-            config = dataclasses.replace(config)
+            with MonkeyPatch.context() as patch:  # every process, after the checkpoint of step 4
+                stopped = interrupted(config, patch, 5)
+            assert not stopped.super_adapter.exists()
         train(config)
     shard(Path(folder))

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic import models, trainer, training
+from elastic.batching import encode_all
 from elastic.config import ModelConfig, StageConfig, TaskConfig
 from elastic.run import Run
 from elastic.schedule import Schedule
@@ -51,7 +52,7 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
     net = tiny.supernet(method)
     base = models.load(config.model)
     examples = training.load_task(config.task, 0).train
-    encoded = [training.encode(base.tokenizer, e.prompt, e.answer) for e in examples]
+    encoded = encode_all(base.tokenizer, examples)
     schedule = Schedule(config.stages, config.lr, 1)
     real = ElasticTrainer.__init__
 

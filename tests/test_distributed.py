@@ -16,7 +16,7 @@ from elastic.run import Run
 from elastic.training import train
 from tests import tiny
 from tests.several import RUNS, config_of, gradients
-from tests.test_resume import metrics
+from tests.test_resume import logged
 from tests.tiny_runs import train_config
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
@@ -44,7 +44,7 @@ def two(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, name):
     one, run = train(config_of(tiny_folder, tmp_path, name, alone=True)), Run(two / name)
-    mine, theirs = metrics(one), metrics(run)
+    mine, theirs = logged(one), logged(run)
     assert [row["step"] for row in theirs] == [row["step"] for row in mine]
     for row, other in zip(mine, theirs, strict=True):
         assert other == pytest.approx(row, rel=1e-4), row["step"]  # float32, summed in halves
@@ -55,7 +55,7 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, 
 
 
 def test_own_draws_differ_from_shared_ones(two):
-    losses = {name: [row["loss"] for row in metrics(Run(two / name))] for name in RUNS}
+    losses = {name: [row["loss"] for row in logged(Run(two / name))] for name in RUNS}
     assert losses["own"] != losses["staged"] and losses["resumed"] == losses["staged"]
 
 

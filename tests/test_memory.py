@@ -15,9 +15,8 @@ from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests import tiny
 from tests.steps import step_gradients
-from tests.test_trainer import assert_same_factors
 from tests.tiny import ALPHA, RANK, tokens
-from tests.tiny_runs import train_config
+from tests.tiny_runs import assert_same_factors, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
 SETTINGS = {

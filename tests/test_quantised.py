@@ -33,11 +33,15 @@ from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
 from elastic.training import train
 from tests import tiny
 from tests.test_encoder_decoder import SPACE as T5_SPACE
-from tests.test_resume import interrupted
 from tests.test_supernet import MERGED, close, several
-from tests.test_trainer import assert_same_factors
 from tests.tiny import logits, tokens
-from tests.tiny_runs import ONE_ROUND, move_factors, train_config
+from tests.tiny_runs import (
+    ONE_ROUND,
+    assert_same_factors,
+    interrupted,
+    move_factors,
+    train_config,
+)
 
 pytest.importorskip("bitsandbytes")
 

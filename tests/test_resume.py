@@ -9,53 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from elastic import checkpoints
 from elastic.config import AdapterConfig, StageConfig, TaskConfig
 from elastic.run import Run
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
-from tests.tiny_runs import train_config
+from tests.tiny_runs import assert_same_factors, interrupted, metrics, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
 RATES = ("examples_per_second", "tokens_per_second")
 
 
-def factors(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.super_adapter / "factors.safetensors")
-
-
-def metrics(run: Run) -> list[dict]:
+def logged(run: Run) -> list[dict]:
     """All that was logged but the pace, which is no function of the settings."""
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = metrics(run)
     assert all(rate in row for row in rows for rate in RATES)
     return [{key: value for key, value in row.items() if key not in RATES} for row in rows]
 
 
 def assert_same(run: Run, whole: Run) -> None:
-    assert factors(run).keys() == factors(whole).keys()
-    for name, tensor in factors(whole).items():
-        assert torch.equal(tensor, factors(run)[name]), name
-    assert metrics(run) == metrics(whole)
+    assert_same_factors(run, whole)
+    assert logged(run) == logged(whole)
     assert not run.checkpoints.exists()
-
-
-def interrupted(config, monkeypatch, step: int) -> Run:
-    """Training of `config`, stopped in the forward pass of a 0-based step."""
-    training_step = ElasticTrainer.training_step
-
-    def stopped(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return training_step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ElasticTrainer, "training_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    return Run(config.run)
 
 
 RESUMABLE = {
@@ -79,7 +55,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeyp
     config = train_config(tiny_folder, tmp_path / "stopped", **settings)
     run = interrupted(config, monkeypatch, 3)
     assert not run.super_adapter.exists()
-    assert 0 < len(metrics(run)) < len(metrics(whole))
+    assert 0 < len(logged(run)) < len(logged(whole))
     assert checkpoints.newest(run.checkpoints) is not None
     resumed = []
     trained = ElasticTrainer.train

@@ -1,7 +1,6 @@
 """Training changes the factors and nothing else, and a run that was killed ends up the same."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from elastic import models, trainer, training
 from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.batching import encode_all
 from elastic.config import (
     AdapterConfig,
     ModelConfig,
@@ -32,23 +32,17 @@ from elastic.training import train
 from elastic.watching import MetricsFile
 from tests import tiny
 from tests.steps import step_gradients
-from tests.tiny_runs import snapshot, space_file, train_config
+from tests.tiny_runs import (
+    assert_same_factors,
+    factors,
+    interrupted,
+    metrics,
+    snapshot,
+    space_file,
+    train_config,
+)
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
-
-
-def factors(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.super_adapter / "factors.safetensors")
-
-
-def metrics(run: Run) -> list[dict]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
-def assert_same_factors(one: Run, other: Run) -> None:
-    assert factors(one).keys() == factors(other).keys()
-    for name, tensor in factors(one).items():
-        assert torch.equal(tensor, factors(other)[name]), name
 
 
 @pytest.fixture
@@ -479,17 +473,7 @@ def test_a_killed_soslora_run_ends_like_one_that_was_not(tiny_folder, tmp_path, 
     settings = dict(adapter=tiny.ADAPTERS["soslora"])
     whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
     config = train_config(tiny_folder, tmp_path / "killed", **settings)
-    real = ElasticTrainer.training_step
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ElasticTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    interrupted(config, monkeypatch, 5)
     assert_same_factors(train(config), whole)
 
 
@@ -505,8 +489,7 @@ def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, rati
     base = models.load(config.model)
     start = training.build(
         base.model, run.space(), config,
-        calibration=[training.encode(base.tokenizer, e.prompt, e.answer)
-                     for e in training.load_task(config.task, 0).train],
+        calibration=encode_all(base.tokenizer, training.load_task(config.task, 0).train),
         pad=tiny.PAD,
     ).factor_state()  # fmt: skip
     moved = {"A": [], "B": []}

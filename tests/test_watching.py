@@ -18,11 +18,7 @@ from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from elastic.watching import Pace, Probe
 from tests import tiny
-from tests.tiny_runs import train_config
-
-
-def rows(run: Run) -> list[dict]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+from tests.tiny_runs import metrics, train_config
 
 
 def test_the_pace_is_what_was_added_over_the_time():
@@ -64,7 +60,7 @@ def test_a_probe_compares_three_sub_adapters_on_the_same_examples():
 def test_metrics_tell_stage_rate_pace_and_probes(tiny_folder, tmp_path):
     config = train_config(tiny_folder, tmp_path / "run", probe_steps=3, report_to=["tensorboard"])
     run = train(config)
-    found = rows(run)
+    found = metrics(run)
     assert [row["stage"] for row in found] == [1] * 4 + [2] * 4
     probed = [row["step"] for row in found if "loss_maximal" in row]
     assert probed == [3, 6]
@@ -91,7 +87,7 @@ def test_an_unknown_tracker_is_refused_before_weights_load(tiny_folder, tmp_path
 
 def test_no_probe_when_it_is_off(tiny_folder, tmp_path):
     run = train(train_config(tiny_folder, tmp_path / "run", probe_steps=0))
-    assert not any("loss_maximal" in row for row in rows(run))
+    assert not any("loss_maximal" in row for row in metrics(run))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -126,7 +122,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_folder, tmp_path, monkeypatc
     encoded = [encode(tiny.tokenizer(), e.prompt, e.answer) for e in chosen]
     assert torch.equal(collate(encoded, tiny.PAD)["input_ids"], ids)
     train(config)  # with what caused it gone, it goes on
-    assert run.super_adapter.is_dir() and len(rows(run)) == 8
+    assert run.super_adapter.is_dir() and len(metrics(run)) == 8
 
 
 def test_factors_that_are_no_numbers_are_not_kept(tiny_folder, tmp_path, monkeypatch):

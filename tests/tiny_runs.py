@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,8 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.run import Run
+from elastic.trainer import ElasticTrainer
+from elastic.training import train
 from tests.tiny import ALPHA, RANK, space_dict
 
 ONE_ROUND = TimingConfig(prompt_tokens=4, new_tokens=1, rounds=1, max_rounds=1)
@@ -47,6 +51,38 @@ def train_config(base: Path, run: Path, **overrides) -> TrainConfig:
     if "space" not in settings:
         settings["space"] = space_file(run.parent)
     return TrainConfig(**settings)
+
+
+def factors(run: Run) -> dict[str, torch.Tensor]:
+    """What a finished run has trained."""
+    return load_file(run.super_adapter / "factors.safetensors")
+
+
+def metrics(run: Run) -> list[dict]:
+    """What a run has logged."""
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def assert_same_factors(one: Run, other: Run) -> None:
+    assert factors(one).keys() == factors(other).keys()
+    for name, tensor in factors(one).items():
+        assert torch.equal(tensor, factors(other)[name]), name
+
+
+def interrupted(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int) -> Run:
+    """Training of `config`, stopped in the forward pass of a 0-based step."""
+    training_step = ElasticTrainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ElasticTrainer, "training_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    return Run(config.run)
 
 
 def randomize_factors(run: Run, seed: int = 0) -> None:

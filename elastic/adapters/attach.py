@@ -64,7 +64,7 @@ class ElasticLinear(nn.Module):
         return self._cut(*self.adapter.factors(self.size.rank))
 
     def _cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        if self.size.columns < A.shape[1]:  # every slice is a padded gradient later
+        if self.size.columns < A.shape[1]:  # as in Adapter.unscaled, nothing is sliced in vain
             A = A[:, : self.size.columns]
         if self.size.rows < B.shape[0]:
             B = B[: self.size.rows]
@@ -72,9 +72,9 @@ class ElasticLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None and self._lean(x):
-            A, B, scale = self.adapter.parts(self.size.rank)
-            A, B = (factor.to(x.dtype) for factor in self._cut(A, B))
-            return _FactoredLinear.apply(x, self._source(), self.bias, A, B, scale)
+            cut = self._cut(*self.adapter.unscaled(self.size.rank))
+            A, B = (factor.to(x.dtype) for factor in cut)
+            return _FactoredLinear.apply(x, self._source(), self.bias, A, B, self.adapter.scale)
         factors = self.factors()
         y = frozen_linear(x, self._source(), self.bias)
         if factors is None:

@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     dropout_on_rank: bool = False
     """Whether dropout acts on A x instead of x."""
     scale: float = 1.0
-    """Already inside B; exports that store a scale of their own divide by it."""
+    """A number that multiplies the whole update: inside B in `factors`, not in `unscaled`."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -56,18 +56,19 @@ class Adapter(nn.Module):
         """Initialise for training on a base weight (out_features, in_features); ΔW becomes 0."""
         raise NotImplementedError
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A (factor rank, in_features) and B (out_features, factor rank), every scale inside.
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A (factor rank, in_features) and B (out_features, factor rank): ΔW = scale · B A.
 
         Methods nest: the factors at a rank are the leading rows and columns of those at any
-        larger one. The factor rank is what a plain LoRA of this update needs.
+        larger one. The factor rank is what a plain LoRA of this update needs. A full rank must
+        not be sliced: every slice is a padded gradient later.
         """
         raise NotImplementedError
 
-    def parts(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """A, B and a number that is in neither: ΔW = number · B A. For forward passes, which then
-        need not keep a scaled copy of B for the backward pass."""
-        return *self.factors(rank), 1.0
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The same with every scale inside B. Forward passes scale what is smaller than B."""
+        A, B = self.unscaled(rank)
+        return A, B if self.scale == 1 else self.scale * B
 
     def penalty(self, rank: int) -> Tensor | None:
         """This layer's regulariser on its active ranks, weighted; None if there is none now."""

@@ -30,11 +30,7 @@ class Lora(Adapter):
         kaiming_(self.A, self.A.shape[1], generator)
         nn.init.zeros_(self.B)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        A, B, scale = self.parts(rank)
-        return A, scale * B
-
-    def parts(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        if rank == self.max_rank:  # every slice is a padded gradient later
-            return self.A, self.B, self.scale
-        return self.A[:rank], self.B[:, :rank], self.scale
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
+        if rank == self.max_rank:
+            return self.A, self.B
+        return self.A[:rank], self.B[:, :rank]

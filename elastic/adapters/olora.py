@@ -44,16 +44,16 @@ class Olora(Adapter):
         kaiming_(self.A, self.A.shape[1], generator)
         nn.init.zeros_(self.B)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
         A, B, A_old, B_old = self.A[:rank], self.B[:, :rank], self.A_old, self.B_old
         if len(A_old) == 0:
-            return A, self.scale * B
+            return A, B
         if self.settings.shrink == "all":
             # Rank 1 of every task, then rank 2 of every task: so smaller ranks lead.
             A = torch.cat([A_old.unflatten(0, (-1, self.max_rank))[:, :rank], A[None]])
             B = torch.cat([B_old.unflatten(1, (-1, self.max_rank))[:, :, :rank], B[:, None]], 1)
-            return A.transpose(0, 1).flatten(0, 1), self.scale * B.transpose(1, 2).flatten(1, 2)
-        return torch.cat([A_old, A]), self.scale * torch.cat([B_old, B], 1)
+            return A.transpose(0, 1).flatten(0, 1), B.transpose(1, 2).flatten(1, 2)
+        return torch.cat([A_old, A]), torch.cat([B_old, B], 1)
 
     def penalty(self, rank: int) -> Tensor | None:
         """lambda_1 · Σ |A_old Aᵀ| + lambda_2 · (‖A‖_F + ‖B‖_F), A and B at their active rank.

@@ -65,14 +65,11 @@ class Prolora(Adapter):
         nn.init.zeros_(self.B_chunk)
         nn.init.zeros_(self.B_unshared)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
         shared = rank - self.unshared
         A = self.A_chunk.flatten()[self.gather_A[:shared]]
         B = self.B_chunk.T.flatten()[self.gather_B[:, :shared]]
-        return (
-            torch.cat([self.A_unshared, A]),
-            self.scale * torch.cat([self.B_unshared, B], 1),
-        )
+        return torch.cat([self.A_unshared, A]), torch.cat([self.B_unshared, B], 1)
 
 
 def _gather(size: int, multiple: int, shared: int, rotation: bool) -> Tensor:

@@ -65,12 +65,12 @@ class Sorsa(Adapter):
             getattr(self, name).copy_(tensor)
             getattr(self, f"{name}0").copy_(tensor)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
         A, A0 = self.A[:rank], self.A0[:rank]
         B = self.B[:, :rank] * self.S[:rank]
         B0 = self.B0[:, :rank] * self.S0[:rank]
         rows = torch.stack([A, A - A0], 1).flatten(0, 1)
-        return rows, self.scale * torch.stack([B - B0, B0], 2).flatten(1, 2)
+        return rows, torch.stack([B - B0, B0], 2).flatten(1, 2)
 
     def penalty(self, rank: int) -> Tensor | None:
         """gamma / 2 · (‖A Aᵀ - I‖_F + ‖Bᵀ B - I‖_F) of the active ranks; unsquared as published,

@@ -79,7 +79,7 @@ class SosLora(Adapter):
         logits = self.gate_logits.float() / self.temperature.float()
         return (len(logits) * torch.softmax(logits, 0)).to(self.gate_logits.dtype)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
         experts, ranks = self._kept(rank)
         scales = (self.gates()[:, None] * self.expert_scales)[:experts, :, None]
         A, B = self.A[:experts, :ranks], scales * self.B[:experts, :, :ranks]

@@ -1,11 +1,13 @@
 """What every ingredient of training buys, at full size and cut, on SmolLM2.
 
     python -m tests.benchmarks.quality DATA RUNS [--task agnews] [--variants plain staged ...]
-        [--seeds 0] [--examples 400] [--save]
+        [--seeds 0] [--split validation] [--examples 400] [--save]
 
 Every variant takes the same 252 steps of 16 sequences (sandwich steps visit three sub-adapters) and
-is tested on the same examples at uniform widths, rank at its maximum. `plain` is LoRA at full size
-alone, cut afterwards in the same order of channels: the baseline that elastic training has to beat.
+is scored on the same examples at uniform widths, rank at its maximum: variants are compared on
+validation examples, what was chosen is reported on test examples that had no part in it. `plain` is
+LoRA at full size alone, cut afterwards in the same order of channels: the baseline that elastic
+training has to beat.
 Runs and predictions are kept below RUNS, so hours may be interrupted.
 """
 
@@ -45,18 +47,23 @@ VARIANTS = {
     "order: none": ["--order", "none"],
     "lonas": ["--sampling", "lonas"],
 }
-DATA = {
-    "agnews": ("continual/agnews", "News: {sentence:.80}\nTopic:", "label"),
-    "sst2": ("continual/sst2", "Review: {sentence}\nSentiment:", "label"),
-}
+DATA = {  # files of training and test examples, prompt, answer
+    "agnews": (
+        "continual/agnews.train", "continual/agnews.test", "News: {sentence:.80}\nTopic:", "label"
+    ),
+    "sst2": (
+        "continual/sst2.train", "continual/sst2.test", "Review: {sentence}\nSentiment:", "label"
+    ),
+    "math": ("math/train", "math/mawps.test", "{instruction}\nAnswer:", "answer"),
+}  # fmt: skip
 
 
 def settings(data: Path, run: Path, task: str, variant: str, seed: int) -> TrainConfig:
-    files, prompt, answer = DATA[task]
+    training, test, prompt, answer = DATA[task]
     return parse(TrainConfig, [
         "--run", str(run), "--task.name", "jsonl", "--task.prompt", prompt,
-        "--task.answer", answer, "--task.train", f"{data / files}.train.jsonl",
-        "--task.test", f"{data / files}.test.jsonl", "--task.train_examples", "1344",
+        "--task.answer", answer, "--task.train", f"{data / training}.jsonl",
+        "--task.test", f"{data / test}.jsonl", "--task.train_examples", "1344",
         "--task.validation_examples", "400", "--task.test_examples", "1000",
         "--save_steps", "20", "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1",
         "--seed", str(seed), *VARIANTS[variant],
@@ -69,16 +76,16 @@ def at_width(space: BoundSpace, width: float) -> SubAdapter:
     return SubAdapter(tuple((g.name, (full if g.dim == "rank" else narrow)[g.name]) for g in space))
 
 
-def scores(run: Run, examples: int) -> dict[float, Score]:
-    """Of a finished run at every width, from RUN/quality-N.json where it stands."""
-    file = run.path / f"quality-{examples}.json"
+def scores(run: Run, split: str, examples: int) -> dict[float, Score]:
+    """Of a finished run at every width, from RUN/quality-SPLIT-N.json where it stands."""
+    file = run.path / f"quality-{split}-{examples}.json"
     if not file.is_file():
         config, base, net = run.load()
-        test = load_task(config.task, config.seed).test[:examples]
+        rows = getattr(load_task(config.task, config.seed), split)[:examples]
         found = {}
         for width in WIDTHS:
             with net.active(at_width(net.space, width)):
-                found[width] = evaluate(net.model, base.tokenizer, test, label=f"width {width}")
+                found[width] = evaluate(net.model, base.tokenizer, rows, label=f"width {width}")
         write_json(file, {str(width): list(score.correct) for width, score in found.items()})
     return {float(width): Score(tuple(right)) for width, right in read_json(file).items()}
 
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--task", choices=DATA, default="agnews")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
@@ -111,9 +119,8 @@ def main() -> None:
         each = []
         for seed in given.seeds:
             run = given.runs / given.task / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-            each.append(
-                scores(train(settings(given.data, run, given.task, variant, seed)), given.examples)
-            )
+            trained = train(settings(given.data, run, given.task, variant, seed))
+            each.append(scores(trained, given.split, given.examples))
         found[variant] = {width: [one[width] for one in each] for width in WIDTHS}
     rows = {}
     for variant, by_width in found.items():
@@ -127,10 +134,10 @@ def main() -> None:
                 rows[variant] |= {f"{width:g} - plain": mean, f"± {width:g}": half}
     report(
         "quality",
-        f"{given.task}, SmolLM2-135M, 252 steps of 16, n = {given.examples}, seeds {given.seeds}, "
-        "accuracy by uniform width, and paired differences from plain LoRA cut to the same width",
-        rows, save=given.save, result=f"quality-{given.task}",
-        command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][1],
+        f"{given.task}, SmolLM2-135M, 252 steps of 16, n = {given.examples} of {given.split}, seeds"
+        f" {given.seeds}, accuracy by uniform width, and paired differences from plain cut as much",
+        rows, save=given.save, result=f"quality-{given.task}-{given.split}",
+        command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][2],
     )  # fmt: skip
 
 
