@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, LlamaConfig
 
-from elastic import dry, models, training
+from elastic import dry, models, rehearsal, training
 from elastic.__main__ import main
 from elastic.batching import Encoded, answer_logits, collate
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
@@ -21,7 +21,7 @@ from elastic.continual import train
 from elastic.errors import ConfigError, DataError
 from elastic.loss import answer_loss
 from elastic.meter import FLOPS
-from elastic.space import SearchSpace
+from elastic.space import SearchSpace, SubAdapter
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.test_bloom import save_bloom
@@ -122,7 +122,7 @@ class Flops(FlopCounterMode):
 
 
 def real(net: Supernet, batch: dict, distill: float) -> tuple[int, int]:
-    """The micro-batch of `dry._train` on real tensors, counted by other means: saved bytes beside
+    """The micro-batch of `rehearse` on real tensors, counted by other means: saved bytes beside
     what was there before, operations by torch's own counter."""
     given = {p.untyped_storage().data_ptr() for p in (*net.model.parameters(), *batch.values())}
     saved, alive = {}, []
@@ -146,10 +146,10 @@ def real(net: Supernet, batch: dict, distill: float) -> tuple[int, int]:
 
 KINDS = {
     "llama": (tiny.save_tiny, "llama", {"hidden_size": 256, "intermediate_size": 512,
-                                        "num_hidden_layers": 4}),
+                                        "num_hidden_layers": 7}),
     "llama-grouped": (tiny.save_tiny, "llama", {"num_key_value_heads": 1, "head_dim": 16}),
     "bloom": (save_bloom, "bloom", {}),
-    "t5": (lambda folder: tiny.save_t5(folder), "t5-qv", {}),
+    "t5": (tiny.save_t5, "t5-qv", {}),
 }  # fmt: skip
 
 
@@ -172,15 +172,15 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
         model=ModelConfig(path=str(tmp_path / "base"), dtype=dtype, device="cpu"),
     )
     config = train_config(save(tmp_path / "base", **overrides), tmp_path / "run", **settings)
-    steps, train = [], dry._train
+    steps, rehearse = [], dry.rehearse
 
     def spied(net, sub, batch, distill=0.0):
-        steps.append((sub, distill, train(net, sub, batch, distill)))
+        steps.append((sub, distill, rehearse(net, sub, batch, distill)))
         return steps[-1][-1]
 
     batch = dry.Batch(3, 24, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry, "_train", spied)
+        patch.setattr(dry, "rehearse", spied)
         patch.setattr(dry, "_data", lambda *_: (batch, [32]))
         found = dry.estimate(config)
     assert len(steps) == (3 if distill else 2)
@@ -202,8 +202,70 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
         assert (fake.saved, fake.flops) == (saved + 7 * 3 * 8 * bool(taught), flops)
     memory, compute = found.memory, found.compute
     assert memory.activations == steps[-1 if distill else 0][-1].saved
-    assert (compute.maximal, compute.minimal) == tuple(meter.flops for *_, meter in steps[:2])
+    assert (compute.maximal, compute.minimal) == tuple(fake.flops for *_, fake in steps[:2])
     assert memory.temporaries > 0
+
+
+DEEP = {
+    "llama": KINDS["llama"],
+    "bloom": (save_bloom, "bloom", {"n_layer": 7}),
+    "t5": (tiny.save_t5, "t5-qv", {"num_layers": 8, "num_decoder_layers": 7}),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize(("checkpointing", "distill"), [(False, 0.0), (True, 0.5)])
+def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, distill):
+    save, space, overrides = DEEP[kind]
+    config = train_config(
+        save(tmp_path / "base", **overrides), tmp_path / "run", space=space, distill=distill,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    trained, train = [], rehearsal._train
+
+    def spied(net, *arguments, **settings):
+        trained.append(len(settings.get("left_out", ())))
+        return train(net, *arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "_train", spied)
+        few = dry.estimate(config)
+        assert min(trained) > 0  # blocks were left out in every measurement
+        patch.setattr(rehearsal, "_alike", lambda model: [])
+        trained.clear()
+        assert dry.estimate(config) == few
+        assert max(trained) == 0
+
+
+def test_blocks_that_differ_are_not_taken_for_each_other():
+    def kinds(change) -> list[list[str]]:
+        net = tiny.supernet(num_hidden_layers=8)
+        with net.active(net.space.maximal()):
+            change(net)
+            return rehearsal._alike(net.model)
+
+    names = [f"model.layers.{number}" for number in range(8)]
+    layer = names[3]
+    assert kinds(lambda net: None) == [names]
+    one_out = [[name for name in names if name != layer]]
+
+    def narrow(net):
+        group = f"{layer}.mlp_width"
+        choices = {**net.current.as_dict(), group: net.space.minimal()[group]}
+        net.activate(SubAdapter(tuple(choices.items())))
+
+    def other(net):
+        net.model.get_submodule(f"{layer}.self_attn").is_causal = False
+
+    def wider(net):
+        net.model.get_submodule(f"{layer}.input_layernorm").weight = torch.nn.Parameter(
+            torch.ones(48)
+        )
+
+    for change in (narrow, other, wider):
+        assert kinds(change) == one_out
+    assert kinds(lambda net: (narrow(net), setattr(net.model.model, "layers",
+                              net.model.model.layers[:5]))) == []  # fmt: skip
 
 
 # A whole run

@@ -165,23 +165,24 @@ def permutations(net_or_space, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def t5(seed: int = 0, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
+def t5(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> T5ForConditionalGeneration:
     """Two random layers in encoder and decoder."""
+    settings = dict(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
+        feed_forward_proj="gated-gelu", initializer_factor=1.0,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
-                feed_forward_proj="gated-gelu", initializer_factor=1.0,
-            )
-        )  # fmt: skip
+        model = T5ForConditionalGeneration(T5Config(**(settings | overrides)))
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def save_t5(folder: Path | str) -> Path:
+def save_t5(folder: Path | str, **overrides) -> Path:
     """A T5 folder as `ModelConfig(path=...)` takes it."""
-    t5().save_pretrained(folder)
+    t5(**overrides).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return Path(folder)
 

@@ -1,0 +1,192 @@
+"""What a dry run found, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from elastic.batching import Encoded, collate
+from elastic.cost import Cost
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Groups of one name, in all blocks, with the same choices."""
+
+    name: str
+    dim: str
+    groups: int
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest micro-batch: every sequence as long as the longest."""
+
+    sequences: int
+    length: int
+    """Tokens, padded; of the prompt alone for an encoder-decoder model."""
+    answer: int
+    """Tokens that have logits."""
+    assumed: str = ""
+    """Why the lengths could not be read from the data; empty if they were."""
+
+    def tensors(self, encoder_decoder: bool) -> dict[str, Tensor]:
+        """As training collates them, int64."""
+        row = Encoded((0,) * self.length, self.answer)
+        if encoder_decoder:
+            row = Encoded((0,) * self.answer, self.answer, (0,) * self.length)
+        return collate([row] * self.sequences, pad=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long training takes."""
+
+    tasks: int
+    examples: int
+    stages: int
+    steps: int
+    """Optimiser steps of all tasks and stages."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the fullest moment of a micro-batch of the maximal sub-adapter, in one process;
+    without what the device's libraries take for themselves. None is unknown."""
+
+    base: int
+    factors: int
+    gradients: int
+    moments: int
+    """Adam's two."""
+    activations: int | None = None
+    """What the forward pass saves for the backward pass, beside weights."""
+    temporaries: int | None = None
+    """Logits, their gradients and whatever else lives beside the activations."""
+
+    @property
+    def total(self) -> int | None:
+        if self.activations is None or self.temporaries is None:
+            return None
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations, forward and backward. The regulariser and the optimiser are not
+    counted."""
+
+    maximal: int
+    """Of one micro-batch of the maximal sub-adapter."""
+    minimal: int
+    step: tuple[int, int]
+    """From, to: an optimiser step of the last stage, as its sub-adapters happen to be drawn."""
+    run: tuple[int, int] | None
+    """From, to: all steps, were every batch the largest; None if their number is unknown."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `elastic train --dry_run` found."""
+
+    architecture: str
+    parameters: int
+    dtype: str
+    space: Sequence[Choices]
+    sub_adapters: int
+    method: str
+    trained: int
+    """Parameters that training changes."""
+    trained_by: Mapping[str, int]
+    """The same for a single task, with every method that fits model and rank."""
+    costs: Mapping[str, Cost]
+    """Of the maximal, heuristic and minimal sub-adapter, merged."""
+    batch: Batch
+    accumulation: int
+    plan: Plan | None
+    """None if the data is not there."""
+    memory: Memory
+    compute: Compute | None
+    device: str
+    """Whose kernels memory and compute belong to."""
+    notes: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {**asdict(self), "sub_adapters": str(self.sub_adapters)}
+        plain["memory"]["total"] = self.memory.total
+        return plain
+
+    def show(self) -> None:
+        from rich.console import Console
+
+        console = Console(width=max(100, Console().width))
+        for table in self._tables():
+            console.print(table)
+        for line in self._lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(json.dumps(self.as_dict()))
+
+    def _tables(self) -> list:
+        from rich.table import Table
+
+        space = Table("group", "dimension", "groups", "choices",
+                      title=f"{self.sub_adapters:.1e} sub-adapters")  # fmt: skip
+        for row in self.space:
+            space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
+        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
+        for name, cost in self.costs.items():
+            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
+        memory = Table("", "bytes", title=f"Memory of one micro-batch ({self.device})")
+        for name, size in {**vars(self.memory), "total": self.memory.total}.items():
+            memory.add_row(name, _short(size, "B"), end_section=name == "temporaries")
+        for table, first in ((space, 2), (costs, 1), (memory, 1)):
+            for column in table.columns[first : first + 2]:
+                column.justify = "right" if column.header != "choices" else "left"
+        return [space, costs, memory]
+
+    def _lines(self) -> list[str]:
+        batch, plan, compute = self.batch, self.plan, self.compute
+        methods = ", ".join(f"{name} {count:,}" for name, count in self.trained_by.items())
+        whole = ""
+        if compute and compute.run:
+            whole = f"; {_span(compute.run)} in all, were every batch so long"
+        lines = [
+            f"Base: {self.architecture}, {self.parameters:,} parameters, {self.dtype}",
+            f"Trained: {self.trained:,} parameters with {self.method}; one task at this rank by "
+            f"method: {methods}",
+            f"Micro-batch: {batch.sequences} sequences of {batch.length} tokens, {batch.answer} of "
+            "the answer" + (f"; assumed, since {batch.assumed}" if batch.assumed else ""),
+        ]
+        if plan:
+            tasks = f"{plan.tasks} tasks, " if plan.tasks > 1 else ""
+            lines.append(
+                f"Training: {tasks}{plan.examples} examples, {plan.stages} stages, {plan.steps} "
+                f"steps of {self.accumulation} micro-batches"
+            )
+        if compute:
+            lines.append(
+                f"Compute: {_short(compute.maximal, 'FLOP')} per micro-batch maximal, "
+                f"{_short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
+            )
+        return lines + [f"Note: {note}" for note in self.notes]
+
+
+def _short(number: float | None, unit: str = "") -> str:
+    """Three digits and a prefix: 13.5 GB."""
+    if number is None:
+        return "unknown"
+    prefixes = iter(("", "k", "M", "G", "T", "P", "E"))
+    prefix = next(prefixes)
+    while number >= 999.5:
+        number, prefix = number / 1000, next(prefixes)
+    return f"{number:.3g} {prefix}{unit}"
+
+
+def _span(flops: tuple[int, int]) -> str:
+    low, high = (_short(number, "FLOP") for number in flops)
+    return low if low == high else f"{low} to {high}"
