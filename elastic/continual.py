@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import plot
+from elastic import plot, processes
 from elastic.config import TaskConfig, TrainConfig
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import Score, answers, same_text
@@ -149,20 +150,23 @@ def train_sequence(config: TrainConfig) -> Sequential:
     from elastic import training
 
     run = Run(config.run)
-    run.claim(config)
+    with processes.main_first():
+        run.claim(config)
     stages = _stages(config)
     tests = [
         _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
     ]
-    run.begin(config)
+    with processes.main_first():
+        run.begin(config)
     scores = []
     for number, stage in enumerate(stages):
         say(f"Task {number + 1} of {len(stages)}: {config.tasks[number]}")
         trained = training.train(stage)
         seen = dict(zip(config.tasks[: number + 1], tests, strict=False))
-        scores.append(_score_all(trained, seen, config))
+        scores.append(processes.shared(partial(_score_all, trained, seen, config)))
     found = Sequential(run, tuple(config.tasks), tuple(scores))
-    found.save()
+    if processes.is_main():
+        found.save()
     return found
 
 

@@ -8,6 +8,7 @@ is written to FOLDER/sharded.safetensors.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from elastic.config import StageConfig
+from elastic.config import SequenceConfig, StageConfig, TaskConfig
+from elastic.continual import train
 from elastic.supernet import Supernet
-from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import interrupted, train_config
 
@@ -33,6 +34,7 @@ RUNS = {
     "accumulated": {"accumulation": 2, "batch_size": 2},
     "sandwich": {"sampling": "sandwich", "distill": 0.5, "stages": [OPEN]},
     "own": {"sample_each": "process", "stages": [OPEN]},
+    "sequence": {"tasks": ["sums", "words"], "stages": [StageConfig(), OPEN]},
 }
 ALONE = {
     "accumulated": {"accumulation": 2, "batch_size": 4},
@@ -41,8 +43,22 @@ ALONE = {
 """What one process does instead, where it is more than twice the batch."""
 
 
+def write_tasks(folder: Path) -> None:
+    """What `sequence` trains on."""
+    for name, first in (("sums", 1), ("words", 50)):
+        for split, at in (("train", first), ("test", first + 25)):
+            rows = [{"prompt": f"{name} {n} ->", "answer": str(n % 3)} for n in range(at, at + 20)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.{split}.jsonl").write_text(lines)
+
+
 def config_of(model: Path, folder: Path, name: str, *, alone: bool):
     settings = {"batch_size": 8 if alone else 4, "probe_steps": 2, **RUNS[name]}
+    if "tasks" in settings:
+        files = {split: str(folder / f"{{task}}.{split}.jsonl") for split in ("train", "test")}
+        sizes = {"validation_examples": 4, "test_examples": 16}
+        settings["task"] = TaskConfig(name="jsonl", **sizes, **files)
+        settings["sequence"] = SequenceConfig(new_tokens=3)
     if alone:
         settings |= ALONE.get(name, {})
     return train_config(model, folder / name, **settings)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from elastic import training
 from elastic.config import AdapterConfig
+from elastic.continual import train
 from elastic.errors import ConfigError
+from elastic.files import read_json
 from elastic.run import Run
-from elastic.training import train
 from tests import tiny
-from tests.several import RUNS, config_of, gradients
+from tests.several import RUNS, config_of, gradients, write_tasks
 from tests.test_resume import logged
 from tests.tiny_runs import train_config
 
@@ -37,13 +38,20 @@ def launch(model: Path, folder: Path, *names: str) -> None:
 def two(tiny_folder, tmp_path_factory):
     """One launch of two processes for everything."""
     folder = tmp_path_factory.mktemp("two")
+    write_tasks(folder)
     launch(tiny_folder, folder, *RUNS)
     return folder
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, name):
+    write_tasks(tmp_path)
     one, run = train(config_of(tiny_folder, tmp_path, name, alone=True)), Run(two / name)
+    if name == "sequence":
+        assert read_json(two / name / "continual.json")["n"] == [16, 16]
+        scores = (read_json(folder / name / "continual.json") for folder in (two, tmp_path))
+        assert len({str(found["accuracy"]) for found in scores}) == 1
+        one, run = (Run(folder / name / "tasks" / "02-words") for folder in (tmp_path, two))
     mine, theirs = logged(one), logged(run)
     assert [row["step"] for row in theirs] == [row["step"] for row in mine]
     for row, other in zip(mine, theirs, strict=True):
@@ -55,7 +63,8 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, 
 
 
 def test_own_draws_differ_from_shared_ones(two):
-    losses = {name: [row["loss"] for row in logged(Run(two / name))] for name in RUNS}
+    names = ("own", "staged", "resumed")
+    losses = {name: [row["loss"] for row in logged(Run(two / name))] for name in names}
     assert losses["own"] != losses["staged"] and losses["resumed"] == losses["staged"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from elastic import models, trainer, training
 from elastic.adapters.attach import ElasticLinear, modules_of
@@ -525,3 +526,11 @@ def test_schedules_of_soslora_follow_the_steps(tiny_folder, tmp_path):
     expected = 2.0 + (steps - 1) / steps * (1.0 - 2.0)
     found = [float(t) for name, t in factors(run).items() if name.endswith("temperature")]
     assert found == pytest.approx([expected] * len(found)) and found
+
+
+def test_a_process_trains_on_one_device_of_several(tiny_folder, tmp_path, monkeypatch):
+    """The Trainer would split every batch over all of them, and steps would be fewer."""
+    alone = train(train_config(tiny_folder, tmp_path / "alone"))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    run = train(train_config(tiny_folder, tmp_path / "several"))
+    assert_same_factors(run, alone)
