@@ -33,7 +33,7 @@ def parse(
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--run", arguments[0]]
     parser = _parser(kind, prog)
-    arguments = _with_values(kind, _with_recipes(_continuing(arguments)))
+    arguments = _with_values(kind, _with_recipes(_continuing(kind, arguments)))
     return _build(kind, parser, lambda: parser.parse_args(arguments))
 
 
@@ -64,14 +64,17 @@ def _build(kind: type[Config], parser: ArgumentParser, read: Callable[[], Namesp
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
-def _continuing(arguments: list[str]) -> list[str]:
+def _continuing(kind: type, arguments: list[str]) -> list[str]:
     """`--from RUN` is that run's settings, `--start_from RUN`, and a directory beside it."""
-    given = dict(itertools.pairwise([*arguments, ""]))
+    given = {}
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        given[name] = value if equals else following
     run = given.get("--from")
-    if not run:
+    if not run or "start_from" not in _dotted(kind):
         return arguments
-    at = arguments.index("--from")
-    others = arguments[:at] + arguments[at + 2 :]
+    at = next(i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--from")
+    others = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
     what = Path(given.get("--sub_adapter", "next")).stem
     beside = [] if "--run" in given else ["--run", f"{run.rstrip('/')}-{what}"]
     return ["--config", str(Path(run) / "config.yaml"), "--start_from", run, *beside, *others]

@@ -11,12 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from elastic.errors import ConfigError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from elastic.adapter_config import AdapterConfig
+from elastic.errors import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,177 +34,11 @@ class ModelConfig:
     """Run Python code that comes with the base model."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.quantise == "none" or self.dtype != "float64",
             f"model.quantise {self.quantise} with model.dtype float64: 8 and 4 bits hold nothing "
             "that float64 would keep; choose float32, bfloat16 or float16, or quantise none",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SorsaConfig:
-    """SORSA (arXiv 2409.00055): trains the leading singular triplets of every base weight."""
-
-    gamma: float = 4e-4
-    """Strength of the orthonormality regulariser: a learning rate of its own, following the
-    schedule. Applied whole once per step; the published code divided it by the accumulation."""
-    regulariser: Literal["norm", "squared"] = "norm"
-    """norm: Frobenius norms as published. squared: their squares, which fade near orthonormality;
-    gamma then means something else."""
-    svd: Literal["exact", "randomized"] = "exact"
-    """randomized: approximate triplets, much faster for layers of thousands of channels."""
-
-    def __post_init__(self) -> None:
-        _require(self.gamma >= 0, f"adapter.sorsa.gamma is {self.gamma}; at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProloraConfig:
-    """PRoLoRA (arXiv 2402.16902): chunks of factors repeated and rotated. Its ablations: without
-    rotation (`rotation false`), without unshared ranks (`unshared_rank 0`), plain start
-    (`rectified false`), broadcast only (the first two together)."""
-
-    unshared_rank: int = 1
-    """Ranks with factors of their own; the smallest rank a sub-adapter can have."""
-    share_in: int = 4
-    """How often a chunk of A is repeated along the input channels (m)."""
-    share_out: int = 4
-    """How often a chunk of B is repeated along the output channels (n)."""
-    rotation: bool = True
-    """Rotate every repetition along the ranks."""
-    rectified: bool = True
-    """Start chunks with the variance of the layer's size instead of the chunk's."""
-
-    def __post_init__(self) -> None:
-        least = {"unshared_rank": 0, "share_in": 1, "share_out": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            _require(value >= low, f"adapter.prolora.{name} is {value}; at least {low}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OloraConfig:
-    """O-LoRA (arXiv 2310.14152): factors of finished tasks frozen, new ones orthogonal to them."""
-
-    lambda_1: float = 0.5
-    """Weight of the overlap between new and finished A."""
-    lambda_2: float = 0.0
-    """Weight of the norms of the new factors."""
-    orthogonality: Literal["absolute", "squared"] = "absolute"
-    """absolute: as the published code and its lambda_1. squared: as the paper prints it."""
-    shrink: Literal["newest", "all"] = "newest"
-    """Which factors a smaller rank cuts: the task in training, or every task alike."""
-
-    def __post_init__(self) -> None:
-        for name in ("lambda_1", "lambda_2"):
-            value = getattr(self, name)
-            _require(value >= 0, f"adapter.olora.{name} is {value}; at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SosLoraConfig:
-    """SOS-LoRA (arXiv 2607.16252): experts in orthogonal subspaces at several scales, all on."""
-
-    experts: int = 4
-    rank_mode: Literal["total", "expert"] = "total"
-    """Whether adapter.rank is shared by the experts or belongs to each."""
-    elastic: Literal["rank", "experts"] = "rank"
-    """What a smaller rank cuts: ranks of every expert, or whole experts."""
-    gamma_max: float = 2.5
-    """Scales start evenly between 1 and this, times alpha / rank."""
-    normalize_scales: bool | None = None
-    """Divide the starting scales by their mean; unset does so for `rank_mode: total`."""
-    scale_base: Literal["expert", "total"] = "expert"
-    """Which rank alpha is divided by."""
-    fixed_scales: bool = False
-    """Freeze scales and gates, as the paper's title says; its code trains them."""
-    lambda_orth: float = 0.006
-    """Weight of the penalty on rows of different experts, after delay and ramp."""
-    orth_delay: float = 0.15
-    """Fraction of training before the penalty begins."""
-    orth_ramp: float = 0.20
-    """Fraction of training over which it then rises."""
-    gate_start: float = 2.0
-    """Temperature of the gate at the start."""
-    gate_end: float = 1.0
-    gate_anneal: float = 0.30
-    """Fraction of training over which the temperature goes from start to end."""
-    gate_prior: float = 2e-4
-    """Pull of the gates to uniform."""
-    scale_anchor: float = 1e-4
-    """Pull of the scales to where they began."""
-    dropout_on: Literal["rank", "input"] = "rank"
-    """Whether dropout acts on A x, as published, or on x."""
-
-    def __post_init__(self) -> None:
-        _require(self.experts >= 1, f"adapter.soslora.experts is {self.experts}; at least 1")
-        for name in ("gamma_max", "gate_start", "gate_end"):
-            value = getattr(self, name)
-            _require(value > 0, f"adapter.soslora.{name} is {value}; above 0")
-        for name in ("lambda_orth", "gate_prior", "scale_anchor"):
-            value = getattr(self, name)
-            _require(value >= 0, f"adapter.soslora.{name} is {value}; at least 0")
-        for name in ("orth_delay", "orth_ramp", "gate_anneal"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"adapter.soslora.{name} is {value}; choose from [0, 1]")
-
-
-_ALPHA_PER_RANK = {"lora": 2.0, "sorsa": 1.0, "prolora": 2.0, "olora": 4.0, "soslora": 1.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """The low-rank factors of the super-adapter."""
-
-    method: Literal["auto", "lora", "sorsa", "prolora", "olora", "soslora"] = "auto"
-    """auto: lora, or olora when there is a list of tasks."""
-    rank: int = 32
-    """Inner size of the maximal sub-adapter's factors (max_rank)."""
-    alpha: float | None = None
-    """The scale of the update is alpha / rank at every active rank. Unset, the scale is the
-    method's published one: lora 2, sorsa 1, prolora 2, olora 4, soslora 1."""
-    dropout: float = 0.0
-    lr_ratio: float = 1.0
-    """Learning rate of the output-side factors over the others' (LoRA+, arXiv 2402.12354)."""
-    sorsa: SorsaConfig = field(default_factory=SorsaConfig)
-    prolora: ProloraConfig = field(default_factory=ProloraConfig)
-    olora: OloraConfig = field(default_factory=OloraConfig)
-    soslora: SosLoraConfig = field(default_factory=SosLoraConfig)
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
-        _require(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; choose from [0, 1)")
-        _require(
-            self.alpha is None or self.alpha > 0,
-            f"adapter.alpha is {self.alpha}; it must be positive",
-        )
-        _require(self.lr_ratio > 0, f"adapter.lr_ratio is {self.lr_ratio}; it must be positive")
-        unshared, experts = self.prolora.unshared_rank, self.soslora.experts
-        _require(
-            self.resolved_method != "prolora" or unshared <= self.rank,
-            f"adapter.prolora.unshared_rank is {unshared}, above adapter.rank {self.rank}",
-        )
-        total = self.resolved_method == "soslora" and self.soslora.rank_mode == "total"
-        _require(
-            not total or self.rank % experts == 0,
-            f"adapter.rank {self.rank} is not divisible by adapter.soslora.experts {experts}; "
-            f"choose a multiple, or rank_mode: expert",
-        )
-
-    @property
-    def resolved_method(self) -> str:
-        return "lora" if self.method == "auto" else self.method
-
-    @property
-    def resolved_alpha(self) -> float:
-        if self.alpha is not None:
-            return self.alpha
-        return _ALPHA_PER_RANK[self.resolved_method] * self.rank
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.resolved_alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,12 +74,12 @@ class TaskConfig:
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
             count = getattr(self, f"{split}_examples")
-            _require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
+            require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
         if self.name == "jsonl":
-            _require(self.train is not None, "task.train: name the training file of a jsonl task")
-            _require(self.test is not None, "task.test: name the test file of a jsonl task")
+            require(self.train is not None, "task.train: name the training file of a jsonl task")
+            require(self.test is not None, "task.test: name the test file of a jsonl task")
         if self.name == "instructions":
-            _require(self.folder is not None, "task.folder: name the folder of the data set")
+            require(self.folder is not None, "task.folder: name the folder of the data set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,13 +107,13 @@ class StageConfig:
     """A new sub-adapter every this many steps."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"a stage lasts at least 1 epoch, not {self.epochs}")
-        _require(self.sample_rate >= 1, f"sample_rate is {self.sample_rate}; at least 1")
-        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; at least 0")
+        require(self.epochs >= 1, f"a stage lasts at least 1 epoch, not {self.epochs}")
+        require(self.sample_rate >= 1, f"sample_rate is {self.sample_rate}; at least 1")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; at least 0")
         for name in ("width_indicator", "epochs_lr"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; at least 1")
-        _require(self.init_lr is None or self.init_lr > 0, f"init_lr is {self.init_lr}; above 0")
+            require(value is None or value >= 1, f"{name} is {value}; at least 1")
+        require(self.init_lr is None or self.init_lr > 0, f"init_lr is {self.init_lr}; above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,8 +129,8 @@ class ScheduleConfig:
     """What follows it: a cosine or a line down to zero, or the base rate throughout."""
 
     def __post_init__(self) -> None:
-        _require(self.base_lr > 0, f"lr.base_lr is {self.base_lr}; it must be positive")
-        _require(self.warmup_epochs >= 0, f"lr.warmup_epochs is {self.warmup_epochs}; at least 0")
+        require(self.base_lr > 0, f"lr.base_lr is {self.base_lr}; it must be positive")
+        require(self.warmup_epochs >= 0, f"lr.warmup_epochs is {self.warmup_epochs}; at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +153,7 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         for name in ("new_tokens", "batch"):
             value = getattr(self, name)
-            _require(value >= 1, f"sequence.{name} is {value}; at least 1")
+            require(value >= 1, f"sequence.{name} is {value}; at least 1")
 
     def lists(self) -> dict[str, list]:
         """Those that were set."""
@@ -399,20 +229,20 @@ class TrainConfig:
     and writes nothing. A model folder with config.json alone will do."""
 
     def __post_init__(self) -> None:
-        _require(self.probe_steps >= 0, f"probe_steps is {self.probe_steps}; at least 0")
-        _require(
+        require(self.probe_steps >= 0, f"probe_steps is {self.probe_steps}; at least 0")
+        require(
             self.sub_adapter is None or self.start_from is not None,
             "sub_adapter: name the run that it belongs to; give start_from (or --from RUN)",
         )
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
-        _require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
-        _require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
-        _require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
-        _require(0 <= self.distill <= 1, f"distill is {self.distill}; choose from [0, 1]")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
+        require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
+        require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
+        require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
+        require(0 <= self.distill <= 1, f"distill is {self.distill}; choose from [0, 1]")
         twice = {name for name in self.tasks if self.tasks.count(name) > 1}
-        _require(not twice, f"tasks names {', '.join(sorted(twice))} twice")
+        require(not twice, f"tasks names {', '.join(sorted(twice))} twice")
         for name, values in self.sequence.lists().items():
-            _require(
+            require(
                 len(values) == len(self.tasks),
                 f"sequence.{name} has {len(values)} values for {len(self.tasks)} tasks",
             )
@@ -420,14 +250,14 @@ class TrainConfig:
         for number, stage in enumerate(self.stages):
             opened = set(stage.train_dims)
             allowed = set(self.progressivity[: len(opened)])
-            _require(
+            require(
                 opened == allowed and open_before <= opened,
                 f"stages[{number}].train_dims {sorted(opened)}: dimensions open in the order of "
                 f"progressivity {self.progressivity} and stay open",
             )
             open_before = opened
         with_lr = [stage.init_lr is not None for stage in self.stages]
-        _require(
+        require(
             all(with_lr) or not any(with_lr),
             "stages: give init_lr to every stage, or to none and use the global schedule lr",
         )
@@ -485,9 +315,9 @@ class BudgetConfig:
                     ) from None
             else:
                 number = value
-            _require(number > 0, f"budget.{name} is {value}; it must be positive")
+            require(number > 0, f"budget.{name} is {value}; it must be positive")
         if isinstance(self.min_accuracy, float | int):
-            _require(self.min_accuracy <= 1, "budget.min_accuracy is a fraction in [0, 1]")
+            require(self.min_accuracy <= 1, "budget.min_accuracy is a fraction in [0, 1]")
 
     def limits(self) -> dict[str, float | str]:
         """The limits that were set."""
@@ -522,8 +352,8 @@ class TimingConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
-            _require(getattr(self, name) >= 1, f"timing.{name} must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"timing.{name} must be at least 1")
+        require(
             self.max_rounds >= self.rounds,
             f"timing.max_rounds is {self.max_rounds}, below timing.rounds {self.rounds}",
         )
@@ -552,11 +382,11 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
-        _require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
-        _require(self.population >= 2, f"population is {self.population}; at least 2")
-        _require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
-        _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
+        require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
+        require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
+        require(self.population >= 2, f"population is {self.population}; at least 2")
+        require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
+        require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +415,7 @@ class MergeConfig:
     """ties, dare_ties: signs vote with their size or one each."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
+        require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
 
 
 _FORMATS = ("hf", "peft", "onnx", "openvino")
@@ -614,7 +444,7 @@ class ExportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
+        require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

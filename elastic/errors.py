@@ -70,6 +70,12 @@ class MissingExtra(ElasticError, ImportError):
         )
 
 
+def require(condition: bool, message: str) -> None:
+    """ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name outside `known`, with the nearest one suggested."""
     known = sorted(known)

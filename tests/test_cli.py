@@ -356,3 +356,21 @@ def test_a_switch_alone_is_on():
     assert parse(TrainConfig, ["--adapter.soslora.fixed_scales"]).adapter.soslora.fixed_scales
     with pytest.raises(ConfigError, match="expected one argument"):
         parse(TrainConfig, ["--seed"])
+
+
+@pytest.mark.parametrize(
+    "spelled", ["--from RUN --sub_adapter best", "--sub_adapter=best --from=RUN"]
+)
+def test_from_is_the_settings_of_a_run_and_a_directory_beside_it(tmp_path, spelled):
+    run = tmp_path / "first"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"run: {run}\nbatch_size: 3\n")
+    found = parse(TrainConfig, spelled.replace("RUN", str(run)).split())
+    assert (found.start_from, found.sub_adapter, found.batch_size) == (str(run), "best", 3)
+    assert found.run == f"{run}-best"
+    assert parse(TrainConfig, [f"--from={run}", "--run=elsewhere"]).run == "elsewhere"
+
+
+def test_only_training_continues_a_run():
+    with pytest.raises(ConfigError, match="unknown setting 'from'"):
+        parse(SearchConfig, ["--from", "runs/first"])

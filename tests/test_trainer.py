@@ -13,17 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from elastic import models, trainer, training
+from elastic.adapter_config import OloraConfig, ProloraConfig
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.batching import encode_all
-from elastic.config import (
-    AdapterConfig,
-    ModelConfig,
-    OloraConfig,
-    ProloraConfig,
-    ScheduleConfig,
-    StageConfig,
-    TaskConfig,
-)
+from elastic.config import AdapterConfig, ModelConfig, ScheduleConfig, StageConfig, TaskConfig
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.importance import channel_index
 from elastic.run import Run

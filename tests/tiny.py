@@ -16,7 +16,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
+from elastic.adapter_config import OloraConfig, ProloraConfig, SosLoraConfig
+from elastic.config import AdapterConfig
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 
