@@ -367,9 +367,11 @@ class SearchConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trials: int = 50
     """Sub-adapters evaluated in all; running again continues up to this number."""
-    sampler: Literal["nsga2", "tpe", "random"] = "nsga2"
+    sampler: Literal["additive", "nsga2", "nsga3", "tpe", "gp", "random"] = "additive"
+    """additive: our own, which learns what every choice costs and proposes from the front that
+    follows. The others are Optuna's."""
     population: int = 20
-    """NSGA-II's."""
+    """Of nsga2 and nsga3."""
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
     latency: Literal["prefill_ms", "decode_ms"] = "prefill_ms"

@@ -25,6 +25,8 @@ class Member:
     sub_adapter: SubAdapter
     figures: Figures
     """As the search measured them; accuracy on validation."""
+    estimate: float
+    """Accuracy on validation less its noise, as far as the other sub-adapters' tell it."""
     test: Mapping[str, Any]
     """accuracy, accuracy_n, accuracy_interval on test."""
     best: bool = False
@@ -35,6 +37,7 @@ class Member:
             "best": self.best,
             **self.test,
             "validation_accuracy": self.figures.accuracy,
+            "validation_estimate": self.estimate,
             "validation_n": self.figures.accuracy_n,
             "prefill_ms": self.figures.prefill_ms,
             "decode_ms": self.figures.decode_ms,
@@ -45,6 +48,18 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """One sub-adapter that the search measured."""
+
+    sub_adapter: SubAdapter
+    figures: Figures
+    estimate: float
+    """As a `Member`'s, which the front is chosen by."""
+    feasible: bool
+    """Whether figures and estimate meet the budget."""
+
+
+@dataclass(frozen=True)
 class Front:
     """Sorted from the fastest to the most accurate."""
 
@@ -52,8 +67,8 @@ class Front:
     members: Sequence[Member]
     full: Figures
     """The maximal sub-adapter."""
-    trials: Sequence[tuple[SubAdapter, Figures, bool]]
-    """Everything evaluated: sub-adapter, figures, whether it meets the budget."""
+    trials: Sequence[Evaluated]
+    """Everything evaluated, in order."""
     latency: str
     """The latency objective: prefill_ms or decode_ms."""
     limits: Mapping[str, float]
@@ -80,9 +95,10 @@ class Front:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         names = list(self.full.as_dict())
-        writer.writerow(["trial", "feasible", *names, "sub_adapter"])
-        for number, (sub, figures, feasible) in enumerate(self.trials):
-            writer.writerow([number, feasible, *figures.as_dict().values(), str(sub)])
+        writer.writerow(["trial", "feasible", *names, "accuracy_estimate", "sub_adapter"])
+        for number, one in enumerate(self.trials):
+            figures = one.figures.as_dict().values()
+            writer.writerow([number, one.feasible, *figures, one.estimate, str(one.sub_adapter)])
         return file.getvalue()
 
     def table(self):
@@ -132,7 +148,7 @@ class Front:
             (True, "#8aa9c9", "evaluated"),
             (False, "#d8d8d8", "over budget"),
         ):
-            rows = [figures for _, figures, ok in self.trials if ok == feasible]
+            rows = [one.figures for one in self.trials if one.feasible == feasible]
             if rows:
                 axes.scatter(
                     [latency(f) for f in rows], [100 * f.accuracy for f in rows], s=22,

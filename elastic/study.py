@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastic import models
@@ -11,11 +12,12 @@ from elastic.cost import Counter
 from elastic.errors import BudgetError, RunError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
-from elastic.front import Front, Member
+from elastic.front import Evaluated, Front, Member
 from elastic.merging import compact
 from elastic.objective import Figures, Objective
 from elastic.pareto import non_dominated, thin
 from elastic.progress import say, search_bar, track
+from elastic.proposals import AdditiveSampler, believed
 from elastic.run import Run, as_plain
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
@@ -50,6 +52,7 @@ def search(config: SearchConfig) -> Front:
     objective = Objective(net, base.tokenizer, task.validation, config)
     objective.full = _full_figures(study, objective)
     limits = config.budget.resolved(objective.full.budget_values())
+    study.sampler = _sampler(config, net.space, limits, len(task.validation), len(study.trials))
 
     results = _seen(study, net.space)
     _enqueue_starts(study, net.space, config, results)
@@ -89,7 +92,6 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
         load_if_exists=True,
         directions=["maximize", "minimize"],
     )
-    study.sampler = _sampler(config, len(study.trials))
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
     settings = as_plain(config)
@@ -111,16 +113,31 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
     return study
 
 
-def _sampler(config: SearchConfig, done: int) -> optuna.samplers.BaseSampler:
-    import optuna
+def _sampler(
+    config: SearchConfig,
+    space: BoundSpace,
+    limits: Mapping[str, float],
+    examples: int,
+    done: int,
+) -> optuna.samplers.BaseSampler:
+    from optuna import samplers
 
     # A resumed study must not draw the numbers of its first trials again.
     seed = config.seed + done
-    if config.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=config.population, seed=seed)
-    if config.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
-    return optuna.samplers.RandomSampler(seed=seed)
+    match config.sampler:
+        case "additive":
+            limit = limits.get(config.latency)
+            return AdditiveSampler(space, examples=examples, limit=limit, seed=config.seed)
+        case "nsga2":
+            return samplers.NSGAIISampler(population_size=config.population, seed=seed)
+        case "nsga3":
+            return samplers.NSGAIIISampler(population_size=config.population, seed=seed)
+        case "tpe":
+            return samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
+        case "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=config.starts)
+        case "random":
+            return samplers.RandomSampler(seed=seed)
 
 
 def _suggest(trial: optuna.Trial, space: BoundSpace) -> SubAdapter:
@@ -256,26 +273,36 @@ def _front(
     tokenizer,
 ) -> Front:
     """Non-dominated sub-adapters within the budget, scored on the test split and saved."""
-    trials = [(sub, figures, _met(figures, limits)) for sub, figures in results.items()]
-    feasible = [(sub, figures) for sub, figures, met in trials if met]
+    space, examples = objective.net.space, objective.full.accuracy_n
+    accuracies = {sub: figures.accuracy for sub, figures in results.items()}
+    estimates = believed(space, accuracies, examples)
+    trials = [
+        Evaluated(sub, figures, estimate, _met(replace(figures, accuracy=estimate), limits))
+        for (sub, figures), estimate in zip(results.items(), estimates.values(), strict=True)
+    ]
+    feasible = [one for one in trials if one.feasible]
     if not feasible:
-        raise BudgetError(_impossible(limits, results, objective.net.space))
-    points = [(getattr(figures, config.latency), -figures.accuracy) for _, figures in feasible]
+        raise BudgetError(_impossible(limits, results, space))
+    points = [(getattr(one.figures, config.latency), -one.estimate) for one in feasible]
     indices = non_dominated(points)
     best = indices[-1]  # the slowest of the front is its most accurate
     chosen = [feasible[index] for index in thin(indices, config.test_front, keep=best)]
     members = []
     say(f"Scoring {len(chosen)} of the front on {len(test)} test examples")
-    for number, (sub, figures) in enumerate(track(chosen, "test split"), 1):
+    for number, one in enumerate(track(chosen, "test split"), 1):
         score = evaluate(
-            compact(objective.net, sub),
+            compact(objective.net, one.sub_adapter),
             tokenizer,
             test,
             batch_tokens=config.batch_tokens,
             quiet=True,
         )
-        last = number == len(chosen)
-        members.append(Member(f"front-{number}", sub, figures, score.as_dict(), best=last))
+        members.append(
+            Member(
+                f"front-{number}", one.sub_adapter, one.figures, one.estimate, score.as_dict(),
+                best=number == len(chosen),
+            )
+        )  # fmt: skip
     front = Front(
         run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
     )

@@ -33,10 +33,10 @@ WIDTHS = (1.0, 0.75, 0.625, 0.5)
 PLAIN = '--stages=[{"epochs": 3}]'
 VARIANTS = {
     "plain": [PLAIN],
-    "plain, lr 1e-3": [PLAIN, "--lr.base_lr", "1e-3"],
     "staged": [],
-    "staged, lr 1e-3": ["--lr.base_lr", "1e-3"],
     "staged, lr 2.5e-4": ["--lr.base_lr", "2.5e-4"],
+    "staged, lr 1e-3": ["--lr.base_lr", "1e-3"],
+    "staged, lr 2e-3": ["--lr.base_lr", "2e-3"],
     "staged, dropout 0.1": ["--adapter.dropout", "0.1"],
     "staged, distilled": ["--distill", "0.5"],
     "staged, uniform": ["--sampling", "uniform"],

@@ -1,0 +1,153 @@
+"""The search's own Optuna sampler: an additive model of accuracy, and the front that it implies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from elastic.sampler import generator_for
+from elastic.space import BoundSpace, SubAdapter
+from elastic.surrogate import Additive, cheapest
+from elastic.table import Table, kinds, places, shares
+
+BOLDNESS = 0.25
+"""How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)
+fifty evaluations of ninety-six groups leave the belief too wide; at 0 two workers propose the
+same."""
+ATTEMPTS = 8
+"""Proposals of one trial that were all known before a neighbour of the last will do."""
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, fill [0, 1] evenly however many there are."""
+
+
+class AdditiveSampler(BaseSampler):
+    """Proposes, for one latency after another, the sub-adapter believed to be the most accurate.
+
+    An additive model is fitted to the accuracies so far (the first objective, to be maximised), and
+    one to the latencies (the second) unless a table is given; since both are sums over groups, the
+    best choice at any latency is found exactly. What trial k proposes is a function of the seed, k
+    and the finished trials. Begin with some enqueued ones that cover the space.
+    """
+
+    def __init__(
+        self,
+        space: BoundSpace,
+        *,
+        examples: int,
+        limit: float | None = None,
+        table: Table | None = None,
+        importance: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`examples` that an accuracy is the share of; `limit` on the latency, in its unit;
+        `importance` of groups, by name."""
+        self.space = space
+        self.examples = examples
+        self.limit = limit
+        self.table = table
+        self.seed = seed
+        weights = None if importance is None else [importance[group.name] for group in space]
+        self._model = Additive(kinds(space), shares(space), weights)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {g.name: IntDistribution(0, len(g.choices) - 1) for g in self.space}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        trials = study.get_trials(deepcopy=False)
+        known = {self._place(other.params) for other in trials if other.params}
+        done = [other for other in trials if other.state == TrialState.COMPLETE]
+        if len(done) >= 2:
+            chosen = self._propose(trial.number, done, known)
+            if chosen is not None:
+                return {g.name: int(i) for g, i in zip(self.space, chosen, strict=True)}
+        generator = generator_for(self.seed, "proposal", trial.number)
+        return self.space.indices(self.space.stratified(generator))
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        raise ValueError(f"{param_name} is no group of this search space")
+
+    def _place(self, params: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(params.get(group.name, 0) for group in self.space)
+
+    def _propose(
+        self, number: int, done: Sequence[FrozenTrial], known: set[tuple[int, ...]]
+    ) -> np.ndarray | None:
+        at = np.array([self._place(trial.params) for trial in done])
+        accuracies = np.array([trial.values[0] for trial in done])
+        belief = self._model.fit(at, accuracies, sampling_variance(accuracies, self.examples))
+        table = self.table or Table.fit(
+            self.space,
+            {
+                self.space.at(trial.params): trial.values[1]
+                for trial in done
+                if np.isfinite(trial.values[1])
+            },
+        )
+        costs = table.effects
+        most = 0.0 if self.limit is None else min(0.0, self.limit - table.full)
+        least = min(most, costs.min(1).sum())
+        generator = np.random.default_rng([self.seed, number])
+        for attempt in range(ATTEMPTS):
+            drawn = belief.sample(generator)
+            effects = belief.effects + (attempt + 1) * BOLDNESS * (drawn - belief.effects)
+            part = ((number + attempt / ATTEMPTS) * GOLDEN) % 1
+            # Nothing gets better by being cut; what seems to is noise.
+            chosen = cheapest(np.minimum(effects, 0), costs, most - part * (most - least))
+            if tuple(chosen) not in known:
+                return chosen
+        return _neighbour(chosen, costs, most, known, generator)
+
+
+def _neighbour(
+    chosen: np.ndarray,
+    costs: np.ndarray,
+    most: float,
+    known: set[tuple[int, ...]],
+    generator: np.random.Generator,
+) -> np.ndarray | None:
+    """A sub-adapter a few steps away that is not known, and costs no more than `most` if `chosen`
+    does not; None after many steps."""
+    rows = np.arange(len(chosen))
+    most = max(most, costs[rows, chosen].sum())
+    for _ in range(20 * len(chosen)):
+        group = generator.integers(len(chosen))
+        moved = chosen.copy()
+        moved[group] = generator.integers(np.isfinite(costs[group]).sum())
+        if costs[rows, moved].sum() <= most + 1e-12:
+            chosen = moved
+        if tuple(chosen) not in known:
+            return chosen
+    return None
+
+
+def sampling_variance(accuracies: np.ndarray, examples: int) -> float:
+    """Of one accuracy, as the share of so many examples drawn at random."""
+    mean = float(np.clip(accuracies.mean(), 0.01, 0.99))
+    return mean * (1 - mean) / examples
+
+
+def believed(
+    space: BoundSpace, measured: Mapping[SubAdapter, float], examples: int
+) -> dict[SubAdapter, float]:
+    """Accuracies less their noise, as far as the others' tell it: a front chosen by raw accuracies
+    is a front of lucky ones."""
+    values = np.array(list(measured.values()))
+    model = Additive(kinds(space), shares(space))
+    found = model.fit(places(space, list(measured)), values, sampling_variance(values, examples))
+    return dict(zip(measured, map(float, found.fitted), strict=True))

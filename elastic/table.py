@@ -1,0 +1,66 @@
+"""What every choice takes in milliseconds: additive, fitted to a few whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic.space import BoundSpace, SubAdapter
+from elastic.surrogate import Additive
+
+NOISE = 0.01
+"""Standard deviation of one measured latency, in parts of it."""
+
+
+def kinds(space: BoundSpace) -> list[str]:
+    """What groups are alike: those of one name in all blocks."""
+    return [group.name.rpartition(".")[2] for group in space]
+
+
+def shares(space: BoundSpace) -> list[list[float]]:
+    """The choices of every group as parts of its full size."""
+    return [[choice / group.choices[0] for choice in group.choices] for group in space]
+
+
+def places(space: BoundSpace, subs: Sequence[SubAdapter]) -> np.ndarray:
+    """(sub-adapters, groups) of indices into each group's choices."""
+    return np.array([list(space.indices(sub).values()) for sub in subs], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Latency of a merged sub-adapter: the full model's, less what every choice saves.
+
+    Ranks save nothing, since merged factors are gone.
+    """
+
+    space: BoundSpace
+    full: float
+    """Milliseconds of the full model, as fitted."""
+    effects: np.ndarray
+    """(groups, choices): milliseconds, at most 0; 0 at full size, infinite where no choice is."""
+
+    @classmethod
+    def fit(cls, space: BoundSpace, measured: Mapping[SubAdapter, float]) -> Table:
+        """Of latencies in milliseconds; the more of the range they cover, the better."""
+        at, values = places(space, list(measured)), np.array(list(measured.values()))
+        costly = np.array([group.dim != "rank" for group in space])
+        effects = np.zeros((len(space.groups), max(len(group.choices) for group in space)))
+        full = float(values.mean())
+        if costly.any() and len(values) > 1:
+            names = [kind for kind, costs in zip(kinds(space), costly, strict=True) if costs]
+            sizes = [share for share, costs in zip(shares(space), costly, strict=True) if costs]
+            noise = (NOISE * values.mean()) ** 2
+            found = Additive(names, sizes).fit(at[:, costly], values, noise)
+            effects[costly, : found.effects.shape[1]] = np.minimum(found.effects, 0)
+            full = float(found.offset)
+        for row, group in zip(effects, space, strict=True):
+            row[len(group.choices) :] = np.inf
+        return cls(space, full, effects)
+
+    def __call__(self, sub: SubAdapter) -> float:
+        """Milliseconds."""
+        at = places(self.space, [sub])[0]
+        return self.full + float(self.effects[np.arange(len(at)), at].sum())
