@@ -360,11 +360,23 @@ class TimingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Where the search is kept. Workers that name the same study share its trials."""
+
+    storage: str | None = None
+    """Unset: a journal file in RUN/search. The path of a journal file, sqlite:///FILE,
+    postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, or grpc://HOST:PORT (Optuna's proxy)."""
+    name: str | None = None
+    """Unset: the name of the run's directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Searches a trained super-adapter for its Pareto-optimal sub-adapters."""
 
     run: str = "runs/default"
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     trials: int = 50
     """Sub-adapters evaluated in all; running again continues up to this number."""
     sampler: Literal["additive", "nsga2", "nsga3", "tpe", "gp", "random"] = "additive"

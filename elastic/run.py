@@ -42,7 +42,7 @@ class Run:
         if self.config_file.is_file():
             mine, theirs = _identity(config), _identity(self.begun())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
-            if differing := _differences(mine, theirs):
+            if differing := differences(mine, theirs):
                 raise RunError(
                     f"{self.path} holds another run, which differs in {', '.join(differing[:4])}; "
                     "choose another --run, or delete the directory"
@@ -159,12 +159,12 @@ def as_plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
 
 
-def _differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in dict.fromkeys((*mine, *theirs)):
         a, b = mine.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} ({b} there, {a} here)")
     return found

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
+
+import optuna
+from optuna import samplers
+from optuna.exceptions import UpdateFinishedTrialError
 
 from elastic import models
 from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import Counter
 from elastic.errors import BudgetError, RunError
 from elastic.evaluate import evaluate
-from elastic.files import write_json
+from elastic.files import read_json, write_json
 from elastic.front import Evaluated, Front, Member
 from elastic.merging import compact
 from elastic.objective import Figures, Objective
 from elastic.pareto import non_dominated, thin
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler, believed
-from elastic.run import Run, as_plain
+from elastic.run import Run, as_plain, differences
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import provenance
 from elastic.tasks import load_task
+from elastic.workers import Worker, open_storage
 
-if TYPE_CHECKING:
-    import optuna
-
+POLL = 0.5
+"""Seconds between looks at what other workers have done."""
+FAILURES = 3
+"""Trials in a row without figures that end the search."""
 PATIENCE = 200
 """Proposals in a row that were all seen before; then the sampler has nothing new to offer."""
 
@@ -48,46 +57,30 @@ def search(config: SearchConfig) -> Front:
     _refuse_by_counting(run, config.budget, trained)
     task = load_task(trained.task, trained.seed)
     study = _open_study(run, config)
-    _, base, net = run.load()
-    objective = Objective(net, base.tokenizer, task.validation, config)
-    objective.full = _full_figures(study, objective)
-    limits = config.budget.resolved(objective.full.budget_values())
-    study.sampler = _sampler(config, net.space, limits, len(task.validation), len(study.trials))
-
-    results = _seen(study, net.space)
-    _enqueue_starts(study, net.space, config, results)
-    if results:
-        say(f"Continuing after {len(results)} sub-adapters")
-    repeats = 0
-    with search_bar(config.trials, len(results)) as advance:
-        while len(results) < min(config.trials, net.space.size) and repeats < PATIENCE:
-            trial = study.ask()
-            # NSGA-II takes an enqueued trial into its population only if it was asked first.
-            trial.relative_params  # noqa: B018
-            sub = _suggest(trial, net.space)
-            repeats = repeats + 1 if sub in results else 0
-            # The same sub-adapter proposed twice is evaluated once.
-            figures = results.get(sub) or objective(sub)
-            _tell(study, trial, figures, limits, config.latency)
-            if sub not in results:
-                results[sub] = figures
-                advance(len(results), figures)
-                _refuse_by_extremes(results, net.space, limits)
-
-    return _front(run, config, results, objective, limits, task.test, base.tokenizer)
+    with Worker(study) as worker:
+        _, base, net = run.load()
+        objective = Objective(net, base.tokenizer, task.validation, config)
+        _prepare(study, worker, objective, config)
+        limits = config.budget.resolved(objective.full.budget_values())
+        done = len(study.get_trials(deepcopy=False))
+        study.sampler = _sampler(config, net.space, limits, len(task.validation), done)
+        try:
+            results = _evaluate(study, worker, objective, limits, config)
+        except KeyboardInterrupt:
+            results = _seen(study, net.space)
+            if any(_met(figures, limits) for figures in results.values()):
+                say(f"Interrupted: writing the front of {len(results)} sub-adapters")
+                _front(run, config, results, objective, limits, task.test, base.tokenizer)
+            raise
+        return _front(run, config, results, objective, limits, task.test, base.tokenizer)
 
 
 def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
-    """The journal's study; RunError when it was made with other settings."""
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
+    """The study of that name; RunError when it was made with other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    run.search.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(run.search / "study.journal")))
+    storage = open_storage(config.study.storage, run.search)
     study = optuna.create_study(
-        study_name="search",
+        study_name=config.study.name or run.path.resolve().name,
         storage=storage,
         load_if_exists=True,
         directions=["maximize", "minimize"],
@@ -95,22 +88,97 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
     settings = as_plain(config)
-    for name in ("run", "budget", "trials", "test_front", "batch_tokens"):
+    for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens"):
         settings.pop(name)
-    stored = study.user_attrs.get("settings")
-    if stored is None:
-        study.set_user_attr("settings", settings)
-    elif stored != settings:
-        differing = [name for name in settings if settings[name] != stored.get(name)]
-        raise RunError(
-            f"{run.search} holds a search with other settings ({', '.join(differing)}); "
-            f"delete {run.search} to start anew"
-        )
-    # A killed run leaves its trial unfinished. Waiting trials are asked for in the order of their
-    # numbers, so it comes back first; its parameters stay what they were.
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.WAITING)
+    mine = {"settings": settings, **_subject(run)}
+    for name, value in mine.items():
+        stored = study.user_attrs.get(name)
+        if stored is None:
+            study.set_user_attr(name, value)
+        elif stored != value:
+            what = ", ".join(differences(value, stored)[:4])
+            where = config.study.storage or str(run.search)
+            raise RunError(
+                f"{where} holds a search with other {name}: {what}; give another study.name, or "
+                f"delete {where} to start anew"
+            )
     return study
+
+
+def _subject(run: Run) -> dict[str, Any]:
+    """What the figures of a study are figures of."""
+    trained = as_plain(run.config())
+    about = read_json(run.super_adapter / "about.json")
+    factors = hashlib.sha256((run.super_adapter / "factors.safetensors").read_bytes())
+    return {
+        "task": {"task": trained["task"], "seed": trained["seed"]},
+        "super-adapter": {
+            "base": about["base_digest"],
+            "space": run.space().as_dict(),
+            "factors": factors.hexdigest(),
+        },
+    }
+
+
+def _prepare(
+    study: optuna.Study, worker: Worker, objective: Objective, config: SearchConfig
+) -> None:
+    """Measure the full model and line up the first trials, once per study, by its leader."""
+    while "full" not in study.user_attrs:
+        if worker.leads():
+            say("Measuring the full model")
+            full = objective.measure_full().as_dict()
+            _enqueue_starts(study, objective.net.space, config)
+            study.set_user_attr("full", full)
+        else:
+            time.sleep(POLL)
+    objective.full = Figures(**study.user_attrs["full"])
+
+
+def _evaluate(
+    study: optuna.Study,
+    worker: Worker,
+    objective: Objective,
+    limits: Mapping[str, float],
+    config: SearchConfig,
+) -> dict[SubAdapter, Figures]:
+    """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
+    space = objective.net.space
+    wanted = min(config.trials, space.size)
+    results = _seen(study, space)
+    if results:
+        say(f"Continuing after {len(results)} sub-adapters")
+    repeats = failures = 0
+    with search_bar(config.trials, len(results)) as advance:
+        while repeats < PATIENCE:
+            others = len(worker.running())
+            results = _seen(study, space)
+            if len(results) >= wanted:
+                break
+            if len(results) + others >= wanted:
+                time.sleep(POLL)
+                continue
+            try:
+                trial = study.ask()
+                worker.take(trial)
+                # NSGA-II takes an enqueued trial into its population only if it was asked first.
+                trial.relative_params  # noqa: B018
+                sub = _suggest(trial, space)
+                repeats = repeats + 1 if sub in results else 0
+                if worker.gives_way(trial):
+                    continue
+            except UpdateFinishedTrialError:  # by another worker that had been given it too
+                continue
+            # The same sub-adapter proposed twice is evaluated once.
+            figures = results.get(sub) or objective(sub)
+            failures = 0 if _tell(study, trial, figures, limits, config.latency) else failures + 1
+            if failures > FAILURES:
+                raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
+            if sub not in results and not failures:
+                results[sub] = figures
+                advance(len(results), figures)
+                _refuse_by_extremes(results, space, limits)
+    return results
 
 
 def _sampler(
@@ -120,8 +188,6 @@ def _sampler(
     examples: int,
     done: int,
 ) -> optuna.samplers.BaseSampler:
-    from optuna import samplers
-
     # A resumed study must not draw the numbers of its first trials again.
     seed = config.seed + done
     match config.sampler:
@@ -151,11 +217,17 @@ def _tell(
     figures: Figures,
     limits: Mapping[str, float],
     latency: str,
-) -> None:
+) -> bool:
+    """Whether the figures are numbers; a trial without has failed, and the search goes on."""
+    if not all(math.isfinite(value) for value in figures.as_dict().values()):
+        say(f"Trial {trial.number} failed: {figures}")
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return False
     trial.set_user_attr("figures", figures.as_dict())
     for name, amount in violations(figures, limits).items():
         trial.set_constraint(name, amount)
     study.tell(trial, [figures.accuracy, getattr(figures, latency)])
+    return True
 
 
 def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
@@ -171,34 +243,17 @@ def _met(figures: Figures, limits: Mapping[str, float]) -> bool:
     return all(amount <= 0 for amount in violations(figures, limits).values())
 
 
-def _full_figures(study: optuna.Study, objective: Objective) -> Figures:
-    """Of the maximal sub-adapter: measured once per study, since all latencies refer to it."""
-    stored = study.user_attrs.get("full")
-    if stored is None:
-        say("Measuring the full model")
-        stored = objective.measure_full().as_dict()
-        study.set_user_attr("full", stored)
-    return Figures(**stored)
-
-
 def _seen(study: optuna.Study, space: BoundSpace) -> dict[SubAdapter, Figures]:
     """Everything evaluated so far, in order, each once."""
     results: dict[SubAdapter, Figures] = {}
-    for trial in study.trials:
+    for trial in study.get_trials(deepcopy=False):
         if "figures" in trial.user_attrs and trial.state.is_finished():
             results.setdefault(space.at(trial.params), Figures(**trial.user_attrs["figures"]))
     return results
 
 
-def _enqueue_starts(
-    study: optuna.Study,
-    space: BoundSpace,
-    config: SearchConfig,
-    results: Mapping[SubAdapter, Figures],
-) -> None:
+def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig) -> None:
     """The two extremes, the ladder between them, then stratified sub-adapters."""
-    if study.trials:
-        return  # a resumed study has its queue in the journal
     starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
     generator = generator_for(config.seed, "starts")
     for _ in range(20 * config.starts):
@@ -206,7 +261,7 @@ def _enqueue_starts(
             break
         starts[space.stratified(generator)] = None
     for sub in list(starts)[: config.starts]:
-        study.enqueue_trial(space.indices(sub))
+        study.enqueue_trial(space.indices(sub), skip_if_exists=True)
 
 
 def _refuse_by_counting(run: Run, budget: BudgetConfig, trained) -> None:

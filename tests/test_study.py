@@ -4,6 +4,7 @@ parameter count here; accuracy is real."""
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -264,8 +265,8 @@ def test_another_seed_visits_others(trained, tmp_path):
 def test_a_repeated_sub_adapter_is_evaluated_once(trained, tmp_path, asked, monkeypatch):
     enqueue = study._enqueue_starts
 
-    def twice(found, space, config, results):
-        enqueue(found, space, config, results)
+    def twice(found, space, config):
+        enqueue(found, space, config)
         for sub in (space.minimal(), space.maximal(), space.minimal()):
             found.enqueue_trial(space.indices(sub))
 
@@ -352,10 +353,59 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
         ({"sampler": "tpe"}, "sampler"),
         ({"latency": "decode_ms"}, "latency"),
     ):
-        with pytest.raises(RunError, match=rf"other settings \({named}\).*delete"):
+        with pytest.raises(RunError, match=rf"other settings: {named} .*or delete"):
             search(config(run, **change))
     again = study._open_study(run, config(run, trials=99))  # more trials are no other search
     assert len(again.trials) == 1
+
+
+def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, forbid_weights):
+    run = copy_run(trained, tmp_path / "run")
+    study._open_study(run, config(run))
+    other = copy_run(run, tmp_path / "other" / "run")
+    randomize_factors(other, seed=1)
+    with pytest.raises(RunError, match="other super-adapter: factors"):
+        search(config(other))
+    text = other.config_file.read_text()
+    moved = copy_run(run, tmp_path / "moved" / "run")
+    moved.config_file.write_text(text.replace("validation_examples: ", "validation_examples: 1"))
+    with pytest.raises(RunError, match=r"other task: task\.validation_examples"):
+        search(config(moved))
+
+
+def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
+    run, call, calls = copy_run(trained, tmp_path / "run"), Objective.__call__, []
+
+    def interrupted(self, sub):
+        calls.append(sub)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return call(self, sub)
+
+    monkeypatch.setattr(Objective, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(config(run, starts=6))
+    assert len(trials_of(run)) == 5 and front_of(run)
+    assert run.resolve("best", run.load()[2].space)[1] in calls
+
+
+def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, monkeypatch):
+    run, call, calls = copy_run(trained, tmp_path / "run"), Objective.__call__, []
+
+    def sometimes(self, sub):
+        calls.append(sub)
+        figures = call(self, sub)
+        return replace(figures, accuracy=float("nan")) if len(calls) == 3 else figures
+
+    monkeypatch.setattr(Objective, "__call__", sometimes)
+    front = search(config(run))
+    assert len(front.trials) == 8 and len(calls) == 9
+    assert calls[2] not in [one.sub_adapter for one in front.trials]
+    monkeypatch.setattr(
+        Objective, "__call__", lambda self, sub: replace(call(self, sub), accuracy=float("nan"))
+    )
+    with pytest.raises(RunError, match=r"4 sub-adapters in a row.*accuracy=nan"):
+        search(config(run, trials=20))
 
 
 # Budgets.

@@ -1,0 +1,82 @@
+"""Searches one study from several processes, the first of which is killed in mid-trial.
+
+    python tests/searching.py RUN STORAGE WORKERS TRIALS
+
+One interpreter imports everything once and forks. Latency is a function of the size. Every call
+of the objective leaves a line (process, sub-adapter) in RUN/asked.jsonl; the last line printed is
+what the processes ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from elastic import objective
+from elastic.config import SearchConfig, StudyConfig
+from elastic.cost import count
+from elastic.latency import Latency, Measurement
+from elastic.objective import Objective
+from elastic.study import search
+from tests.tiny_runs import ONE_ROUND
+
+KILLED_AT = 3
+
+
+def measure(runners, config, *, vocabulary, seed=0):
+    sizes = {name: count(runner.model).params for name, runner in runners.items()}
+    found = {name: Latency(size / 1000, 2.0, 0.0) for name, size in sizes.items()}
+    return Measurement(found, 0.0, config.rounds, config.tolerance)
+
+
+def work(config: SearchConfig, *, doomed: bool) -> None:
+    torch.set_num_threads(1)
+    calls, call = [], Objective.__call__
+
+    def told(self, sub):
+        calls.append(sub)
+        line = json.dumps([os.getpid(), sub.as_dict()]) + "\n"
+        with open(Path(config.run) / "asked.jsonl", "a") as file:
+            file.write(line)
+        if doomed and len(calls) == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)  # or the first process would be done before the last one begins
+        return call(self, sub)
+
+    objective.measure = measure
+    Objective.__call__ = told
+    search(config)
+
+
+def forked(config: SearchConfig, *, doomed: bool) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(config, doomed=doomed)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+if __name__ == "__main__":
+    run, storage, workers, trials = sys.argv[1:]
+    config = SearchConfig(
+        run=run, study=StudyConfig(storage=storage or None, name="shared"), trials=int(trials),
+        starts=6, timing=ONE_ROUND, test_front=2,
+    )  # fmt: skip
+    children = [forked(config, doomed=number == 0) for number in range(int(workers))]
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]))

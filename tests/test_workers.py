@@ -1,0 +1,206 @@
+"""Workers on one study: none does what another does, and what a dead one was at is done again."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import run_grpc_proxy_server
+from optuna.trial import TrialState
+
+from elastic import workers
+from elastic.config import SearchConfig, StudyConfig
+from elastic.errors import RunError
+from elastic.study import search
+from elastic.workers import Worker, open_storage
+from tests.searching import KILLED_AT
+from tests.test_study import fake_latency, no_plot, trained  # noqa: F401
+from tests.tiny_runs import ONE_ROUND, copy_run
+
+TRIALS, WORKERS = 20, 4
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def storage(request, tmp_path):
+    """Where the study is kept, by kind."""
+    if request.param == "journal":
+        yield ""  # in the run's own directory
+    elif request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'study.db'}"
+    else:
+        port, pool = free_port(), ThreadPoolExecutor(4)
+        behind = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'behind.db'}")
+        import threading
+
+        threading.Thread(
+            target=run_grpc_proxy_server, args=(behind,), daemon=True,
+            kwargs={"host": "127.0.0.1", "port": port, "thread_pool": pool},
+        ).start()  # fmt: skip
+        yield f"grpc://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite", "grpc"], indirect=True)
+def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):  # noqa: F811
+    run = copy_run(trained, tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("searching.py")),
+         str(run.path), storage, str(WORKERS), str(TRIALS)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [-9, 0, 0, 0], done.stderr[-3000:]
+
+    asked = [json.loads(line) for line in (run.path / "asked.jsonl").read_text().splitlines()]
+    assert len({process for process, _ in asked}) == WORKERS
+    times = Counter(json.dumps(sub) for _, sub in asked)
+    assert sorted(times.values())[-2:] == [1, 2]  # the dead worker's trial, and no other
+    by = Counter(process for process, _ in asked)
+    [again] = [sub for sub, count in times.items() if count == 2]
+    first, second = (process for process, sub in asked if json.dumps(sub) == again)
+    assert first != second and by[first] == KILLED_AT
+
+    study = optuna.load_study(
+        study_name="shared", storage=open_storage(storage or None, run.search)
+    )
+    states = Counter(trial.state for trial in study.trials)
+    assert set(states) <= {TrialState.COMPLETE, TrialState.WAITING, TrialState.PRUNED}
+    assert TRIALS <= states[TrialState.COMPLETE] <= TRIALS + WORKERS - 1
+    assert len(times) == states[TrialState.COMPLETE]
+    front = search(
+        SearchConfig(run=str(run.path), study=StudyConfig(storage=storage or None, name="shared"),
+                     trials=TRIALS, starts=6, timing=ONE_ROUND, test_front=2)
+    )  # fmt: skip
+    assert len(front.trials) == states[TrialState.COMPLETE]  # nothing was left to do
+
+
+def study_with(*names: str, storage=None) -> tuple[optuna.Study, dict[str, Worker]]:
+    study = optuna.create_study(directions=["maximize", "minimize"], storage=storage)
+    found = {}
+    for name in names:
+        found[name] = Worker(study, clock=lambda: CLOCK[0])
+        found[name].name = name
+    return study, found
+
+
+CLOCK = [0.0]
+
+
+def test_the_first_living_worker_leads(monkeypatch):
+    """Workers of other machines, whose processes cannot be looked for, by their signs of life."""
+    CLOCK[0] = 0.0
+    _, found = study_with("b/1/1/0", "a/2/2/0", "c/3/3/0")
+    for order, worker in enumerate(found.values()):
+        worker._order = order
+        worker._beat()
+    assert [worker.leads() for worker in found.values()] == [True, False, False]
+    last = found["c/3/3/0"]
+    assert last.living() == {"b/1/1/0": 0, "a/2/2/0": 1, "c/3/3/0": 2}
+    CLOCK[0] += workers.PATIENCE / 2
+    found["a/2/2/0"]._beat()
+    assert len(last.living()) == 3
+    CLOCK[0] += workers.PATIENCE / 2 + 1  # the first has been silent for too long
+    assert last.living() == {"a/2/2/0": 1, "c/3/3/0": 2}
+    assert found["a/2/2/0"].leads() and not last.leads()
+    found["a/2/2/0"]._tell(0)  # and the second has left
+    assert last.leads()
+
+
+def test_a_process_of_this_machine_is_looked_for(tmp_path):
+    study = optuna.create_study()
+    me = Worker(study)
+    host = me.name.split("/")[0]
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    study.set_user_attr(f"worker {host}/{gone.pid}/0/0", [0, 5])
+    pid, started = me.name.split("/")[1:3]
+    study.set_user_attr(
+        f"worker {host}/{pid}/{int(started) - 1000}/0", [1, 5]
+    )  # its number, reused
+    with me:
+        assert me.living() == {me.name: 2} and me.leads()
+    assert study.user_attrs[f"worker {me.name}"] == [2, 0]
+
+
+@pytest.mark.parametrize("place", [None, "sqlite:///FOLDER/study.db"])
+def test_trials_of_the_dead_return_under_their_numbers(tmp_path, place):
+    CLOCK[0] = 0.0
+    place = place and place.replace("FOLDER", str(tmp_path))
+    study, found = study_with("a/1/1/0", "b/2/2/0", storage=open_storage(place, tmp_path))
+    for order, worker in enumerate(found.values()):
+        worker._order = order
+        worker._beat()
+    first, second = found.values()
+    trials = [study.ask() for _ in range(3)]
+    for trial, worker in zip(trials, (first, second, first), strict=True):
+        trial.suggest_int("group", 0, 9)
+        worker.take(trial)
+    unnamed = study.ask()
+    assert [trial.number for trial in second.running()] == [0, 1, 2, 3]
+    CLOCK[0] += workers.PATIENCE + 1
+    second._beat()
+    assert [trial.number for trial in second.running()] == [1]  # the first is dead
+    again = study.ask()
+    assert again.number == 0 and again.params == trials[0].params
+    assert study.ask().number == 2 and study.ask().number == unnamed.number
+
+
+def test_a_trial_that_nobody_took_is_given_back_in_the_end():
+    """Its worker died between asking for it and saying so."""
+    CLOCK[0] = 0.0
+    study, found = study_with("a/1/1/0", "b/2/2/0")
+    for order, worker in enumerate(found.values()):
+        worker._order = order
+        worker._beat()
+    study.ask()
+    first = found["a/1/1/0"]
+    assert len(first.running()) == 1
+    CLOCK[0] += workers.PATIENCE + 1
+    for worker in found.values():
+        worker._beat()
+    assert first.running() == [] and study.trials[0].state == TrialState.WAITING
+    assert study.ask().number == 0 and len(first.running()) == 1  # asked for anew
+
+
+def test_a_worker_that_does_not_lead_gives_nothing_back():
+    CLOCK[0] = 0.0
+    study, found = study_with("a/1/1/0", "b/2/2/0", "c/3/3/0")
+    for order, worker in enumerate(found.values()):
+        worker._order = order
+        worker._beat()
+    found["c/3/3/0"].take(study.ask())
+    found["c/3/3/0"]._tell(0)
+    assert found["b/2/2/0"].running() == []
+    assert study.trials[0].state == TrialState.RUNNING
+    assert found["a/1/1/0"].running() == []
+    assert study.trials[0].state == TrialState.WAITING
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/nowhere/at/all/study.journal", "no directory /nowhere/at/all"),
+        ("sqlite:////nowhere/study.db", "unable to open database file"),
+        ("postgresql+nodriver://host/db", "Can't load plugin"),
+        ("grpc://127.0.0.1:1", "timeout"),
+    ],
+)
+def test_a_storage_that_cannot_be_reached_is_named(tmp_path, monkeypatch, place, reason):
+    monkeypatch.setattr(workers, "CONNECT", 0.2)
+    expected = f"study.storage {re.escape(place)} cannot be reached: .*{reason}"
+    with pytest.raises(RunError, match=expected):
+        open_storage(place, tmp_path)
