@@ -27,6 +27,7 @@ bench: $(VENV)/demo-ready
 	$(BIN)/python -m tests.benchmarks.activation
 	$(BIN)/python -m tests.benchmarks.construction
 	$(BIN)/python -m tests.benchmarks.options
+	$(BIN)/python -m tests.benchmarks.simulated
 
 # torch first and on its own: another package asking for it may choose a build with gigabytes of
 # CUDA libraries. --no-compile: byte code is made when first used, which spares a minute here.

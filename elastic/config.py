@@ -296,11 +296,15 @@ class BudgetConfig:
     """Time to first token, milliseconds."""
     decode_ms: float | str | None = None
     """Time per further token, milliseconds."""
+    tokens_per_second: float | str | None = None
+    """At least so many further tokens per second, of all sequences of timing.batch together."""
     params: float | str | None = None
     macs: float | str | None = None
     """Multiply-accumulates of the linear layers per token."""
     min_accuracy: float | str | None = None
     """Fraction of validation examples, in [0, 1], or percent of the maximal sub-adapter's."""
+    max_accuracy_drop: float | str | None = None
+    """The same for what may be lost of the maximal sub-adapter's: 0.01 is one point."""
 
     def __post_init__(self) -> None:
         for name, value in self.limits().items():
@@ -316,8 +320,10 @@ class BudgetConfig:
             else:
                 number = value
             require(number > 0, f"budget.{name} is {value}; it must be positive")
-        if isinstance(self.min_accuracy, float | int):
-            require(self.min_accuracy <= 1, "budget.min_accuracy is a fraction in [0, 1]")
+        for name in ("min_accuracy", "max_accuracy_drop"):
+            value = getattr(self, name)
+            if isinstance(value, float | int):
+                require(value <= 1, f"budget.{name} is {value}; a fraction in [0, 1]")
 
     def limits(self) -> dict[str, float | str]:
         """The limits that were set."""
@@ -325,11 +331,15 @@ class BudgetConfig:
 
     def resolved(self, full: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, given the full model's figures under the same names; its accuracy
-        stands under `min_accuracy`."""
+        stands under `min_accuracy`, which is also what a limited drop becomes."""
+        full = {**full, "max_accuracy_drop": full.get("min_accuracy", 0.0)}
         resolved = {}
         for name, value in self.limits().items():
             match = _LIMIT.match(value) if isinstance(value, str) else None
             resolved[name] = float(match[1]) / 100 * full[name] if match else float(value)
+        if "max_accuracy_drop" in resolved:
+            least = full["max_accuracy_drop"] - resolved.pop("max_accuracy_drop")
+            resolved["min_accuracy"] = max(least, resolved.get("min_accuracy", 0.0))
         return resolved
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
-from elastic.cost import Counter
+from elastic.cost import Cost, Counter
 from elastic.evaluate import Score, evaluate
 from elastic.latency import REFERENCE, Latency, Measurement, measure
 from elastic.merging import compact
@@ -29,6 +29,8 @@ class Figures:
     accuracy_n: int
     prefill_ms: float
     decode_ms: float
+    tokens_per_second: float
+    """Further tokens of all sequences of the timed batch."""
     params: int
     macs: int
 
@@ -37,6 +39,7 @@ class Figures:
         return {
             "prefill_ms": self.prefill_ms,
             "decode_ms": self.decode_ms,
+            "tokens_per_second": self.tokens_per_second,
             "params": self.params,
             "macs": self.macs,
             "min_accuracy": self.accuracy,
@@ -74,16 +77,8 @@ class Objective:
 
     def measure_full(self) -> Figures:
         """The maximal sub-adapter, whose latency is the unit of all others."""
-        timing = self._measure({REFERENCE: TorchRunner(self.full_model)})
-        cost = self.cost.full
-        self.full = Figures(
-            accuracy=self._score(self.full_model).accuracy,
-            accuracy_n=len(self.examples),
-            prefill_ms=timing.full.prefill_ms,
-            decode_ms=timing.full.decode_ms,
-            params=cost.params,
-            macs=cost.macs,
-        )
+        timing = self._measure({REFERENCE: TorchRunner(self.full_model)}).full
+        self.full = self._figures(self.full_model, timing, self.cost.full)
         return self.full
 
     def __call__(self, sub: SubAdapter) -> Figures:
@@ -93,13 +88,19 @@ class Objective:
         if sub == self.net.space.maximal():
             return self.full
         model = compact(self.net, sub)
-        ratio = self._ratio(sub, model)
-        cost = self.cost(sub)
+        ratio, full = self._ratio(sub, model), self.full
+        timing = Latency(
+            ratio.prefill_ms * full.prefill_ms, ratio.decode_ms * full.decode_ms, ratio.spread
+        )
+        return self._figures(model, timing, self.cost(sub))
+
+    def _figures(self, model, timing: Latency, cost: Cost) -> Figures:
         return Figures(
             accuracy=self._score(model).accuracy,
             accuracy_n=len(self.examples),
-            prefill_ms=ratio.prefill_ms * self.full.prefill_ms,
-            decode_ms=ratio.decode_ms * self.full.decode_ms,
+            prefill_ms=timing.prefill_ms,
+            decode_ms=timing.decode_ms,
+            tokens_per_second=1000 * self.config.timing.batch / timing.decode_ms,
             params=cost.params,
             macs=cost.macs,
         )

@@ -13,6 +13,7 @@ import random as random_module
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,11 @@ class SubAdapter:
     choices: tuple[tuple[str, int], ...]
 
     def __getitem__(self, group: str) -> int:
-        return dict(self.choices)[group]
+        return self._by_name[group]
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return dict(self.choices)
 
     def as_dict(self) -> dict[str, int]:
         return dict(self.choices)

@@ -34,6 +34,8 @@ from elastic.workers import Worker, open_storage
 
 POLL = 0.5
 """Seconds between looks at what other workers have done."""
+AT_LEAST = ("min_accuracy", "tokens_per_second")
+"""Limits from below; the others are from above."""
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -193,6 +195,9 @@ def _sampler(
     match config.sampler:
         case "additive":
             limit = limits.get(config.latency)
+            if config.latency == "decode_ms" and "tokens_per_second" in limits:
+                slowest = 1000 * config.timing.batch / limits["tokens_per_second"]
+                limit = min(slowest, limit or slowest)
             return AdditiveSampler(space, examples=examples, limit=limit, seed=config.seed)
         case "nsga2":
             return samplers.NSGAIISampler(population_size=config.population, seed=seed)
@@ -234,7 +239,7 @@ def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float
     """Amount past each limit; at most 0 is met (Optuna's sign)."""
     values = figures.budget_values()
     return {
-        name: limit - values[name] if name == "min_accuracy" else values[name] - limit
+        name: limit - values[name] if name in AT_LEAST else values[name] - limit
         for name, limit in limits.items()
     }
 
@@ -273,8 +278,8 @@ def _refuse_by_counting(run: Run, budget: BudgetConfig, trained) -> None:
     space = run.space().bind(model, trained.adapter.rank)
     counter = Counter(model, space)
     smallest, full = counter(space.minimal()), counter.full
-    everything = dict.fromkeys(("prefill_ms", "decode_ms", "min_accuracy"), 0.0)
-    limits = budget.resolved({**everything, "params": full.params, "macs": full.macs})
+    others = dict.fromkeys(budget.limits(), 0.0) | {"min_accuracy": 0.0}
+    limits = budget.resolved({**others, "params": full.params, "macs": full.macs})
     for name in exact:
         if getattr(smallest, name) > limits[name]:
             raise BudgetError(
@@ -294,7 +299,7 @@ def _refuse_by_extremes(
     over = {
         name: amount
         for name, amount in violations(fastest, limits).items()
-        if name in ("prefill_ms", "decode_ms") and amount > 0.1 * limits[name]
+        if name in ("prefill_ms", "decode_ms", "tokens_per_second") and amount > 0.1 * limits[name]
     }
     if over:
         raise BudgetError(_impossible(limits, results, space))

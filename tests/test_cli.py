@@ -109,6 +109,20 @@ def test_budgets_are_numbers_or_percentages(text):
     assert BudgetConfig().resolved(full) == {}
 
 
+@pytest.mark.parametrize(
+    ("budget", "least"),
+    [
+        ({"max_accuracy_drop": 0.1}, 0.7),
+        ({"max_accuracy_drop": "10%"}, 0.72),
+        ({"max_accuracy_drop": 0.1, "min_accuracy": 0.75}, 0.75),
+        ({"max_accuracy_drop": 0.01, "min_accuracy": "90%"}, 0.79),
+    ],
+)
+def test_a_limited_drop_is_a_least_accuracy(budget, least):
+    found = BudgetConfig(**budget).resolved({"min_accuracy": 0.8})
+    assert found == {"min_accuracy": pytest.approx(least)}
+
+
 # Faults
 
 
@@ -125,7 +139,7 @@ def test_budgets_are_numbers_or_percentages(text):
          "unknown adapter.method 'lroa'; did you mean 'lora'? known: auto"),
         (TrainConfig, ["--order", "activaton"], "unknown order 'activaton'; did you mean"),
         (TrainConfig, ["--task.name", "arithmetics"], "did you mean 'arithmetic'?"),
-        (SearchConfig, ["--sampler", "nsga3"], "unknown sampler 'nsga3'; did you mean 'nsga2'?"),
+        (SearchConfig, ["--sampler", "randon"], "unknown sampler 'randon'; did you mean 'random'?"),
         (ExportConfig, ["--formats", "[peff]"], "did you mean 'peft'?"),
         (ExportConfig, ["--formats", "[]"], "formats is empty"),
         (TrainConfig, ["--seed", "1.5"], "seed"),
@@ -140,6 +154,7 @@ def test_budgets_are_numbers_or_percentages(text):
         (SearchConfig, ["--budget.macs=-80%"], "budget.macs is '-80%'"),
         (SearchConfig, ["--budget.params", "0%"], "budget.params is 0%; it must be positive"),
         (SearchConfig, ["--budget.min_accuracy", "1.5"], "budget.min_accuracy"),
+        (SearchConfig, ["--budget.max_accuracy_drop", "2"], "budget.max_accuracy_drop"),
         (SearchConfig, ["--trials", "1"], "trials is 1"),
         (SearchConfig, ["--timing.rounds", "0"], "timing.rounds must be at least 1"),
         (SearchConfig, ["--timing.rounds", "30"], "timing.max_rounds is 20"),

@@ -427,8 +427,9 @@ def test_percentages_are_of_the_full_model(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
     full = count(models.skeleton(run.config().model))
     budget = BudgetConfig(
-        prefill_ms="90%", decode_ms="99%", params="85%", macs="90 %", min_accuracy="50%"
-    )
+        prefill_ms="90%", decode_ms="99%", params="85%", macs="90 %", max_accuracy_drop="50%",
+        tokens_per_second="101%",
+    )  # fmt: skip
     front = search(config(run, budget=budget, trials=10))
     expected = {
         "prefill_ms": 0.9 * prefill_of(full.params),
@@ -436,11 +437,26 @@ def test_percentages_are_of_the_full_model(trained, tmp_path):
         "params": 0.85 * full.params,
         "macs": 0.9 * full.macs,
         "min_accuracy": 0.5 * front.full.accuracy,
+        "tokens_per_second": 1.01 * 1000 / decode_of(full.params),
     }
     assert front.limits == pytest.approx(expected)
     for member in front.members:
         for name, value in member.figures.budget_values().items():
-            assert value >= expected[name] if name == "min_accuracy" else value <= expected[name]
+            least = name in ("min_accuracy", "tokens_per_second")
+            assert value >= expected[name] if least else value <= expected[name]
+
+
+def test_a_throughput_bounds_what_is_proposed(trained, tmp_path):
+    """The sampler is told in its own objective's unit."""
+    run = copy_run(trained, tmp_path / "run")
+    budget = BudgetConfig(tokens_per_second="130%")
+    front = search(config(run, trials=14, latency="decode_ms", budget=budget))
+    full = front.full.tokens_per_second
+    proposed = [one.figures.tokens_per_second for one in front.trials[6:]]
+    assert min(proposed) > 1.28 * full
+    assert all(
+        one.feasible is (one.figures.tokens_per_second >= 1.3 * full) for one in front.trials
+    )
 
 
 @pytest.mark.parametrize("name", ["params", "macs"])

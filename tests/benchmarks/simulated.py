@@ -147,7 +147,7 @@ def stratified(world: Simulated, seed: int) -> samplers.BaseSampler:
             generator = generator_for(seed, trial.number)
             return world.space.indices(world.space.stratified(generator))
 
-    return Stratified(seed=seed)
+    return Stratified(world.space, examples=EXAMPLES)
 
 
 SAMPLERS: dict[str, tuple[bool, Make]] = {  # whether it starts from the ladder
@@ -176,7 +176,7 @@ def searched(
         study.enqueue_trial(space.indices(sub))
     found: dict[SubAdapter, float] = {}
     seconds = []
-    while len(found) < trials and len(study.trials) < 3 * trials:
+    while len(found) < trials and len(seconds) < 3 * trials:
         began = time.perf_counter()
         trial = study.ask()
         trial.relative_params  # noqa: B018 as in elastic.study
@@ -199,7 +199,8 @@ def worth(world: Simulated, measured: dict[SubAdapter, float], ideal: float, *, 
     rows = places(world.space, subs)
     times = [world.latency(row) for row in rows]
     front = non_dominated([(ms, -chosen[sub]) for ms, sub in zip(times, subs, strict=True)])
-    return 100 * world.volume([(times[i], world.accuracy(rows[i])) for i in front]) / ideal
+    points = [(times[i], world.accuracy(rows[i])) for i in front]
+    return float(100 * world.volume(points) / ideal)
 
 
 def main() -> None:
@@ -225,7 +226,7 @@ def main() -> None:
                 **{f"after {count}": statistics.mean(each[count]) for count in counts},
                 "least after 50": min(each[50]),
             }
-            print(f"{kind}: {name}", rows[f"{kind}: {name}"], flush=True)
+            print(f"{kind}: {name}", flush=True)
     for layers in (LAYERS, 334):
         world = Simulated("lonas", 0, layers)
         _, seconds = searched(world, additive(prior=True), ladder=True, trials=50, seed=0)
