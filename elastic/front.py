@@ -133,7 +133,7 @@ class Front:
         )
         if self.warnings:
             console.print(f"[bold red]{len(self.warnings)} measurements: {self.warnings[-1]}[/]")
-        console.print(f"Plot: {self.run.search / 'front.png'}")
+        console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
         console.print(f"Next: elastic export {self.run.path}", markup=False)
         best = {k: v for k, v in self.best.as_dict().items() if k != "sub_adapter"}
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))

@@ -24,6 +24,18 @@ def non_dominated(points: Sequence[Sequence[float]]) -> list[int]:
     return front
 
 
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """Area that points (n, 2), both objectives to be minimised, dominate up to the reference."""
+    front = [points[index] for index in non_dominated(points)]
+    ends = [*(first for first, _ in front[1:]), reference[0]]
+    return float(
+        sum(
+            max(0.0, min(end, reference[0]) - first) * max(0.0, reference[1] - second)
+            for (first, second), end in zip(front, ends, strict=True)
+        )
+    )
+
+
 def thin(indices: Sequence[int], count: int, keep: int) -> list[int]:
     """At most `count` of a sorted front, evenly spread, with both ends and `keep` among them."""
     if len(indices) <= count:

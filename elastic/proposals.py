@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
-from elastic.surrogate import Additive, cheapest
+from elastic.surrogate import Additive, Posterior, cheapest
 from elastic.table import Table, kinds, places, shares
 
 BOLDNESS = 0.25
@@ -147,7 +147,12 @@ def believed(
 ) -> dict[SubAdapter, float]:
     """Accuracies less their noise, as far as the others' tell it: a front chosen by raw accuracies
     is a front of lucky ones."""
+    found = learn(space, measured, examples)
+    return dict(zip(measured, map(float, found.fitted), strict=True))
+
+
+def learn(space: BoundSpace, measured: Mapping[SubAdapter, float], examples: int) -> Posterior:
+    """What these accuracies, shares of so many examples, say of every choice."""
     values = np.array(list(measured.values()))
     model = Additive(kinds(space), shares(space))
-    found = model.fit(places(space, list(measured)), values, sampling_variance(values, examples))
-    return dict(zip(measured, map(float, found.fitted), strict=True))
+    return model.fit(places(space, list(measured)), values, sampling_variance(values, examples))

@@ -31,6 +31,7 @@ class Run:
         self.sub_adapter = self.path / "sub_adapter.json"  # of a run that trained only that one
         self.search = self.path / "search"
         self.front = self.search / "front.json"
+        self.report = self.search / "report.html"
         self.sub_adapters = self.search / "sub_adapters"
         self.tasks = self.path / "tasks"
 

@@ -22,6 +22,7 @@ from elastic.files import read_json, write_json
 from elastic.front import Evaluated, Front, Member
 from elastic.merging import compact
 from elastic.objective import Figures, Objective
+from elastic.page import write_page
 from elastic.pareto import non_dominated, thin
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler, believed
@@ -367,6 +368,7 @@ def _front(
         run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
     )
     front.save()
+    write_page(front, space, run.report)
     device = str(objective.full_model.device)
     write_json(run.search / "about.json", {"settings": as_plain(config), **provenance(device)})
     return front

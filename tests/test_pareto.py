@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.pareto import non_dominated, thin
+from elastic.pareto import hypervolume, non_dominated, thin
 
 # Few distinct values, so that ties and duplicates are common.
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.5, 7.0])
@@ -76,3 +76,13 @@ def test_thin_is_evenly_spread(count):
     chosen = thin(range(100), count, keep=99)
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert max(gaps) - min(gaps) <= 1
+
+
+@given(CLOUDS.filter(bool))
+def test_hypervolume_is_the_area_of_dominated_cells(points):
+    """Counted on a grid of half units, for clouds of two objectives."""
+    points = [(*point, 0.0)[:2] for point in points]
+    cells = [(x / 2 + 0.25, y / 2 + 0.25) for x in range(-2, 16) for y in range(-2, 16)]
+    inside = [c for c in cells if any(p[0] <= c[0] and p[1] <= c[1] for p in points)]
+    counted = sum(x <= 5 and y <= 6 for x, y in inside) / 4
+    assert hypervolume(points, (5.0, 6.0)) == pytest.approx(counted)

@@ -144,7 +144,8 @@ def searched(trained, fake_latency, tmp_path_factory):
 
 def test_files_of_a_search(searched):
     run, front = searched
-    for name in ("trials.csv", "front.json", "front.png", "study.journal", "about.json"):
+    names = ("trials.csv", "front.json", "front.png", "report.html", "study.journal", "about.json")
+    for name in names:
         assert (run.search / name).stat().st_size > 0, name
     assert (run.search / "front.png").read_bytes().startswith(b"\x89PNG")
     names = [member.name for member in front.members]

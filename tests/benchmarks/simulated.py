@@ -23,7 +23,7 @@ import optuna
 from optuna import samplers
 
 from elastic.dims import Cut
-from elastic.pareto import non_dominated
+from elastic.pareto import hypervolume, non_dominated
 from elastic.proposals import AdditiveSampler, believed
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, Group, SubAdapter
@@ -115,11 +115,7 @@ class Simulated:
         space = self.space
         full, least = places(space, [space.maximal(), space.minimal()])
         latency, accuracy = self.latency(full), self.accuracy(least)
-        front = [points[i] for i in non_dominated([(ms, -right) for ms, right in points])]
-        area = 0.0
-        for (ms, right), after in zip(front, [*(ms for ms, _ in front[1:]), latency], strict=True):
-            area += max(0.0, min(after, latency) - ms) * max(0.0, right - accuracy)
-        return area
+        return hypervolume([(ms, -right) for ms, right in points], (latency, -accuracy))
 
 
 Make = Callable[[Simulated, int], samplers.BaseSampler]
@@ -134,15 +130,9 @@ def additive(prior: bool) -> Make:
 
 
 def stratified(world: Simulated, seed: int) -> samplers.BaseSampler:
-    """The ladder is enqueued; what comes after it is stratified: an additive sampler that never
-    has two finished trials would do, but this says it."""
+    """Draws of a target size first, after the ladder."""
 
-    class Stratified(samplers.RandomSampler):
-        def infer_relative_search_space(self, study, trial):
-            return AdditiveSampler(world.space, examples=1).infer_relative_search_space(
-                study, trial
-            )
-
+    class Stratified(AdditiveSampler):
         def sample_relative(self, study, trial, search_space):
             generator = generator_for(seed, trial.number)
             return world.space.indices(world.space.stratified(generator))

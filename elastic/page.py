@@ -1,0 +1,110 @@
+"""report.html: the search on one self-contained page, to look at and to choose from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic.files import write_text
+from elastic.pareto import hypervolume
+from elastic.proposals import learn
+from elastic.table import kinds
+
+if TYPE_CHECKING:
+    from elastic.front import Evaluated, Front
+    from elastic.space import BoundSpace
+
+LATENCIES = {
+    "prefill_ms": "prefill (time to first token), milliseconds",
+    "decode_ms": "decode, milliseconds per token",
+}
+
+
+def write_page(front: Front, space: BoundSpace, path: Path) -> None:
+    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost."""
+    from plotly.offline import get_plotlyjs
+
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    data = json.dumps(_data(front, space), allow_nan=False).replace("</", "<\\/")
+    page = template.replace("/*DATA*/", data).replace("/*PLOTLY*/", get_plotlyjs())
+    write_text(path, page)
+
+
+def _data(front: Front, space: BoundSpace) -> dict[str, Any]:
+    numbers = {one.sub_adapter: number for number, one in enumerate(front.trials)}
+    names = {member.sub_adapter: member.name for member in front.members}
+    of_kind = dict.fromkeys(kinds(space))
+    blocks = dict.fromkeys(_block(group.name) for group in space)
+    full = front.full
+    return {
+        "title": f"{front.run.path.resolve().name}: {len(front.trials)} sub-adapters",
+        "about": (
+            f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples, "
+            f"prefill {full.prefill_ms:.1f} ms, decode {full.decode_ms:.1f} ms. Points are "
+            "estimates: measured accuracies less their noise. Hover or click to see one."
+        ),
+        "latency": front.latency,
+        "latency_title": LATENCIES[front.latency],
+        "limits": dict(front.limits),
+        "test_n": front.members[0].test["accuracy_n"],
+        "kinds": list(of_kind),
+        "blocks": list(blocks),
+        "groups": {
+            f"{kind} {_block(group.name)}": {"name": group.name, "full": group.choices[0]}
+            for kind, group in zip(kinds(space), space, strict=True)
+        },
+        "trials": [
+            {
+                **one.figures.as_dict(),
+                "estimate": one.estimate,
+                "feasible": one.feasible,
+                "name": names.get(one.sub_adapter),
+                "sub_adapter": one.sub_adapter.as_dict(),
+            }
+            for one in front.trials
+        ],
+        "members": [
+            {
+                "name": member.name,
+                "best": member.best,
+                "trial": numbers[member.sub_adapter],
+                "accuracy": member.test["accuracy"],
+                "interval": list(member.test["accuracy_interval"]),
+            }
+            for member in front.members
+        ],
+        "volumes": _volumes(front.trials, front.latency),
+        "costs": _costs(front, space, list(of_kind), list(blocks)),
+    }
+
+
+def _block(name: str) -> str:
+    """What tells a group from others of its kind, without what all blocks share."""
+    parts = [part for part in name.split(".")[:-1] if part.isdigit()]
+    side = [part for part in name.split(".") if part in ("encoder", "decoder")]
+    return " ".join([*side, *parts])
+
+
+def _volumes(trials: Sequence[Evaluated], latency: str) -> list[float]:
+    """After every evaluation, in parts of the last one's; the worst figures are the reference."""
+    points = [(getattr(one.figures, latency), -one.estimate) for one in trials]
+    worst = tuple(np.max(points, 0))
+    found = [hypervolume(points[: n + 1], worst) for n in range(len(points))]
+    return [volume / (found[-1] or 1.0) for volume in found]
+
+
+def _costs(
+    front: Front, space: BoundSpace, rows: Sequence[str], columns: Sequence[str]
+) -> list[list[float | None]]:
+    """Points of accuracy that the smallest choice of every group is believed to cost."""
+    measured = {one.sub_adapter: one.figures.accuracy for one in front.trials}
+    effects = learn(space, measured, front.full.accuracy_n).effects
+    table: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+    for kind, group, effect in zip(kinds(space), space, effects, strict=True):
+        cost = -100 * float(effect[len(group.choices) - 1])
+        table[rows.index(kind)][list(columns).index(_block(group.name))] = cost
+    return table

@@ -1,0 +1,98 @@
+"""report.html holds the whole search, needs nothing beside itself, and shows what is asked for."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from elastic.config import BudgetConfig
+from elastic.page import _volumes
+from elastic.study import search
+from tests.test_study import config, fake_latency, no_plot, trained  # noqa: F401
+from tests.tiny_runs import copy_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def searched(trained, fake_latency, tmp_path_factory):  # noqa: F811
+    run = copy_run(trained, tmp_path_factory.mktemp("page") / "a <b>&amp; run")
+    budget = BudgetConfig(prefill_ms="90%", max_accuracy_drop=0.3)
+    return run, search(config(run, trials=12, starts=6, budget=budget, test_front=3))
+
+
+def data_of(run) -> dict:
+    page = run.report.read_text()
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+    return json.loads(found[1])
+
+
+def test_the_page_holds_the_whole_search(searched):
+    run, front = searched
+    data = data_of(run)
+    assert [trial["sub_adapter"] for trial in data["trials"]] == [
+        one.sub_adapter.as_dict() for one in front.trials
+    ]
+    for trial, one in zip(data["trials"], front.trials, strict=True):
+        assert (trial["estimate"], trial["feasible"]) == (one.estimate, one.feasible)
+        assert one.figures.as_dict().items() <= trial.items()
+    names = {member.name: member for member in front.members}
+    assert {member["name"] for member in data["members"]} == set(names)
+    for member in data["members"]:
+        theirs = names[member["name"]]
+        assert data["trials"][member["trial"]]["sub_adapter"] == theirs.sub_adapter.as_dict()
+        assert member["accuracy"] == theirs.test["accuracy"]
+    assert data["limits"] == dict(front.limits)
+
+
+def test_every_group_has_its_place_in_the_heat_map(searched):
+    run, _ = searched
+    data, space = data_of(run), run.load()[2].space
+    placed = {group["name"]: group["full"] for group in data["groups"].values()}
+    assert placed == {group.name: group.choices[0] for group in space}
+    assert {tuple(key.split(" ", 1)) for key in data["groups"]} <= {
+        (kind, block) for kind in data["kinds"] for block in data["blocks"]
+    }
+    assert len(data["costs"]) == len(data["kinds"])
+    assert all(len(row) == len(data["blocks"]) for row in data["costs"])
+
+
+def test_the_hypervolume_never_shrinks(searched):
+    _, front = searched
+    volumes = _volumes(front.trials, front.latency)
+    assert volumes == sorted(volumes) and volumes[-1] == 1 and len(volumes) == 12
+
+
+def test_the_page_needs_nothing_beside_itself(searched):
+    """No file, no network; and a name with markup in it stays a name."""
+    page = searched[0].report.read_text()
+    own = page.replace(re.search(r"<script>.*?</script>", page, re.S)[0], "")  # plotly.js
+    assert not re.search(r"(src|href)\s*=|https?://|@import|fetch\(", own)
+    assert page.count("</script>") == 3
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("wanted", ["", "#front-1", "#3"])
+def test_a_browser_shows_the_sub_adapter_asked_for(searched, tmp_path, wanted):
+    run, front = searched
+    page = tmp_path / "report.html"
+    shutil.copy(run.report, page)
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{page.as_uri()}{wanted}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    shown = done.stdout
+    member = {"": front.best, "#front-1": front.members[0]}.get(wanted)
+    sub = member.sub_adapter if member else front.trials[3].sub_adapter
+    text = re.search(r'<pre id="json">(.*?)</pre>', shown, re.S)[1]
+    assert json.loads(text) == {"sub_adapter": sub.as_dict()}
+    if member:
+        assert f'<h2 id="name">{member.name}</h2>' in shown
+    assert "a &lt;b&gt;&amp;amp; run: 12 sub-adapters" in shown
+    assert len(re.findall(r'<tr data-trial="\d+"', shown)) == len(front.members)
+    for plot in ("front", "sizes", "volume", "costs"):
+        drawn = re.search(rf'<div id="{plot}" class="[^"]*js-plotly-plot', shown)
+        assert drawn, plot
