@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna import samplers
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import models
 from elastic.config import BudgetConfig, SearchConfig
@@ -81,6 +82,7 @@ def search(config: SearchConfig) -> Front:
 def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
     """The study of that name; RunError when it was made with other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     storage = open_storage(config.study.storage, run.search)
     study = optuna.create_study(
         study_name=config.study.name or run.path.resolve().name,
@@ -88,6 +90,7 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
         load_if_exists=True,
         directions=["maximize", "minimize"],
     )
+    study.set_metric_names(["accuracy", config.latency])  # for optuna-dashboard
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
     settings = as_plain(config)
