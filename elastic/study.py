@@ -90,7 +90,6 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
         load_if_exists=True,
         directions=["maximize", "minimize"],
     )
-    study.set_metric_names(["accuracy", config.latency])  # for optuna-dashboard
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
     settings = as_plain(config)
@@ -108,6 +107,7 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
             )
+    study.set_metric_names(["accuracy", config.latency])  # for optuna-dashboard
     return study
 
 
