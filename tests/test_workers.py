@@ -140,11 +140,12 @@ def test_a_process_of_this_machine_is_looked_for(tmp_path):
 def test_trials_of_the_dead_return_under_their_numbers(tmp_path, place):
     CLOCK[0] = 0.0
     place = place and place.replace("FOLDER", str(tmp_path))
-    study, found = study_with("a/1/1/0", "b/2/2/0", storage=open_storage(place, tmp_path))
+    names = ("a/1/1/0", "b/2/2/0", "c/3/3/0")
+    study, found = study_with(*names, storage=open_storage(place, tmp_path))
     for order, worker in enumerate(found.values()):
         worker._order = order
         worker._beat()
-    first, second = found.values()
+    first, second, third = found.values()
     trials = [study.ask() for _ in range(3)]
     for trial, worker in zip(trials, (first, second, first), strict=True):
         trial.suggest_int("group", 0, 9)
@@ -152,10 +153,11 @@ def test_trials_of_the_dead_return_under_their_numbers(tmp_path, place):
     unnamed = study.ask()
     assert [trial.number for trial in second.running()] == [0, 1, 2, 3]
     CLOCK[0] += workers.PATIENCE + 1
-    second._beat()
+    second._beat(), third._beat()
     assert [trial.number for trial in second.running()] == [1]  # the first is dead
     again = study.ask()
     assert again.number == 0 and again.params == trials[0].params
+    assert [trial.number for trial in second.running()] == [0, 1]  # no longer the dead one's
     assert study.ask().number == 2 and study.ask().number == unnamed.number
 
 
