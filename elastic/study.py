@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import time
 import warnings
@@ -17,7 +18,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from elastic import models
 from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import Counter
-from elastic.errors import BudgetError, RunError
+from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Evaluated, Front, Member
@@ -210,6 +211,8 @@ def _sampler(
         case "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
         case "gp":
+            if importlib.util.find_spec("scipy") is None:
+                raise MissingExtra("scipy", "gp", "sampler gp")
             return samplers.GPSampler(seed=seed, n_startup_trials=config.starts)
         case "random":
             return samplers.RandomSampler(seed=seed)

@@ -29,7 +29,7 @@ from elastic.supernet import FACTORS, Supernet, read_factors
 from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
 
 
-class _OneDevice(TrainingArguments):
+class OneDevice(TrainingArguments):
     """A process trains on one device, however many there are: several processes use several."""
 
     @property
@@ -307,7 +307,7 @@ def fit(
     """
     report_to, own_trackers = trackers(config.report_to, run.path / "train" / "tensorboard")
     device = net.model.device
-    arguments = _OneDevice(
+    arguments = OneDevice(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,

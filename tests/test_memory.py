@@ -111,7 +111,7 @@ def test_float16_asks_for_the_scaler(tiny_folder, tmp_path, monkeypatch):
         asked.append(settings["fp16"])
         raise Stop
 
-    monkeypatch.setattr(trainer, "TrainingArguments", arguments)
+    monkeypatch.setattr(trainer, "OneDevice", arguments)
     monkeypatch.setattr(models, "require_training", lambda config: None)
     for dtype in ("float16", "bfloat16"):
         model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")

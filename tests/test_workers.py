@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,13 +39,9 @@ def storage(request, tmp_path):
     """Where the study is kept, by kind."""
     if request.param == "journal":
         yield ""  # in the run's own directory
-    elif request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'study.db'}"
-    else:
+    else:  # whose server keeps it in SQLite
         port, pool = free_port(), ThreadPoolExecutor(4)
         behind = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'behind.db'}")
-        import threading
-
         threading.Thread(
             target=run_grpc_proxy_server, args=(behind,), daemon=True,
             kwargs={"host": "127.0.0.1", "port": port, "thread_pool": pool},
@@ -52,7 +49,7 @@ def storage(request, tmp_path):
         yield f"grpc://127.0.0.1:{port}"
 
 
-@pytest.mark.parametrize("storage", ["journal", "sqlite", "grpc"], indirect=True)
+@pytest.mark.parametrize("storage", ["journal", "grpc"], indirect=True)
 def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):  # noqa: F811
     run = copy_run(trained, tmp_path / "run")
     done = subprocess.run(
