@@ -106,7 +106,9 @@ class AdditiveSampler(BaseSampler):
         for attempt in range(ATTEMPTS):
             drawn = belief.sample(generator)
             effects = belief.effects + (attempt + 1) * BOLDNESS * (drawn - belief.effects)
-            part = ((number + attempt / ATTEMPTS) * GOLDEN) % 1
+            # Every second one is the best at the limit itself, which is what was asked for.
+            at_limit = self.limit is not None and number % 2 == 1
+            part = ((attempt / ATTEMPTS + (0 if at_limit else number)) * GOLDEN) % 1
             # Nothing gets better by being cut; what seems to is noise.
             chosen = cheapest(np.minimum(effects, 0), costs, most - part * (most - least))
             if tuple(chosen) not in known:

@@ -93,6 +93,14 @@ def test_proposals_cover_the_range_and_stay_below_a_limit():
     assert max(limited) <= 15.05 and min(limited) < 14.5
 
 
+def test_half_of_the_proposals_are_at_the_limit():
+    """As near as the choices allow: a quarter of a millisecond apart, and the table is learnt."""
+    times = [latency(sub) for sub in subs(searched(30, limit=15.6))[3:]]
+    assert np.mean([15.0 <= time <= 15.6 for time in times]) > 0.4
+    free = [latency(sub) for sub in subs(searched(30))[3:]]
+    assert np.mean([15.0 <= time <= 15.6 for time in free]) < 0.3
+
+
 def test_a_limit_nobody_meets_is_answered_by_the_smallest():
     found = subs(searched(8, limit=1.0))[4:]
     assert {latency(sub) for sub in found} == {latency(SPACE.minimal())}
