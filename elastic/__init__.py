@@ -13,11 +13,11 @@ import importlib
 
 _WHERE = {
     "TrainConfig": "config",
-    "SearchConfig": "config",
+    "SearchConfig": "search_config",
     "ExportConfig": "config",
     "EvaluateConfig": "config",
-    "LatencyConfig": "config",
-    "BudgetConfig": "config",
+    "LatencyConfig": "search_config",
+    "BudgetConfig": "search_config",
     "ModelConfig": "config",
     "AdapterConfig": "config",
     "TaskConfig": "config",

@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic import config
+from elastic import config, search_config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
-    "search": (config.SearchConfig, "elastic.study", "search"),
+    "search": (search_config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluate", "evaluate_run"),
-    "latency": (config.LatencyConfig, "elastic.latency", "time_run"),
+    "latency": (search_config.LatencyConfig, "elastic.latency", "time_run"),
 }
 
 

@@ -6,13 +6,12 @@ neither torch nor transformers, so that `--help` is quick.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from elastic.adapter_config import AdapterConfig
-from elastic.errors import ConfigError, require
+from elastic.errors import require
+from elastic.search_config import TimingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,135 +283,6 @@ class TrainConfig:
         return [StageConfig(), everything]
 
 
-_LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """Limits the chosen sub-adapter meets. A number is absolute, "80%" is relative to the full
-    model; unset is no limit."""
-
-    prefill_ms: float | str | None = None
-    """Time to first token, milliseconds."""
-    decode_ms: float | str | None = None
-    """Time per further token, milliseconds."""
-    tokens_per_second: float | str | None = None
-    """At least so many further tokens per second, of all sequences of timing.batch together."""
-    params: float | str | None = None
-    macs: float | str | None = None
-    """Multiply-accumulates of the linear layers per token."""
-    min_accuracy: float | str | None = None
-    """Fraction of validation examples, in [0, 1], or percent of the maximal sub-adapter's."""
-    max_accuracy_drop: float | str | None = None
-    """The same for what may be lost of the maximal sub-adapter's: 0.01 is one point."""
-
-    def __post_init__(self) -> None:
-        for name, value in self.limits().items():
-            if isinstance(value, str):
-                match = _LIMIT.match(value)
-                try:
-                    number = float(match[1]) if match else float(value)
-                except ValueError:
-                    raise ConfigError(
-                        f"budget.{name} is {value!r}; give a number, or a percentage of the full "
-                        'model such as "80%"'
-                    ) from None
-            else:
-                number = value
-            require(number > 0, f"budget.{name} is {value}; it must be positive")
-        for name in ("min_accuracy", "max_accuracy_drop"):
-            value = getattr(self, name)
-            if isinstance(value, float | int):
-                require(value <= 1, f"budget.{name} is {value}; a fraction in [0, 1]")
-
-    def limits(self) -> dict[str, float | str]:
-        """The limits that were set."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def resolved(self, full: Mapping[str, float]) -> dict[str, float]:
-        """Absolute limits, given the full model's figures under the same names; its accuracy
-        stands under `min_accuracy`, which is also what a limited drop becomes."""
-        full = {**full, "max_accuracy_drop": full.get("min_accuracy", 0.0)}
-        resolved = {}
-        for name, value in self.limits().items():
-            match = _LIMIT.match(value) if isinstance(value, str) else None
-            resolved[name] = float(match[1]) / 100 * full[name] if match else float(value)
-        if "max_accuracy_drop" in resolved:
-            least = full["max_accuracy_drop"] - resolved.pop("max_accuracy_drop")
-            resolved["min_accuracy"] = max(least, resolved.get("min_accuracy", 0.0))
-        return resolved
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimingConfig:
-    """How latency is measured: the full model and the candidate take turns."""
-
-    runtime: Literal["torch", "onnx", "openvino"] = "torch"
-    """Used by `elastic latency`; the search times merged models in torch."""
-    prompt_tokens: int = 64
-    new_tokens: int = 4
-    """Decode steps per round."""
-    batch: int = 1
-    rounds: int = 5
-    """At least this many rounds; more until IQR / median < 0.1."""
-    max_rounds: int = 20
-    """At most this many."""
-    tolerance: float = 0.03
-    """How much the full model may differ from itself before a measurement is called noisy."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
-            require(getattr(self, name) >= 1, f"timing.{name} must be at least 1")
-        require(
-            self.max_rounds >= self.rounds,
-            f"timing.max_rounds is {self.max_rounds}, below timing.rounds {self.rounds}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """Where the search is kept. Workers that name the same study share its trials."""
-
-    storage: str | None = None
-    """Unset: a journal file in RUN/search. The path of a journal file, sqlite:///FILE,
-    postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, or grpc://HOST:PORT (Optuna's proxy)."""
-    name: str | None = None
-    """Unset: the name of the run's directory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """Searches a trained super-adapter for its Pareto-optimal sub-adapters."""
-
-    run: str = "runs/default"
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    study: StudyConfig = field(default_factory=StudyConfig)
-    trials: int = 50
-    """Sub-adapters evaluated in all; running again continues up to this number."""
-    sampler: Literal["additive", "nsga2", "nsga3", "tpe", "gp", "random"] = "additive"
-    """additive: our own, which learns what every choice costs and proposes from the front that
-    follows. The others are Optuna's."""
-    population: int = 20
-    """Of nsga2 and nsga3."""
-    starts: int = 12
-    """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
-    latency: Literal["prefill_ms", "decode_ms"] = "prefill_ms"
-    """The objective beside accuracy; the other one is measured too."""
-    timing: TimingConfig = field(default_factory=TimingConfig)
-    test_front: int = 8
-    """How many sub-adapters of the front are scored on the test split."""
-    batch_tokens: int = 2048
-    """Padded tokens per evaluation batch; the score does not depend on it."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
-        require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
-        require(self.population >= 2, f"population is {self.population}; at least 2")
-        require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
-        require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
-
-
 @dataclass(frozen=True, kw_only=True)
 class MergeAdapterConfig:
     """Another adapter on the same base model."""
@@ -479,13 +349,3 @@ class EvaluateConfig:
     sub_adapter: str = "maximal"
     split: Literal["validation", "test"] = "test"
     batch_tokens: int = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyConfig:
-    """Times one sub-adapter, sliced and merged, against the full model."""
-
-    run: str = "runs/default"
-    sub_adapter: str = "best"
-    timing: TimingConfig = field(default_factory=lambda: TimingConfig(rounds=10))
-    seed: int = 0

@@ -16,19 +16,32 @@ from elastic.objective import Figures
 from elastic.run import Run
 from elastic.space import SubAdapter
 
+LATENCIES = {
+    "prefill_ms": "prefill (time to first token), milliseconds",
+    "decode_ms": "decode, milliseconds per token",
+}
+
 
 @dataclass(frozen=True)
-class Member:
-    """One sub-adapter of the front; accuracy is on the test split, which the search never saw."""
+class Evaluated:
+    """One sub-adapter that the search measured."""
 
-    name: str
     sub_adapter: SubAdapter
     figures: Figures
     """As the search measured them; accuracy on validation."""
     estimate: float
     """Accuracy on validation less its noise, as far as the other sub-adapters' tell it."""
+    feasible: bool
+    """Whether figures and estimate meet the budget."""
+
+
+@dataclass(frozen=True)
+class Member(Evaluated):
+    """One of the front, with its accuracy on the test split, which the search never saw."""
+
+    name: str
     test: Mapping[str, Any]
-    """accuracy, accuracy_n, accuracy_interval on test."""
+    """accuracy, accuracy_n, accuracy_interval."""
     best: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,18 +58,6 @@ class Member:
             "macs": self.figures.macs,
             "sub_adapter": self.sub_adapter.as_dict(),
         }
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One sub-adapter that the search measured."""
-
-    sub_adapter: SubAdapter
-    figures: Figures
-    estimate: float
-    """As a `Member`'s, which the front is chosen by."""
-    feasible: bool
-    """Whether figures and estimate meet the budget."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,7 @@ class Front:
         if self.latency in self.limits:
             limit = self.limits[self.latency]
             axes.axvline(limit, color="#c0392b", linestyle="--", label=f"budget, {limit:.0f} ms")
-        kind = {"prefill_ms": "prefill (time to first token)", "decode_ms": "decode, per token"}
-        axes.set_xlabel(f"{kind[self.latency]}, milliseconds")
+        axes.set_xlabel(LATENCIES[self.latency])
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8, loc="lower right")
         plot.save(figure, path)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.config import LatencyConfig, TimingConfig
 from elastic.errors import ConfigError
 from elastic.runners import Runner
+from elastic.search_config import LatencyConfig, TimingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from elastic.config import SearchConfig
 from elastic.cost import Cost, Counter
 from elastic.evaluate import Score, evaluate
 from elastic.latency import REFERENCE, Latency, Measurement, measure
 from elastic.merging import compact
 from elastic.runners import TorchRunner
+from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from elastic.tasks import Example

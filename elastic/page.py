@@ -10,31 +10,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.files import write_text
+from elastic.front import LATENCIES, Evaluated, Front
 from elastic.pareto import hypervolume
-from elastic.proposals import learn
 from elastic.table import kinds
 
 if TYPE_CHECKING:
-    from elastic.front import Evaluated, Front
     from elastic.space import BoundSpace
 
-LATENCIES = {
-    "prefill_ms": "prefill (time to first token), milliseconds",
-    "decode_ms": "decode, milliseconds per token",
-}
 
+def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path) -> None:
+    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost.
 
-def write_page(front: Front, space: BoundSpace, path: Path) -> None:
-    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost."""
+    `effects`, (groups, choices), is what every choice is believed to add to the accuracy.
+    """
     from plotly.offline import get_plotlyjs
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(front, space), allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(_data(front, space, effects), allow_nan=False).replace("</", "<\\/")
     page = template.replace("/*DATA*/", data).replace("/*PLOTLY*/", get_plotlyjs())
     write_text(path, page)
 
 
-def _data(front: Front, space: BoundSpace) -> dict[str, Any]:
+def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any]:
     numbers = {one.sub_adapter: number for number, one in enumerate(front.trials)}
     names = {member.sub_adapter: member.name for member in front.members}
     of_kind = dict.fromkeys(kinds(space))
@@ -78,7 +75,7 @@ def _data(front: Front, space: BoundSpace) -> dict[str, Any]:
             for member in front.members
         ],
         "volumes": _volumes(front.trials, front.latency),
-        "costs": _costs(front, space, list(of_kind), list(blocks)),
+        "costs": _costs(space, effects, list(of_kind), list(blocks)),
     }
 
 
@@ -98,11 +95,9 @@ def _volumes(trials: Sequence[Evaluated], latency: str) -> list[float]:
 
 
 def _costs(
-    front: Front, space: BoundSpace, rows: Sequence[str], columns: Sequence[str]
+    space: BoundSpace, effects: np.ndarray, rows: Sequence[str], columns: Sequence[str]
 ) -> list[list[float | None]]:
     """Points of accuracy that the smallest choice of every group is believed to cost."""
-    measured = {one.sub_adapter: one.figures.accuracy for one in front.trials}
-    effects = learn(space, measured, front.full.accuracy_n).effects
     table: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     for kind, group, effect in zip(kinds(space), space, effects, strict=True):
         cost = -100 * float(effect[len(group.choices) - 1])

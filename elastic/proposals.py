@@ -144,17 +144,9 @@ def sampling_variance(accuracies: np.ndarray, examples: int) -> float:
     return mean * (1 - mean) / examples
 
 
-def believed(
-    space: BoundSpace, measured: Mapping[SubAdapter, float], examples: int
-) -> dict[SubAdapter, float]:
-    """Accuracies less their noise, as far as the others' tell it: a front chosen by raw accuracies
-    is a front of lucky ones."""
-    found = learn(space, measured, examples)
-    return dict(zip(measured, map(float, found.fitted), strict=True))
-
-
 def learn(space: BoundSpace, measured: Mapping[SubAdapter, float], examples: int) -> Posterior:
-    """What these accuracies, shares of so many examples, say of every choice."""
+    """What these accuracies, shares of so many examples, say of every choice, and (`fitted`) what
+    they are less their noise: a front chosen by raw accuracies is a front of lucky ones."""
     values = np.array(list(measured.values()))
     model = Additive(kinds(space), shares(space))
     return model.fit(places(space, list(measured)), values, sampling_variance(values, examples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import time
@@ -16,22 +15,22 @@ from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import models
-from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import Counter
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.evaluate import evaluate
-from elastic.files import read_json, write_json
+from elastic.files import digest, read_json, write_json
 from elastic.front import Evaluated, Front, Member
 from elastic.merging import compact
 from elastic.objective import Figures, Objective
 from elastic.page import write_page
 from elastic.pareto import non_dominated, thin
 from elastic.progress import say, search_bar, track
-from elastic.proposals import AdditiveSampler, believed
+from elastic.proposals import AdditiveSampler, learn
 from elastic.run import Run, as_plain, differences
 from elastic.sampler import generator_for
+from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import provenance
+from elastic.supernet import FACTORS, provenance
 from elastic.tasks import load_task
 from elastic.workers import Worker, open_storage
 
@@ -116,13 +115,12 @@ def _subject(run: Run) -> dict[str, Any]:
     """What the figures of a study are figures of."""
     trained = as_plain(run.config())
     about = read_json(run.super_adapter / "about.json")
-    factors = hashlib.sha256((run.super_adapter / "factors.safetensors").read_bytes())
     return {
         "task": {"task": trained["task"], "seed": trained["seed"]},
         "super-adapter": {
             "base": about["base_digest"],
             "space": run.space().as_dict(),
-            "factors": factors.hexdigest(),
+            "factors": digest(run.super_adapter / FACTORS),
         },
     }
 
@@ -342,18 +340,19 @@ def _front(
     """Non-dominated sub-adapters within the budget, scored on the test split and saved."""
     space, examples = objective.net.space, objective.full.accuracy_n
     accuracies = {sub: figures.accuracy for sub, figures in results.items()}
-    estimates = believed(space, accuracies, examples)
+    belief = learn(space, accuracies, examples)
     trials = [
         Evaluated(sub, figures, estimate, _met(replace(figures, accuracy=estimate), limits))
-        for (sub, figures), estimate in zip(results.items(), estimates.values(), strict=True)
+        for (sub, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
     ]
     feasible = [one for one in trials if one.feasible]
     if not feasible:
         raise BudgetError(_impossible(limits, results, space))
     points = [(getattr(one.figures, config.latency), -one.estimate) for one in feasible]
     indices = non_dominated(points)
-    best = indices[-1]  # the slowest of the front is its most accurate
-    chosen = [feasible[index] for index in thin(indices, config.test_front, keep=best)]
+    # The slowest of the front is its most accurate: the best.
+    kept = thin(indices, config.test_front, keep=indices[-1])
+    chosen = [feasible[index] for index in kept]
     members = []
     say(f"Scoring {len(chosen)} of the front on {len(test)} test examples")
     for number, one in enumerate(track(chosen, "test split"), 1):
@@ -364,17 +363,13 @@ def _front(
             batch_tokens=config.batch_tokens,
             quiet=True,
         )
-        members.append(
-            Member(
-                f"front-{number}", one.sub_adapter, one.figures, one.estimate, score.as_dict(),
-                best=number == len(chosen),
-            )
-        )  # fmt: skip
+        best = number == len(chosen)
+        members.append(Member(**vars(one), name=f"front-{number}", test=score.as_dict(), best=best))
     front = Front(
         run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
     )
     front.save()
-    write_page(front, space, run.report)
+    write_page(front, space, belief.effects, run.report)
     device = str(objective.full_model.device)
     write_json(run.search / "about.json", {"settings": as_plain(config), **provenance(device)})
     return front

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -125,8 +125,7 @@ class Worker:
         return found
 
     def leads(self) -> bool:
-        living = self.living()
-        return self.name == min(living, key=lambda name: (living[name], name))
+        return self.name == _first(self.living())
 
     def take(self, trial: Trial) -> None:
         """Say whose this trial is."""
@@ -137,7 +136,7 @@ class Worker:
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         living = self.living()  # after the trials, or a newcomer's would look lost
         lost = [trial for trial in trials if self._lost(trial, living)]
-        if lost and self.leads():
+        if lost and self.name == _first(living):
             for trial in lost:
                 storage, number = self.study._storage, trial._trial_id
                 with contextlib.suppress(UpdateFinishedTrialError):  # its last act was to finish it
@@ -184,6 +183,11 @@ class Worker:
 
     def _tell(self, beats: int) -> None:
         self.study.set_user_attr(_WORKER + self.name, [self._order, beats])
+
+
+def _first(living: Mapping[str, int]) -> str:
+    """The one of them that came first."""
+    return min(living, key=lambda name: (living[name], name))
 
 
 def _runs(pid: int, started: int) -> bool:

@@ -22,20 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic import objective
-from elastic.config import SearchConfig, StudyConfig
-from elastic.cost import count
-from elastic.latency import Latency, Measurement
 from elastic.objective import Objective
+from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
-from tests.tiny_runs import ONE_ROUND
+from tests.tiny_runs import ONE_ROUND, fake_measure
 
 KILLED_AT = 3
-
-
-def measure(runners, config, *, vocabulary, seed=0):
-    sizes = {name: count(runner.model).params for name, runner in runners.items()}
-    found = {name: Latency(size / 1000, 2.0, 0.0) for name, size in sizes.items()}
-    return Measurement(found, 0.0, config.rounds, config.tolerance)
 
 
 def work(config: SearchConfig, *, doomed: bool) -> None:
@@ -52,7 +44,7 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
         time.sleep(0.2)  # or the first process would be done before the last one begins
         return call(self, sub)
 
-    objective.measure = measure
+    objective.measure = fake_measure
     Objective.__call__ = told
     search(config)
 

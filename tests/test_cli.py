@@ -17,20 +17,17 @@ from elastic.adapters import METHODS
 from elastic.cli import from_dict, parse
 from elastic.config import (
     AdapterConfig,
-    BudgetConfig,
     EvaluateConfig,
     ExportConfig,
-    LatencyConfig,
     ScheduleConfig,
-    SearchConfig,
     StageConfig,
     TaskConfig,
-    TimingConfig,
     TrainConfig,
 )
 from elastic.dims import DIMS
 from elastic.errors import ConfigError, RunError
 from elastic.run import Run, as_plain
+from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent

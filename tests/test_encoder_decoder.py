@@ -6,13 +6,14 @@ from transformers import AutoTokenizer
 
 from elastic import models
 from elastic.batching import IGNORED, collate, encode
-from elastic.config import AdapterConfig, ExportConfig, LatencyConfig, SearchConfig, StageConfig
+from elastic.config import AdapterConfig, ExportConfig, StageConfig
 from elastic.errors import ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.latency import time_run
 from elastic.merging import compact
+from elastic.search_config import LatencyConfig, SearchConfig
 from elastic.slicing import sliced
 from elastic.space import SearchSpace
 from elastic.study import search

@@ -16,7 +16,6 @@ from elastic.config import (
     MergeAdapterConfig,
     MergeConfig,
     ModelConfig,
-    SearchConfig,
 )
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
@@ -26,6 +25,7 @@ from elastic.formats import hf
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.quantised import DEQUANTISE, QuantisedLinear
+from elastic.search_config import SearchConfig
 from elastic.slicing import sliced
 from elastic.space import SearchSpace
 from elastic.study import search

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from elastic import __main__, models, objective, study
-from elastic.config import BudgetConfig, SearchConfig, TaskConfig
+from elastic.config import TaskConfig
 from elastic.cost import count
 from elastic.errors import BudgetError, RunError
 from elastic.evaluate import evaluate
@@ -18,12 +18,22 @@ from elastic.latency import Latency, Measurement
 from elastic.merging import compact
 from elastic.objective import Objective
 from elastic.run import Run
+from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
 from elastic.tasks import load_task
 from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP
-from tests.tiny_runs import ONE_ROUND, copy_run, randomize_factors, space_file, train_config
+from tests.tiny_runs import (
+    ONE_ROUND,
+    copy_run,
+    decode_of,
+    fake_measure,
+    prefill_of,
+    randomize_factors,
+    space_file,
+    train_config,
+)
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia")
 
@@ -57,20 +67,6 @@ def trained_run(base, folder, declared=None) -> Run:
 def trained(tiny_folder, tmp_path_factory):
     """A trained run; searches use copies of it."""
     return trained_run(tiny_folder, tmp_path_factory.mktemp("study"))
-
-
-def prefill_of(params: int) -> float:
-    return params / 1000
-
-
-def decode_of(params: int) -> float:
-    return 2 + params / 10000
-
-
-def fake_measure(runners, config, *, vocabulary, seed=0):
-    sizes = {name: count(runner.model).params for name, runner in runners.items()}
-    found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
-    return Measurement(found, 0.0, config.rounds, config.tolerance)
 
 
 @pytest.fixture(scope="module", autouse=True)

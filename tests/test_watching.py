@@ -210,8 +210,8 @@ def test_the_teacher_is_the_maximal_of_before(super_run, tmp_path):
 
 
 def test_nothing_is_left_to_search(super_run, tmp_path):
-    from elastic.config import SearchConfig
     from elastic.errors import RunError
+    from elastic.search_config import SearchConfig
     from elastic.study import search
 
     config, _ = super_run

@@ -17,8 +17,8 @@ from optuna.storages import run_grpc_proxy_server
 from optuna.trial import TrialState
 
 from elastic import workers
-from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
+from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
 from elastic.workers import Worker, open_storage
 from tests.searching import KILLED_AT
@@ -86,11 +86,15 @@ def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):  # noq
 
 
 def study_with(*names: str, storage=None) -> tuple[optuna.Study, dict[str, Worker]]:
+    """A study and its workers, which came in this order and have each shown one sign of life."""
     study = optuna.create_study(directions=["maximize", "minimize"], storage=storage)
     found = {}
     for name in names:
         found[name] = Worker(study, clock=lambda: CLOCK[0])
         found[name].name = name
+    for order, worker in enumerate(found.values()):
+        worker._order = order
+        worker._beat()
     return study, found
 
 
@@ -101,9 +105,6 @@ def test_the_first_living_worker_leads(monkeypatch):
     """Workers of other machines, whose processes cannot be looked for, by their signs of life."""
     CLOCK[0] = 0.0
     _, found = study_with("b/1/1/0", "a/2/2/0", "c/3/3/0")
-    for order, worker in enumerate(found.values()):
-        worker._order = order
-        worker._beat()
     assert [worker.leads() for worker in found.values()] == [True, False, False]
     last = found["c/3/3/0"]
     assert last.living() == {"b/1/1/0": 0, "a/2/2/0": 1, "c/3/3/0": 2}
@@ -139,9 +140,6 @@ def test_trials_of_the_dead_return_under_their_numbers(tmp_path, place):
     place = place and place.replace("FOLDER", str(tmp_path))
     names = ("a/1/1/0", "b/2/2/0", "c/3/3/0")
     study, found = study_with(*names, storage=open_storage(place, tmp_path))
-    for order, worker in enumerate(found.values()):
-        worker._order = order
-        worker._beat()
     first, second, third = found.values()
     trials = [study.ask() for _ in range(3)]
     for trial, worker in zip(trials, (first, second, first), strict=True):
@@ -162,9 +160,6 @@ def test_a_trial_that_nobody_took_is_given_back_in_the_end():
     """Its worker died between asking for it and saying so."""
     CLOCK[0] = 0.0
     study, found = study_with("a/1/1/0", "b/2/2/0")
-    for order, worker in enumerate(found.values()):
-        worker._order = order
-        worker._beat()
     study.ask()
     first = found["a/1/1/0"]
     assert len(first.running()) == 1
@@ -178,9 +173,6 @@ def test_a_trial_that_nobody_took_is_given_back_in_the_end():
 def test_a_worker_that_does_not_lead_gives_nothing_back():
     CLOCK[0] = 0.0
     study, found = study_with("a/1/1/0", "b/2/2/0", "c/3/3/0")
-    for order, worker in enumerate(found.values()):
-        worker._order = order
-        worker._beat()
     found["c/3/3/0"].take(study.ask())
     found["c/3/3/0"]._tell(0)
     assert found["b/2/2/0"].running() == []

@@ -17,10 +17,12 @@ from elastic.config import (
     ModelConfig,
     StageConfig,
     TaskConfig,
-    TimingConfig,
     TrainConfig,
 )
+from elastic.cost import count
+from elastic.latency import Latency, Measurement
 from elastic.run import Run
+from elastic.search_config import TimingConfig
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests.tiny import ALPHA, RANK, space_dict
@@ -120,3 +122,17 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def prefill_of(params: int) -> float:
+    return params / 1000
+
+
+def decode_of(params: int) -> float:
+    return 2 + params / 10000
+
+
+def fake_measure(runners, config, *, vocabulary, seed=0):
+    sizes = {name: count(runner.model).params for name, runner in runners.items()}
+    found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
+    return Measurement(found, 0.0, config.rounds, config.tolerance)

@@ -24,7 +24,7 @@ from optuna import samplers
 
 from elastic.dims import Cut
 from elastic.pareto import hypervolume, non_dominated
-from elastic.proposals import AdditiveSampler, believed
+from elastic.proposals import AdditiveSampler, learn
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, Group, SubAdapter
 from elastic.table import places
@@ -184,7 +184,7 @@ def worth(world: Simulated, measured: dict[SubAdapter, float], ideal: float, *, 
     chosen = measured
     if estimate:
         shares = {sub: value / 100 for sub, value in measured.items()}
-        chosen = believed(world.space, shares, EXAMPLES)
+        chosen = dict(zip(shares, learn(world.space, shares, EXAMPLES).fitted, strict=True))
     subs = list(measured)
     rows = places(world.space, subs)
     times = [world.latency(row) for row in rows]
