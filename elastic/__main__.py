@@ -14,7 +14,7 @@ COMMANDS = {
     "search": (search_config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluate", "evaluate_run"),
-    "latency": (search_config.LatencyConfig, "elastic.latency", "time_run"),
+    "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
 }
 
 

@@ -119,6 +119,15 @@ def answer_width(labels: Tensor) -> int:
     return int((labels != IGNORED).sum(1).max())
 
 
+def collated(
+    sequences: Sequence[Encoded], size: int, pad: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of so many, in the order given, on the device."""
+    for start in range(0, len(sequences), size):
+        batch = collate(sequences[start : start + size], pad)
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
 def answer_logits(
     model: torch.nn.Module, batch: dict[str, Tensor], width: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from elastic.batching import IGNORED, answer_logits, collate, encode, length_sorted
+from elastic.batching import (
+    IGNORED,
+    Encoded,
+    answer_logits,
+    collate,
+    encode,
+    length_sorted,
+)
 from elastic.config import EvaluateConfig
 from elastic.progress import track
 from elastic.tasks.base import Example
@@ -61,6 +68,15 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One sequence through the model, and the examples' answers that its logits tell of."""
+
+    encoded: Encoded
+    candidates: Sequence[tuple[int, bool, tuple[int, ...]]]
+    """Index of the example, whether this one is its answer, and its tokens."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -76,48 +92,62 @@ def evaluate(
     An example without options counts when greedy generation would give exactly its answer and
     stop: that is so if and only if, fed the answer itself, the likeliest token at every position
     is the answer's next. With options it counts when the answer has the largest summed
-    log-likelihood among them (`acc` of lm-eval). Batched and sorted by length; the result does
-    not depend on `batch_tokens`.
+    log-likelihood among them, the end of the sequence left out (`acc` of lm-eval, so an option that
+    begins with another never beats it); options that differ in their last token alone share one
+    sequence. Batched and sorted by length; the result does not depend on `batch_tokens`.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
     encoder_decoder = model.config.is_encoder_decoder
-    candidates = [
-        (
-            index,
-            option == example.answer,
-            encode(tokenizer, example.prompt, option, encoder_decoder=encoder_decoder),
-        )
+    rows = [
+        row
         for index, example in enumerate(examples)
-        for option in (example.options or (example.answer,))
+        for row in _rows(tokenizer, index, example, encoder_decoder)
     ]
-    exact: list[bool] = [False] * len(candidates)
-    likelihood: list[float] = [0.0] * len(candidates)
-    likelihoods = any(example.options for example in examples)
-    batches = list(length_sorted([encoded for *_, encoded in candidates], batch_tokens))
-    for rows, sequences in track(batches, label, quiet=quiet):
-        batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
-        hits, sums = _score(*answer_logits(model, batch), likelihoods=likelihoods)
-        for row, hit, value in zip(rows, hits, sums, strict=True):
-            exact[row], likelihood[row] = hit, value
     correct = [False] * len(examples)
     best = [-math.inf] * len(examples)
-    for row, (index, is_answer, _) in enumerate(candidates):
-        if not examples[index].options:
-            correct[index] = exact[row]
-        elif likelihood[row] > best[index]:
-            best[index], correct[index] = likelihood[row], is_answer
+    batches = list(length_sorted([row.encoded for row in rows], batch_tokens))
+    for numbers, sequences in track(batches, label, quiet=quiet):
+        batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
+        logits, labels = answer_logits(model, batch)
+        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).tolist()
+        for place, number in enumerate(numbers):
+            row = rows[number]
+            predictions = None
+            for index, is_answer, tokens in row.candidates:
+                if not examples[index].options:
+                    correct[index] = right[place]
+                    continue
+                if predictions is None:
+                    predictions = logits[place, labels[place] != IGNORED].log_softmax(-1)
+                value = float(predictions[torch.arange(len(tokens)), list(tokens)].sum())
+                if value > best[index]:
+                    best[index], correct[index] = value, is_answer
     return Score(tuple(correct))
 
 
-def _score(logits: Tensor, labels: Tensor, *, likelihoods: bool) -> tuple[list[bool], list[float]]:
-    """Per row: whether every label is the likeliest token, and their summed log-probability."""
-    counted = labels != IGNORED
-    exact = ((logits.argmax(-1) == labels) | ~counted).all(1)
-    if not likelihoods:
-        return exact.tolist(), [0.0] * len(labels)
-    log_probability = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return exact.tolist(), (log_probability * counted).sum(1).tolist()
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, index: int, example: Example, encoder_decoder: bool
+) -> list[_Row]:
+    """The fewest sequences whose logits tell of all options: one does for every option whose
+    tokens but the last begin its own."""
+    options = example.options or (example.answer,)
+    encoded = [
+        encode(tokenizer, example.prompt, option, encoder_decoder=encoder_decoder)
+        for option in options
+    ]
+    if not example.options:
+        return [_Row(encoded[0], [(index, True, ())])]
+    tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
+    candidates: dict[int, list[tuple[int, bool, tuple[int, ...]]]] = {}
+    longest = sorted(range(len(options)), key=lambda option: -len(tokens[option]))
+    for option in longest:
+        start = tokens[option][:-1]
+        host = next((h for h in candidates if tokens[h][: len(start)] == start), option)
+        candidates.setdefault(host, []).append(
+            (index, options[option] == example.answer, tokens[option])
+        )
+    return [_Row(encoded[host], each) for host, each in candidates.items()]
 
 
 @torch.inference_mode()

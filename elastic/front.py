@@ -6,15 +6,18 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elastic import plot
+from elastic.bench import CANDIDATE
 from elastic.files import new_directory, write_json, write_text
+from elastic.latency import Measurement
 from elastic.objective import Figures
 from elastic.run import Run
 from elastic.space import SubAdapter
+from elastic.timetable import Timetable
 
 LATENCIES = {
     "prefill_ms": "prefill (time to first token), milliseconds",
@@ -36,12 +39,47 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Latencies of one of the front, beside those that the table predicts."""
+
+    prefill_ms: float
+    decode_ms: float
+    control: float
+    """How much the full model differed from itself meanwhile."""
+    trusted: bool
+
+    @classmethod
+    def of(cls, found: Measurement, full: Figures) -> Measured:
+        """The ratio to the full model in the same rounds, in the unit of its `full` figures: a
+        machine that has slowed down since then favours nobody."""
+        ratio = found.ratio(CANDIDATE)
+        return cls(
+            ratio.prefill_ms * full.prefill_ms,
+            ratio.decode_ms * full.decode_ms,
+            found.control,
+            found.trusted,
+        )
+
+    def instead_of(self, figures: Figures) -> Figures:
+        """The figures with these latencies for the predicted ones."""
+        speed = figures.tokens_per_second * figures.decode_ms / self.decode_ms
+        return replace(
+            figures,
+            prefill_ms=self.prefill_ms,
+            decode_ms=self.decode_ms,
+            tokens_per_second=speed,
+        )
+
+
+@dataclass(frozen=True)
 class Member(Evaluated):
     """One of the front, with its accuracy on the test split, which the search never saw."""
 
     name: str
     test: Mapping[str, Any]
     """accuracy, accuracy_n, accuracy_interval."""
+    measured: Measured | None
+    """None where the target is another machine."""
     best: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,6 +92,9 @@ class Member(Evaluated):
             "validation_n": self.figures.accuracy_n,
             "prefill_ms": self.figures.prefill_ms,
             "decode_ms": self.figures.decode_ms,
+            "measured": None if self.measured is None else asdict(self.measured),
+            "tokens_per_second": self.figures.tokens_per_second,
+            "memory_mb": self.figures.memory_mb,
             "params": self.figures.params,
             "macs": self.figures.macs,
             "sub_adapter": self.sub_adapter.as_dict(),
@@ -74,7 +115,8 @@ class Front:
     """The latency objective: prefill_ms or decode_ms."""
     limits: Mapping[str, float]
     """The budget, absolute."""
-    warnings: Sequence[str] = ()
+    timetable: Timetable
+    """What the latencies come from."""
 
     @property
     def best(self) -> Member:
@@ -106,17 +148,18 @@ class Front:
         from rich.table import Table
 
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
-        for column in ("", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"):
+        columns = ["", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"]
+        for column in columns:
             table.add_column(column, justify="right" if column else "left")
         for member in self.members:
             low, high = member.test["accuracy_interval"]
-            f, full = member.figures, self.full
+            f, full, measured = member.figures, self.full, member.measured
             table.add_row(
                 f"{member.name} (best)" if member.best else member.name,
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
-                f"{f.prefill_ms:.1f} ({f.prefill_ms / full.prefill_ms:.0%})",
-                f"{f.decode_ms:.1f} ({f.decode_ms / full.decode_ms:.0%})",
+                _ms(f.prefill_ms, measured and measured.prefill_ms, full.prefill_ms),
+                _ms(f.decode_ms, measured and measured.decode_ms, full.decode_ms),
                 f"{f.params / 1e6:.1f} M ({f.params / full.params:.0%})",
                 style="bold" if member.best else None,
             )
@@ -129,11 +172,19 @@ class Front:
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
         console.print(
-            f"Accuracy on {n} test examples the search never saw; percentages of the full model "
-            f"({self.full.prefill_ms:.1f} ms prefill, {self.full.decode_ms:.1f} ms decode, torch)."
+            f"Accuracy on {n} test examples the search never saw. Latency: predicted, measured "
+            f"(of the full model's {self.full.prefill_ms:.1f} ms prefill, "
+            f"{self.full.decode_ms:.1f} ms decode)."
         )
-        if self.warnings:
-            console.print(f"[bold red]{len(self.warnings)} measurements: {self.warnings[-1]}[/]")
+        console.print(self.timetable.describe(), markup=False)
+        timed = [member.measured for member in self.members if member.measured]
+        if not timed:
+            console.print(f"Not measured: this is not {self.timetable.target.device}")
+        elif noisy := [each for each in timed if not each.trusted]:
+            console.print(
+                f"[bold red]{len(noisy)} of {len(timed)} measurements cannot be trusted: the full "
+                f"model differed from itself by up to {max(e.control for e in noisy):.1%}[/]"
+            )
         console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
         console.print(f"Next: elastic export {self.run.path}", markup=False)
         best = {k: v for k, v in self.best.as_dict().items() if k != "sub_adapter"}
@@ -181,3 +232,9 @@ class Front:
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8, loc="lower right")
         plot.save(figure, path)
+
+
+def _ms(predicted: float, measured: float | None, full: float) -> str:
+    if measured is None:
+        return f"{predicted:.1f} ({predicted / full:.0%})"
+    return f"{predicted:.1f}, {measured:.1f} ({measured / full:.0%})"

@@ -7,22 +7,18 @@ injected, so all of this is tested without timing.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.errors import ConfigError
 from elastic.runners import Runner
-from elastic.search_config import LatencyConfig, TimingConfig
+from elastic.search_config import TimingConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 REFERENCE, CONTROL = "full", "control"
 
@@ -132,90 +128,3 @@ def measure(
 def _spread(times: list[float]) -> float:
     low, median, high = np.percentile(times, (25, 50, 75))
     return float((high - low) / median)
-
-
-@dataclass(frozen=True)
-class LatencyReport:
-    """What `elastic latency` found."""
-
-    name: str
-    runtime: str
-    dtype: str
-    timing: TimingConfig
-    measurement: Measurement
-    about: Mapping[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        own, full = self.measurement.latencies[self.name], self.measurement.full
-        return {
-            "sub_adapter": self.name,
-            "runtime": self.runtime,
-            "dtype": self.dtype,
-            **{key: asdict(self.timing)[key] for key in ("prompt_tokens", "new_tokens", "batch")},
-            "prefill_ms": own.prefill_ms,
-            "decode_ms": own.decode_ms,
-            "full_prefill_ms": full.prefill_ms,
-            "full_decode_ms": full.decode_ms,
-            "rounds": self.measurement.rounds,
-            "control": self.measurement.control,
-            "trusted": self.measurement.trusted,
-            **self.about,
-        }
-
-    def show(self) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        timing, console = self.timing, Console()
-        table = Table(
-            title=f"{self.runtime}, {self.dtype}, batch {timing.batch}, "
-            f"prompt {timing.prompt_tokens} tokens"
-        )
-        for column in ("", "prefill ms", "decode ms", "IQR / median"):
-            table.add_column(column, justify="right" if column else "left")
-        for name, found in self.measurement.latencies.items():
-            table.add_row(
-                name, f"{found.prefill_ms:.1f}", f"{found.decode_ms:.1f}", f"{found.spread:.1%}"
-            )
-        ratio = self.measurement.ratio(self.name)
-        table.add_row("ratio", f"{ratio.prefill_ms:.3f}", f"{ratio.decode_ms:.3f}", "")
-        console.print(table)
-        console.print(
-            f"A/A control: {self.measurement.control:.1%} over {self.measurement.rounds} rounds"
-        )
-        if warning := self.measurement.warning():
-            console.print(f"[bold red]{warning}[/]")
-        print(json.dumps(self.as_dict()))
-
-
-def time_run(config: LatencyConfig) -> LatencyReport:
-    """`elastic latency`: one sub-adapter, sliced and merged, against the full model."""
-    from elastic.merging import compact
-    from elastic.models import decoder_only
-    from elastic.progress import say
-    from elastic.run import Run
-    from elastic.runners import open_runner
-    from elastic.supernet import provenance
-
-    decoder_only(Run(config.run).config().model, "latency")
-    _, _, net = Run(config.run).load()
-    name, sub = Run(config.run).resolve(config.sub_adapter, net.space, config.seed)
-    if name in (REFERENCE, CONTROL):
-        raise ConfigError(f"a sub-adapter to be timed cannot be called {name!r}")
-    runtime = config.timing.runtime
-    models: dict[str, PreTrainedModel] = {
-        REFERENCE: compact(net, net.space.maximal()), name: compact(net, sub)
-    }  # fmt: skip
-    if runtime != "torch":
-        models = {key: model.float() for key, model in models.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        if runtime != "torch":
-            say(f"Writing both models for {runtime}")
-        runners = {
-            key: open_runner(runtime, model, Path(scratch) / str(number))
-            for number, (key, model) in enumerate(models.items())
-        }
-        dtype = str(models[name].dtype).removeprefix("torch.")
-        vocabulary, device = models[name].config.vocab_size, str(models[name].device)
-        found = measure(runners, config.timing, vocabulary=vocabulary, seed=config.seed)
-    return LatencyReport(name, runtime, dtype, config.timing, found, provenance(device))

@@ -1,62 +1,67 @@
-"""A sub-adapter's figures: accuracy and latency of the very model that would be exported."""
+"""A sub-adapter's figures: the accuracy of the very model that would be exported, and what it costs
+on the target."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from elastic.cost import Cost, Counter
-from elastic.evaluate import Score, evaluate
-from elastic.latency import REFERENCE, Latency, Measurement, measure
+from elastic.cost import Counter
+from elastic.evaluate import evaluate
 from elastic.merging import compact
-from elastic.runners import TorchRunner
+from elastic.sampler import generator_for
 from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from elastic.tasks import Example
+from elastic.timetable import Timetable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOOKS = (0.25, 0.5, 0.75)
+"""Parts of the examples after which a sub-adapter may be stopped."""
+
 
 @dataclass(frozen=True)
 class Figures:
-    """What a trial stores; all of it is numbers."""
+    """What a trial stores."""
 
     accuracy: float
-    """On the validation split."""
+    """On the validation split. Of a sub-adapter that was stopped: its rival's, less what it lost
+    to it on the examples seen."""
     accuracy_n: int
+    """Examples seen."""
     prefill_ms: float
+    """This and the next ones as the latency table predicts them."""
     decode_ms: float
     tokens_per_second: float
     """Further tokens of all sequences of the timed batch."""
+    memory_mb: float
     params: int
     macs: int
+    correct: str = ""
+    """One digit per example seen, 1 where it was right, in an order of the examples that all
+    trials of a study share."""
 
     def budget_values(self) -> dict[str, float]:
         """By the names of `BudgetConfig`."""
-        return {
-            "prefill_ms": self.prefill_ms,
-            "decode_ms": self.decode_ms,
-            "tokens_per_second": self.tokens_per_second,
-            "params": self.params,
-            "macs": self.macs,
-            "min_accuracy": self.accuracy,
-        }
+        values = self.numbers()
+        values.pop("accuracy_n")
+        return {"min_accuracy": values.pop("accuracy"), **values}
+
+    def numbers(self) -> dict[str, float]:
+        """All but the single examples."""
+        return {name: value for name, value in asdict(self).items() if name != "correct"}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Objective:
-    """Measures sub-adapters of one supernet against its maximal one, the full model.
-
-    Latency is the candidate's ratio to the full model in the same rounds, times the full model's
-    latency at the start of the study: a machine that slows down over an hour does not favour
-    early trials. Sub-adapters that differ only in ranks are the same model once merged and share
-    one measurement.
-    """
+    """Scores sub-adapters of one supernet and looks up what they cost."""
 
     def __init__(
         self,
@@ -64,67 +69,85 @@ class Objective:
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         config: SearchConfig,
+        timetable: Timetable,
     ) -> None:
         self.net = net
         self.tokenizer = tokenizer
-        self.examples = examples
         self.config = config
+        self.timetable = timetable
         self.cost = Counter(net.model, net.space)
-        self.full_model = compact(net, net.space.maximal())
         self.full: Figures | None = None
-        self.warnings: list[str] = []
-        self._ratios: dict[tuple[tuple[str, int], ...], Latency] = {}
+        """Those of the maximal sub-adapter, when known."""
+        self.examples = list(examples)
+        generator_for(config.seed, "examples").shuffle(self.examples)
 
-    def measure_full(self) -> Figures:
-        """The maximal sub-adapter, whose latency is the unit of all others."""
-        timing = self._measure({REFERENCE: TorchRunner(self.full_model)}).full
-        self.full = self._figures(self.full_model, timing, self.cost.full)
+    def score_full(self) -> Figures:
+        """The maximal sub-adapter."""
+        self.full = self._figures(self.net.space.maximal(), {})
         return self.full
 
-    def __call__(self, sub: SubAdapter) -> Figures:
-        """Slice, merge, score on validation, time against the full model."""
-        if self.full is None:
-            raise RuntimeError("measure_full comes first")
-        if sub == self.net.space.maximal():
+    def __call__(
+        self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures] | None = None
+    ) -> Figures:
+        """Slice, merge, score on validation; of the `rivals`, the most accurate one that is no
+        slower may end that early."""
+        if sub == self.net.space.maximal() and self.full is not None:
             return self.full
-        model = compact(self.net, sub)
-        ratio, full = self._ratio(sub, model), self.full
-        timing = Latency(
-            ratio.prefill_ms * full.prefill_ms, ratio.decode_ms * full.decode_ms, ratio.spread
-        )
-        return self._figures(model, timing, self.cost(sub))
+        return self._figures(sub, rivals or {})
 
-    def _figures(self, model, timing: Latency, cost: Cost) -> Figures:
-        return Figures(
-            accuracy=self._score(model).accuracy,
-            accuracy_n=len(self.examples),
-            prefill_ms=timing.prefill_ms,
-            decode_ms=timing.decode_ms,
-            tokens_per_second=1000 * self.config.timing.batch / timing.decode_ms,
-            params=cost.params,
-            macs=cost.macs,
-        )
+    def _figures(self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures]) -> Figures:
+        costs = self.costs(sub)
+        rival = self._rival(costs[self.config.objective], rivals)
+        correct, accuracy = self._race(compact(self.net, sub), rival)
+        return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
-    def _ratio(self, sub: SubAdapter, model) -> Latency:
-        chosen = sub.as_dict()
-        shape = tuple((g.name, chosen[g.name]) for g in self.net.space if g.dim != "rank")
-        if shape not in self._ratios:
-            runners = {REFERENCE: TorchRunner(self.full_model), "candidate": TorchRunner(model)}
-            self._ratios[shape] = self._measure(runners).ratio("candidate")
-        return self._ratios[shape]
+    def costs(self, sub: SubAdapter) -> dict[str, float]:
+        """All figures but accuracy."""
+        predicted, counted = self.timetable(sub), self.cost(sub)
+        speed = 1000 * self.config.timing.batch / predicted["decode_ms"]
+        return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
-    def _measure(self, runners) -> Measurement:
-        vocabulary = self.full_model.config.vocab_size
-        found = measure(runners, self.config.timing, vocabulary=vocabulary, seed=self.config.seed)
-        if warning := found.warning():
-            self.warnings.append(warning)
-        return found
+    def _rival(self, latency: float, rivals: Mapping[SubAdapter, Figures]) -> Figures | None:
+        known = [
+            figures
+            for figures in rivals.values()
+            if len(figures.correct) == len(self.examples)
+            and getattr(figures, self.config.objective) <= latency
+        ]
+        return max(known, key=lambda figures: figures.accuracy, default=None)
 
-    def _score(self, model) -> Score:
-        return evaluate(
-            model,
-            self.tokenizer,
-            self.examples,
-            batch_tokens=self.config.batch_tokens,
-            quiet=True,
-        )
+    def _race(self, model, rival: Figures | None) -> tuple[str, float]:
+        """Right or wrong by example, and the accuracy.
+
+        At every look the sign test (McNemar 1947, exact) asks how likely one as accurate as the
+        rival would have lost so often; the error rate is shared among the looks.
+        """
+        looks = LOOKS if rival is not None and self.config.race else ()
+        ends = [round(look * len(self.examples)) for look in looks] + [len(self.examples)]
+        correct, start = "", 0
+        for end in ends:
+            if end == start:
+                continue
+            score = evaluate(
+                model, self.tokenizer, self.examples[start:end],
+                batch_tokens=self.config.batch_tokens, quiet=True,
+            )  # fmt: skip
+            correct += "".join("01"[right] for right in score.correct)
+            start = end
+            if end < len(self.examples):
+                won, lost = wins(correct, rival.correct)
+                if chance(won, lost) < self.config.race / len(looks):
+                    return correct, max(0.0, rival.accuracy + (won - lost) / end)
+        return correct, correct.count("1") / len(correct)
+
+
+def wins(mine: str, theirs: str) -> tuple[int, int]:
+    """Examples that one alone had right, and those that the other alone had, of those both saw."""
+    pairs = list(zip(mine, theirs, strict=False))
+    return pairs.count(("1", "0")), pairs.count(("0", "1"))
+
+
+def chance(won: int, lost: int) -> float:
+    """Probability of losing at least so many of won + lost fair coin tosses."""
+    n = won + lost
+    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
         "about": (
             f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples, "
             f"prefill {full.prefill_ms:.1f} ms, decode {full.decode_ms:.1f} ms. Points are "
-            "estimates: measured accuracies less their noise. Hover or click to see one."
+            "estimates: measured accuracies less their noise. Hover or click to see one. "
+            f"{front.timetable.describe()}."
         ),
         "latency": front.latency,
         "latency_title": LATENCIES[front.latency],
@@ -56,7 +58,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
         },
         "trials": [
             {
-                **one.figures.as_dict(),
+                **one.figures.numbers(),
                 "estimate": one.estimate,
                 "feasible": one.feasible,
                 "name": names.get(one.sub_adapter),
@@ -71,8 +73,13 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
                 "trial": numbers[member.sub_adapter],
                 "accuracy": member.test["accuracy"],
                 "interval": list(member.test["accuracy_interval"]),
+                "measured": member.measured and asdict(member.measured),
             }
             for member in front.members
+        ],
+        "checks": [
+            {"predicted": predicted, "measured": measured, "what": what}
+            for what, predicted, measured in _checks(front)
         ],
         "volumes": _volumes(front.trials, front.latency),
         "costs": _costs(space, effects, list(of_kind), list(blocks)),
@@ -92,6 +99,17 @@ def _volumes(trials: Sequence[Evaluated], latency: str) -> list[float]:
     worst = tuple(np.max(points, 0))
     found = [hypervolume(points[: n + 1], worst) for n in range(len(points))]
     return [volume / (found[-1] or 1.0) for volume in found]
+
+
+def _checks(front: Front) -> Iterator[tuple[str, float, float]]:
+    """What the table was not told: sub-adapters kept from it, and the front as it was measured."""
+    metric = front.latency
+    for timed in front.timetable.unseen:
+        predicted = front.timetable(timed.sub_adapter)[metric]
+        yield "kept from the table", predicted, timed.values[metric]
+    for member in front.members:
+        if member.measured:
+            yield member.name, getattr(member.figures, metric), getattr(member.measured, metric)
 
 
 def _costs(

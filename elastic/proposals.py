@@ -52,8 +52,7 @@ class AdditiveSampler(BaseSampler):
         self.limit = limit
         self.table = table
         self.seed = seed
-        weights = None if importance is None else [importance[group.name] for group in space]
-        self._model = Additive(kinds(space), shares(space), weights)
+        self._model = _model(space, importance)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -144,9 +143,19 @@ def sampling_variance(accuracies: np.ndarray, examples: int) -> float:
     return mean * (1 - mean) / examples
 
 
-def learn(space: BoundSpace, measured: Mapping[SubAdapter, float], examples: int) -> Posterior:
+def learn(
+    space: BoundSpace,
+    measured: Mapping[SubAdapter, float],
+    examples: int,
+    importance: Mapping[str, float] | None = None,
+) -> Posterior:
     """What these accuracies, shares of so many examples, say of every choice, and (`fitted`) what
     they are less their noise: a front chosen by raw accuracies is a front of lucky ones."""
     values = np.array(list(measured.values()))
-    model = Additive(kinds(space), shares(space))
+    model = _model(space, importance)
     return model.fit(places(space, list(measured)), values, sampling_variance(values, examples))
+
+
+def _model(space: BoundSpace, importance: Mapping[str, float] | None) -> Additive:
+    weights = importance and [max(importance[group.name], 1e-12) for group in space]
+    return Additive(kinds(space), shares(space), weights)

@@ -26,6 +26,8 @@ class BudgetConfig:
     """Time per further token, milliseconds."""
     tokens_per_second: float | str | None = None
     """At least so many further tokens per second, of all sequences of timing.batch together."""
+    memory_mb: float | str | None = None
+    """Weights, and what a prefill of timing.batch prompts keeps beside them at its peak, MB."""
     params: float | str | None = None
     macs: float | str | None = None
     """Multiply-accumulates of the linear layers per token."""
@@ -76,7 +78,10 @@ class TimingConfig:
     """How latency is measured: the full model and the candidate take turns."""
 
     runtime: Literal["torch", "onnx", "openvino"] = "torch"
-    """Used by `elastic latency`; the search times merged models in torch."""
+    """onnx and openvino run in float32."""
+    merged: bool = True
+    """Fold the factors into the weights first. Unmerged ones cost time, the more the larger their
+    rank; torch only."""
     prompt_tokens: int = 64
     new_tokens: int = 4
     """Decode steps per round."""
@@ -94,6 +99,33 @@ class TimingConfig:
         require(
             self.max_rounds >= self.rounds,
             f"timing.max_rounds is {self.max_rounds}, below timing.rounds {self.rounds}",
+        )
+        require(
+            self.merged or self.runtime == "torch",
+            f"timing.merged false: what is written for {self.runtime} is merged; choose torch",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """The latency table: what every choice costs on the target, learnt from a few whole models."""
+
+    file: str | None = None
+    """A table written by `elastic latency --save`; unset, one is measured here, once for a model,
+    device, runtime and shapes."""
+    target: str | None = None
+    """The device `file` was recorded on, when it is not this one."""
+    seen: int = 9
+    """Sub-adapters that the table is learnt from."""
+    unseen: int = 4
+    """Others, on which its error is measured."""
+
+    def __post_init__(self) -> None:
+        require(self.seen >= 2, f"table.seen is {self.seen}; at least 2")
+        require(self.unseen >= 0, f"table.unseen is {self.unseen}; at least 0")
+        require(
+            self.target is None or self.file is not None,
+            f"table.target {self.target!r}: say which file was recorded there, table.file",
         )
 
 
@@ -124,9 +156,14 @@ class SearchConfig:
     """Of nsga2 and nsga3."""
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
-    latency: Literal["prefill_ms", "decode_ms"] = "prefill_ms"
-    """The objective beside accuracy; the other one is measured too."""
+    latency: Literal["auto", "prefill_ms", "decode_ms"] = "auto"
+    """The objective beside accuracy; the other one is known too. auto: the one that the budget
+    limits, prefill_ms if it limits both or neither."""
+    race: float = 0.05
+    """Stop evaluating a sub-adapter that loses to a faster one on the same examples; the largest
+    probability that one as accurate is stopped too. 0 evaluates all to the end."""
     timing: TimingConfig = field(default_factory=TimingConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     test_front: int = 8
     """How many sub-adapters of the front are scored on the test split."""
     batch_tokens: int = 2048
@@ -139,13 +176,27 @@ class SearchConfig:
         require(self.population >= 2, f"population is {self.population}; at least 2")
         require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
+        require(0 <= self.race < 0.5, f"race is {self.race}; choose from [0, 0.5)")
+
+    @property
+    def objective(self) -> Literal["prefill_ms", "decode_ms"]:
+        """The latency to be minimised."""
+        if self.latency != "auto":
+            return self.latency
+        limited = self.budget.limits()
+        decode = "decode_ms" in limited or "tokens_per_second" in limited
+        return "decode_ms" if decode and "prefill_ms" not in limited else "prefill_ms"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
-    """Times one sub-adapter, sliced and merged, against the full model."""
+    """Times one sub-adapter, sliced and merged, against the full model; with `save`, records the
+    latency table of this device instead."""
 
     run: str = "runs/default"
     sub_adapter: str = "best"
+    save: str | None = None
+    """Where to write the table, for `elastic search RUN --table.file FILE`."""
     timing: TimingConfig = field(default_factory=lambda: TimingConfig(rounds=10))
+    table: TableConfig = field(default_factory=TableConfig)
     seed: int = 0

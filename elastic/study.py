@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import models
-from elastic.cost import Counter
-from elastic.errors import BudgetError, MissingExtra, RunError
-from elastic.evaluate import evaluate
-from elastic.files import digest, read_json, write_json
-from elastic.front import Evaluated, Front, Member
-from elastic.merging import compact
+from elastic.batching import collated, encode_all
+from elastic.budget import met, refuse_by_counting, refuse_by_extremes, tightest, violations
+from elastic.errors import MissingExtra, RunError
+from elastic.files import digest, read_json
+from elastic.finalists import finish
+from elastic.front import Front
 from elastic.objective import Figures, Objective
-from elastic.page import write_page
-from elastic.pareto import non_dominated, thin
 from elastic.progress import say, search_bar, track
-from elastic.proposals import AdditiveSampler, learn
+from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.sampler import generator_for
-from elastic.search_config import BudgetConfig, SearchConfig
+from elastic.search_config import SearchConfig
+from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import FACTORS, provenance
-from elastic.tasks import load_task
+from elastic.supernet import FACTORS, Supernet
+from elastic.tasks import Example, load_task
+from elastic.timetable import Target, Timetable, known_timetable, read_timetable, record
 from elastic.workers import Worker, open_storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 POLL = 0.5
 """Seconds between looks at what other workers have done."""
-AT_LEAST = ("min_accuracy", "tokens_per_second")
-"""Limits from below; the others are from above."""
+IMPORTANCE_EXAMPLES, IMPORTANCE_BATCH = 64, 8
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -58,29 +61,54 @@ def search(config: SearchConfig) -> Front:
             f"{run.path} trained one sub-adapter alone; there is nothing to search. Run: "
             f"elastic export {run.path}"
         )
-    _refuse_by_counting(run, config.budget, trained)
+    refuse_by_counting(run, config.budget, trained)
+    target = Target.of(run, config.timing)
+    given = None
+    if config.table.file:
+        given = read_timetable(config.table.file, target, config.table.target)
     task = load_task(trained.task, trained.seed)
-    study = _open_study(run, config)
+    study, config = _open_study(run, config)
+    if given and study.user_attrs.get("timetable", given) != given:
+        raise RunError(
+            f"table.file {config.table.file} is not the latency table that this study was begun "
+            "with; give another study.name, or leave table.file out"
+        )
     with Worker(study) as worker:
         _, base, net = run.load()
-        objective = Objective(net, base.tokenizer, task.validation, config)
+        timetable = _timetable(study, worker, net, target, given, config)
+        objective = Objective(net, base.tokenizer, task.validation, config, timetable)
+        importance = None
+        if config.sampler == "additive":
+            measured = functools.partial(_importance, net, base.tokenizer, task.train)
+            importance = _once(study, worker, "importance", measured)
         _prepare(study, worker, objective, config)
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
-        study.sampler = _sampler(config, net.space, limits, len(task.validation), done)
+        study.sampler = _sampler(config, objective, limits, importance, done)
+        write = functools.partial(
+            finish,
+            run,
+            config,
+            objective,
+            limits,
+            test=task.test,
+            here=target,
+            importance=importance,
+        )
         try:
             results = _evaluate(study, worker, objective, limits, config)
         except KeyboardInterrupt:
             results = _seen(study, net.space)
-            if any(_met(figures, limits) for figures in results.values()):
+            if any(met(figures, limits) for figures in results.values()):
                 say(f"Interrupted: writing the front of {len(results)} sub-adapters")
-                _front(run, config, results, objective, limits, task.test, base.tokenizer)
+                write(results)
             raise
-        return _front(run, config, results, objective, limits, task.test, base.tokenizer)
+        return write(results)
 
 
-def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
-    """The study of that name; RunError when it was made with other settings."""
+def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
+    """The study of that name, and the settings with its objective; RunError when it was made with
+    others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     storage = open_storage(config.study.storage, run.search)
@@ -92,8 +120,11 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
     )
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
+    if config.latency == "auto":
+        begun = study.user_attrs.get("settings", {})
+        config = replace(config, latency=begun.get("latency", config.objective))
     settings = as_plain(config)
-    for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens"):
+    for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
         settings.pop(name)
     mine = {"settings": settings, **_subject(run)}
     for name, value in mine.items():
@@ -107,8 +138,8 @@ def _open_study(run: Run, config: SearchConfig) -> optuna.Study:
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
             )
-    study.set_metric_names(["accuracy", config.latency])  # for optuna-dashboard
-    return study
+    study.set_metric_names(["accuracy", config.objective])  # for optuna-dashboard
+    return study, config
 
 
 def _subject(run: Run) -> dict[str, Any]:
@@ -125,19 +156,58 @@ def _subject(run: Run) -> dict[str, Any]:
     }
 
 
+def _timetable(
+    study: optuna.Study,
+    worker: Worker,
+    net: Supernet,
+    target: Target,
+    given: dict[str, Any] | None,
+    config: SearchConfig,
+) -> Timetable:
+    """The latency table of the study, which all its workers share: given, known or measured now."""
+
+    def made() -> dict[str, Any]:
+        known = given or known_timetable(target)
+        return known or record(net, target, config.timing, config.table, config.seed).as_dict()
+
+    stored = _once(study, worker, "timetable", made)
+    timetable = Timetable.from_dict(stored, net.space)
+    say(timetable.describe())
+    return timetable
+
+
+def _importance(
+    net: Supernet, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> dict[str, float]:
+    """Of every group, from the gradients of some training examples."""
+    sequences = encode_all(tokenizer, examples[:IMPORTANCE_EXAMPLES])
+    say(f"Asking the gradients of {len(sequences)} training examples what matters")
+    batches = list(collated(sequences, IMPORTANCE_BATCH, tokenizer.pad_token_id, net.model.device))
+    return sensitivity(net, track(batches, "gradients"))
+
+
 def _prepare(
     study: optuna.Study, worker: Worker, objective: Objective, config: SearchConfig
 ) -> None:
-    """Measure the full model and line up the first trials, once per study, by its leader."""
-    while "full" not in study.user_attrs:
+    """Score the full model and line up the first trials."""
+
+    def begun() -> dict[str, Any]:
+        say("Scoring the full model")
+        full = objective.score_full().as_dict()
+        _enqueue_starts(study, objective.net.space, config)
+        return full
+
+    objective.full = Figures(**_once(study, worker, "full", begun))
+
+
+def _once(study: optuna.Study, worker: Worker, name: str, make: Callable[[], Any]) -> Any:
+    """What the study keeps under this name, made once, by the leader of its workers."""
+    while name not in study.user_attrs:
         if worker.leads():
-            say("Measuring the full model")
-            full = objective.measure_full().as_dict()
-            _enqueue_starts(study, objective.net.space, config)
-            study.set_user_attr("full", full)
+            study.set_user_attr(name, make())
         else:
             time.sleep(POLL)
-    objective.full = Figures(**study.user_attrs["full"])
+    return study.user_attrs[name]
 
 
 def _evaluate(
@@ -175,33 +245,36 @@ def _evaluate(
             except UpdateFinishedTrialError:  # by another worker that had been given it too
                 continue
             # The same sub-adapter proposed twice is evaluated once.
-            figures = results.get(sub) or objective(sub)
-            failures = 0 if _tell(study, trial, figures, limits, config.latency) else failures + 1
+            figures = results.get(sub) or objective(sub, results)
+            failures = 0 if _tell(study, trial, figures, limits, config.objective) else failures + 1
             if failures > FAILURES:
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
             if sub not in results and not failures:
                 results[sub] = figures
                 advance(len(results), figures)
-                _refuse_by_extremes(results, space, limits)
+                refuse_by_extremes(results, space, limits)
     return results
 
 
 def _sampler(
     config: SearchConfig,
-    space: BoundSpace,
+    objective: Objective,
     limits: Mapping[str, float],
-    examples: int,
+    importance: Mapping[str, float] | None,
     done: int,
 ) -> optuna.samplers.BaseSampler:
     # A resumed study must not draw the numbers of its first trials again.
     seed = config.seed + done
     match config.sampler:
         case "additive":
-            limit = limits.get(config.latency)
-            if config.latency == "decode_ms" and "tokens_per_second" in limits:
-                slowest = 1000 * config.timing.batch / limits["tokens_per_second"]
-                limit = min(slowest, limit or slowest)
-            return AdditiveSampler(space, examples=examples, limit=limit, seed=config.seed)
+            return AdditiveSampler(
+                objective.net.space,
+                examples=len(objective.examples),
+                limit=tightest(limits, objective),
+                table=objective.timetable.tables[config.objective],
+                importance=importance,
+                seed=config.seed,
+            )
         case "nsga2":
             return samplers.NSGAIISampler(population_size=config.population, seed=seed)
         case "nsga3":
@@ -229,7 +302,7 @@ def _tell(
     latency: str,
 ) -> bool:
     """Whether the figures are numbers; a trial without has failed, and the search goes on."""
-    if not all(math.isfinite(value) for value in figures.as_dict().values()):
+    if not all(map(math.isfinite, figures.numbers().values())):
         say(f"Trial {trial.number} failed: {figures}")
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return False
@@ -238,19 +311,6 @@ def _tell(
         trial.set_constraint(name, amount)
     study.tell(trial, [figures.accuracy, getattr(figures, latency)])
     return True
-
-
-def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
-    """Amount past each limit; at most 0 is met (Optuna's sign)."""
-    values = figures.budget_values()
-    return {
-        name: limit - values[name] if name in AT_LEAST else values[name] - limit
-        for name, limit in limits.items()
-    }
-
-
-def _met(figures: Figures, limits: Mapping[str, float]) -> bool:
-    return all(amount <= 0 for amount in violations(figures, limits).values())
 
 
 def _seen(study: optuna.Study, space: BoundSpace) -> dict[SubAdapter, Figures]:
@@ -272,104 +332,3 @@ def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig
         starts[space.stratified(generator)] = None
     for sub in list(starts)[: config.starts]:
         study.enqueue_trial(space.indices(sub), skip_if_exists=True)
-
-
-def _refuse_by_counting(run: Run, budget: BudgetConfig, trained) -> None:
-    """BudgetError when params or macs cannot be met, from the architecture alone."""
-    exact = {name for name in ("params", "macs") if name in budget.limits()}
-    if not exact:
-        return
-    model = models.skeleton(trained.model)
-    space = run.space().bind(model, trained.adapter.rank)
-    counter = Counter(model, space)
-    smallest, full = counter(space.minimal()), counter.full
-    others = dict.fromkeys(budget.limits(), 0.0) | {"min_accuracy": 0.0}
-    limits = budget.resolved({**others, "params": full.params, "macs": full.macs})
-    for name in exact:
-        if getattr(smallest, name) > limits[name]:
-            raise BudgetError(
-                f"budget.{name} {limits[name]:.4g} is below the minimal sub-adapter's "
-                f"{getattr(smallest, name):.4g} (the full model has {getattr(full, name):.4g}); "
-                "raise it, or train a space with smaller choices"
-            )
-
-
-def _refuse_by_extremes(
-    results: Mapping[SubAdapter, Figures], space: BoundSpace, limits: Mapping[str, float]
-) -> None:
-    """BudgetError as soon as the minimal sub-adapter is slower than the budget."""
-    if len(results) != 2 or space.minimal() not in results:
-        return
-    fastest = results[space.minimal()]
-    over = {
-        name: amount
-        for name, amount in violations(fastest, limits).items()
-        if name in ("prefill_ms", "decode_ms", "tokens_per_second") and amount > 0.1 * limits[name]
-    }
-    if over:
-        raise BudgetError(_impossible(limits, results, space))
-
-
-def _impossible(
-    limits: Mapping[str, float], results: Mapping[SubAdapter, Figures], space: BoundSpace
-) -> str:
-    def described(figures: Figures) -> str:
-        return (
-            f"{figures.accuracy:.1%} on validation, prefill {figures.prefill_ms:.1f} ms, "
-            f"decode {figures.decode_ms:.1f} ms, {figures.params / 1e6:.1f} M parameters"
-        )
-
-    wanted = ", ".join(f"{name} {limit:.4g}" for name, limit in limits.items())
-    fastest = min(results.values(), key=lambda figures: figures.prefill_ms)
-    best = max(results.values(), key=lambda figures: figures.accuracy)
-    return (
-        f"no sub-adapter meets the budget ({wanted}). The fastest: {described(fastest)}. "
-        f"The most accurate: {described(best)}."
-    )
-
-
-def _front(
-    run: Run,
-    config: SearchConfig,
-    results: dict[SubAdapter, Figures],
-    objective: Objective,
-    limits: Mapping[str, float],
-    test,
-    tokenizer,
-) -> Front:
-    """Non-dominated sub-adapters within the budget, scored on the test split and saved."""
-    space, examples = objective.net.space, objective.full.accuracy_n
-    accuracies = {sub: figures.accuracy for sub, figures in results.items()}
-    belief = learn(space, accuracies, examples)
-    trials = [
-        Evaluated(sub, figures, estimate, _met(replace(figures, accuracy=estimate), limits))
-        for (sub, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
-    ]
-    feasible = [one for one in trials if one.feasible]
-    if not feasible:
-        raise BudgetError(_impossible(limits, results, space))
-    points = [(getattr(one.figures, config.latency), -one.estimate) for one in feasible]
-    indices = non_dominated(points)
-    # The slowest of the front is its most accurate: the best.
-    kept = thin(indices, config.test_front, keep=indices[-1])
-    chosen = [feasible[index] for index in kept]
-    members = []
-    say(f"Scoring {len(chosen)} of the front on {len(test)} test examples")
-    for number, one in enumerate(track(chosen, "test split"), 1):
-        score = evaluate(
-            compact(objective.net, one.sub_adapter),
-            tokenizer,
-            test,
-            batch_tokens=config.batch_tokens,
-            quiet=True,
-        )
-        best = number == len(chosen)
-        members.append(Member(**vars(one), name=f"front-{number}", test=score.as_dict(), best=best))
-    front = Front(
-        run, members, objective.full, trials, config.latency, limits, tuple(objective.warnings)
-    )
-    front.save()
-    write_page(front, space, belief.effects, run.report)
-    device = str(objective.full_model.device)
-    write_json(run.search / "about.json", {"settings": as_plain(config), **provenance(device)})
-    return front

@@ -1,4 +1,4 @@
-"""What every choice takes in milliseconds: additive, fitted to a few whole models."""
+"""What every choice costs: additive, fitted to a few whole models."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def places(space: BoundSpace, subs: Sequence[SubAdapter]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Table:
-    """Latency of a merged sub-adapter: the full model's, less what every choice saves.
+    """Latency (or memory) of a sub-adapter: the full model's, less what every choice saves.
 
-    Ranks save nothing, since merged factors are gone.
+    Ranks of merged ones save nothing, since their factors are gone.
     """
 
     space: BoundSpace
@@ -43,10 +43,12 @@ class Table:
     """(groups, choices): milliseconds, at most 0; 0 at full size, infinite where no choice is."""
 
     @classmethod
-    def fit(cls, space: BoundSpace, measured: Mapping[SubAdapter, float]) -> Table:
+    def fit(
+        cls, space: BoundSpace, measured: Mapping[SubAdapter, float], *, merged: bool = True
+    ) -> Table:
         """Of latencies in milliseconds; the more of the range they cover, the better."""
         at, values = places(space, list(measured)), np.array(list(measured.values()))
-        costly = np.array([group.dim != "rank" for group in space])
+        costly = np.array([group.dim != "rank" or not merged for group in space])
         effects = np.zeros((len(space.groups), max(len(group.choices) for group in space)))
         full = float(values.mean())
         if costly.any() and len(values) > 1:

@@ -6,7 +6,7 @@ import shutil
 
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import Encoded, collate, encode_all
+from elastic.batching import Encoded, collated, encode_all
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
@@ -116,10 +116,7 @@ def build(
     """The supernet at the start of training, its channels ordered."""
     bound = space.bind(model, config.adapter.rank)
     examples = calibration[: config.order_examples]
-    batches = []
-    for start in range(0, len(examples), config.batch_size):
-        batch = collate(examples[start : start + config.batch_size], pad)
-        batches.append({key: value.to(model.device) for key, value in batch.items()})
+    batches = collated(examples, config.batch_size, pad, model.device)
     if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from elastic import objective
+from elastic import bench
 from elastic.objective import Objective
 from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
@@ -34,7 +34,7 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
     torch.set_num_threads(1)
     calls, call = [], Objective.__call__
 
-    def told(self, sub):
+    def told(self, sub, *rivals):
         calls.append(sub)
         line = json.dumps([os.getpid(), sub.as_dict()]) + "\n"
         with open(Path(config.run) / "asked.jsonl", "a") as file:
@@ -42,9 +42,9 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
         if doomed and len(calls) == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.2)  # or the first process would be done before the last one begins
-        return call(self, sub)
+        return call(self, sub, *rivals)
 
-    objective.measure = fake_measure
+    bench.measure = fake_measure
     Objective.__call__ = told
     search(config)
 

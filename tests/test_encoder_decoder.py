@@ -11,7 +11,6 @@ from elastic.errors import ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
-from elastic.latency import time_run
 from elastic.merging import compact
 from elastic.search_config import LatencyConfig, SearchConfig
 from elastic.slicing import sliced
@@ -19,6 +18,7 @@ from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.tasks.base import Example
+from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several

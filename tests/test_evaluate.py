@@ -1,6 +1,7 @@
 """A score is what generation would have earned, one example at a time."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def choices(seed: int = 0) -> list[Example]:
 def log_likelihood(model, prompt: str, answer: str) -> float:
     ids = TOKENIZER(prompt)["input_ids"]
     total = 0.0
-    for token in [*TOKENIZER(" " + answer, add_special_tokens=False)["input_ids"], tiny.EOS]:
+    for token in TOKENIZER(" " + answer, add_special_tokens=False)["input_ids"]:
         last = tiny.logits(model, torch.tensor([ids]))[0, -1]
         total += float(last.log_softmax(0)[token])
         ids = [*ids, token]
@@ -111,6 +112,29 @@ def test_likelihood_score_equals_a_computation_one_by_one(model):
     assert 0 < sum(expected) < len(asked)
     assert evaluate(model, TOKENIZER, asked).correct == expected
     assert evaluate(model, TOKENIZER, asked[::-1]).correct == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    "options, sequences",
+    [
+        (("answer1", "answer2", "answer3"), 1),  # all but the last token are alike
+        (("a", "b", "cd"), 1),  # what begins the long one tells of the short ones
+        (("ab", "cd", "ce", "a"), 2),
+        (("abc", "bbc", "cbc"), 3),
+    ],
+)
+def test_options_share_what_they_have_in_common(model, options, sequences, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["elastic.evaluate"],
+        "collate",
+        lambda rows, pad: seen.extend(rows) or collate(rows, pad),
+    )
+    asked = [Example(prompt, option, options) for prompt in PROMPTS for option in options]
+    expected = tuple(picks_right(model, example) for example in asked)
+    assert evaluate(model, TOKENIZER, asked).correct == expected
+    assert sum(expected) == len(PROMPTS)
+    assert len(seen) == sequences * len(asked)
 
 
 def test_examples_with_and_without_options_mix(model):

@@ -37,7 +37,7 @@ def test_the_page_holds_the_whole_search(searched):
     ]
     for trial, one in zip(data["trials"], front.trials, strict=True):
         assert (trial["estimate"], trial["feasible"]) == (one.estimate, one.feasible)
-        assert one.figures.as_dict().items() <= trial.items()
+        assert one.figures.numbers().items() <= trial.items()
     names = {member.name: member for member in front.members}
     assert {member["name"] for member in data["members"]} == set(names)
     for member in data["members"]:

@@ -3,18 +3,18 @@ parameter count here; accuracy is real."""
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 
-from elastic import __main__, models, objective, study
+from elastic import __main__, bench, models, study
 from elastic.config import TaskConfig
 from elastic.cost import count
 from elastic.errors import BudgetError, RunError
 from elastic.evaluate import evaluate
 from elastic.front import Front
-from elastic.latency import Latency, Measurement
 from elastic.merging import compact
 from elastic.objective import Objective
 from elastic.run import Run
@@ -70,9 +70,10 @@ def trained(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fake_latency():
+def fake_latency(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "measure", fake_measure)
+        patch.setattr(bench, "measure", fake_measure)
+        patch.setenv("ELASTIC_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -88,9 +89,9 @@ def asked(monkeypatch):
     seen = []
     call = Objective.__call__
 
-    def spied(self, sub):
+    def spied(self, sub, *rivals):
         seen.append(sub)
-        return call(self, sub)
+        return call(self, sub, *rivals)
 
     monkeypatch.setattr(Objective, "__call__", spied)
     return seen
@@ -105,7 +106,7 @@ def forbid_weights(monkeypatch):
 
 
 def config(run: Run, **overrides) -> SearchConfig:
-    settings = dict(trials=8, starts=4, population=4, timing=ONE_ROUND, test_front=50)
+    settings = dict(trials=8, starts=4, population=4, timing=ONE_ROUND, test_front=50, race=0.0)
     return SearchConfig(run=str(run.path), **(settings | overrides))
 
 
@@ -197,8 +198,8 @@ def test_figures_are_those_of_the_sub_adapter(searched):
         sub, figures = one.sub_adapter, one.figures
         cost = count(compact(net, sub))
         assert (figures.params, figures.macs) == (cost.params, cost.macs)
-        assert figures.prefill_ms == pytest.approx(prefill_of(cost.params))
-        assert figures.decode_ms == pytest.approx(decode_of(cost.params))
+        assert figures.prefill_ms == pytest.approx(prefill_of(cost.params), rel=0.01)
+        assert figures.decode_ms == pytest.approx(decode_of(cost.params), rel=0.01)
         with net.active(sub) as model:
             score = evaluate(model, base.tokenizer, task.validation)
         assert (figures.accuracy, figures.accuracy_n) == (score.accuracy, score.n)
@@ -311,7 +312,7 @@ def test_a_resumed_sampler_brings_new_sub_adapters(trained, tmp_path, asked):
         wanted = config(run, trials=trials, sampler="random", starts=2)
         search(wanted)
         assert len(asked) == trials == len(set(asked))
-        assert len(study._open_study(run, wanted).trials) == trials  # nothing was proposed twice
+        assert len(study._open_study(run, wanted)[0].trials) == trials  # nothing was proposed twice
 
 
 @pytest.mark.parametrize("starts, killed_at", [(8, 2), (12, 3), (2, 6)])
@@ -321,11 +322,11 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
     run = copy_run(trained, tmp_path / "run")
     seen, call = [], Objective.__call__
 
-    def killed(self, sub):
+    def killed(self, sub, *rivals):
         seen.append(sub)
         if len(seen) == killed_at:
             raise KeyboardInterrupt
-        return call(self, sub)
+        return call(self, sub, *rivals)
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "__call__", killed)
@@ -344,7 +345,7 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
 
 def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weights):
     run = copy_run(trained, tmp_path / "run")
-    study._open_study(run, config(run)).enqueue_trial({})
+    study._open_study(run, config(run))[0].enqueue_trial({})
     for change, named in (
         ({"seed": 1}, "seed"),
         ({"sampler": "tpe"}, "sampler"),
@@ -352,7 +353,7 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
     ):
         with pytest.raises(RunError, match=rf"other settings: {named} .*or delete"):
             search(config(run, **change))
-    again = study._open_study(run, config(run, trials=99))  # more trials are no other search
+    again, _ = study._open_study(run, config(run, trials=99))  # more trials are no other search
     assert len(again.trials) == 1
 
 
@@ -373,11 +374,11 @@ def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, 
 def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
     run, call, calls = copy_run(trained, tmp_path / "run"), Objective.__call__, []
 
-    def interrupted(self, sub):
+    def interrupted(self, sub, *rivals):
         calls.append(sub)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return call(self, sub)
+        return call(self, sub, *rivals)
 
     monkeypatch.setattr(Objective, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -389,9 +390,9 @@ def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
 def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, monkeypatch):
     run, call, calls = copy_run(trained, tmp_path / "run"), Objective.__call__, []
 
-    def sometimes(self, sub):
+    def sometimes(self, sub, *rivals):
         calls.append(sub)
-        figures = call(self, sub)
+        figures = call(self, sub, *rivals)
         return replace(figures, accuracy=float("nan")) if len(calls) == 3 else figures
 
     monkeypatch.setattr(Objective, "__call__", sometimes)
@@ -399,8 +400,9 @@ def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, m
     assert len(front.trials) == 8 and len(calls) == 9
     assert calls[2] not in [one.sub_adapter for one in front.trials]
     monkeypatch.setattr(
-        Objective, "__call__", lambda self, sub: replace(call(self, sub), accuracy=float("nan"))
-    )
+        Objective, "__call__",
+        lambda self, *given: replace(call(self, *given), accuracy=float("nan")),
+    )  # fmt: skip
     with pytest.raises(RunError, match=r"4 sub-adapters in a row.*accuracy=nan"):
         search(config(run, trials=20))
 
@@ -422,19 +424,21 @@ def test_another_budget_reuses_what_was_evaluated(searched, tmp_path, asked):
 
 def test_percentages_are_of_the_full_model(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
-    full = count(models.skeleton(run.config().model))
+    counted = count(models.skeleton(run.config().model))
     budget = BudgetConfig(
         prefill_ms="90%", decode_ms="99%", params="85%", macs="90 %", max_accuracy_drop="50%",
-        tokens_per_second="101%",
+        tokens_per_second="101%", memory_mb="98%",
     )  # fmt: skip
     front = search(config(run, budget=budget, trials=10))
+    full = front.full
     expected = {
-        "prefill_ms": 0.9 * prefill_of(full.params),
-        "decode_ms": 0.99 * decode_of(full.params),
-        "params": 0.85 * full.params,
-        "macs": 0.9 * full.macs,
-        "min_accuracy": 0.5 * front.full.accuracy,
-        "tokens_per_second": 1.01 * 1000 / decode_of(full.params),
+        "prefill_ms": 0.9 * full.prefill_ms,
+        "decode_ms": 0.99 * full.decode_ms,
+        "params": 0.85 * counted.params,
+        "macs": 0.9 * counted.macs,
+        "memory_mb": 0.98 * full.memory_mb,
+        "min_accuracy": 0.5 * full.accuracy,
+        "tokens_per_second": 1.01 * 1000 / full.decode_ms,
     }
     assert front.limits == pytest.approx(expected)
     for member in front.members:
@@ -475,7 +479,8 @@ def test_a_latency_nobody_meets_ends_after_the_extremes(trained, tmp_path, asked
     assert f"{name} 0.001" in error
     fastest = prefill_of(count(compact(run.load()[2], space.minimal())).params)
     said_fastest, said_best = error.split("The fastest:")[1].split("The most accurate:")
-    assert f"prefill {fastest:.1f} ms" in said_fastest
+    prefill = float(re.search(r"prefill (\S+) ms", said_fastest)[1])
+    assert prefill == pytest.approx(fastest, rel=0.01)
     assert "on validation" in said_best
     assert not run.front.exists()
 
@@ -494,66 +499,6 @@ def test_a_search_needs_training(tmp_path, capsys):
             search(SearchConfig(run=str(folder)))
         assert __main__.main(["search", str(folder)]) == 1
         assert "elastic train" in capsys.readouterr().err
-
-
-# The objective.
-
-
-def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, monkeypatch):
-    calls = []
-    measure = objective.measure
-    monkeypatch.setattr(objective, "measure", lambda *a, **k: calls.append(1) or measure(*a, **k))
-    cfg, base, net = trained.load()
-    task = load_task(cfg.task, cfg.seed)
-    ask = Objective(net, base.tokenizer, task.validation, config(trained))
-    full = ask.measure_full()
-    assert ask(net.space.maximal()) is full
-    minimal = net.space.indices(net.space.minimal())
-    ranks = {g.name: 0 for g in net.space if g.dim == "rank"}
-    one, two = ask(net.space.at(minimal)), ask(net.space.at(minimal | ranks))
-    assert len(calls) == 2  # the full model, and both together
-    assert (one.prefill_ms, one.params) == (two.prefill_ms, two.params)
-    assert one.prefill_ms < full.prefill_ms
-
-
-def test_latency_does_not_depend_on_when_it_was_measured(trained, monkeypatch):
-    """The machine is three times slower after the start; candidates are told by their ratio."""
-    cfg, base, net = trained.load()
-    task = load_task(cfg.task, cfg.seed)
-    measure = objective.measure
-
-    def found(slowdown):
-        ask = Objective(net, base.tokenizer, task.validation, config(trained))
-        ask.measure_full()
-
-        def slower(*args, **kwargs):
-            m = measure(*args, **kwargs)
-            times = {n: Latency(slowdown * t.prefill_ms, slowdown * t.decode_ms, t.spread)
-                     for n, t in m.latencies.items()}  # fmt: skip
-            return Measurement(times, m.control, m.rounds, m.tolerance)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(objective, "measure", slower)
-            return ask(net.space.minimal())
-
-    early, late = found(1.0), found(3.0)
-    assert late.prefill_ms == pytest.approx(early.prefill_ms)
-    assert late.decode_ms == pytest.approx(early.decode_ms)
-
-
-def test_an_untrusted_measurement_is_told(trained, tmp_path, monkeypatch, capsys):
-    measure = objective.measure
-
-    def noisy(*args, **kwargs):
-        m = measure(*args, **kwargs)
-        return Measurement(m.latencies, 0.5, m.rounds, m.tolerance)
-
-    monkeypatch.setattr(objective, "measure", noisy)
-    run = copy_run(trained, tmp_path / "run")
-    front = search(config(run, trials=2, starts=2))
-    assert len(front.warnings) == 2
-    front.show()
-    assert "too busy" in capsys.readouterr().out
 
 
 def test_a_searched_run_can_be_moved(searched, tmp_path):

@@ -1,0 +1,95 @@
+"""Sub-adapters of one supernet, as they would be deployed, timed on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic.latency import REFERENCE, Measurement, measure
+from elastic.merging import compact
+from elastic.meter import Meter
+from elastic.runners import Runner, TorchRunner, open_runner
+from elastic.search_config import TimingConfig
+from elastic.slicing import sliced
+from elastic.space import BoundSpace, SubAdapter
+from elastic.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CANDIDATE = "candidate"
+
+
+class Bench:
+    """Times sub-adapters against the full model in the same rounds. A context manager: what a
+    runtime wants as files lives as long as the block.
+
+    Sub-adapters that are the same model once merged, differing in ranks alone, share one
+    measurement.
+    """
+
+    def __init__(self, net: Supernet, timing: TimingConfig, seed: int = 0) -> None:
+        self.net = net
+        self.timing = timing
+        self.seed = seed
+        self._found: dict[tuple[int, ...], Measurement] = {}
+        self._files = contextlib.ExitStack()
+        self._full: Runner | None = None
+
+    def __enter__(self) -> Bench:
+        self._files.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._full = None
+        self._files.__exit__(*error)
+
+    def __call__(self, sub: SubAdapter) -> Measurement:
+        """The full model's latencies and, as CANDIDATE, those of `sub`."""
+        key = shape_of(self.net.space, sub, merged=self.timing.merged)
+        if key not in self._found:
+            if self._full is None:
+                self._full = self._open(self.net.space.maximal(), self._files)
+            with contextlib.ExitStack() as files:
+                runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files)}
+                vocabulary = self.net.model.config.vocab_size
+                self._found[key] = measure(
+                    runners, self.timing, vocabulary=vocabulary, seed=self.seed
+                )
+        return self._found[key]
+
+    def memory_mb(self, sub: SubAdapter) -> float:
+        """Weights and, at its peak, what a prefill holds beside them: 1e6 bytes, as torch allocates
+        them, whatever the runtime."""
+        model = self._model(sub)
+        held = [*model.parameters(), *model.buffers()]
+        weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
+        shape = (self.timing.batch, self.timing.prompt_tokens)
+        prompt = torch.zeros(shape, dtype=torch.int64).numpy()
+        with Meter(weights.values()).recording() as meter:
+            TorchRunner(model).prefill(prompt)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
+        return (kept + meter.peak) / 1e6
+
+    def _model(self, sub: SubAdapter) -> PreTrainedModel:
+        model = (compact if self.timing.merged else sliced)(self.net, sub)
+        if self.timing.runtime == "torch" or model.dtype == torch.float32:
+            return model
+        return copy.deepcopy(model).float()  # what was not cut is shared with the supernet
+
+    def _open(self, sub: SubAdapter, files: contextlib.ExitStack) -> Runner:
+        runtime, folder = self.timing.runtime, None
+        if runtime != "torch":
+            folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
+        return open_runner(runtime, self._model(sub), folder)
+
+
+def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:
+    """The choices that make a difference to its speed."""
+    chosen = sub.as_dict()
+    return tuple(chosen[g.name] for g in space if g.dim != "rank" or not merged)

@@ -1,0 +1,98 @@
+"""The budget: how far figures are past its limits, and refusing what nobody can meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic import models
+from elastic.config import TrainConfig
+from elastic.cost import Counter
+from elastic.errors import BudgetError
+from elastic.objective import Figures, Objective
+from elastic.run import Run
+from elastic.search_config import BudgetConfig
+from elastic.space import BoundSpace, SubAdapter
+
+AT_LEAST = ("min_accuracy", "tokens_per_second")
+"""Limits from below; the others are from above."""
+
+
+def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
+    """Amount past each limit; at most 0 is met (Optuna's sign)."""
+    values = figures.budget_values()
+    return {
+        name: limit - values[name] if name in AT_LEAST else values[name] - limit
+        for name, limit in limits.items()
+    }
+
+
+def met(figures: Figures, limits: Mapping[str, float]) -> bool:
+    return all(amount <= 0 for amount in violations(figures, limits).values())
+
+
+def tightest(limits: Mapping[str, float], objective: Objective) -> float | None:
+    """All limits on costs as one on the latency that is minimised: where the tightest would be met
+    if all costs shrank alike."""
+    space, parts = objective.net.space, []
+    full, least = (objective.costs(sub) for sub in (space.maximal(), space.minimal()))
+    for name, limit in limits.items():
+        if name in full and full[name] != least[name]:
+            parts.append((limit - least[name]) / (full[name] - least[name]))
+    if not parts:
+        return None
+    latency = objective.config.objective
+    return least[latency] + min(parts) * (full[latency] - least[latency])
+
+
+def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> None:
+    """BudgetError when params or macs cannot be met, from the architecture alone."""
+    exact = {name for name in ("params", "macs") if name in budget.limits()}
+    if not exact:
+        return
+    model = models.skeleton(trained.model)
+    space = run.space().bind(model, trained.adapter.rank)
+    counter = Counter(model, space)
+    smallest, full = counter(space.minimal()), counter.full
+    others = dict.fromkeys(budget.limits(), 0.0) | {"min_accuracy": 0.0}
+    limits = budget.resolved({**others, "params": full.params, "macs": full.macs})
+    for name in exact:
+        if getattr(smallest, name) > limits[name]:
+            raise BudgetError(
+                f"budget.{name} {limits[name]:.4g} is below the minimal sub-adapter's "
+                f"{getattr(smallest, name):.4g} (the full model has {getattr(full, name):.4g}); "
+                "raise it, or train a space with smaller choices"
+            )
+
+
+def refuse_by_extremes(
+    results: Mapping[SubAdapter, Figures], space: BoundSpace, limits: Mapping[str, float]
+) -> None:
+    """BudgetError as soon as both extremes are known and the minimal one is over the budget."""
+    if len(results) != 2 or space.minimal() not in results:
+        return
+    fastest = results[space.minimal()]
+    over = {
+        name: amount
+        for name, amount in violations(fastest, limits).items()
+        if name != "min_accuracy" and amount > 0.1 * limits[name]
+    }
+    if over:
+        raise BudgetError(impossible(limits, results, space))
+
+
+def impossible(
+    limits: Mapping[str, float], results: Mapping[SubAdapter, Figures], space: BoundSpace
+) -> str:
+    def described(figures: Figures) -> str:
+        return (
+            f"{figures.accuracy:.1%} on validation, prefill {figures.prefill_ms:.1f} ms, "
+            f"decode {figures.decode_ms:.1f} ms, {figures.params / 1e6:.1f} M parameters"
+        )
+
+    wanted = ", ".join(f"{name} {limit:.4g}" for name, limit in limits.items())
+    fastest = min(results.values(), key=lambda figures: figures.prefill_ms)
+    best = max(results.values(), key=lambda figures: figures.accuracy)
+    return (
+        f"no sub-adapter meets the budget ({wanted}). The fastest: {described(fastest)}. "
+        f"The most accurate: {described(best)}."
+    )

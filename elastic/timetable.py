@@ -1,0 +1,315 @@
+"""What every sub-adapter costs on a target: tables learnt from a few whole models, kept in a file.
+
+A search then knows the latency of whatever it may propose, and measures only what it chose.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic import models
+from elastic.bench import CANDIDATE, Bench, shape_of
+from elastic.errors import RunError
+from elastic.files import read_json, write_json
+from elastic.progress import say, track
+from elastic.run import Run
+from elastic.sampler import generator_for
+from elastic.search_config import TableConfig, TimingConfig
+from elastic.space import BoundSpace, SubAdapter
+from elastic.supernet import provenance
+from elastic.table import Table
+
+if TYPE_CHECKING:
+    from elastic.supernet import Supernet
+
+METRICS = ("prefill_ms", "decode_ms", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a latency is the latency of."""
+
+    model: str
+    """The architecture and the space, whatever the weights."""
+    device: str
+    runtime: str
+    dtype: str
+    merged: bool
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def of(cls, run: Run, timing: TimingConfig) -> Target:
+        """Here, of this run's sub-adapters; reads no weights."""
+        trained = run.config()
+        architecture = models.architecture_of(trained.model).to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            architecture.pop(name, None)
+        sizes = {
+            "architecture": architecture,
+            "space": run.space().as_dict(),
+            "rank": trained.adapter.rank,
+            "method": trained.adapter.resolved_method if not timing.merged else None,
+        }
+        text = json.dumps(sizes, sort_keys=True, default=str)
+        device = models.resolve_device(trained.model.device)
+        dtype = "float32"
+        if timing.runtime == "torch":
+            dtype = str(models.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
+        return cls(
+            hashlib.sha256(text.encode()).hexdigest(),
+            describe_device(str(device), timing.runtime),
+            timing.runtime,
+            dtype,
+            timing.merged,
+            timing.batch,
+            timing.prompt_tokens,
+            timing.new_tokens,
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One sub-adapter, measured."""
+
+    sub_adapter: SubAdapter
+    values: Mapping[str, float]
+    """By the names of `METRICS`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.values, "sub_adapter": self.sub_adapter.as_dict()}
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of a table on sub-adapters that it never saw."""
+
+    mean: float
+    """Of |predicted - measured| / measured."""
+    rank_correlation: float | None
+    """Spearman's; None of fewer than three, or of equal ones."""
+    n: int
+
+    def __str__(self) -> str:
+        order = "" if self.rank_correlation is None else f", ranks {self.rank_correlation:.2f}"
+        return f"{self.mean:.1%}{order}"
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Tables of a target, by the names of `METRICS`. Call it to predict."""
+
+    target: Target
+    space: BoundSpace
+    seen: Sequence[Timed]
+    """What the tables are learnt from; the full model is the first."""
+    unseen: Sequence[Timed]
+    control: float
+    """How much the full model differed from itself: the median over the measurements."""
+    tolerance: float
+    about: Mapping[str, Any]
+
+    @functools.cached_property
+    def tables(self) -> dict[str, Table]:
+        return {
+            metric: Table.fit(
+                self.space,
+                {timed.sub_adapter: timed.values[metric] for timed in self.seen},
+                merged=self.target.merged,
+            )
+            for metric in METRICS
+        }
+
+    def __call__(self, sub: SubAdapter) -> dict[str, float]:
+        """By the names of `METRICS`."""
+        return {metric: table(sub) for metric, table in self.tables.items()}
+
+    @functools.cached_property
+    def errors(self) -> dict[str, Error]:
+        """By the names of `METRICS`; empty when nothing was left to be measured on."""
+        found = {}
+        for metric in METRICS if self.unseen else ():
+            measured = np.array([timed.values[metric] for timed in self.unseen])
+            predicted = np.array([self(timed.sub_adapter)[metric] for timed in self.unseen])
+            mean = float(np.mean(np.abs(predicted - measured) / measured))
+            found[metric] = Error(mean, spearman(predicted, measured), len(measured))
+        return found
+
+    @property
+    def trusted(self) -> bool:
+        return self.control <= self.tolerance
+
+    def describe(self) -> str:
+        """One line: of what, how good."""
+        target = self.target
+        what = (
+            f"{target.runtime}, {target.dtype}, batch {target.batch}, prompt "
+            f"{target.prompt_tokens} tokens on {target.device}"
+        )
+        n = len(self.unseen)
+        errors = ", ".join(
+            f"{metric.partition('_')[0]} {error}" for metric, error in self.errors.items()
+        )
+        good = f"; mean error on {n} sub-adapters it never saw: {errors}" if n else ""
+        noisy = "" if self.trusted else (
+            f". The machine was too busy to trust it: the full model differed from itself by "
+            f"{self.control:.1%} (more than {self.tolerance:.0%})"
+        )  # fmt: skip
+        return f"Latency table of {len(self.seen)} sub-adapters ({what}){good}{noisy}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "target": asdict(self.target),
+            "seen": [timed.as_dict() for timed in self.seen],
+            "unseen": [timed.as_dict() for timed in self.unseen],
+            "errors": {metric: asdict(error) for metric, error in self.errors.items()},
+            "control": self.control,
+            "tolerance": self.tolerance,
+            "about": dict(self.about),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], space: BoundSpace) -> Timetable:
+        def timed(rows) -> list[Timed]:
+            return [
+                Timed(
+                    space.check(SubAdapter(tuple(row["sub_adapter"].items()))),
+                    {metric: row[metric] for metric in METRICS},
+                )
+                for row in rows
+            ]
+
+        return cls(
+            Target(**value["target"]), space, timed(value["seen"]), timed(value["unseen"]),
+            value["control"], value["tolerance"], value["about"],
+        )  # fmt: skip
+
+
+def read_timetable(file: Path | str, here: Target, device: str | None = None) -> dict[str, Any]:
+    """The contents of a table's file; RunError unless it is of this target, or recorded on
+    `device` and of it otherwise. Reads no weights."""
+    value = read_json(file)
+    try:
+        theirs = Target(**value["target"])
+    except (TypeError, KeyError):
+        raise RunError(
+            f"{file} holds no latency table; record one with: elastic latency RUN --save {file}"
+        ) from None
+    wanted = {**asdict(here), "device": device or here.device}
+    for field in fields(Target):
+        a, b = getattr(theirs, field.name), wanted[field.name]
+        if a == b:
+            continue
+        if field.name == "model":
+            raise RunError(
+                f"{file} was recorded for another model or search space; record one of this run: "
+                f"elastic latency RUN --save {file}"
+            )
+        if field.name == "device":
+            raise RunError(
+                f"{file} was recorded on {a!r}, this is {b!r}; to search for that device, add "
+                f"--table.target {a!r}"
+            )
+        setting = "model" if field.name == "dtype" else "timing"
+        raise RunError(f"{file} was recorded with {setting}.{field.name} {a}, this is {b}")
+    return value
+
+
+def known_timetable(target: Target) -> dict[str, Any] | None:
+    """What was measured here before, for a model and space like these."""
+    file = _cache_file(target)
+    return read_timetable(file, target) if file.is_file() else None
+
+
+def record(
+    net: Supernet, target: Target, timing: TimingConfig, table: TableConfig, seed: int
+) -> Timetable:
+    """Measure whole models, the full one beside every other, and keep what they say for the next
+    search of such a model on this device, unless the machine was busy."""
+    space = net.space
+    chosen = _chosen(space, table.seen + table.unseen, seed, merged=timing.merged)
+    say(f"Timing {len(chosen)} sub-adapters for the latency table")
+    with Bench(net, timing, seed) as bench:
+        found = [(sub, bench(sub)) for sub in track(chosen, "timing sub-adapters")]
+        memory = {sub: bench.memory_mb(sub) for sub in (space.maximal(), *chosen)}
+    # Ratios of times taken in the same rounds, in the unit of the full model over all rounds.
+    full = {
+        metric: float(np.median([getattr(each.full, metric) for _, each in found]))
+        for metric in ("prefill_ms", "decode_ms")
+    }
+    rows = [Timed(space.maximal(), {**full, "memory_mb": memory[space.maximal()]})]
+    for sub, each in found:
+        ratio = each.ratio(CANDIDATE)
+        values = {metric: getattr(ratio, metric) * full[metric] for metric in full}
+        rows.append(Timed(sub, {**values, "memory_mb": memory[sub]}))
+    made = Timetable(
+        target, space, rows[: table.seen + 1], rows[table.seen + 1 :],
+        float(np.median([each.control for _, each in found])), timing.tolerance,
+        provenance(str(net.model.device)),
+    )  # fmt: skip
+    if made.trusted:
+        write_json(_cache_file(target), made.as_dict())
+    return made
+
+
+def _chosen(space: BoundSpace, count: int, seed: int, *, merged: bool) -> list[SubAdapter]:
+    """The ladder, then stratified ones, of different speeds. The full model is measured anyway."""
+    generator = generator_for(seed, "table")
+    found = {shape_of(space, space.maximal(), merged=merged): None}
+    candidates = [space.minimal(), *space.ladder()]
+    candidates += [space.stratified(generator) for _ in range(20 * count)]
+    for sub in candidates:
+        found.setdefault(shape_of(space, sub, merged=merged), sub)
+    subs = [sub for sub in found.values() if sub is not None][:count]
+    return subs or [space.minimal()]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation; None of fewer than three, or where all are equal."""
+    ranks = [np.unique(values, return_inverse=True)[1] for values in (a, b)]
+    if len(a) < 3 or any(np.ptp(rank) == 0 for rank in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def describe_device(device: str, runtime: str) -> str:
+    """The hardware, how much of it is used, and the runtime's version."""
+    about = provenance(device)
+    found = about["device"]
+    if not device.startswith("cuda"):
+        found = found.replace(platform.machine(), _processor())
+    version = about["versions"].get("torch") if runtime == "torch" else _version(runtime)
+    return f"{found}, {runtime} {version}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(runtime: str) -> str:
+    from importlib import metadata
+
+    return metadata.version({"onnx": "onnxruntime", "openvino": "openvino"}[runtime])
+
+
+def _cache_file(target: Target) -> Path:
+    return models.cache_directory() / "latency" / f"{target.digest[:16]}.json"

@@ -1,0 +1,118 @@
+"""`elastic latency`: times one sub-adapter here, or records the latency table of this device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.bench import CANDIDATE, Bench
+from elastic.errors import ConfigError
+from elastic.files import write_json
+from elastic.latency import REFERENCE, Measurement
+from elastic.models import decoder_only
+from elastic.progress import say
+from elastic.run import Run
+from elastic.search_config import LatencyConfig
+from elastic.supernet import provenance
+from elastic.timetable import Target, Timetable, record
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """One sub-adapter beside the full model."""
+
+    name: str
+    target: Target
+    measurement: Measurement
+    memory_mb: Mapping[str, float]
+    about: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        own, full = self._figures(CANDIDATE), self._figures(REFERENCE)
+        target = asdict(self.target)
+        target.pop("model")
+        return {
+            "sub_adapter": self.name,
+            **target,
+            **own,
+            **{f"full_{name}": value for name, value in full.items()},
+            "rounds": self.measurement.rounds,
+            "control": self.measurement.control,
+            "trusted": self.measurement.trusted,
+            "versions": self.about["versions"],
+        }
+
+    def _figures(self, key: str) -> dict[str, float]:
+        found = self.measurement.latencies[key]
+        return {
+            "prefill_ms": found.prefill_ms,
+            "decode_ms": found.decode_ms,
+            "tokens_per_second": 1000 * self.target.batch / found.decode_ms,
+            "memory_mb": self.memory_mb[key],
+        }
+
+    def show(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        target, console = self.target, Console(width=max(100, Console().width))
+        table = Table(
+            title=f"{target.runtime}, {target.dtype}, {'' if target.merged else 'un'}merged, batch "
+            f"{target.batch}, prompt {target.prompt_tokens} tokens"
+        )
+        columns = ["", "prefill ms", "decode ms", "tokens / s", "memory MB", "IQR / median"]
+        for column in columns:
+            table.add_column(column, justify="right" if column else "left")
+        for key, name in ((REFERENCE, REFERENCE), (CANDIDATE, self.name)):
+            spread = self.measurement.latencies[key].spread
+            figures = [f"{value:.1f}" for value in self._figures(key).values()]
+            table.add_row(name, *figures, f"{spread:.1%}")
+        own, full = self._figures(CANDIDATE), self._figures(REFERENCE)
+        table.add_row("ratio", *(f"{own[key] / full[key]:.3f}" for key in own), "")
+        console.print(table)
+        console.print(
+            f"A/A control: {self.measurement.control:.1%} over {self.measurement.rounds} rounds"
+        )
+        if warning := self.measurement.warning():
+            console.print(f"[bold red]{warning}[/]")
+        print(json.dumps(self.as_dict()))
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """A latency table, written to a file."""
+
+    timetable: Timetable
+    file: Path
+
+    def show(self) -> None:
+        say(self.timetable.describe())
+        errors = {name: asdict(error) for name, error in self.timetable.errors.items()}
+        print(json.dumps({"file": str(self.file), "errors": errors}))
+
+
+def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
+    """Of a trained run; the sub-adapter is sliced, and merged unless `timing.merged` is false."""
+    run = Run(config.run)
+    decoder_only(run.config().model, "latency")
+    target = Target.of(run, config.timing)
+    if config.table.file:
+        raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")
+    _, _, net = run.load()
+    if config.save:
+        timetable = record(net, target, config.timing, config.table, config.seed)
+        write_json(config.save, timetable.as_dict())
+        return TableReport(timetable, Path(config.save))
+    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    if config.timing.runtime != "torch":
+        say(f"Writing both models for {config.timing.runtime}")
+    with Bench(net, config.timing, config.seed) as bench:
+        found = bench(sub)
+        memory = {
+            REFERENCE: bench.memory_mb(net.space.maximal()),
+            CANDIDATE: bench.memory_mb(sub),
+        }
+    return LatencyReport(name, target, found, memory, provenance(str(net.model.device)))

@@ -1,0 +1,340 @@
+"""A latency table predicts what it never saw, says how well, and is used for nothing else than
+what it was measured on. Latency is a function of the size here."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from elastic import bench
+from elastic.bench import CANDIDATE, Bench
+from elastic.errors import ConfigError, RunError
+from elastic.latency import Latency, Measurement
+from elastic.merging import compact
+from elastic.search_config import (
+    BudgetConfig,
+    LatencyConfig,
+    SearchConfig,
+    TableConfig,
+    TimingConfig,
+)
+from elastic.study import search
+from elastic.timetable import Target, Timetable, known_timetable, record, spearman
+from elastic.timing import time_run
+from tests.test_study import config, fake_latency, forbid_weights, no_plot, trained  # noqa: F401
+from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, fake_measure, prefill_of
+
+SIZES = TableConfig(seen=9, unseen=5)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many measurements were made."""
+    calls = []
+    monkeypatch.setattr(bench, "measure", lambda *a, **k: calls.append(1) or fake_measure(*a, **k))
+    return calls
+
+
+@pytest.fixture
+def nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+
+
+def recorded(run, timing=ONE_ROUND, sizes=SIZES) -> Timetable:
+    return record(run.load()[2], Target.of(run, timing), timing, sizes, seed=0)
+
+
+def test_it_predicts_sub_adapters_it_never_saw(trained, nothing_known):  # noqa: F811
+    table = recorded(trained)
+    assert (len(table.seen), len(table.unseen)) == (1 + 9, 5)
+    assert table.seen[0].sub_adapter == table.space.maximal()
+    assert not {each.sub_adapter for each in table.seen} & {e.sub_adapter for e in table.unseen}
+    net = trained.load()[2]
+    for sub in [
+        net.space.minimal(),
+        net.space.uniform(0.6),
+        *(e.sub_adapter for e in table.unseen),
+    ]:
+        size = sum(p.numel() for p in compact(net, sub).parameters())
+        assert table(sub)["prefill_ms"] == pytest.approx(prefill_of(size), rel=0.01)
+        assert table(sub)["decode_ms"] == pytest.approx(decode_of(size), rel=0.01)
+    for error in table.errors.values():
+        assert error.mean < 0.02 and error.rank_correlation > 0.95 and error.n == 5
+
+
+def test_its_error_is_that_of_its_predictions(trained, nothing_known):  # noqa: F811
+    table = recorded(trained)
+    off = [
+        replace(each, values={**each.values, "prefill_ms": 1.25 * each.values["prefill_ms"]})
+        for each in table.unseen
+    ]
+    assert replace(table, unseen=off).errors["prefill_ms"].mean == pytest.approx(0.2, abs=0.01)
+    upside_down = [
+        replace(each, values={**each.values, "decode_ms": 100 - each.values["decode_ms"]})
+        for each in table.unseen
+    ]
+    found = replace(table, unseen=upside_down).errors["decode_ms"]
+    assert found.rank_correlation == pytest.approx(-table.errors["decode_ms"].rank_correlation)
+    assert replace(table, unseen=[]).errors == {}
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 400], 1.0),
+        ([1, 2, 3, 4], [9, 7, 5, 1], -1.0),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 · 4 / (5 · 24)
+        ([1, 2], [1, 2], None),
+        ([1, 1, 1], [1, 2, 3], None),
+    ],
+)
+def test_rank_correlation(a, b, expected):
+    found = spearman(np.array(a, float), np.array(b, float))
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_a_file_holds_all_of_it(trained, nothing_known):  # noqa: F811
+    table = recorded(trained)
+    again = Timetable.from_dict(json.loads(json.dumps(table.as_dict())), table.space)
+    for sub in (table.space.maximal(), table.space.uniform(0.7), table.space.minimal()):
+        assert again(sub) == table(sub)
+    assert again.errors == table.errors and again.describe() == table.describe()
+
+
+def test_it_is_measured_once_for_a_target(trained, tmp_path, counted, nothing_known):  # noqa: F811
+    search(config(copy_run(trained, tmp_path / "one"), trials=2, starts=2))
+    assert len(counted) == 9 + 4 + 2  # the table, and the two of the front
+    counted.clear()
+    search(config(copy_run(trained, tmp_path / "two"), trials=2, starts=2))
+    assert len(counted) == 2
+    assert known_timetable(Target.of(trained, replace(ONE_ROUND, batch=2))) is None
+
+
+def test_what_a_busy_machine_says_is_told_and_not_kept(
+    trained, tmp_path, monkeypatch, nothing_known, capsys  # noqa: F811
+):  # fmt: skip
+    def noisy(*args, **kwargs):
+        found = fake_measure(*args, **kwargs)
+        return Measurement(found.latencies, 0.5, found.rounds, found.tolerance)
+
+    monkeypatch.setattr(bench, "measure", noisy)
+    front = search(config(copy_run(trained, tmp_path / "run"), trials=2, starts=2))
+    assert known_timetable(Target.of(trained, ONE_ROUND)) is None
+    front.show()
+    said = capsys.readouterr().out
+    assert "too busy to trust" in said and "2 of 2 measurements cannot be trusted" in said
+
+
+# Unmerged, ranks cost.
+
+
+def test_ranks_cost_only_unmerged(trained, nothing_known):  # noqa: F811
+    net = trained.load()[2]
+    full = net.space.indices(net.space.maximal())
+    last = {g.name: len(g.choices) - 1 for g in net.space if g.dim == "rank"}
+    low = net.space.at({**full, **last})
+    merged = recorded(trained)
+    assert merged(low) == merged(net.space.maximal())
+    unmerged = recorded(trained, replace(ONE_ROUND, merged=False))
+    assert unmerged(low)["prefill_ms"] < unmerged(net.space.maximal())["prefill_ms"]
+    assert unmerged(low)["memory_mb"] < unmerged(net.space.maximal())["memory_mb"]
+
+
+# The bench.
+
+
+def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):  # noqa: F811
+    net = trained.load()[2]
+    minimal = net.space.indices(net.space.minimal())
+    ranks = {g.name: 0 for g in net.space if g.dim == "rank"}
+    subs = [net.space.at(minimal), net.space.at(minimal | ranks)]
+    for merged, expected in ((True, 1), (False, 2)):
+        counted.clear()
+        with Bench(net, replace(ONE_ROUND, merged=merged)) as timed:
+            found = [timed(sub) for sub in subs]
+        assert len(counted) == expected
+        assert (found[0] == found[1]) is merged
+
+
+def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_known):  # noqa: F811
+    """Every measurement is slower than the one before; candidates are told by their ratio."""
+    steady, times = recorded(trained), []
+
+    def slower(*args, **kwargs):
+        found = fake_measure(*args, **kwargs)
+        times.append(1 + 0.2 * len(times))
+        slow = {
+            name: Latency(times[-1] * each.prefill_ms, times[-1] * each.decode_ms, 0.0)
+            for name, each in found.latencies.items()
+        }
+        return Measurement(slow, found.control, found.rounds, found.tolerance)
+
+    monkeypatch.setattr(bench, "measure", slower)
+    drifting = recorded(trained)
+    unit = np.median(times)
+    pairs = zip([*drifting.seen, *drifting.unseen], [*steady.seen, *steady.unseen], strict=True)
+    for slow, same in pairs:
+        assert slow.sub_adapter == same.sub_adapter
+        for metric in ("prefill_ms", "decode_ms"):
+            assert slow.values[metric] == pytest.approx(unit * same.values[metric])
+
+
+def test_memory_is_weights_cache_and_activations(trained):  # noqa: F811
+    net = trained.load()[2]
+    minimal, maximal = net.space.minimal(), net.space.maximal()
+
+    def weights(sub) -> float:
+        model = compact(net, sub)
+        held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+        return sum(t.numel() * t.element_size() for t in held.values()) / 1e6
+
+    def memory(sub, **shape) -> float:
+        return Bench(net, replace(ONE_ROUND, **shape)).memory_mb(sub)
+
+    saved = memory(maximal) - memory(minimal)
+    assert saved >= weights(maximal) - weights(minimal)
+    cache = net.model.config
+    per_token = 2 * 4 * cache.num_hidden_layers * cache.num_key_value_heads * cache.head_dim / 1e6
+    more = memory(maximal, prompt_tokens=40, batch=3) - memory(maximal, prompt_tokens=20, batch=3)
+    assert memory(maximal) > weights(maximal)
+    assert more > 3 * 20 * per_token
+    assert memory(maximal) == memory(maximal)
+
+
+# Tables of a file.
+
+
+@pytest.fixture
+def table_file(trained, tmp_path, nothing_known):  # noqa: F811
+    file = tmp_path / "table.json"
+    timing = replace(ONE_ROUND, rounds=2, max_rounds=2)
+    report = time_run(LatencyConfig(run=str(trained.path), save=str(file), timing=timing))
+    assert report.file == file
+    return file
+
+
+def changed(file, **target):
+    value = json.loads(file.read_text())
+    value["target"] |= target
+    file.write_text(json.dumps(value))
+
+
+def test_a_saved_table_serves_a_search(trained, tmp_path, table_file, counted):  # noqa: F811
+    run = copy_run(trained, tmp_path / "run")
+    front = search(config(run, trials=4, table=TableConfig(file=str(table_file))))
+    saved = Timetable.from_dict(json.loads(table_file.read_text()), front.timetable.space)
+    for one in front.trials:
+        assert one.figures.prefill_ms == saved(one.sub_adapter)["prefill_ms"]
+    assert len(counted) <= len(front.members)  # only they were timed
+
+
+def test_a_table_of_another_device_is_used_only_when_named(
+    trained, tmp_path, table_file, counted, capsys  # noqa: F811
+):  # fmt: skip
+    changed(table_file, device="a phone")
+    run = copy_run(trained, tmp_path / "run")
+    with pytest.raises(
+        RunError, match=r"recorded on 'a phone', this is .*--table\.target 'a phone'"
+    ):
+        search(config(run, table=TableConfig(file=str(table_file))))
+    counted.clear()
+    table = TableConfig(file=str(table_file), target="a phone")
+    front = search(config(run, trials=4, table=table))
+    assert not counted and all(member.measured is None for member in front.members)
+    front.show()
+    assert "Not measured: this is not a phone" in capsys.readouterr().out
+    with pytest.raises(RunError, match="recorded on 'a phone', this is 'a watch'"):
+        search(config(run, table=replace(table, target="a watch")))
+
+
+@pytest.mark.parametrize(
+    "target, timing, expected",
+    [
+        ({"model": "0" * 64}, {}, "another model or search space"),
+        ({}, {"batch": 3}, r"timing\.batch 1, this is 3"),
+        ({}, {"prompt_tokens": 9}, r"timing\.prompt_tokens 4, this is 9"),
+        ({}, {"runtime": "onnx"}, "recorded on .*torch.*this is .*onnx|timing.runtime torch"),
+        ({"dtype": "bfloat16"}, {}, r"model\.dtype bfloat16, this is float32"),
+    ],
+)
+def test_a_table_of_something_else_is_refused_before_weights(
+    trained, tmp_path, table_file, forbid_weights, target, timing, expected  # noqa: F811
+):  # fmt: skip
+    changed(table_file, **target)
+    run = copy_run(trained, tmp_path / "run")
+    table = TableConfig(file=str(table_file))
+    with pytest.raises(RunError, match=expected):
+        search(config(run, table=table, timing=replace(ONE_ROUND, **timing)))
+    assert not run.search.exists()
+
+
+def test_a_file_that_is_no_table_is_refused(trained, tmp_path, forbid_weights):  # noqa: F811
+    file = tmp_path / "junk.json"
+    file.write_text('{"target": 3}')
+    with pytest.raises(RunError, match="holds no latency table; record one with"):
+        search(config(copy_run(trained, tmp_path / "run"), table=TableConfig(file=str(file))))
+
+
+def test_a_study_keeps_its_table(trained, tmp_path, table_file):  # noqa: F811
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=2, starts=2, table=TableConfig(file=str(table_file))))
+    search(config(run, trials=3, starts=2))  # it need not be named again
+    value = json.loads(table_file.read_text())
+    value["seen"][1]["prefill_ms"] *= 2
+    table_file.write_text(json.dumps(value))
+    with pytest.raises(RunError, match="not the latency table that this study was begun with"):
+        search(config(run, starts=2, table=TableConfig(file=str(table_file))))
+
+
+def test_settings_of_tables_are_checked(trained):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"table\.target"):
+        TableConfig(target="a phone")
+    with pytest.raises(ConfigError, match=r"timing\.merged false"):
+        TimingConfig(merged=False, runtime="onnx")
+    with pytest.raises(ConfigError, match="read by `elastic search`"):
+        time_run(LatencyConfig(run=str(trained.path), table=TableConfig(file="x.json")))
+
+
+# `elastic latency`.
+
+
+def test_a_report_has_both_models(trained, nothing_known, capsys):  # noqa: F811
+    report = time_run(LatencyConfig(run=str(trained.path), sub_adapter="minimal", timing=ONE_ROUND))
+    net = trained.load()[2]
+    sizes = {
+        name: sum(p.numel() for p in compact(net, sub).parameters())
+        for name, sub in (("", net.space.minimal()), ("full_", net.space.maximal()))
+    }
+    report.show()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name, size in sizes.items():
+        assert last[f"{name}prefill_ms"] == pytest.approx(prefill_of(size))
+        assert last[f"{name}tokens_per_second"] == pytest.approx(1000 / decode_of(size))
+    assert last["memory_mb"] < last["full_memory_mb"]
+    target = asdict(Target.of(trained, ONE_ROUND))
+    assert {key: last[key] for key in target if key != "model"} == {
+        key: value for key, value in target.items() if key != "model"
+    }
+
+
+def test_real_runs_are_timed(trained, monkeypatch, nothing_known):  # noqa: F811
+    """With the machine's own clock; nothing is asked of it but to go on."""
+    from elastic.latency import measure
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with Bench(trained.load()[2], ONE_ROUND) as timed:
+        found = timed(timed.net.space.minimal())
+    assert set(found.latencies) == {"full", CANDIDATE}
+    assert all(each.prefill_ms > 0 and each.decode_ms > 0 for each in found.latencies.values())
+    assert torch.is_grad_enabled()
+
+
+def test_an_objective_follows_the_budget():
+    def objective(**limits):
+        return SearchConfig(budget=BudgetConfig(**limits)).objective
+
+    assert objective() == objective(params="80%") == objective(prefill_ms=3) == "prefill_ms"
+    assert objective(decode_ms=3) == objective(tokens_per_second=3) == "decode_ms"
+    assert objective(prefill_ms=3, decode_ms=3) == "prefill_ms"
