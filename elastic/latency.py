@@ -81,7 +81,8 @@ def measure(
     """Time every runner; `runners` names the reference "full".
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
-    last, until every IQR / median is below 0.1 or `max_rounds` is reached.
+    last, until every IQR / median is below 0.1 or `max_rounds` is reached. A turn begins with a
+    prefill that is not timed: threads of the runner before it may still be spinning.
     """
     turns = {**runners, CONTROL: runners[REFERENCE]}
     generator = np.random.default_rng(seed)
@@ -92,6 +93,7 @@ def measure(
     decode: dict[str, list[float]] = {name: [] for name in turns}
 
     def once(runner: Runner) -> tuple[float, float]:
+        runner.prefill(prompt)
         start = clock()
         runner.prefill(prompt)
         middle = clock()
