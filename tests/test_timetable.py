@@ -24,7 +24,15 @@ from elastic.study import search
 from elastic.timetable import Target, Timetable, known_timetable, record, spearman
 from elastic.timing import time_run
 from tests.test_study import config, fake_latency, forbid_weights, no_plot, trained  # noqa: F401
-from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, fake_measure, prefill_of
+from tests.tiny import RANK
+from tests.tiny_runs import (
+    ONE_ROUND,
+    copy_run,
+    decode_of,
+    fake_measure,
+    prefill_of,
+    randomize_factors,
+)
 
 SIZES = TableConfig(seen=9, unseen=5)
 
@@ -338,3 +346,18 @@ def test_an_objective_follows_the_budget():
     assert objective() == objective(params="80%") == objective(prefill_ms=3) == "prefill_ms"
     assert objective(decode_ms=3) == objective(tokens_per_second=3) == "decode_ms"
     assert objective(prefill_ms=3, decode_ms=3) == "prefill_ms"
+
+
+def test_a_target_is_known_by_sizes_not_by_weights(trained, tmp_path):  # noqa: F811
+    here = Target.of(trained, ONE_ROUND)
+    run = copy_run(trained, tmp_path / "run")
+    randomize_factors(run, seed=3)
+    assert Target.of(run, ONE_ROUND) == here
+    text = run.config_file.read_text()
+    for old, new in ((f"rank: {RANK}", f"rank: {2 * RANK}"), ("dtype: float32", "dtype: bfloat16")):
+        assert old in text
+        run.config_file.write_text(text.replace(old, new, 1))
+        assert Target.of(run, ONE_ROUND).digest != here.digest
+    for change in ({"batch": 2}, {"prompt_tokens": 5}, {"merged": False}, {"runtime": "onnx"}):
+        assert Target.of(trained, replace(ONE_ROUND, **change)).digest != here.digest
+    assert Target.of(trained, replace(ONE_ROUND, rounds=9, max_rounds=9)) == here
