@@ -33,8 +33,11 @@ def met(figures: Figures, limits: Mapping[str, float]) -> bool:
 def tightest(limits: Mapping[str, float], objective: Objective) -> float | None:
     """All limits on costs as one on the latency that is minimised: where the tightest would be met
     if all costs shrank alike."""
-    space, parts = objective.net.space, []
+    space, parts, limits = objective.net.space, [], dict(limits)
     full, least = (objective.costs(sub) for sub in (space.maximal(), space.minimal()))
+    if "tokens_per_second" in limits:
+        slowest = 1000 * objective.config.timing.batch / limits.pop("tokens_per_second")
+        limits["decode_ms"] = min(slowest, limits.get("decode_ms", slowest))
     for name, limit in limits.items():
         if name in full and full[name] != least[name]:
             parts.append((limit - least[name]) / (full[name] - least[name]))
@@ -68,7 +71,7 @@ def refuse_by_extremes(
     results: Mapping[SubAdapter, Figures], space: BoundSpace, limits: Mapping[str, float]
 ) -> None:
     """BudgetError as soon as both extremes are known and the minimal one is over the budget."""
-    if len(results) != 2 or space.minimal() not in results:
+    if not {space.minimal(), space.maximal()} <= results.keys():
         return
     fastest = results[space.minimal()]
     over = {
@@ -77,12 +80,12 @@ def refuse_by_extremes(
         if name != "min_accuracy" and amount > 0.1 * limits[name]
     }
     if over:
-        raise BudgetError(impossible(limits, results, space))
+        raise BudgetError(impossible(limits, results))
 
 
-def impossible(
-    limits: Mapping[str, float], results: Mapping[SubAdapter, Figures], space: BoundSpace
-) -> str:
+def impossible(limits: Mapping[str, float], results: Mapping[SubAdapter, Figures]) -> str:
+    """Names the nearest ones on both sides."""
+
     def described(figures: Figures) -> str:
         return (
             f"{figures.accuracy:.1%} on validation, prefill {figures.prefill_ms:.1f} ms, "

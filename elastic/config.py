@@ -339,6 +339,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
+        require(
+            self.timing.runtime == "torch" and self.timing.merged,
+            "timing.runtime and timing.merged: every written format is timed in its own runtime; "
+            "choose with formats",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ def finish(
     run: Run,
     config: SearchConfig,
     objective: Objective,
-    limits: Mapping[str, float],
     results: Mapping[SubAdapter, Figures],
     *,
     test: Sequence[Example],
@@ -41,13 +40,19 @@ def finish(
     net, timetable = objective.net, objective.timetable
     accuracies = {sub: figures.accuracy for sub, figures in results.items()}
     belief = learn(net.space, accuracies, len(objective.examples), importance)
-    trials = [
-        Evaluated(sub, figures, estimate, met(replace(figures, accuracy=estimate), limits))
+    estimated = {
+        sub: replace(figures, accuracy=estimate)
         for (sub, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
+    }
+    full = estimated.get(net.space.maximal(), objective.full)
+    limits = config.budget.resolved(full.budget_values())
+    trials = [
+        Evaluated(sub, results[sub], figures.accuracy, met(figures, limits))
+        for sub, figures in estimated.items()
     ]
     feasible = [one for one in trials if one.feasible]
     if not feasible:
-        raise BudgetError(impossible(limits, results, net.space))
+        raise BudgetError(impossible(limits, estimated))
     points = [(getattr(one.figures, config.objective), -one.estimate) for one in feasible]
     indices = non_dominated(points)
     # The slowest of the front is its most accurate.
@@ -90,10 +95,10 @@ def best_of(
     chosen: Sequence[Evaluated], measured: Sequence[Measured | None], limits: Mapping[str, float]
 ) -> int:
     """The number (from 1, the fastest) of the most accurate one that meets the budget as measured
-    too; if none does, of the fastest."""
+    too, where that can be trusted; if none does, of the fastest."""
     for number in reversed(range(len(chosen))):
         one, timing = chosen[number], measured[number]
         figures = replace(one.figures, accuracy=one.estimate)
-        if timing is None or met(timing.instead_of(figures), limits):
+        if timing is None or not timing.trusted or met(timing.instead_of(figures), limits):
             return number + 1
     return 1

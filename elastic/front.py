@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic import plot
 from elastic.bench import CANDIDATE
+from elastic.budget import violations
 from elastic.files import new_directory, write_json, write_text
 from elastic.latency import Measurement
 from elastic.objective import Figures
@@ -177,6 +178,8 @@ class Front:
             f"{self.full.decode_ms:.1f} ms decode)."
         )
         console.print(self.timetable.describe(), markup=False)
+        if over := self._over_as_measured():
+            console.print(f"[bold red]None meets the budget as measured; {over}[/]")
         timed = [member.measured for member in self.members if member.measured]
         if not timed:
             console.print(f"Not measured: this is not {self.timetable.target.device}")
@@ -190,6 +193,21 @@ class Front:
         best = {k: v for k, v in self.best.as_dict().items() if k != "sub_adapter"}
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))
 
+    def _over_as_measured(self) -> str | None:
+        """What the best one is over, as measured; None if nothing, or nothing that can be told."""
+        best = self.best
+        if best.measured is None or not best.measured.trusted:
+            return None
+        figures = best.measured.instead_of(replace(best.figures, accuracy=best.estimate))
+        over = violations(figures, self.limits)
+        values = figures.budget_values()
+        told = [
+            f"{name} {values[name]:.4g} (budget {self.limits[name]:.4g})"
+            for name, amount in over.items()
+            if amount > 0
+        ]
+        return f"{best.name} has {', '.join(told)}" if told else None
+
     def _plot(self, path: Path) -> None:
         figure, axes = plot.canvas(8, 5)
 
@@ -200,12 +218,15 @@ class Front:
             (True, "#8aa9c9", "evaluated"),
             (False, "#d8d8d8", "over budget"),
         ):
-            rows = [one.figures for one in self.trials if one.feasible == feasible]
-            if rows:
+            trials = [one for one in self.trials if one.feasible == feasible]
+            if trials:
                 axes.scatter(
-                    [latency(f) for f in rows], [100 * f.accuracy for f in rows], s=22,
-                    color=colour, label=f"{label} (validation, n={rows[0].accuracy_n})",
-                )  # fmt: skip
+                    [latency(one.figures) for one in trials],
+                    [100 * one.estimate for one in trials],
+                    s=22,
+                    color=colour,
+                    label=f"{label} (estimate on n={self.full.accuracy_n})",
+                )
         xs = [latency(member.figures) for member in self.members]
         ys, bars = plot.percent_bars(
             (member.test["accuracy"] for member in self.members),

@@ -10,15 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic.runners import Runner
 from elastic.search_config import TimingConfig
-
-if TYPE_CHECKING:
-    pass
 
 REFERENCE, CONTROL = "full", "control"
 

@@ -97,8 +97,9 @@ class Objective:
 
     def _figures(self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures]) -> Figures:
         costs = self.costs(sub)
-        rival = self._rival(costs[self.config.objective], rivals)
-        correct, accuracy = self._race(compact(self.net, sub), rival)
+        correct, accuracy = self._race(
+            compact(self.net, sub), self._rivals(costs[self.config.objective], rivals)
+        )
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
     def costs(self, sub: SubAdapter) -> dict[str, float]:
@@ -107,22 +108,23 @@ class Objective:
         speed = 1000 * self.config.timing.batch / predicted["decode_ms"]
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
-    def _rival(self, latency: float, rivals: Mapping[SubAdapter, Figures]) -> Figures | None:
-        known = [
+    def _rivals(self, latency: float, rivals: Mapping[SubAdapter, Figures]) -> list[Figures]:
+        return [
             figures
             for figures in rivals.values()
             if len(figures.correct) == len(self.examples)
             and getattr(figures, self.config.objective) <= latency
         ]
-        return max(known, key=lambda figures: figures.accuracy, default=None)
 
-    def _race(self, model, rival: Figures | None) -> tuple[str, float]:
+    def _race(self, model, rivals: Sequence[Figures]) -> tuple[str, float]:
         """Right or wrong by example, and the accuracy.
 
         At every look the sign test (McNemar 1947, exact) asks how likely one as accurate as the
-        rival would have lost so often; the error rate is shared among the looks.
+        most accurate rival would have lost to it so often. The error rate is shared among the looks
+        and the rivals, the best of whom may have been lucky (Bonferroni).
         """
-        looks = LOOKS if rival is not None and self.config.race else ()
+        rival = max(rivals, key=lambda figures: figures.accuracy, default=None)
+        looks = LOOKS if rivals and self.config.race else ()
         ends = [round(look * len(self.examples)) for look in looks] + [len(self.examples)]
         correct, start = "", 0
         for end in ends:
@@ -136,7 +138,7 @@ class Objective:
             start = end
             if end < len(self.examples):
                 won, lost = wins(correct, rival.correct)
-                if chance(won, lost) < self.config.race / len(looks):
+                if chance(won, lost) < self.config.race / (len(looks) * len(rivals)):
                     return correct, max(0.0, rival.accuracy + (won - lost) / end)
         return correct, correct.count("1") / len(correct)
 

@@ -87,10 +87,8 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
 
 
 def _block(name: str) -> str:
-    """What tells a group from others of its kind, without what all blocks share."""
-    parts = [part for part in name.split(".")[:-1] if part.isdigit()]
-    side = [part for part in name.split(".") if part in ("encoder", "decoder")]
-    return " ".join([*side, *parts])
+    """What tells a group from others of its kind."""
+    return " ".join(part for part in name.split(".") if part.isdigit())
 
 
 def _volumes(trials: Sequence[Evaluated], latency: str) -> list[float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from elastic.errors import MissingExtra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +50,19 @@ class TorchRunner:
         self._cache = output.past_key_values
         logits = output.logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
+
+
+def require_runtime(runtime: str) -> None:
+    """MissingExtra unless this runtime is installed; asked before anything slow begins."""
+    if runtime == "torch":
+        return
+    from elastic.formats import onnx, openvino
+
+    onnx.require()
+    if runtime == "openvino":
+        openvino.require()
+    elif importlib.util.find_spec("onnxruntime") is None:
+        raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
 
 
 def open_runner(runtime: str, model: PreTrainedModel, directory, *, logits: str = "last") -> Runner:

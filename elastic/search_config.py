@@ -157,11 +157,11 @@ class SearchConfig:
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
     latency: Literal["auto", "prefill_ms", "decode_ms"] = "auto"
-    """The objective beside accuracy; the other one is known too. auto: the one that the budget
-    limits, prefill_ms if it limits both or neither."""
+    """The objective beside accuracy; the other one is known too. auto: the study's own, in a new
+    study the one that the budget limits, prefill_ms if it limits both or neither."""
     race: float = 0.05
     """Stop evaluating a sub-adapter that loses to a faster one on the same examples; the largest
-    probability that one as accurate is stopped too. 0 evaluates all to the end."""
+    probability of stopping one that is as accurate as all those. 0 evaluates all to the end."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     table: TableConfig = field(default_factory=TableConfig)
     test_front: int = 8
@@ -190,8 +190,8 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
-    """Times one sub-adapter, sliced and merged, against the full model; with `save`, records the
-    latency table of this device instead."""
+    """Times one sub-adapter, as it would be deployed, against the full model; with `save`, records
+    the latency table of this device instead."""
 
     run: str = "runs/default"
     sub_adapter: str = "best"

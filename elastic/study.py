@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -17,8 +18,8 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import models
 from elastic.batching import collated, encode_all
-from elastic.budget import met, refuse_by_counting, refuse_by_extremes, tightest, violations
-from elastic.errors import MissingExtra, RunError
+from elastic.budget import refuse_by_counting, refuse_by_extremes, tightest, violations
+from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
 from elastic.front import Front
@@ -26,6 +27,7 @@ from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
+from elastic.runners import require_runtime
 from elastic.sampler import generator_for
 from elastic.search_config import SearchConfig
 from elastic.sensitivity import sensitivity
@@ -61,6 +63,9 @@ def search(config: SearchConfig) -> Front:
             f"{run.path} trained one sub-adapter alone; there is nothing to search. Run: "
             f"elastic export {run.path}"
         )
+    if config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
+        raise MissingExtra("scipy", "gp", "sampler gp")
+    require_runtime(config.timing.runtime)
     refuse_by_counting(run, config.budget, trained)
     target = Target.of(run, config.timing)
     given = None
@@ -75,6 +80,11 @@ def search(config: SearchConfig) -> Front:
         )
     with Worker(study) as worker:
         _, base, net = run.load()
+        if net.space.size == 1:
+            raise RunError(
+                f"{run.path}: its space has one sub-adapter; there is nothing to search. Run: "
+                f"elastic export {run.path} --sub_adapter maximal"
+            )
         timetable = _timetable(study, worker, net, target, given, config)
         objective = Objective(net, base.tokenizer, task.validation, config, timetable)
         importance = None
@@ -90,7 +100,6 @@ def search(config: SearchConfig) -> Front:
             run,
             config,
             objective,
-            limits,
             test=task.test,
             here=target,
             importance=importance,
@@ -99,10 +108,14 @@ def search(config: SearchConfig) -> Front:
             results = _evaluate(study, worker, objective, limits, config)
         except KeyboardInterrupt:
             results = _seen(study, net.space)
-            if any(met(figures, limits) for figures in results.values()):
+            if results:
                 say(f"Interrupted: writing the front of {len(results)} sub-adapters")
-                write(results)
+                with contextlib.suppress(BudgetError):
+                    write(results)
             raise
+        # One after another: workers on one machine would spoil each other's times.
+        while not worker.leads():
+            time.sleep(POLL)
         return write(results)
 
 
@@ -167,12 +180,14 @@ def _timetable(
     """The latency table of the study, which all its workers share: given, known or measured now."""
 
     def made() -> dict[str, Any]:
-        known = given or known_timetable(target)
+        known = given or known_timetable(target, config.table)
         return known or record(net, target, config.timing, config.table, config.seed).as_dict()
 
     stored = _once(study, worker, "timetable", made)
     timetable = Timetable.from_dict(stored, net.space)
     say(timetable.describe())
+    if not timetable.trusted:
+        say("To measure it again on a quiet machine, search under another study.name")
     return timetable
 
 
@@ -228,6 +243,7 @@ def _evaluate(
         while repeats < PATIENCE:
             others = len(worker.running())
             results = _seen(study, space)
+            refuse_by_extremes(results, space, limits)
             if len(results) >= wanted:
                 break
             if len(results) + others >= wanted:
@@ -252,7 +268,6 @@ def _evaluate(
             if sub not in results and not failures:
                 results[sub] = figures
                 advance(len(results), figures)
-                refuse_by_extremes(results, space, limits)
     return results
 
 
@@ -282,8 +297,6 @@ def _sampler(
         case "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
         case "gp":
-            if importlib.util.find_spec("scipy") is None:
-                raise MissingExtra("scipy", "gp", "sampler gp")
             return samplers.GPSampler(seed=seed, n_startup_trials=config.starts)
         case "random":
             return samplers.RandomSampler(seed=seed)

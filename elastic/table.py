@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ NOISE = 0.01
 
 
 def kinds(space: BoundSpace) -> list[str]:
-    """What groups are alike: those of one name in all blocks."""
-    return [group.name.rpartition(".")[2] for group in space]
+    """What groups are alike: those of one name but for the block's number."""
+    names = [[part for part in group.name.split(".") if not part.isdigit()] for group in space]
+    columns = zip(*(name[:-1] for name in names), strict=False)
+    shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)))
+    return [".".join(name[shared:]) for name in names]
 
 
 def shares(space: BoundSpace) -> list[list[float]]:

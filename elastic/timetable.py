@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from elastic.run import Run
 from elastic.sampler import generator_for
 from elastic.search_config import TableConfig, TimingConfig
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import provenance
+from elastic.supernet import FACTORS, provenance
 from elastic.table import Table
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class Target:
             "architecture": architecture,
             "space": run.space().as_dict(),
             "rank": trained.adapter.rank,
-            "method": trained.adapter.resolved_method if not timing.merged else None,
+            "factors": None if timing.merged else _factors(run),
         }
         text = json.dumps(sizes, sort_keys=True, default=str)
-        device = models.resolve_device(trained.model.device)
-        dtype = "float32"
+        device, dtype = "cpu", "float32"  # where and how the other runtimes run
         if timing.runtime == "torch":
+            device = models.resolve_device(trained.model.device)
             dtype = str(models.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
         return cls(
             hashlib.sha256(text.encode()).hexdigest(),
@@ -118,6 +119,8 @@ class Timetable:
     seen: Sequence[Timed]
     """What the tables are learnt from; the full model is the first."""
     unseen: Sequence[Timed]
+    asked: tuple[int, int]
+    """How many to see and to keep unseen were asked for; a small space has fewer."""
     control: float
     """How much the full model differed from itself: the median over the measurements."""
     tolerance: float
@@ -177,6 +180,7 @@ class Timetable:
             "seen": [timed.as_dict() for timed in self.seen],
             "unseen": [timed.as_dict() for timed in self.unseen],
             "errors": {metric: asdict(error) for metric, error in self.errors.items()},
+            "asked": list(self.asked),
             "control": self.control,
             "tolerance": self.tolerance,
             "about": dict(self.about),
@@ -195,7 +199,7 @@ class Timetable:
 
         return cls(
             Target(**value["target"]), space, timed(value["seen"]), timed(value["unseen"]),
-            value["control"], value["tolerance"], value["about"],
+            tuple(value["asked"]), value["control"], value["tolerance"], value["about"],
         )  # fmt: skip
 
 
@@ -210,7 +214,7 @@ def read_timetable(file: Path | str, here: Target, device: str | None = None) ->
             f"{file} holds no latency table; record one with: elastic latency RUN --save {file}"
         ) from None
     wanted = {**asdict(here), "device": device or here.device}
-    for field in fields(Target):
+    for field in sorted(fields(Target), key=lambda field: field.name == "device"):
         a, b = getattr(theirs, field.name), wanted[field.name]
         if a == b:
             continue
@@ -229,10 +233,14 @@ def read_timetable(file: Path | str, here: Target, device: str | None = None) ->
     return value
 
 
-def known_timetable(target: Target) -> dict[str, Any] | None:
-    """What was measured here before, for a model and space like these."""
+def known_timetable(target: Target, table: TableConfig) -> dict[str, Any] | None:
+    """What was measured here before, for a model and space like these, of as many sub-adapters."""
     file = _cache_file(target)
-    return read_timetable(file, target) if file.is_file() else None
+    if not file.is_file():
+        return None
+    found = read_timetable(file, target)
+    wanted = (table.seen, table.unseen)
+    return found if tuple(found["asked"]) >= wanted and found["asked"][1] >= wanted[1] else None
 
 
 def record(
@@ -257,7 +265,7 @@ def record(
         values = {metric: getattr(ratio, metric) * full[metric] for metric in full}
         rows.append(Timed(sub, {**values, "memory_mb": memory[sub]}))
     made = Timetable(
-        target, space, rows[: table.seen + 1], rows[table.seen + 1 :],
+        target, space, rows[: table.seen + 1], rows[table.seen + 1 :], (table.seen, table.unseen),
         float(np.median([each.control for _, each in found])), timing.tolerance,
         provenance(str(net.model.device)),
     )  # fmt: skip
@@ -296,6 +304,14 @@ def describe_device(device: str, runtime: str) -> str:
     return f"{found}, {runtime} {version}"
 
 
+def _factors(run: Run) -> dict[str, list[int]]:
+    """Shapes of what runs beside the weights, from the file's header."""
+    from safetensors import safe_open
+
+    with safe_open(run.super_adapter / FACTORS, framework="numpy") as file:
+        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -306,9 +322,8 @@ def _processor() -> str:
 
 
 def _version(runtime: str) -> str:
-    from importlib import metadata
-
-    return metadata.version({"onnx": "onnxruntime", "openvino": "openvino"}[runtime])
+    module = {"onnx": "onnxruntime", "openvino": "openvino"}[runtime]
+    return importlib.import_module(module).__version__
 
 
 def _cache_file(target: Target) -> Path:

@@ -15,6 +15,7 @@ from elastic.latency import REFERENCE, Measurement
 from elastic.models import decoder_only
 from elastic.progress import say
 from elastic.run import Run
+from elastic.runners import require_runtime
 from elastic.search_config import LatencyConfig
 from elastic.supernet import provenance
 from elastic.timetable import Target, Timetable, record
@@ -98,6 +99,7 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     """Of a trained run; the sub-adapter is sliced, and merged unless `timing.merged` is false."""
     run = Run(config.run)
     decoder_only(run.config().model, "latency")
+    require_runtime(config.timing.runtime)
     target = Target.of(run, config.timing)
     if config.table.file:
         raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")

@@ -102,6 +102,14 @@ def test_as_accurate_ones_are_stopped_as_seldom_as_promised(score, agree):
     assert stopped / times < 0.2
 
 
+def test_the_luckiest_of_many_rivals_stops_no_more(score):
+    generator, stopped, times = random.Random(2), 0, 300
+    for _ in range(times):
+        mine, *others = ("".join(generator.choices("01", k=N)) for _ in range(21))
+        stopped += score(mine, [figures(answers) for answers in others], race=0.2)[1] < N
+    assert stopped / times < 0.2
+
+
 @pytest.mark.parametrize(
     "won, lost, expected",
     [(0, 0, 1.0), (0, 5, 1 / 32), (5, 0, 1.0), (1, 2, 0.5), (2, 8, 56 / 1024)],

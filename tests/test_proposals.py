@@ -9,7 +9,7 @@ import pytest
 from elastic.dims import Cut
 from elastic.proposals import AdditiveSampler, learn
 from elastic.space import BoundSpace, Group
-from elastic.table import Table, places
+from elastic.table import Table, kinds, places
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -174,3 +174,17 @@ def test_a_table_predicts_what_it_never_saw():
 
 def test_a_table_of_one_measurement_says_that():
     assert Table.fit(SPACE, {SPACE.maximal(): 7.0})(SPACE.minimal()) == 7.0
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["model.layers.0.rank", "model.layers.1.rank"], ["rank", "rank"]),
+        (["layers.0.attn.rank", "layers.0.mlp.rank"], ["attn.rank", "mlp.rank"]),
+        (["encoder.block.3.w", "decoder.block.3.w"], ["encoder.block.w", "decoder.block.w"]),
+        (["h.0.w", "h.0.r", "h.11.w"], ["w", "r", "w"]),
+    ],
+)
+def test_kinds_are_names_without_the_block(names, expected):
+    groups = tuple(Group(name, "width", (4, 2), (Cut("x", "out"),)) for name in names)
+    assert kinds(BoundSpace(groups, ())) == expected
