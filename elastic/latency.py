@@ -40,6 +40,9 @@ class Measurement:
     """How much the reference differs from itself: |ratio - 1|, the larger of prefill and decode."""
     rounds: int
     tolerance: float
+    ratios: Mapping[str, Latency] | None = None
+    """Of each to the reference: medians over the rounds of the ratio within one, the reference
+    being the mean of its two turns. What slows a whole round slows both."""
 
     @property
     def trusted(self) -> bool:
@@ -50,7 +53,9 @@ class Measurement:
         return self.latencies[REFERENCE]
 
     def ratio(self, name: str) -> Latency:
-        """Of a candidate to the reference: medians of times taken in the same rounds."""
+        """Of a candidate to the reference."""
+        if self.ratios is not None:
+            return self.ratios[name]
         own = self.latencies[name]
         return Latency(
             own.prefill_ms / self.full.prefill_ms, own.decode_ms / self.full.decode_ms, own.spread
@@ -116,11 +121,26 @@ def measure(
         )
         for name in turns
     }
+    ratios = {
+        name: Latency(
+            float(np.median(_within_rounds(prefill, name))),
+            float(np.median(_within_rounds(decode, name))),
+            latencies[name].spread,
+        )
+        for name in runners
+    }
     again, full = latencies.pop(CONTROL), latencies[REFERENCE]
     control = max(
         abs(again.prefill_ms / full.prefill_ms - 1), abs(again.decode_ms / full.decode_ms - 1)
     )
-    return Measurement(latencies, control, round_number, config.tolerance)
+    return Measurement(latencies, control, round_number, config.tolerance, ratios)
+
+
+def _within_rounds(times: Mapping[str, list[float]], name: str) -> np.ndarray:
+    """(rounds,): one's time over the mean of both turns of the reference."""
+    if name == REFERENCE:
+        return np.ones(len(times[name]))
+    return np.array(times[name]) / np.mean([times[REFERENCE], times[CONTROL]], 0)
 
 
 def _spread(times: list[float]) -> float:

@@ -26,9 +26,9 @@ def main() -> None:
     given = parser.parse_args()
     run = Run(given.run)
     net = run.load()[2]
-    kinds = {runtime: TimingConfig(runtime=runtime, rounds=7) for runtime in given.runtimes}
+    kinds = {runtime: TimingConfig(runtime=runtime, rounds=9, new_tokens=6) for runtime in given.runtimes}
     if given.unmerged:
-        kinds["torch, unmerged"] = TimingConfig(merged=False, rounds=7)
+        kinds["torch, unmerged"] = TimingConfig(merged=False, rounds=9, new_tokens=6)
     rows, targets = {}, {}
     for name, timing in kinds.items():
         target = Target.of(run, timing)
