@@ -151,7 +151,7 @@ class Front:
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
         columns = ["", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"]
         for column in columns:
-            table.add_column(column, justify="right" if column else "left")
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for member in self.members:
             low, high = member.test["accuracy_interval"]
             f, full, measured = member.figures, self.full, member.measured
@@ -169,7 +169,7 @@ class Front:
     def show(self) -> None:
         from rich.console import Console
 
-        console = Console(width=max(100, Console().width))
+        console = Console(width=max(120, Console().width))
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
         console.print(

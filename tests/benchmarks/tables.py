@@ -9,7 +9,7 @@ in the same rounds. On a quiet machine the full model differs from itself by les
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from elastic.run import Run
 from elastic.search_config import TableConfig, TimingConfig
@@ -26,9 +26,10 @@ def main() -> None:
     given = parser.parse_args()
     run = Run(given.run)
     net = run.load()[2]
-    kinds = {runtime: TimingConfig(runtime=runtime, rounds=9, new_tokens=6) for runtime in given.runtimes}
+    precise = TimingConfig(rounds=9, new_tokens=6)
+    kinds = {runtime: replace(precise, runtime=runtime) for runtime in given.runtimes}
     if given.unmerged:
-        kinds["torch, unmerged"] = TimingConfig(merged=False, rounds=9, new_tokens=6)
+        kinds["torch, unmerged"] = replace(precise, merged=False)
     rows, targets = {}, {}
     for name, timing in kinds.items():
         target = Target.of(run, timing)
