@@ -97,8 +97,7 @@ def best_of(
     """The number (from 1, the fastest) of the most accurate one that meets the budget as measured
     too, where that can be trusted; if none does, of the fastest."""
     for number in reversed(range(len(chosen))):
-        one, timing = chosen[number], measured[number]
-        figures = replace(one.figures, accuracy=one.estimate)
-        if timing is None or not timing.trusted or met(timing.instead_of(figures), limits):
+        judged, timing = chosen[number].judged, measured[number]
+        if timing is None or not timing.trusted or met(timing.instead_of(judged), limits):
             return number + 1
     return 1

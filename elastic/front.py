@@ -38,6 +38,11 @@ class Evaluated:
     feasible: bool
     """Whether figures and estimate meet the budget."""
 
+    @property
+    def judged(self) -> Figures:
+        """What a budget is held against: the figures with the estimate as their accuracy."""
+        return replace(self.figures, accuracy=self.estimate)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -198,7 +203,7 @@ class Front:
         best = self.best
         if best.measured is None or not best.measured.trusted:
             return None
-        figures = best.measured.instead_of(replace(best.figures, accuracy=best.estimate))
+        figures = best.measured.instead_of(best.judged)
         over = violations(figures, self.limits)
         values = figures.budget_values()
         told = [
