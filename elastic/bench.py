@@ -38,6 +38,7 @@ class Bench:
         self.timing = timing
         self.seed = seed
         self._found: dict[tuple[int, ...], Measurement] = {}
+        self._memory: dict[tuple[int, ...], float] = {}
         self._files = contextlib.ExitStack()
         self._full: Runner | None = None
 
@@ -51,7 +52,7 @@ class Bench:
 
     def __call__(self, sub: SubAdapter) -> Measurement:
         """The full model's latencies and, as CANDIDATE, those of `sub`."""
-        key = shape_of(self.net.space, sub, merged=self.timing.merged)
+        key = self._key(sub)
         if key not in self._found:
             if self._full is None:
                 self._full = self._open(self.net.space.maximal(), self._files)
@@ -66,7 +67,15 @@ class Bench:
     def memory_mb(self, sub: SubAdapter) -> float:
         """Weights and, at its peak, what a prefill holds beside them: 1e6 bytes, as torch allocates
         them, whatever the runtime."""
-        model = self._model(sub)
+        key = self._key(sub)
+        if key not in self._memory:
+            self._memory[key] = self._peak(self._model(sub))
+        return self._memory[key]
+
+    def _key(self, sub: SubAdapter) -> tuple[int, ...]:
+        return shape_of(self.net.space, sub, merged=self.timing.merged)
+
+    def _peak(self, model: PreTrainedModel) -> float:
         held = [*model.parameters(), *model.buffers()]
         weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
         shape = (self.timing.batch, self.timing.prompt_tokens)
@@ -86,7 +95,9 @@ class Bench:
         runtime, folder = self.timing.runtime, None
         if runtime != "torch":
             folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
-        return open_runner(runtime, self._model(sub), folder)
+        model = self._model(sub)
+        self._memory[self._key(sub)] = self._peak(model)  # while it is at hand
+        return open_runner(runtime, model, folder)
 
 
 def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:
