@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic.latency import REFERENCE, Measurement, measure
+from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.merging import compact
 from elastic.meter import Meter
 from elastic.runners import Runner, TorchRunner, open_runner
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CANDIDATE = "candidate"
+ATTEMPTS = 3
+"""To measure one in peace; then the one counts whose control differed least."""
 
 
 class Bench:
@@ -41,6 +43,10 @@ class Bench:
         self._memory: dict[tuple[int, ...], float] = {}
         self._files = contextlib.ExitStack()
         self._full: Runner | None = None
+        # The other runtimes run on the CPU, wherever the supernet is.
+        self.device = net.model.device if timing.runtime == "torch" else torch.device("cpu")
+        self.state: dict[str, float | str] | None = None
+        """Of the device's clocks, after the last measurement; None on a CPU."""
 
     def __enter__(self) -> Bench:
         self._files.__enter__()
@@ -59,9 +65,16 @@ class Bench:
             with contextlib.ExitStack() as files:
                 runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files)}
                 vocabulary = self.net.model.config.vocab_size
-                self._found[key] = measure(
-                    runners, self.timing, vocabulary=vocabulary, seed=self.seed
-                )
+                for _ in range(ATTEMPTS):
+                    found = measure(
+                        runners, self.timing, vocabulary=vocabulary, seed=self.seed,
+                        clock=clock_of(self.device),
+                    )  # fmt: skip
+                    if key not in self._found or found.control < self._found[key].control:
+                        self._found[key] = found
+                    if found.trusted:
+                        break
+                self.state = state_of(self.device)
         return self._found[key]
 
     def memory_mb(self, sub: SubAdapter) -> float:
@@ -92,12 +105,12 @@ class Bench:
         return copy.deepcopy(model).float()  # what was not cut is shared with the supernet
 
     def _open(self, sub: SubAdapter, files: contextlib.ExitStack) -> Runner:
-        runtime, folder = self.timing.runtime, None
-        if runtime != "torch":
+        folder = None
+        if self.timing.runtime != "torch":
             folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
         model = self._model(sub)
         self._memory[self._key(sub)] = self._peak(model)  # while it is at hand
-        return open_runner(runtime, model, folder)
+        return open_runner(self.timing, model, folder)
 
 
 def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:

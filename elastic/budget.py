@@ -30,9 +30,9 @@ def met(figures: Figures, limits: Mapping[str, float]) -> bool:
     return all(amount <= 0 for amount in violations(figures, limits).values())
 
 
-def tightest(limits: Mapping[str, float], objective: Objective) -> float | None:
-    """All limits on costs as one on the latency that is minimised: where the tightest would be met
-    if all costs shrank alike."""
+def room(limits: Mapping[str, float], objective: Objective) -> float | None:
+    """All limits on costs as one: the part of the way from the minimal to the full model at which
+    the tightest would be met if all costs shrank alike. None without limits."""
     space, parts, limits = objective.net.space, [], dict(limits)
     full, least = (objective.costs(sub) for sub in (space.maximal(), space.minimal()))
     if "tokens_per_second" in limits:
@@ -41,10 +41,7 @@ def tightest(limits: Mapping[str, float], objective: Objective) -> float | None:
     for name, limit in limits.items():
         if name in full and full[name] != least[name]:
             parts.append((limit - least[name]) / (full[name] - least[name]))
-    if not parts:
-        return None
-    latency = objective.config.objective
-    return least[latency] + min(parts) * (full[latency] - least[latency])
+    return min(parts, default=None)
 
 
 def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> None:

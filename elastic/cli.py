@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,14 +99,27 @@ def _with_recipes(arguments: list[str]) -> list[str]:
 
 
 def _with_values(kind: type, arguments: list[str]) -> list[str]:
-    """A switch alone is on: `--dry_run` means `--dry_run true`."""
+    """A switch alone is on: `--dry_run` means `--dry_run true`. Names with commas are a list:
+    `--formats hf,onnx` means `--formats [hf,onnx]`."""
     switches = {f"--{name}" for name in _dotted(kind, of=bool)}
-    spelled = []
+    lists = {f"--{name}" for name in _dotted(kind, of=list)}
+    spelled: list[str] = []
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in lists and equals:
+            argument = f"{name}={_bracketed(value)}"
+        elif spelled and spelled[-1] in lists:
+            argument = _bracketed(argument)
         spelled.append(argument)
         if argument in switches and following.startswith("--"):
             spelled.append("true")
     return spelled
+
+
+def _bracketed(value: str) -> str:
+    """Names with commas between them as a list; what is spelled as YAML or JSON, or names a file,
+    as it is."""
+    return f"[{value}]" if re.fullmatch(r"\w+(,\w+)*", value) else value
 
 
 def _reason(kind: type, message: str) -> str:
@@ -132,11 +146,13 @@ def _dotted(kind: type, prefix: str = "", of: type | None = None) -> Iterator[st
     """Names of all settings, or of those of one type."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
+        if is_dataclass(hints[field.name]):
             yield from _dotted(hints[field.name], f"{prefix}{field.name}.", of)
             continue
-        if of is None or hints[field.name] is of:
+        items = [item for item in typing.get_args(hints[field.name]) if is_dataclass(item)]
+        if of in (None, hints[field.name]) or (
+            of is typing.get_origin(hints[field.name]) and not items
+        ):
             yield prefix + field.name
-        for item in typing.get_args(hints[field.name]):  # a list of stages
-            if dataclasses.is_dataclass(item):
-                yield from _dotted(item, f"{prefix}{field.name}.", of)
+        for item in items:  # a list of stages
+            yield from _dotted(item, f"{prefix}{field.name}.", of)

@@ -17,8 +17,8 @@ from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import Score, answers, same_text
 from elastic.files import write_json, write_text
 from elastic.progress import say
+from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.supernet import provenance
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:

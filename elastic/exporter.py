@@ -21,14 +21,15 @@ from elastic.errors import ExportError, RunError
 from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json
 from elastic.formats import hf, onnx, openvino, peft
-from elastic.latency import REFERENCE, Measurement, measure
+from elastic.latency import REFERENCE, Measurement, clock_of, measure
 from elastic.merging import combine, compact
 from elastic.progress import say
+from elastic.provenance import provenance
 from elastic.report import Report
 from elastic.run import Run, as_plain
-from elastic.runners import Runner, TorchRunner
+from elastic.runners import Runner, TorchRunner, timed_runner
 from elastic.space import SubAdapter
-from elastic.supernet import ABOUT, Supernet, provenance
+from elastic.supernet import ABOUT, Supernet
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class _Work:
         runner = TorchRunner(loaded.to(self.model.device))
         # Rounding to a narrower stored type is the user's choice of base, not a fault.
         limit = 1e-4 if stored == torch.float32 else 1e-9 if stored == torch.float64 else None
-        timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})
+        timing = self._time_torch(runner.model)
         return self._described(directory, self._agreement("hf", runner, limit), timing)
 
     def peft(self, directory: Path) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class _Work:
         plain = dequantise_(models.load_model(models.locate(self.trained.path), self.trained))
         runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
-        timing = self._time({REFERENCE: TorchRunner(self.full), CANDIDATE: runner})
+        timing = self._time_torch(runner.model)
         rank = read_json(directory / foreign.PEFT_CONFIG)["r"]
         return {
             "rank": rank,
@@ -251,12 +252,20 @@ class _Work:
             )
         return found
 
-    def _time(self, runners: Mapping[str, Runner]) -> Measurement:
+    def _time_torch(self, model: PreTrainedModel) -> Measurement:
+        runners = {
+            name: timed_runner(each, self.config.timing)
+            for name, each in ((REFERENCE, self.full), (CANDIDATE, model))
+        }
+        return self._time(runners, str(self.model.device))
+
+    def _time(self, runners: Mapping[str, Runner], device: str = "cpu") -> Measurement:
         found = measure(
             runners,
             self.config.timing,
             vocabulary=self.model.config.vocab_size,
             seed=self.config.seed,
+            clock=clock_of(torch.device(device)),
         )
         if warning := found.warning():
             self.warnings.append(f"Latency: {warning}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from elastic.bench import Bench
 from elastic.budget import impossible, met
@@ -17,18 +18,26 @@ from elastic.page import write_page
 from elastic.pareto import non_dominated, thin
 from elastic.progress import say, track
 from elastic.proposals import learn
+from elastic.provenance import provenance
 from elastic.run import Run, as_plain
 from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
-from elastic.supernet import provenance
 from elastic.tasks import Example
 from elastic.timetable import Target
+
+if TYPE_CHECKING:
+    import optuna
+
+LEAST = "min_accuracy"
+SCORES, TIMES = "test scores", "measured"
+"""What a study keeps of its finalists, by sub-adapter."""
 
 
 def finish(
     run: Run,
     config: SearchConfig,
     objective: Objective,
+    study: optuna.Study,
     results: Mapping[SubAdapter, Figures],
     *,
     test: Sequence[Example],
@@ -36,7 +45,8 @@ def finish(
     importance: Mapping[str, float] | None = None,
 ) -> Front:
     """Non-dominated sub-adapters within the budget, scored on the test split, timed for real where
-    this is the target, and saved."""
+    this is the target, and saved. The study keeps scores and times, so that nothing is asked twice
+    and a worker elsewhere loses no measurement."""
     net, timetable = objective.net, objective.timetable
     accuracies = {sub: figures.accuracy for sub, figures in results.items()}
     belief = learn(net.space, accuracies, len(objective.examples), importance)
@@ -53,36 +63,26 @@ def finish(
     feasible = [one for one in trials if one.feasible]
     if not feasible:
         raise BudgetError(impossible(limits, estimated))
-    points = [(getattr(one.figures, config.objective), -one.estimate) for one in feasible]
+    points = [
+        (*(getattr(one.figures, cost) for cost in config.costs), -one.estimate) for one in feasible
+    ]
     indices = non_dominated(points)
-    # The slowest of the front is its most accurate.
-    chosen = [feasible[index] for index in thin(indices, config.test_front, keep=indices[-1])]
-    say(f"Scoring {len(chosen)} of the front on {len(test)} test examples")
-    scores = [
-        evaluate(
-            compact(net, one.sub_adapter), objective.tokenizer, test,
-            batch_tokens=config.batch_tokens, quiet=True,
-        )
-        for one in track(chosen, "test split")
-    ]  # fmt: skip
-    measured: list[Measured | None] = [None] * len(chosen)
-    if timetable.target.device == here.device:
-        say(f"Timing {len(chosen)} of the front")
-        with Bench(net, config.timing, config.seed) as bench:
-            found = [bench(one.sub_adapter) for one in track(chosen, "timing")]
-        measured = [Measured.of(each, objective.full) for each in found]
-    best = best_of(chosen, measured, limits)
+    keep = min(indices, key=lambda index: preference(feasible[index], config.costs[0], limits))
+    chosen = [feasible[index] for index in thin(indices, config.test_front, keep=keep)]
+    scores = _scores(study, chosen, objective, test)
+    measured = _times(study, chosen, objective, measure=timetable.target.device == here.device)
+    best = best_of(chosen, measured, config.costs[0], limits)
     members = [
         Member(
             **vars(one),
             name=f"front-{number}",
-            test=score.as_dict(),
+            test=score,
             measured=timing,
             best=number == best,
         )
         for number, (one, score, timing) in enumerate(zip(chosen, scores, measured, strict=True), 1)
     ]
-    front = Front(run, members, objective.full, trials, config.objective, limits, timetable)
+    front = Front(run, members, objective.full, trials, config.costs, limits, timetable)
     front.save()
     write_page(front, net.space, belief.effects, run.report)
     device = str(net.model.device)
@@ -91,13 +91,61 @@ def finish(
     return front
 
 
+def preference(one: Evaluated, cost: str, limits: Mapping[str, float]) -> tuple[float, float]:
+    """To be minimised. What a budget limits is met, and what it does not is made the best of: where
+    it limits accuracy alone the cheapest is wanted, else the most accurate."""
+    figures = one.judged
+    amount = getattr(figures, cost)
+    return (amount, -figures.accuracy) if set(limits) == {LEAST} else (-figures.accuracy, amount)
+
+
 def best_of(
-    chosen: Sequence[Evaluated], measured: Sequence[Measured | None], limits: Mapping[str, float]
+    chosen: Sequence[Evaluated],
+    measured: Sequence[Measured | None],
+    cost: str,
+    limits: Mapping[str, float],
 ) -> int:
-    """The number (from 1, the fastest) of the most accurate one that meets the budget as measured
-    too, where that can be trusted; if none does, of the fastest."""
-    for number in reversed(range(len(chosen))):
-        judged, timing = chosen[number].judged, measured[number]
-        if timing is None or not timing.trusted or met(timing.instead_of(judged), limits):
-            return number + 1
-    return 1
+    """The number (from 1) of the preferred one among those that meet the budget as measured too,
+    where that can be trusted; if none does, of the cheapest, the first."""
+
+    def meets(number: int) -> bool:
+        one, timing = chosen[number - 1], measured[number - 1]
+        return timing is None or not timing.trusted or met(timing.instead_of(one.judged), limits)
+
+    numbers = [number for number in range(1, len(chosen) + 1) if meets(number)]
+    return min(numbers, key=lambda n: preference(chosen[n - 1], cost, limits), default=1)
+
+
+def _scores(
+    study: optuna.Study, chosen: Sequence[Evaluated], objective: Objective, test: Sequence[Example]
+) -> list[dict[str, Any]]:
+    """On the test split."""
+    known = study.user_attrs.get(SCORES, {})
+    asked = [one for one in chosen if str(one.sub_adapter) not in known]
+    say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
+    for one in track(asked, "test split"):
+        model = compact(objective.net, one.sub_adapter)
+        score = evaluate(
+            model, objective.tokenizer, test, batch_tokens=objective.config.batch_tokens, quiet=True
+        )
+        known[str(one.sub_adapter)] = score.as_dict()
+    study.set_user_attr(SCORES, known)
+    return [known[str(one.sub_adapter)] for one in chosen]
+
+
+def _times(
+    study: optuna.Study, chosen: Sequence[Evaluated], objective: Objective, *, measure: bool
+) -> list[Measured | None]:
+    """As measured on the target; None where that was never done. What could not be trusted is
+    measured again."""
+    known = {sub: Measured(**each) for sub, each in study.user_attrs.get(TIMES, {}).items()}
+    trusted = {sub for sub, each in known.items() if each.trusted}
+    asked = [one for one in chosen if measure and str(one.sub_adapter) not in trusted]
+    if asked:
+        say(f"Timing {len(asked)} of the front")
+        with Bench(objective.net, objective.config.timing, objective.config.seed) as bench:
+            for one in track(asked, "timing"):
+                found = Measured.of(bench(one.sub_adapter), objective.full)
+                known[str(one.sub_adapter)] = found
+        study.set_user_attr(TIMES, {sub: asdict(each) for sub, each in known.items()})
+    return [known.get(str(one.sub_adapter)) for one in chosen]

@@ -20,10 +20,28 @@ from elastic.run import Run
 from elastic.space import SubAdapter
 from elastic.timetable import Timetable
 
-LATENCIES = {
-    "prefill_ms": "prefill (time to first token), milliseconds",
-    "decode_ms": "decode, milliseconds per token",
+
+@dataclass(frozen=True)
+class Axis:
+    """How a cost is written."""
+
+    title: str
+    unit: str
+    scale: float = 1
+    """One unit, in what is measured."""
+
+    def __call__(self, amount: float) -> str:
+        return f"{amount / self.scale:.1f} {self.unit}"
+
+
+COSTS = {
+    "prefill_ms": Axis("prefill (time to first token), milliseconds", "ms"),
+    "decode_ms": Axis("decode, milliseconds per token", "ms"),
+    "memory_mb": Axis("weights and what a prefill holds beside them, MB", "MB"),
+    "params": Axis("parameters, millions", "M", 1e6),
+    "macs": Axis("multiply-accumulates per token, millions", "M", 1e6),
 }
+"""What accuracy may be traded against."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ class Member(Evaluated):
 
 @dataclass(frozen=True)
 class Front:
-    """Sorted from the fastest to the most accurate."""
+    """Sorted by the first cost, the cheapest first."""
 
     run: Run
     members: Sequence[Member]
@@ -117,8 +135,8 @@ class Front:
     """The maximal sub-adapter."""
     trials: Sequence[Evaluated]
     """Everything evaluated, in order."""
-    latency: str
-    """The latency objective: prefill_ms or decode_ms."""
+    costs: Sequence[str]
+    """What accuracy is traded against; the first is drawn."""
     limits: Mapping[str, float]
     """The budget, absolute."""
     timetable: Timetable
@@ -154,7 +172,9 @@ class Front:
         from rich.table import Table
 
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
+        more = [cost for cost in self.costs if cost in ("memory_mb", "macs")]
         columns = ["", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"]
+        columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
         for column in columns:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for member in self.members:
@@ -167,9 +187,14 @@ class Front:
                 _ms(f.prefill_ms, measured and measured.prefill_ms, full.prefill_ms),
                 _ms(f.decode_ms, measured and measured.decode_ms, full.decode_ms),
                 f"{f.params / 1e6:.1f} M ({f.params / full.params:.0%})",
+                *(self._share(f, cost) for cost in more),
                 style="bold" if member.best else None,
             )
         return table
+
+    def _share(self, figures: Figures, cost: str) -> str:
+        amount, whole = getattr(figures, cost), getattr(self.full, cost)
+        return f"{amount / COSTS[cost].scale:.1f} ({amount / whole:.0%})"
 
     def show(self) -> None:
         from rich.console import Console
@@ -216,8 +241,11 @@ class Front:
     def _plot(self, path: Path) -> None:
         figure, axes = plot.canvas(8, 5)
 
-        def latency(figures: Figures) -> float:
-            return getattr(figures, self.latency)
+        drawn = self.costs[0]
+        axis = COSTS[drawn]
+
+        def cost(figures: Figures) -> float:
+            return getattr(figures, drawn) / axis.scale
 
         for feasible, colour, label in (
             (True, "#8aa9c9", "evaluated"),
@@ -226,13 +254,13 @@ class Front:
             trials = [one for one in self.trials if one.feasible == feasible]
             if trials:
                 axes.scatter(
-                    [latency(one.figures) for one in trials],
+                    [cost(one.figures) for one in trials],
                     [100 * one.estimate for one in trials],
                     s=22,
                     color=colour,
                     label=f"{label} (estimate on n={self.full.accuracy_n})",
                 )
-        xs = [latency(member.figures) for member in self.members]
+        xs = [cost(member.figures) for member in self.members]
         ys, bars = plot.percent_bars(
             (member.test["accuracy"] for member in self.members),
             (member.test["accuracy_interval"] for member in self.members),
@@ -244,17 +272,19 @@ class Front:
         )  # fmt: skip
         best = self.best
         axes.scatter(
-            [latency(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
+            [cost(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
             facecolors="none", edgecolors="#c0392b", linewidths=2, label=f"best: {best.name}",
         )  # fmt: skip
         axes.axvline(
-            latency(self.full), color="#777777", linestyle=":",
-            label=f"full model, {latency(self.full):.0f} ms",
+            cost(self.full), color="#777777", linestyle=":",
+            label=f"full model, {axis(getattr(self.full, drawn))}",
         )  # fmt: skip
-        if self.latency in self.limits:
-            limit = self.limits[self.latency]
-            axes.axvline(limit, color="#c0392b", linestyle="--", label=f"budget, {limit:.0f} ms")
-        axes.set_xlabel(LATENCIES[self.latency])
+        if drawn in self.limits:
+            limit = self.limits[drawn]
+            axes.axvline(
+                limit / axis.scale, color="#c0392b", linestyle="--", label=f"budget, {axis(limit)}"
+            )
+        axes.set_xlabel(axis.title)
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8, loc="lower right")
         plot.save(figure, path)

@@ -10,11 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic.runners import Runner
 from elastic.search_config import TimingConfig
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE, CONTROL = "full", "control"
 
@@ -63,12 +67,14 @@ class Measurement:
 
     def warning(self) -> str | None:
         """What to tell the reader when the control failed."""
-        if self.trusted:
-            return None
-        return (
-            f"this machine is too busy to trust these times: the full model differs from itself "
-            f"by {self.control:.1%} (more than {self.tolerance:.0%})"
-        )
+        return None if self.trusted else distrust(self.control, self.tolerance)
+
+
+def distrust(control: float, tolerance: float) -> str:
+    return (
+        f"this machine is too busy to trust these times: the full model differs from itself by "
+        f"{control:.1%} (more than {tolerance:.0%})"
+    )
 
 
 def measure(
@@ -79,7 +85,7 @@ def measure(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measurement:
-    """Time every runner; `runners` names the reference "full".
+    """Time every runner; `runners` names the reference "full". `clock` gives seconds.
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
     last, until every IQR / median is below 0.1 or `max_rounds` is reached. A turn begins with a
@@ -134,6 +140,24 @@ def measure(
         abs(again.prefill_ms / full.prefill_ms - 1), abs(again.decode_ms / full.decode_ms - 1)
     )
     return Measurement(latencies, control, round_number, config.tolerance, ratios)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """What to `measure` a model on this device with."""
+    if device.type != "cuda":
+        return time.perf_counter
+    from elastic.cuda import CudaClock
+
+    return CudaClock()
+
+
+def state_of(device: torch.device) -> dict[str, float | str] | None:
+    """The clocks of a GPU at this moment; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from elastic.cuda import state
+
+    return state(device)
 
 
 def _within_rounds(times: Mapping[str, list[float]], name: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from elastic.sampler import generator_for
 from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
+from elastic.table import Table
 from elastic.tasks import Example
 from elastic.timetable import Timetable
 
@@ -89,17 +90,15 @@ class Objective:
     def __call__(
         self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures] | None = None
     ) -> Figures:
-        """Slice, merge, score on validation; of the `rivals`, the most accurate one that is no
-        slower may end that early."""
+        """Slice, merge, score on validation; of the `rivals`, the most accurate one that costs no
+        more may end that early."""
         if sub == self.net.space.maximal() and self.full is not None:
             return self.full
         return self._figures(sub, rivals or {})
 
     def _figures(self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures]) -> Figures:
         costs = self.costs(sub)
-        correct, accuracy = self._race(
-            compact(self.net, sub), self._rivals(costs[self.config.objective], rivals)
-        )
+        correct, accuracy = self._race(compact(self.net, sub), self._rivals(costs, rivals))
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
     def costs(self, sub: SubAdapter) -> dict[str, float]:
@@ -108,12 +107,21 @@ class Objective:
         speed = 1000 * self.config.timing.batch / predicted["decode_ms"]
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
-    def _rivals(self, latency: float, rivals: Mapping[SubAdapter, Figures]) -> list[Figures]:
+    def table(self, cost: str) -> Table:
+        """What every choice saves of a cost."""
+        known = self.timetable.tables
+        if cost in known:
+            return known[cost]
+        return Table.counted(self.net.space, lambda sub: getattr(self.cost(sub), cost))
+
+    def _rivals(
+        self, costs: Mapping[str, float], rivals: Mapping[SubAdapter, Figures]
+    ) -> list[Figures]:
         return [
             figures
             for figures in rivals.values()
             if len(figures.correct) == len(self.examples)
-            and getattr(figures, self.config.objective) <= latency
+            and all(getattr(figures, name) <= costs[name] for name in self.config.costs)
         ]
 
     def _race(self, model, rivals: Sequence[Figures]) -> tuple[str, float]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.files import write_text
-from elastic.front import LATENCIES, Evaluated, Front
+from elastic.front import COSTS, Evaluated, Front
 from elastic.pareto import hypervolume
 from elastic.table import kinds
 
 if TYPE_CHECKING:
     from elastic.space import BoundSpace
+
+LATENCIES = ("prefill_ms", "decode_ms")
 
 
 def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path) -> None:
@@ -46,8 +48,8 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             "estimates: measured accuracies less their noise. Hover or click to see one. "
             f"{front.timetable.describe()}."
         ),
-        "latency": front.latency,
-        "latency_title": LATENCIES[front.latency],
+        "cost": front.costs[0],
+        "axis": asdict(COSTS[front.costs[0]]),
         "limits": dict(front.limits),
         "test_n": front.members[0].test["accuracy_n"],
         "kinds": list(of_kind),
@@ -81,7 +83,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             {"predicted": predicted, "measured": measured, "what": what}
             for what, predicted, measured in _checks(front)
         ],
-        "volumes": _volumes(front.trials, front.latency),
+        "volumes": _volumes(front.trials, front.costs[0]),
         "costs": _costs(space, effects, list(of_kind), list(blocks)),
     }
 
@@ -91,17 +93,19 @@ def _block(name: str) -> str:
     return " ".join(part for part in name.split(".") if part.isdigit())
 
 
-def _volumes(trials: Sequence[Evaluated], latency: str) -> list[float]:
-    """After every evaluation, in parts of the last one's; the worst figures are the reference."""
-    points = [(getattr(one.figures, latency), -one.estimate) for one in trials]
+def _volumes(trials: Sequence[Evaluated], cost: str) -> list[float]:
+    """Of accuracy and the cost that is drawn, after every evaluation, in parts of the last one's;
+    the worst figures are the reference."""
+    points = [(getattr(one.figures, cost), -one.estimate) for one in trials]
     worst = tuple(np.max(points, 0))
     found = [hypervolume(points[: n + 1], worst) for n in range(len(points))]
     return [volume / (found[-1] or 1.0) for volume in found]
 
 
 def _checks(front: Front) -> Iterator[tuple[str, float, float]]:
-    """What the table was not told: sub-adapters kept from it, and the front as it was measured."""
-    metric = front.latency
+    """What the table was not told: sub-adapters kept from it, and the front as it was measured. Of
+    the latency that is traded, else of prefill."""
+    metric = next((cost for cost in front.costs if cost in LATENCIES), LATENCIES[0])
     for timed in front.timetable.unseen:
         predicted = front.timetable(timed.sub_adapter)[metric]
         yield "kept from the table", predicted, timed.values[metric]

@@ -27,12 +27,14 @@ GOLDEN = 0.6180339887498949
 
 
 class AdditiveSampler(BaseSampler):
-    """Proposes, for one latency after another, the sub-adapter believed to be the most accurate.
+    """Proposes, for one cost after another, the sub-adapter believed to be the most accurate.
 
     An additive model is fitted to the accuracies so far (the first objective, to be maximised), and
-    one to the latencies (the second) unless a table is given; since both are sums over groups, the
-    best choice at any latency is found exactly. What trial k proposes is a function of the seed, k
-    and the finished trials. Begin with some enqueued ones that cover the space.
+    one to every cost (the others) unless tables are given; since all are sums over groups, the
+    best choice at any cost is found exactly. Several costs are weighed anew for every proposal
+    (random weights, as ParEGO draws them: Knowles 2006), each in parts of its range. What trial k
+    proposes is a function of the seed, k and the finished trials. Begin with some enqueued ones
+    that cover the space.
     """
 
     def __init__(
@@ -40,17 +42,21 @@ class AdditiveSampler(BaseSampler):
         space: BoundSpace,
         *,
         examples: int,
-        limit: float | None = None,
-        table: Table | None = None,
+        room: float | None = None,
+        tables: Sequence[Table] = (),
+        tradeoff: bool = True,
         importance: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
-        """`examples` that an accuracy is the share of; `limit` on the latency, in its unit;
-        `importance` of groups, by name."""
+        """`examples` that an accuracy is the share of; `room` that a limit on the costs leaves, in
+        parts of the way from the minimal to the full one; `tables` of the costs; without
+        `tradeoff`, cheaper ones than the limit allows are not looked for; `importance` of groups,
+        by name."""
         self.space = space
         self.examples = examples
-        self.limit = limit
-        self.table = table
+        self.room = room
+        self.tables = tables
+        self.tradeoff = tradeoff
         self.seed = seed
         self._model = _model(space, importance)
 
@@ -90,29 +96,39 @@ class AdditiveSampler(BaseSampler):
         at = np.array([self._place(trial.params) for trial in done])
         accuracies = np.array([trial.values[0] for trial in done])
         belief = self._model.fit(at, accuracies, sampling_variance(accuracies, self.examples))
-        table = self.table or Table.fit(
-            self.space,
-            {
-                self.space.at(trial.params): trial.values[1]
-                for trial in done
-                if np.isfinite(trial.values[1])
-            },
-        )
-        costs = table.effects
-        most = 0.0 if self.limit is None else min(0.0, self.limit - table.full)
-        least = min(most, costs.min(1).sum())
         generator = np.random.default_rng([self.seed, number])
+        costs = self._costs(done, generator)
+        least = costs.min(1).sum()
+        most = 0.0 if self.room is None else min(0.0, (1 - self.room) * least)
+        least = min(least, most)
         for attempt in range(ATTEMPTS):
             drawn = belief.sample(generator)
             effects = belief.effects + (attempt + 1) * BOLDNESS * (drawn - belief.effects)
             # Every second one is the best at the limit itself, which is what was asked for.
-            at_limit = self.limit is not None and number % 2 == 1
+            at_limit = not self.tradeoff or (self.room is not None and number % 2 == 1)
             part = ((attempt / ATTEMPTS + (0 if at_limit else number)) * GOLDEN) % 1
             # Nothing gets better by being cut; what seems to is noise.
             chosen = cheapest(np.minimum(effects, 0), costs, most - part * (most - least))
             if tuple(chosen) not in known:
                 return chosen
         return _neighbour(chosen, costs, most, known, generator)
+
+    def _costs(self, done: Sequence[FrozenTrial], generator: np.random.Generator) -> np.ndarray:
+        """(groups, choices), at most 0, infinite where no choice is: all costs as one."""
+        tables = self.tables or [
+            Table.fit(
+                self.space,
+                {
+                    self.space.at(trial.params): trial.values[objective]
+                    for trial in done
+                    if np.isfinite(trial.values[objective])
+                },
+            )
+            for objective in range(1, len(done[0].values))
+        ]
+        weights = generator.dirichlet(np.ones(len(tables))) if len(tables) > 1 else [1.0]
+        parts = zip(weights, tables, strict=True)
+        return sum(weight * table.effects / max(table.span, 1e-12) for weight, table in parts)
 
 
 def _neighbour(

@@ -10,7 +10,12 @@ import numpy as np
 from elastic.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from transformers import PreTrainedModel
+
+    from elastic.search_config import TimingConfig
 
 
 class Runner(Protocol):
@@ -41,15 +46,33 @@ class TorchRunner:
         import torch
 
         with torch.inference_mode():
-            output = self.model(
-                input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            return self._fetch(self._forward(self._tensor(input_ids)))
+
+    def _tensor(self, input_ids: np.ndarray) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device)
+
+    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(
+            input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
         self._cache = output.past_key_values
-        logits = output.logits[:, -1]
+        return output.logits[:, -1]
+
+    def _fetch(self, logits: torch.Tensor) -> np.ndarray:
+        import torch
+
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
+
+
+def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
+    """A transformers model as it is timed: on a GPU it decodes from a graph."""
+    if model.device.type != "cuda":
+        return TorchRunner(model)
+    from elastic.cuda import GraphRunner
+
+    return GraphRunner(model, timing.batch, timing.prompt_tokens + timing.new_tokens)
 
 
 def require_runtime(runtime: str) -> None:
@@ -65,14 +88,14 @@ def require_runtime(runtime: str) -> None:
         raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
 
 
-def open_runner(runtime: str, model: PreTrainedModel, directory, *, logits: str = "last") -> Runner:
-    """A runner for `model` in "torch", "onnx" or "openvino"; the latter two write it into
-    `directory` first (float32)."""
-    if runtime == "torch":
-        return TorchRunner(model)
+def open_runner(timing: TimingConfig, model: PreTrainedModel, directory: Path | None) -> Runner:
+    """A runner for `model` in the runtime to be timed; onnx and openvino write it into `directory`
+    first (float32)."""
+    if timing.runtime == "torch":
+        return timed_runner(model, timing)
     from elastic.formats import onnx, openvino
 
-    graph = onnx.write(model, directory, logits=logits)
-    if runtime == "onnx":
+    graph = onnx.write(model, directory)
+    if timing.runtime == "onnx":
         return onnx.OnnxRunner(graph)
     return openvino.OpenVINORunner(openvino.write(graph, directory))

@@ -12,6 +12,15 @@ from typing import Literal
 
 from elastic.errors import ConfigError, require
 
+ACCURACY = "accuracy"
+_LATENCIES = {
+    "prefill_ms": "prefill_ms",
+    "decode_ms": "decode_ms",
+    "tokens_per_second": "decode_ms",
+}
+"""Limits that name a latency, and which."""
+_COSTS = {**_LATENCIES, "memory_mb": "memory_mb", "params": "params", "macs": "macs"}
+
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
 
@@ -156,11 +165,14 @@ class SearchConfig:
     """Of nsga2 and nsga3."""
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
-    latency: Literal["auto", "prefill_ms", "decode_ms"] = "auto"
-    """The objective beside accuracy; the other one is known too. auto: the study's own, in a new
-    study the one that the budget limits, prefill_ms if it limits both or neither."""
+    objectives: list[
+        Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params", "macs"]
+    ] = field(default_factory=list)
+    """accuracy and the costs to trade it against, the first of which is drawn; accuracy alone looks
+    for the most accurate one within the budget. Unset: the study's own, in a new study accuracy and
+    the latency that the budget limits, prefill_ms if it limits both or neither."""
     race: float = 0.05
-    """Stop evaluating a sub-adapter that loses to a faster one on the same examples; the largest
+    """Stop evaluating a sub-adapter that loses to a cheaper one on the same examples; the largest
     probability of stopping one that is as accurate as all those. 0 evaluates all to the end."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     table: TableConfig = field(default_factory=TableConfig)
@@ -177,15 +189,27 @@ class SearchConfig:
         require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
         require(0 <= self.race < 0.5, f"race is {self.race}; choose from [0, 0.5)")
+        given = self.objectives
+        require(
+            not given or ACCURACY in given,
+            f"objectives {', '.join(given)}: accuracy must be one of them",
+        )
+        require(len(set(given)) == len(given), f"objectives {', '.join(given)}: one is named twice")
 
     @property
-    def objective(self) -> Literal["prefill_ms", "decode_ms"]:
-        """The latency to be minimised."""
-        if self.latency != "auto":
-            return self.latency
-        limited = self.budget.limits()
-        decode = "decode_ms" in limited or "tokens_per_second" in limited
-        return "decode_ms" if decode and "prefill_ms" not in limited else "prefill_ms"
+    def chosen_objectives(self) -> list[str]:
+        """Accuracy first, then what is to be minimised."""
+        if self.objectives:
+            return [ACCURACY, *(name for name in self.objectives if name != ACCURACY)]
+        latencies = {_LATENCIES[name] for name in self.budget.limits() if name in _LATENCIES}
+        return [ACCURACY, "decode_ms" if latencies == {"decode_ms"} else "prefill_ms"]
+
+    @property
+    def costs(self) -> list[str]:
+        """What a front is drawn against: the objectives beside accuracy; without any, what the
+        budget limits; if that is nothing, prefill_ms."""
+        limited = [_COSTS[name] for name in self.budget.limits() if name in _COSTS]
+        return self.chosen_objectives[1:] or list(dict.fromkeys(limited)) or ["prefill_ms"]
 
 
 @dataclass(frozen=True, kw_only=True)

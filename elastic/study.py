@@ -18,7 +18,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import models
 from elastic.batching import collated, encode_all
-from elastic.budget import refuse_by_counting, refuse_by_extremes, tightest, violations
+from elastic.budget import refuse_by_counting, refuse_by_extremes, room, violations
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
@@ -29,7 +29,7 @@ from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.runners import require_runtime
 from elastic.sampler import generator_for
-from elastic.search_config import SearchConfig
+from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import FACTORS, Supernet
@@ -96,14 +96,9 @@ def search(config: SearchConfig) -> Front:
         done = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(config, objective, limits, importance, done)
         write = functools.partial(
-            finish,
-            run,
-            config,
-            objective,
-            test=task.test,
-            here=target,
+            finish, run, config, objective, study, test=task.test, here=target,
             importance=importance,
-        )
+        )  # fmt: skip
         try:
             results = _evaluate(study, worker, objective, limits, config)
         except KeyboardInterrupt:
@@ -129,13 +124,13 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
         study_name=config.study.name or run.path.resolve().name,
         storage=storage,
         load_if_exists=True,
-        directions=["maximize", "minimize"],
+        directions=["maximize"] + ["minimize"] * (len(config.chosen_objectives) - 1),
     )
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
-    if config.latency == "auto":
+    if not config.objectives:
         begun = study.user_attrs.get("settings", {})
-        config = replace(config, latency=begun.get("latency", config.objective))
+        config = replace(config, objectives=begun.get("objectives", config.chosen_objectives))
     settings = as_plain(config)
     for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
         settings.pop(name)
@@ -151,7 +146,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
             )
-    study.set_metric_names(["accuracy", config.objective])  # for optuna-dashboard
+    study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
     return study, config
 
 
@@ -262,7 +257,8 @@ def _evaluate(
                 continue
             # The same sub-adapter proposed twice is evaluated once.
             figures = results.get(sub) or objective(sub, results)
-            failures = 0 if _tell(study, trial, figures, limits, config.objective) else failures + 1
+            told = _tell(study, trial, figures, limits, config.chosen_objectives)
+            failures = 0 if told else failures + 1
             if failures > FAILURES:
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
             if sub not in results and not failures:
@@ -285,8 +281,9 @@ def _sampler(
             return AdditiveSampler(
                 objective.net.space,
                 examples=len(objective.examples),
-                limit=tightest(limits, objective),
-                table=objective.timetable.tables[config.objective],
+                room=room(limits, objective),
+                tables=[objective.table(cost) for cost in config.costs],
+                tradeoff=config.chosen_objectives != [ACCURACY],
                 importance=importance,
                 seed=config.seed,
             )
@@ -312,7 +309,7 @@ def _tell(
     trial: optuna.Trial,
     figures: Figures,
     limits: Mapping[str, float],
-    latency: str,
+    objectives: Sequence[str],
 ) -> bool:
     """Whether the figures are numbers; a trial without has failed, and the search goes on."""
     if not all(map(math.isfinite, figures.numbers().values())):
@@ -322,7 +319,7 @@ def _tell(
     trial.set_user_attr("figures", figures.as_dict())
     for name, amount in violations(figures, limits).items():
         trial.set_constraint(name, amount)
-    study.tell(trial, [figures.accuracy, getattr(figures, latency)])
+    study.tell(trial, [getattr(figures, name) for name in objectives])
     return True
 
 

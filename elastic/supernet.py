@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.importance import channel_index
 from elastic.progress import track
+from elastic.provenance import provenance
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 
 if TYPE_CHECKING:
@@ -286,17 +285,3 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
             f"the base model given has {base_digest}; pass the model it was trained on"
         )
     return about
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """Versions and device, for everything that is written."""
-    names = ("elastic-adapters", "torch", "transformers", "optuna", "bitsandbytes")
-    versions = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    if device.startswith("cuda"):
-        device = torch.cuda.get_device_name(device)
-    else:
-        device = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return {"versions": {"python": platform.python_version(), **versions}, "device": device}

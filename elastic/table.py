@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,23 @@ class Table:
             row[len(group.choices) :] = np.inf
         return cls(space, full, effects)
 
+    @classmethod
+    def counted(cls, space: BoundSpace, cost: Callable[[SubAdapter], float]) -> Table:
+        """Of a cost that can be asked for any sub-adapter: what every choice saves on its own."""
+        at = space.indices(space.maximal())
+        full = cost(space.maximal())
+        effects = np.full((len(space.groups), max(len(group.choices) for group in space)), np.inf)
+        for row, group in zip(effects, space, strict=True):
+            for choice in range(len(group.choices)):
+                row[choice] = cost(space.at({**at, group.name: choice})) - full
+        return cls(space, full, effects)
+
+    @property
+    def span(self) -> float:
+        """From the minimal sub-adapter to the full model."""
+        return -float(self.effects.min(1).sum())
+
     def __call__(self, sub: SubAdapter) -> float:
-        """Milliseconds."""
+        """Milliseconds, or whatever else it was told."""
         at = places(self.space, [sub])[0]
         return self.full + float(self.effects[np.arange(len(at)), at].sum())

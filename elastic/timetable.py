@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,12 +20,14 @@ from elastic import models
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
+from elastic.latency import distrust
 from elastic.progress import say, track
+from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.sampler import generator_for
 from elastic.search_config import TableConfig, TimingConfig
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import FACTORS, provenance
+from elastic.supernet import FACTORS
 from elastic.table import Table
 
 if TYPE_CHECKING:
@@ -168,10 +169,7 @@ class Timetable:
             f"{metric.partition('_')[0]} {error}" for metric, error in self.errors.items()
         )
         good = f"; mean error on {n} sub-adapters it never saw: {errors}" if n else ""
-        noisy = "" if self.trusted else (
-            f". The machine was too busy to trust it: the full model differed from itself by "
-            f"{self.control:.1%} (more than {self.tolerance:.0%})"
-        )  # fmt: skip
+        noisy = "" if self.trusted else f"; {distrust(self.control, self.tolerance)}"
         return f"Latency table of {len(self.seen)} sub-adapters ({what}){good}{noisy}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -254,6 +252,7 @@ def record(
     with Bench(net, timing, seed) as bench:
         found = [(sub, bench(sub)) for sub in track(chosen, "timing sub-adapters")]
         memory = {sub: bench.memory_mb(sub) for sub in (space.maximal(), *chosen)}
+        clocks = bench.state
     # Ratios of times taken in the same rounds, in the unit of the full model over all rounds.
     full = {
         metric: float(np.median([getattr(each.full, metric) for _, each in found]))
@@ -267,7 +266,7 @@ def record(
     made = Timetable(
         target, space, rows[: table.seen + 1], rows[table.seen + 1 :], (table.seen, table.unseen),
         float(np.median([each.control for _, each in found])), timing.tolerance,
-        provenance(str(net.model.device)),
+        {**provenance(str(net.model.device)), "clocks": clocks},
     )  # fmt: skip
     if made.trusted:
         write_json(_cache_file(target), made.as_dict())
@@ -297,11 +296,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 def describe_device(device: str, runtime: str) -> str:
     """The hardware, how much of it is used, and the runtime's version."""
     about = provenance(device)
-    found = about["device"]
-    if not device.startswith("cuda"):
-        found = found.replace(platform.machine(), _processor())
     version = about["versions"].get("torch") if runtime == "torch" else _version(runtime)
-    return f"{found}, {runtime} {version}"
+    return f"{about['device']}, {runtime} {version}"
 
 
 def _factors(run: Run) -> dict[str, list[int]]:
@@ -310,15 +306,6 @@ def _factors(run: Run) -> dict[str, list[int]]:
 
     with safe_open(run.super_adapter / FACTORS, framework="numpy") as file:
         return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _version(runtime: str) -> str:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from elastic.bench import CANDIDATE, Bench
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
-from elastic.latency import REFERENCE, Measurement
+from elastic.latency import REFERENCE, Measurement, distrust
 from elastic.models import decoder_only
 from elastic.progress import say
+from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.runners import require_runtime
 from elastic.search_config import LatencyConfig
-from elastic.supernet import provenance
 from elastic.timetable import Target, Timetable, record
 
 
@@ -42,7 +42,7 @@ class LatencyReport:
             **{f"full_{name}": value for name, value in full.items()},
             "rounds": self.measurement.rounds,
             "control": self.measurement.control,
-            "trusted": self.measurement.trusted,
+            "clocks": self.about["clocks"],
             "versions": self.about["versions"],
         }
 
@@ -77,8 +77,8 @@ class LatencyReport:
         console.print(
             f"A/A control: {self.measurement.control:.1%} over {self.measurement.rounds} rounds"
         )
-        if warning := self.measurement.warning():
-            console.print(f"[bold red]{warning}[/]")
+        if clocks := self.about["clocks"]:
+            console.print("Clocks: " + ", ".join(f"{k} {v}" for k, v in clocks.items()))
         print(json.dumps(self.as_dict()))
 
 
@@ -96,7 +96,10 @@ class TableReport:
 
 
 def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
-    """Of a trained run; the sub-adapter is sliced, and merged unless `timing.merged` is false."""
+    """Of a trained run; the sub-adapter is sliced, and merged unless `timing.merged` is false.
+
+    RunError when the full model differs from itself by more than `timing.tolerance`.
+    """
     run = Run(config.run)
     decoder_only(run.config().model, "latency")
     require_runtime(config.timing.runtime)
@@ -106,6 +109,7 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     _, _, net = run.load()
     if config.save:
         timetable = record(net, target, config.timing, config.table, config.seed)
+        _refuse_noise(timetable.control, config)
         write_json(config.save, timetable.as_dict())
         return TableReport(timetable, Path(config.save))
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
@@ -113,8 +117,19 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
         say(f"Writing both models for {config.timing.runtime}")
     with Bench(net, config.timing, config.seed) as bench:
         found = bench(sub)
+        _refuse_noise(found.control, config)
         memory = {
             REFERENCE: bench.memory_mb(net.space.maximal()),
             CANDIDATE: bench.memory_mb(sub),
         }
-    return LatencyReport(name, target, found, memory, provenance(str(net.model.device)))
+        about = {**provenance(str(net.model.device)), "clocks": bench.state}
+    return LatencyReport(name, target, found, memory, about)
+
+
+def _refuse_noise(control: float, config: LatencyConfig) -> None:
+    if control > config.timing.tolerance:
+        kept = f"; {config.save} was not written" if config.save else ""
+        raise RunError(
+            f"{distrust(control, config.timing.tolerance)}{kept}. Stop what else is running, or "
+            "say how much may be accepted with --timing.tolerance"
+        )

@@ -3,13 +3,14 @@
 as it can be known."""
 
 import re
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from elastic import __main__, models
-from elastic.budget import tightest
+from elastic.budget import room
 from elastic.cost import count
 from elastic.errors import BudgetError
 from elastic.finalists import best_of
@@ -19,6 +20,7 @@ from elastic.objective import Figures
 from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
+from tests.test_page import data_of
 from tests.test_study import (  # noqa: F401
     asked,
     config,
@@ -70,10 +72,9 @@ def test_percentages_are_of_the_full_model(trained, tmp_path):
 
 
 def test_a_throughput_bounds_what_is_proposed(trained, tmp_path):
-    """The sampler is told in its own objective's unit."""
     run = copy_run(trained, tmp_path / "run")
     budget = BudgetConfig(tokens_per_second="130%")
-    front = search(config(run, trials=14, latency="decode_ms", budget=budget))
+    front = search(config(run, trials=14, objectives=["accuracy", "decode_ms"], budget=budget))
     full = front.full.tokens_per_second
     proposed = [one.figures.tokens_per_second for one in front.trials[6:]]
     assert min(proposed) > 1.28 * full
@@ -86,15 +87,15 @@ def test_a_throughput_bounds_what_is_proposed(trained, tmp_path):
     "limits, expected",
     [
         ({}, None),
-        ({"prefill_ms": 90.0}, 90.0),
-        ({"decode_ms": 40.0}, 70.0),
-        ({"tokens_per_second": 25.0}, 70.0),  # 40 ms, in the middle of 20 to 60
-        ({"prefill_ms": 90.0, "tokens_per_second": 25.0, "params": 8.0}, 58.0),
+        ({"prefill_ms": 88.0}, 0.8),
+        ({"decode_ms": 40.0}, 0.5),
+        ({"tokens_per_second": 25.0}, 0.5),  # 40 ms, in the middle of 20 to 60
+        ({"prefill_ms": 90.0, "tokens_per_second": 25.0, "params": 8.0}, 0.3),
         ({"min_accuracy": 0.9}, None),
-        ({"params": 25.0}, 160.0),
+        ({"params": 25.0}, 2.0),
     ],
 )
-def test_the_tightest_limit_bounds_the_latency(limits, expected):
+def test_the_room_limit_says_how_much_room_there_is(limits, expected):
     """Costs of (full, minimal) here: prefill 100 and 40, decode 60 and 20, parameters 15 and 5."""
     costs = {
         "full": {"prefill_ms": 100.0, "decode_ms": 60.0, "tokens_per_second": 1000 / 60},
@@ -103,9 +104,9 @@ def test_the_tightest_limit_bounds_the_latency(limits, expected):
     costs["full"]["params"], costs["least"]["params"] = 15.0, 5.0
     space = SimpleNamespace(maximal=lambda: "full", minimal=lambda: "least")
     objective = SimpleNamespace(
-        net=SimpleNamespace(space=space), costs=costs.get, config=SearchConfig(latency="prefill_ms")
+        net=SimpleNamespace(space=space), costs=costs.get, config=SearchConfig()
     )
-    assert tightest(limits, objective) == (expected and pytest.approx(expected))
+    assert room(limits, objective) == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize("name", ["params", "macs"])
@@ -140,15 +141,63 @@ def test_a_budget_nobody_meets_is_refused_by_what_is_known(searched, tmp_path, a
     assert not asked
 
 
+@pytest.mark.parametrize(
+    "limits, objectives, costs",
+    [
+        ({}, [], ["prefill_ms"]),
+        ({"params": "80%"}, [], ["prefill_ms"]),
+        ({"prefill_ms": 3, "decode_ms": 3}, [], ["prefill_ms"]),
+        ({"decode_ms": 3}, [], ["decode_ms"]),
+        ({"tokens_per_second": 3}, [], ["decode_ms"]),
+        ({"decode_ms": 3}, ["macs", "accuracy", "params"], ["macs", "params"]),
+        ({"tokens_per_second": 3, "params": 3}, ["accuracy"], ["decode_ms", "params"]),
+        ({"min_accuracy": 0.5}, ["accuracy"], ["prefill_ms"]),
+    ],
+)
+def test_what_is_traded_follows_the_objectives_and_the_budget(limits, objectives, costs):
+    asked = SearchConfig(budget=BudgetConfig(**limits), objectives=objectives)
+    assert asked.costs == costs
+    assert asked.chosen_objectives == (["accuracy"] if objectives == ["accuracy"] else
+                                       ["accuracy", *costs])  # fmt: skip
+
+
+def test_accuracy_alone_under_a_budget(trained, tmp_path):
+    """Nearly everything proposed is at the limit, and the front still shows what costs less."""
+    run = copy_run(trained, tmp_path / "run")
+    budget = BudgetConfig(params="85%")
+    front = search(config(run, trials=14, objectives=["accuracy"], budget=budget))
+    limit = 0.85 * front.full.params
+    assert front.costs == ["params"] and front.limits == {"params": pytest.approx(limit)}
+    proposed = [one.figures.params for one in front.trials[4:]]
+    assert max(proposed) <= limit and statistics.median(proposed) > 0.8 * front.full.params
+    assert front.best.estimate == max(one.estimate for one in front.trials if one.feasible)
+    drawn = data_of(run)
+    assert drawn["cost"] == "params" and drawn["axis"]["unit"] == "M"
+
+
+@pytest.mark.parametrize("sampler", ["additive", "nsga3"])
+def test_three_objectives(trained, tmp_path, sampler):
+    run = copy_run(trained, tmp_path / "run")
+    objectives = ["accuracy", "decode_ms", "macs"]
+    front = search(config(run, trials=10, objectives=objectives, sampler=sampler))
+    assert front.costs == ["decode_ms", "macs"]
+    members = [(one.figures.decode_ms, one.figures.macs, -one.estimate) for one in front.members]
+    assert members == sorted(members)
+    for one in front.trials:
+        point = (one.figures.decode_ms, one.figures.macs, -one.estimate)
+        assert any(all(a <= b for a, b in zip(m, point, strict=True)) for m in members)
+        assert not any(all(a < b for a, b in zip(point, m, strict=True)) for m in members)
+
+
 def test_a_study_keeps_its_objective(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
     first = search(config(run, trials=4, budget=BudgetConfig(prefill_ms="95%")))
     again = search(config(run, trials=5, budget=BudgetConfig(decode_ms="99%")))
-    assert (first.latency, again.latency) == ("prefill_ms", "prefill_ms")
+    assert first.costs == again.costs == ["prefill_ms"]
     other = copy_run(trained, tmp_path / "other")
-    assert search(config(other, trials=2, budget=BudgetConfig(decode_ms="99%"))).latency == (
+    assert search(config(other, trials=2, budget=BudgetConfig(decode_ms="99%"))).costs == [
         "decode_ms"
-    )
+    ]
 
 
 def evaluated(estimate: float, prefill_ms: float) -> Evaluated:
@@ -171,17 +220,19 @@ def timed(prefill_ms: float, *, trusted: bool = True) -> Measured:
         ({"prefill_ms": 30.0}, [31, 40, 50], 1),
         ({"prefill_ms": 30.0}, [31, 29, 50], 2),
         ({"tokens_per_second": 400.0}, [10, 20, 30], 2),  # 1000, 500 and 333 as measured
-        ({"min_accuracy": 0.7}, [10, 20, 30], 3),
+        ({"min_accuracy": 0.6}, [10, 20, 30], 1),  # accuracy alone is limited: the cheapest
+        ({"min_accuracy": 0.6, "prefill_ms": 30.0}, [10, 20, 30], 3),
         ({}, [99, 99, 99], 3),
     ],
 )
 def test_the_best_meets_the_budget_as_measured(limits, measured, best):
     chosen = [evaluated(0.5 + 0.1 * n, 10.0 * n) for n in (1, 2, 3)]
     times = [timed(ms) for ms in measured]
-    assert best_of(chosen, times, limits) == best
-    assert best_of(chosen, [None] * 3, limits) == 3
+    assert best_of(chosen, times, "prefill_ms", limits) == best
+    untimed = 1 if set(limits) == {"min_accuracy"} else 3
+    assert best_of(chosen, [None] * 3, "prefill_ms", limits) == untimed
     busy = [replace(each, trusted=False) for each in times]
-    assert best_of(chosen, busy, limits) == 3
+    assert best_of(chosen, busy, "prefill_ms", limits) == untimed
 
 
 def test_a_best_one_over_the_budget_as_measured_says_so(trained, tmp_path, monkeypatch, capsys):

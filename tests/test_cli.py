@@ -138,7 +138,11 @@ def test_a_limited_drop_is_a_least_accuracy(budget, least):
         (TrainConfig, ["--task.name", "arithmetics"], "did you mean 'arithmetic'?"),
         (SearchConfig, ["--sampler", "randon"], "unknown sampler 'randon'; did you mean 'random'?"),
         (ExportConfig, ["--formats", "[peff]"], "did you mean 'peft'?"),
+        (ExportConfig, ["--formats", "hf,peff"], "did you mean 'peft'?"),
         (ExportConfig, ["--formats", "[]"], "formats is empty"),
+        (SearchConfig, ["--objectives", "accuracy,prefil_ms"], "did you mean 'prefill_ms'?"),
+        (SearchConfig, ["--objectives", "prefill_ms"], "accuracy must be one of them"),
+        (SearchConfig, ["--objectives", "accuracy,macs,macs"], "one is named twice"),
         (ExportConfig, ["--timing.runtime", "onnx"], "choose with formats"),
         (SearchConfig, ["--race", "0.7"], "race is 0.7"),
         (SearchConfig, ["--table.seen", "1"], "table.seen is 1"),
@@ -362,6 +366,12 @@ def test_names_of_sub_adapters(tmp_path):
 def test_timing_of_latency_starts_with_more_rounds():
     assert LatencyConfig().timing == TimingConfig(rounds=10)
     assert EvaluateConfig().split == "test"
+
+
+@pytest.mark.parametrize("spelled", [["--formats", "hf,onnx"], ["--formats=hf,onnx"]])
+def test_names_with_commas_are_a_list(spelled):
+    assert parse(ExportConfig, ["run", *spelled]).formats == ["hf", "onnx"]
+    assert parse(ExportConfig, ["run", "--formats", "onnx"]).formats == ["onnx"]
 
 
 def test_a_switch_alone_is_on():

@@ -61,7 +61,7 @@ def test_every_group_has_its_place_in_the_heat_map(searched):
 
 def test_the_hypervolume_never_shrinks(searched):
     _, front = searched
-    volumes = _volumes(front.trials, front.latency)
+    volumes = _volumes(front.trials, front.costs[0])
     assert volumes == sorted(volumes) and volumes[-1] == 1 and len(volumes) == 12
 
 

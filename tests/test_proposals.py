@@ -44,9 +44,9 @@ def accuracy(sub) -> float:
     return 0.9 - 0.04 * lost
 
 
-def searched(trials: int, *, stop: int = 0, **settings) -> optuna.Study:
+def searched(trials: int, *, stop: int = 0, costs=(latency,), **settings) -> optuna.Study:
     """A study of so many trials, in two pieces if `stop` says where."""
-    study = optuna.create_study(directions=["maximize", "minimize"])
+    study = optuna.create_study(directions=["maximize"] + ["minimize"] * len(costs))
     for sub in SPACE.ladder():
         study.enqueue_trial(SPACE.indices(sub))
     settings = {"examples": 1000, **settings}
@@ -56,7 +56,7 @@ def searched(trials: int, *, stop: int = 0, **settings) -> optuna.Study:
             study.sampler = AdditiveSampler(SPACE, **settings)
         trial = study.ask()
         sub = SPACE.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in SPACE})
-        study.tell(trial, [accuracy(sub), latency(sub)])
+        study.tell(trial, [accuracy(sub), *(cost(sub) for cost in costs)])
     return study
 
 
@@ -89,20 +89,56 @@ def test_what_matters_is_cut_last():
 def test_proposals_cover_the_range_and_stay_below_a_limit():
     times = [latency(sub) for sub in subs(searched(40))[3:]]
     assert min(times) < 14.5 and max(times) > 17.5
-    limited = [latency(sub) for sub in subs(searched(40, limit=15.0))[3:]]
+    limited = [latency(sub) for sub in subs(searched(40, room=0.25))[3:]]
     assert max(limited) <= 15.05 and min(limited) < 14.5
 
 
 def test_half_of_the_proposals_are_at_the_limit():
     """As near as the choices allow: a quarter of a millisecond apart, and the table is learnt."""
-    times = [latency(sub) for sub in subs(searched(30, limit=15.6))[3:]]
+    times = [latency(sub) for sub in subs(searched(30, room=0.4))[3:]]
     assert np.mean([15.0 <= time <= 15.6 for time in times]) > 0.4
     free = [latency(sub) for sub in subs(searched(30))[3:]]
     assert np.mean([15.0 <= time <= 15.6 for time in free]) < 0.3
 
 
+def early(sub) -> float:
+    """What the first half of the layers costs."""
+    return sum(sub[f"layers.{layer}.mlp"] / 64 for layer in range(4))
+
+
+def late(sub) -> float:
+    return sum(sub[f"layers.{layer}.mlp"] / 64 for layer in range(4, 8))
+
+
+def test_several_costs_are_all_traded():
+    """Some proposals save the one, some the other; a sum of both would never part them."""
+    apart = {
+        costs: [early(sub) - late(sub) for sub in subs(searched(60, costs=costs))[3:]]
+        for costs in ((early, late), (early,), (latency,))
+    }
+    assert min(apart[early, late]) < -1.5 and max(apart[early, late]) > 1.5
+    assert max(apart[early,]) < 1
+    assert min(apart[latency,]) > -1.5 and max(apart[latency,]) < 1.5
+
+
+def test_accuracy_alone_is_looked_for_at_the_limit():
+    tables = [Table.counted(SPACE, latency)]
+    found = subs(searched(20, costs=(), tables=tables, tradeoff=False, room=0.4))[3:]
+    times = [latency(sub) for sub in found]
+    assert max(times) <= 15.6
+    assert np.mean([time >= 15.0 for time in times]) > 0.8
+
+
+def test_a_counted_table_is_exact_where_costs_are_sums():
+    table = Table.counted(SPACE, latency)
+    for seed in range(20):
+        sub = SPACE.stratified(Random(seed))
+        assert table(sub) == pytest.approx(latency(sub))
+    assert table.span == pytest.approx(4.0)
+
+
 def test_a_limit_nobody_meets_is_answered_by_the_smallest():
-    found = subs(searched(8, limit=1.0))[4:]
+    found = subs(searched(8, room=-3.0))[4:]
     assert {latency(sub) for sub in found} == {latency(SPACE.minimal())}
 
 

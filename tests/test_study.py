@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from elastic import __main__, bench, models, study
+from elastic import __main__, bench, finalists, models, study
 from elastic.config import TaskConfig
 from elastic.cost import count
 from elastic.errors import RunError
@@ -21,6 +21,7 @@ from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
 from elastic.tasks import load_task
+from elastic.timetable import Target
 from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP
 from tests.tiny_runs import (
@@ -165,7 +166,8 @@ def test_members_meet_the_budget_and_dominate_the_rest(trained, searched, tmp_pa
     if latency == "decode_ms":
         run = copy_run(trained, tmp_path / "run")
         budget = BudgetConfig(decode_ms="90%", min_accuracy=0.1)
-        front = search(config(run, trials=12, budget=budget, latency=latency))
+        objectives = ["accuracy", latency]
+        front = search(config(run, trials=12, budget=budget, objectives=objectives))
     rows = trials_of(run)
     full = getattr(front.full, latency)
     limit = {"prefill_ms": 0.85, "decode_ms": 0.9}[latency] * full
@@ -186,6 +188,44 @@ def test_members_meet_the_budget_and_dominate_the_rest(trained, searched, tmp_pa
     assert set(members) <= set(feasible)
     for accuracy, ms in feasible:
         assert any(a >= accuracy and m <= ms for a, m in members)
+
+
+def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monkeypatch):
+    """Nor lost where the target is another machine; what the first could not measure in peace is
+    measured again."""
+    first, front = searched
+    run = copy_run(first, tmp_path / "run")
+    budget = BudgetConfig(prefill_ms="85%", min_accuracy=0.1)
+    settings = config(run, trials=16, starts=6, budget=budget)
+
+    def forbidden(*_, **__):
+        pytest.fail("scored or timed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finalists, "evaluate", forbidden)
+        patch.setattr(bench, "measure", forbidden)
+        again = search(settings)
+        elsewhere = replace(Target.of(run, settings.timing), device="another")
+        patch.setattr(study.Target, "of", lambda *_: elsewhere)
+        patch.setattr(study, "_subject", lambda _: {})
+        there = search(settings)
+    assert again.members == front.members == there.members
+    assert all(member.measured for member in front.members)
+
+    timed = []
+    kept = finalists._times
+
+    def busy(study_, chosen, objective, *, measure):
+        times = dict(study_.user_attrs[finalists.TIMES])
+        times[str(chosen[0].sub_adapter)]["trusted"] = False
+        study_.set_user_attr(finalists.TIMES, times)
+        return kept(study_, chosen, objective, measure=measure)
+
+    monkeypatch.setattr(finalists, "_times", busy)
+    monkeypatch.setattr(
+        bench, "measure", lambda runners, *a, **k: timed.append(1) or fake_measure(runners, *a, **k)
+    )
+    assert search(settings).members[0].measured.trusted and len(timed) == 1
 
 
 def test_figures_are_those_of_the_sub_adapter(searched):
@@ -348,7 +388,7 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
     for change, named in (
         ({"seed": 1}, "seed"),
         ({"sampler": "tpe"}, "sampler"),
-        ({"latency": "decode_ms"}, "latency"),
+        ({"objectives": ["accuracy", "decode_ms"]}, "objectives"),
     ):
         with pytest.raises(RunError, match=rf"other settings: {named} .*or delete"):
             search(config(run, **change))

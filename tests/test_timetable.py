@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import bench
+from elastic import __main__, bench
 from elastic.bench import CANDIDATE, Bench
 from elastic.errors import ConfigError, RunError
 from elastic.latency import Latency, Measurement
 from elastic.merging import compact
 from elastic.search_config import (
-    BudgetConfig,
     LatencyConfig,
-    SearchConfig,
     TableConfig,
     TimingConfig,
 )
@@ -137,6 +135,50 @@ def test_what_a_busy_machine_says_is_told_and_not_kept(
     front.show()
     said = capsys.readouterr().out
     assert "too busy to trust" in said and "2 of 2 measurements cannot be trusted" in said
+
+
+def in_turn(monkeypatch, *controls: float) -> list[float]:
+    """Measurements differ from themselves by these, the last one for good; what is left of them."""
+    left = list(controls)
+
+    def measured(*args, **kwargs):
+        found = fake_measure(*args, **kwargs)
+        control = left.pop(0) if len(left) > 1 else left[0]
+        return Measurement(found.latencies, control, found.rounds, found.tolerance)
+
+    monkeypatch.setattr(bench, "measure", measured)
+    return left
+
+
+def test_a_busy_moment_is_waited_for(trained, monkeypatch):  # noqa: F811
+    net = trained.load()[2]
+    sub = net.space.minimal()
+    for controls, expected, unused in (
+        ((0.5, 0.01, 0.4, 0.3), 0.01, 2),
+        ((0.5, 0.2, 0.4, 0.01), 0.2, 1),
+        ((0.02, 0.01), 0.02, 1),
+    ):
+        left = in_turn(monkeypatch, *controls)
+        with Bench(net, ONE_ROUND) as timed:
+            assert timed(sub).control == expected
+        assert len(left) == unused
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_latency_is_refused_on_a_busy_machine(
+    trained, monkeypatch, tmp_path, nothing_known, capsys, table  # noqa: F811
+):  # fmt: skip
+    in_turn(monkeypatch, 0.25)
+    file = tmp_path / "table.json"
+    command = ["latency", str(trained.path), "--sub_adapter", "minimal"]
+    command += ["--save", str(file)] if table else []
+    assert __main__.main(command) == 1
+    said = capsys.readouterr()
+    assert "differs from itself by 25.0% (more than 3%)" in said.err
+    assert "--timing.tolerance" in said.err and "prefill" not in said.out
+    assert not file.exists()
+    assert __main__.main([*command, "--timing.tolerance", "0.3"]) == 0
+    assert file.exists() is table
 
 
 # Unmerged, ranks cost.
@@ -348,15 +390,6 @@ def test_real_runs_are_timed(trained, monkeypatch, nothing_known):  # noqa: F811
     assert set(found.latencies) == {"full", CANDIDATE}
     assert all(each.prefill_ms > 0 and each.decode_ms > 0 for each in found.latencies.values())
     assert torch.is_grad_enabled()
-
-
-def test_an_objective_follows_the_budget():
-    def objective(**limits):
-        return SearchConfig(budget=BudgetConfig(**limits)).objective
-
-    assert objective() == objective(params="80%") == objective(prefill_ms=3) == "prefill_ms"
-    assert objective(decode_ms=3) == objective(tokens_per_second=3) == "decode_ms"
-    assert objective(prefill_ms=3, decode_ms=3) == "prefill_ms"
 
 
 def test_a_target_is_known_by_sizes_not_by_weights(trained, tmp_path):  # noqa: F811

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elastic.supernet import provenance
+from elastic.provenance import provenance
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 """PEFT's names for the layers that the llama space adapts."""

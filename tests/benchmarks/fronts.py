@@ -63,7 +63,7 @@ def main() -> None:
             if not copy.path.is_dir():
                 shutil.copytree(given.run, copy.path, ignore=shutil.ignore_patterns("search"))
             config = SearchConfig(
-                run=str(copy.path), latency="prefill_ms", test_front=1,
+                run=str(copy.path), objectives=["accuracy", "prefill_ms"], test_front=1,
                 table=TableConfig(file=given.table, target=device), **settings,
             )  # fmt: skip
             front = search(config)

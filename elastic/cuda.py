@@ -1,0 +1,115 @@
+"""Timing on an NVIDIA GPU: events for a clock, decoding from a graph, and what the clocks were."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from elastic.runners import TorchRunner
+
+WARM_UP = 3
+"""Steps before a graph is captured, which libraries use to choose and load their kernels."""
+_STATE = {
+    "sm_mhz": "clocks.sm",
+    "sm_max_mhz": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "temperature_c": "temperature.gpu",
+    "power_w": "power.draw",
+    "throttle_reasons": "clocks_throttle_reasons.active",
+}
+
+
+class CudaClock:
+    """Seconds on the GPU's own clock: an event is recorded and waited for at every reading."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._last = self._event()
+
+    def __call__(self) -> float:
+        # From one reading to the next: an event counts in single precision.
+        event = self._event()
+        self._now += self._last.elapsed_time(event) / 1e3
+        self._last = event
+        return self._now
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return event
+
+
+class GraphRunner(TorchRunner):
+    """Decodes by replaying one captured step over a cache of fixed size, as servers do: no step
+    waits for Python to launch its kernels. Prefill is launched kernel by kernel."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        tokens: int,
+        capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None = None,
+    ) -> None:
+        """For `batch` sequences of at most `tokens` in all. `capture` turns a step into its replay,
+        which writes into the tensor that it returns."""
+        super().__init__(model)
+        self._cache = StaticCache(model.config, max_cache_len=max(tokens, WARM_UP + 2))
+        self._token = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
+        with torch.inference_mode():
+            self._forward(self._token)  # makes the cache
+            self._replay = (capture or graph_of)(lambda: self._forward(self._token))
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        self._cache.reset()
+        with torch.inference_mode():
+            return self._fetch(self._forward(self._tensor(input_ids)))
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            self._token.copy_(self._tensor(input_ids))
+            return self._fetch(self._replay())
+
+
+def graph_of(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Capture a step into a CUDA graph, warmed up on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return written
+
+    return replay
+
+
+def state(device: torch.device) -> dict[str, float | str] | None:
+    """Clocks, temperature, power and reasons for throttling (a bit mask, as NVML names them) at
+    this moment; None where the driver's nvidia-smi does not tell."""
+    properties = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--format=csv,noheader,nounits",
+               f"--query-gpu={','.join(_STATE.values())}"]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    [row] = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    found: dict[str, float | str] = {}
+    for name, text in zip(_STATE, row, strict=True):
+        try:
+            found[name] = float(text)
+        except ValueError:  # a mask, or "[N/A]"
+            found[name] = text
+    return found
