@@ -1,4 +1,4 @@
-"""`elastic train | search | export | evaluate | latency`."""
+"""`elastic train | search | export | evaluate | latency | space show | space import`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ COMMANDS = {
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluate", "evaluate_run"),
     "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
+    "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
+    "space import": (config.SpaceImportConfig, "elastic.published", "import_space"),
 }
 
 
@@ -31,9 +33,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
 
         print(version("elastic-adapters"))
         return 0
-    if arguments[0] not in COMMANDS:
-        return _fail(ConfigError(unknown("command", arguments[0], COMMANDS)))
-    return run(arguments[0], arguments[1:], prog=f"{prog} {arguments[0]}")
+    words = 2 if arguments[0] == "space" else 1
+    command = " ".join(arguments[:words])
+    if command not in COMMANDS:
+        return _fail(ConfigError(unknown("command", command, COMMANDS)))
+    return run(command, arguments[words:], prog=f"{prog} {command}")
 
 
 def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -71,7 +75,7 @@ def _fail(error: Exception, code: int = 1) -> int:
 def _usage(prog: str) -> str:
     lines = [f"usage: {prog} COMMAND [RUN] [--config FILE] [--setting value ...]", ""]
     for name, (kind, *_) in COMMANDS.items():
-        lines.append(f"  {name:<9} {(kind.__doc__ or '').split('.')[0].split(';')[0]}.")
+        lines.append(f"  {name:<12} {(kind.__doc__ or '').split('.')[0].split(';')[0]}.")
     return "\n".join([*lines, "", f"{prog} COMMAND --help lists the settings of a command."])
 
 

@@ -28,11 +28,12 @@ def parse(
 ) -> Config:
     """A configuration from the command line: YAML by --config, dotted flags over it.
 
-    A first argument without dashes is the run directory. ConfigError on anything unknown.
+    A first argument without dashes is the first setting, mostly the run directory. ConfigError on
+    anything unknown.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = ["--run", arguments[0]]
+        arguments[:1] = [f"--{dataclasses.fields(kind)[0].name}", arguments[0]]
     parser = _parser(kind, prog)
     arguments = _with_values(kind, _with_recipes(_continuing(kind, arguments)))
     return _build(kind, parser, lambda: parser.parse_args(arguments))
@@ -117,9 +118,8 @@ def _with_values(kind: type, arguments: list[str]) -> list[str]:
 
 
 def _bracketed(value: str) -> str:
-    """Names with commas between them as a list; what is spelled as YAML or JSON, or names a file,
-    as it is."""
-    return f"[{value}]" if re.fullmatch(r"\w+(,\w+)*", value) else value
+    """Names with commas between them as a list; what is spelled as YAML or JSON as it is."""
+    return f"[{value}]" if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value) else value
 
 
 def _reason(kind: type, message: str) -> str:

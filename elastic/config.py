@@ -166,8 +166,9 @@ class TrainConfig:
     run: str = "runs/default"
     """The run directory. Running the same command again resumes or finds it finished."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    space: str = "llama"
-    """A shipped search space or a YAML file."""
+    space: str = "auto"
+    """A shipped search space or a YAML file. auto: the one shipped for this type of model, else
+    what the structure of its modules says."""
     order: Literal["auto", "activation", "norm", "none"] = "auto"
     """What decides which channels come first, and are therefore kept longest. auto: activation,
     or none for `sampling: lonas`."""
@@ -354,3 +355,27 @@ class EvaluateConfig:
     sub_adapter: str = "maximal"
     split: Literal["validation", "test"] = "test"
     batch_tokens: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceShowConfig:
+    """Prints what a search space cuts of a model, and how many sub-adapters it has."""
+
+    space: str = "auto"
+    """A shipped search space, a YAML file, or auto."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rank: int = 32
+    """The full rank of the factors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceImportConfig:
+    """Reads a space, its stages and its search as LoNAS and Shears published them for NNCF."""
+
+    file: str = "nncf_config.json"
+    """The JSON file."""
+    save: str | None = None
+    """The space's YAML file to write; training and search settings stand beside it. Unset: the name
+    of `file`, here."""
+    adapt: list[str] = field(default_factory=list)
+    """Further layers of a block that carry factors, of full rank: mlp.down_proj."""

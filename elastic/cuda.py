@@ -66,8 +66,8 @@ class GraphRunner(TorchRunner):
             self._replay = (capture or graph_of)(lambda: self._forward(self._token))
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
-        self._cache.reset()
         with torch.inference_mode():
+            self._cache.reset()
             return self._fetch(self._forward(self._tensor(input_ids)))
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:

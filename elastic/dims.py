@@ -2,11 +2,13 @@
 
 A dimension is a function of a block of the model and a group's declaration. It answers with the
 full size and the cuts a choice makes. A choice k keeps the first `k * unit` rows (axis "out") or
-columns (axis "in") of every site's weight, or the first k ranks (axis "rank") of its factors.
+columns (axis "in") of every site's weight, or the first k ranks (axis "rank") of its factors. Of a
+fused layer, whose rows are several projections one after another, it keeps the first of each.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEY_VALUE = ("k_proj", "v_proj")
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+"""What attention modules call the size of a head."""
+FIXED_HEADS = ("num_heads", "n_heads", "split_size")
+"""Attributes of attention modules whose code counts on all their heads; others take as many as the
+projections give."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,16 @@ class Cut:
     site: str
     axis: Literal["out", "in", "rank"]
     unit: int = 1
+    parts: tuple[int, ...] = ()
+    """Of a fused layer: what a choice of 1 keeps of each of its parts, in order; they sum up to
+    the unit. Empty: the axis is one part."""
+
+    def kept(self, choice: int, full: int) -> tuple[tuple[int, int], ...]:
+        """(start, length) of what a choice of `full` keeps of every part."""
+        starts = [0, *itertools.accumulate(full * part for part in self.parts)]
+        return tuple(
+            (start, choice * part) for start, part in zip(starts, self.parts, strict=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class GroupSpec:
     outputs: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     align: int = 1
+    fused: Literal["parts", "heads"] | None = None
+    """How `outputs` that hold several projections do: one after another, or head by head."""
 
     def resolve(self, full: int, where: str) -> tuple[int, ...]:
         """Absolute choices, descending, the full size among them.
@@ -77,9 +96,15 @@ def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[
 
 def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[int, list[Cut]]:
     """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP."""
-    cuts = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), 1))
+    parts = {}
+    if spec.fused:
+        channels = model.get_submodule(f"{block}.{spec.inputs[0]}").in_features
+        for name in spec.outputs:
+            rows = model.get_submodule(f"{block}.{name}").out_features
+            parts[name] = (1,) * (rows // channels)
+    cuts = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), 1), parts)
     for cut in cuts:
-        head_size = getattr(model.get_submodule(cut.site.rpartition(".")[0]), "head_dim", None)
+        head_size = head_size_of(model.get_submodule(cut.site.rpartition(".")[0]))
         if head_size is not None:
             bad = [c for c in spec.choices if isinstance(c, int) and c % head_size]
             raise ConfigError(
@@ -94,14 +119,22 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple
     """Whole key-value heads with the query heads that share them, so that grouped-query
     attention stays valid. A choice counts key-value heads."""
     attention = model.get_submodule(f"{block}.{spec.outputs[0]}".rpartition(".")[0])
-    head_size = getattr(attention, "head_dim", None)
+    head_size = head_size_of(attention)
     if head_size is None:
         raise ConfigError(f"group {spec.name!r}: {block}.{spec.outputs[0]} is not in attention")
+    fixed = [name for name in FIXED_HEADS if hasattr(attention, name)]
+    if fixed or spec.fused == "parts":
+        raise ConfigError(
+            f"group {spec.name!r}: the code of {type(attention).__name__} counts on all its heads; "
+            "declare ranks and the width of its MLP instead"
+        )
     shared = getattr(attention, "num_key_value_groups", 1)
     units = {
         name: head_size if name.rpartition(".")[2] in KEY_VALUE else head_size * shared
         for name in (*spec.outputs, *spec.inputs)
     }
+    if spec.fused == "heads":
+        units |= dict.fromkeys(spec.outputs, head_size * (shared + 2))
     cuts = _cuts(block, spec, units)
     return _full(model, spec, cuts), cuts
 
@@ -109,8 +142,21 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple
 DIMS = {"rank": rank, "width": width, "heads": heads}
 
 
-def _cuts(block: str, spec: GroupSpec, units: Mapping[str, int]) -> list[Cut]:
-    rows = [Cut(f"{block}.{name}", "out", units[name]) for name in spec.outputs]
+def head_size_of(attention: nn.Module) -> int | None:
+    return next((getattr(attention, name) for name in HEAD_SIZES if hasattr(attention, name)), None)
+
+
+def _cuts(
+    block: str,
+    spec: GroupSpec,
+    units: Mapping[str, int],
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Cut]:
+    parts = {name: own for name, own in (parts or {}).items() if len(own) > 1}
+    rows = [
+        Cut(f"{block}.{name}", "out", sum(parts.get(name, ())) or units[name], parts.get(name, ()))
+        for name in spec.outputs
+    ]
     columns = [Cut(f"{block}.{name}", "in", units[name]) for name in spec.inputs]
     return rows + columns
 

@@ -20,15 +20,16 @@ from elastic import models
 from elastic.adapters import METHODS
 from elastic.adapters.attach import modules_of
 from elastic.batching import encode_all, padded
-from elastic.config import AdapterConfig, StageConfig, TrainConfig
+from elastic.config import AdapterConfig, SpaceShowConfig, StageConfig, TrainConfig
 from elastic.cost import Counter
+from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
-from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan
+from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan, SpaceTable
 from elastic.quantised import packed_bytes
 from elastic.rehearsal import rehearse
 from elastic.run import predecessor
 from elastic.schedule import Schedule
-from elastic.space import BoundSpace, SearchSpace
+from elastic.space import BoundSpace
 from elastic.supernet import Supernet, read_tensors
 from elastic.tasks import load_task
 
@@ -44,7 +45,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
     config, notes, before = runs[-1], [], None
     if runs[0].start_from:
         before = predecessor(runs[0])
-    space = SearchSpace.load(config.space)
+    space = space_for(config)
     device = models.resolve_device(config.model.device)
     dtype = models.resolve_dtype(config.model.dtype, device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
@@ -97,6 +98,16 @@ def estimate(*runs: TrainConfig) -> Estimate:
         device=device.type,
         notes=notes,
     )
+
+
+def show_space(config: SpaceShowConfig) -> SpaceTable:
+    """`elastic space show`: reads no weights."""
+    space = space_for(config)
+    model = models.skeleton(config.model)
+    bound = space.bind(model, config.rank)
+    counter = Counter(model, bound)
+    costs = {name: counter(bound.named(name)) for name in ("maximal", "heuristic", "minimal")}
+    return SpaceTable(type(model).__name__, _choices(bound), bound.size, costs)
 
 
 def _data(runs: Sequence[TrainConfig], encoder_decoder: bool) -> tuple[Batch, list[int]]:

@@ -24,6 +24,41 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class SpaceTable:
+    """A search space on one architecture."""
+
+    architecture: str
+    space: Sequence[Choices]
+    sub_adapters: int
+    costs: Mapping[str, Cost]
+    """Of the maximal, heuristic and minimal sub-adapter, merged."""
+
+    def show(self) -> None:
+        from rich.console import Console
+
+        console = Console(width=max(100, Console().width))
+        console.print(f"{self.architecture}", highlight=False)
+        for table in self.tables():
+            console.print(table)
+        print(json.dumps({**asdict(self), "sub_adapters": str(self.sub_adapters)}))
+
+    def tables(self) -> list:
+        from rich.table import Table
+
+        title = f"{self.sub_adapters:.1e} sub-adapters"
+        space = Table("group", "dimension", "groups", "choices", title=title)
+        for row in self.space:
+            space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
+        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
+        for name, cost in self.costs.items():
+            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
+        space.columns[2].justify = "right"
+        for column in costs.columns[1:]:
+            column.justify = "right"
+        return [space, costs]
+
+
+@dataclass(frozen=True)
 class Batch:
     """The largest micro-batch: every sequence as long as the longest."""
 
@@ -134,20 +169,12 @@ class Estimate:
     def _tables(self) -> list:
         from rich.table import Table
 
-        space = Table("group", "dimension", "groups", "choices",
-                      title=f"{self.sub_adapters:.1e} sub-adapters")  # fmt: skip
-        for row in self.space:
-            space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
-        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
-        for name, cost in self.costs.items():
-            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
+        shown = SpaceTable(self.architecture, self.space, self.sub_adapters, self.costs)
         memory = Table("", "bytes", title=f"Memory of one micro-batch ({self.device})")
         for name, size in {**vars(self.memory), "total": self.memory.total}.items():
             memory.add_row(name, _short(size, "B"), end_section=name == "temporaries")
-        for table, first in ((space, 2), (costs, 1), (memory, 1)):
-            for column in table.columns[first : first + 2]:
-                column.justify = "right" if column.header != "choices" else "left"
-        return [space, costs, memory]
+        memory.columns[1].justify = "right"
+        return [*shown.tables(), memory]
 
     def _lines(self) -> list[str]:
         batch, plan, compute = self.batch, self.plan, self.compute

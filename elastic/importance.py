@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.batching import IGNORED
+from elastic.dims import Cut
 from elastic.space import BoundSpace, Group
 
 
@@ -44,7 +45,7 @@ def _norm_scores(model: nn.Module, group: Group) -> Tensor:
     for cut in group.cuts:
         if cut.axis == "out":
             rows = model.get_submodule(cut.site).weight.double().abs().sum(1)
-            total += _per_unit(rows, cut.unit)
+            total += _per_unit(rows, cut)
     return total
 
 
@@ -84,14 +85,21 @@ def _activation_scores(
     scores = {group.name: torch.zeros(group.choices[0], dtype=torch.float64) for group in groups}
     for site, (group, cut) in sites.items():
         columns = model.get_submodule(site).weight.double().pow(2).sum(0).cpu()
-        scores[group.name] += _per_unit(squares[site] * columns, cut.unit)
+        scores[group.name] += _per_unit(squares[site] * columns, cut)
     return scores
 
 
-def _per_unit(channels: Tensor, unit: int) -> Tensor:
-    return channels.cpu().unflatten(0, (-1, unit)).sum(1)
+def _per_unit(channels: Tensor, cut: Cut) -> Tensor:
+    full = len(channels) // cut.unit
+    parts = channels.cpu().split([full * part for part in cut.parts or (cut.unit,)])
+    return sum(part.unflatten(0, (full, -1)).sum(1) for part in parts)
 
 
-def channel_index(order: Tensor, unit: int) -> Tensor:
-    """The permutation of channels, (n * unit,), that moves whole units in this order (n,)."""
-    return (order[:, None] * unit + torch.arange(unit)).flatten()
+def channel_index(order: Tensor, cut: Cut) -> Tensor:
+    """The permutation of the channels of an axis, (n * unit,), that moves whole units, in each part
+    of a fused layer alike, in this order (n,)."""
+    found, start = [], 0
+    for part in cut.parts or (cut.unit,):
+        found.append(start + (order[:, None] * part + torch.arange(part)).flatten())
+        start += part * len(order)
+    return torch.cat(found)

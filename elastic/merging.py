@@ -133,7 +133,7 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
             if (site, "in") in moved and leaf == "weight":
                 delta = delta[:, moved[site, "in"]]
             if layer is not None:
-                delta = delta[: layer.size.rows]
+                delta = layer.size.leading(delta)
                 delta = delta[:, : layer.size.columns] if leaf == "weight" else delta
             found[name] = delta.to(whole.device)
     return found

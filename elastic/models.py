@@ -67,17 +67,20 @@ def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
 def skeleton(
     config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | str = "meta"
 ) -> PreTrainedModel:
-    """The model with its real modules and no memory: enough to bind a search space to. In the type
-    of its configuration unless one is given."""
+    """The model with its real modules (GPT-2's Conv1D as linear layers) and no memory: enough to
+    bind a search space to. In the type of its configuration unless one is given."""
     import torch
+
+    from elastic.adapters.attach import linear_
 
     architecture = architecture_of(config)
     with torch.device(device):
-        return _kind(architecture).from_config(
+        model = _kind(architecture).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
         )
+    return linear_(model)
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
@@ -139,8 +142,11 @@ def load(config: ModelConfig) -> Base:
 
 
 def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
-    """The language model in a folder, frozen, in evaluation mode, on the device."""
+    """The language model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as
+    linear layers."""
     from transformers import AutoConfig
+
+    from elastic.adapters.attach import linear_
 
     architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     require(config, architecture)
@@ -156,7 +162,7 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return linear_(model).to(device).eval().requires_grad_(False)
 
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:

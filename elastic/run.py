@@ -140,7 +140,9 @@ def predecessor(config: TrainConfig) -> Run:
                 f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
                 "a sequence keeps one method, rank and scale"
             )
-    if SearchSpace.load(config.space).sections != before.space().sections:
+    from elastic.discovery import space_for
+
+    if space_for(config).sections != before.space().sections:
         raise ConfigError(
             f"start_from: {before.path} was trained in another search space than {config.space}; "
             f"a sequence keeps one"

@@ -82,7 +82,7 @@ class Section:
                 spec.name: {
                     key: list(item) if isinstance(item, tuple) else item
                     for key, item in vars(spec).items()
-                    if key != "name" and item not in ((), 1)
+                    if key != "name" and item not in ((), 1, None)
                 }
                 for spec in self.groups
             },
@@ -297,7 +297,8 @@ def _section(value: Any, source: str) -> Section:
             dim = spec.get("dim") if isinstance(spec, Mapping) else None
             raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
         lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
-        _keys(spec, {"dim", "choices", "align"} | lists, {"dim", "choices"} | lists, where)
+        more = {"align"} if spec["dim"] == "rank" else {"align", "fused"}
+        _keys(spec, {"dim", "choices"} | more | lists, {"dim", "choices"} | lists, where)
         groups.append(_group_spec(name, spec, where))
     return Section(value["blocks"], tuple(value["adapt"]), tuple(groups))
 
@@ -341,4 +342,7 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
         if key in spec and (not isinstance(items, list) or not items):
             raise ConfigError(f"{where}: {key} is {items!r}; give a list of layer names")
         lists[key] = tuple(items)
-    return GroupSpec(name, spec["dim"], tuple(choices), align=align, **lists)
+    fused = spec.get("fused")
+    if fused not in (None, "parts", "heads"):
+        raise ConfigError(f"{where}: {unknown('fused', str(fused), ('parts', 'heads'))}")
+    return GroupSpec(name, spec["dim"], tuple(choices), align=align, fused=fused, **lists)

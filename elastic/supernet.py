@@ -67,8 +67,9 @@ class Supernet:
         if order is not None:
             self.reorder(order)
         self.current = self.space.maximal()
+        self._full = {group.name: group.choices[0] for group in self.space}
         self._actions = {
-            group.name: [(self.layer(cut.site).size, cut.axis, cut.unit) for cut in group.cuts]
+            group.name: [(self.layer(cut.site).size, cut) for cut in group.cuts]
             for group in self.space
         }
 
@@ -108,7 +109,7 @@ class Supernet:
             if group.name not in order:
                 continue
             for cut in group.cuts:
-                index = channel_index(order[group.name], cut.unit)
+                index = channel_index(order[group.name], cut)
                 layer = self.layer(cut.site)
                 reorder_linear(layer.base, cut.axis, index)
                 if layer.adapter is not None:
@@ -119,7 +120,7 @@ class Supernet:
         """Per cut layer and axis ("out" or "in"), which channel of the base model stands at each
         place; the inverse (argsort) leads back."""
         return {
-            (cut.site, cut.axis): channel_index(self.order[group.name], cut.unit)
+            (cut.site, cut.axis): channel_index(self.order[group.name], cut)
             for group in self.space
             if group.name in self.order
             for cut in group.cuts
@@ -139,13 +140,15 @@ class Supernet:
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
             if choice == old:
                 continue
-            for size, axis, unit in self._actions[name]:
-                if axis == "rank":
+            for size, cut in self._actions[name]:
+                if cut.axis == "rank":
                     size.rank = choice
-                elif axis == "out":
-                    size.rows = choice * unit
+                elif cut.axis == "in":
+                    size.columns = choice * cut.unit
                 else:
-                    size.columns = choice * unit
+                    size.rows = choice * cut.unit
+                    if cut.parts:
+                        size.parts = cut.kept(choice, self._full[name])
         self.current = sub
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
 from elastic.batching import Encoded, collated, encode_all
 from elastic.config import TrainConfig
+from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> Run:
         return run
     check_trackers(config.report_to)
     _refuse_sharded(config)
-    space = SearchSpace.load(config.space)
+    space = space_for(config)
     models.require_training(config.model)
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)

@@ -1,5 +1,6 @@
 """Settings come from YAML and flags; a wrong one is refused by its name, before anything loads."""
 
+import dataclasses
 import subprocess
 import sys
 import typing
@@ -71,12 +72,14 @@ def test_flags_beat_yaml_beats_defaults(tmp_path):
     assert parse(TrainConfig, ["--config", file]).adapter == AdapterConfig(rank=4)
 
 
-def test_a_first_word_is_the_run(tmp_path):
-    file = recipe(tmp_path, "run: runs/yaml\n")
-    for kind in ROOTS.values():
-        assert parse(kind, ["runs/mine"]).run == "runs/mine"
-        assert parse(kind, ["runs/mine", "--config", file]).run == "runs/mine"
-        assert parse(kind, ["--config", file, "--run", "runs/mine"]).run == "runs/mine"
+@pytest.mark.parametrize("kind", ROOTS.values(), ids=ROOTS)
+def test_a_first_word_is_the_run_or_what_the_command_is_about(tmp_path, kind):
+    first = dataclasses.fields(kind)[0].name
+    assert first in ("run", "space", "file")
+    file = recipe(tmp_path, f"{first}: runs/yaml\n")
+    for words in (["runs/mine"], ["runs/mine", "--config", file],
+                  ["--config", file, f"--{first}", "runs/mine"]):  # fmt: skip
+        assert getattr(parse(kind, words), first) == "runs/mine"
     assert parse(SearchConfig, ["runs/mine", "--trials", "3"]).trials == 3
 
 

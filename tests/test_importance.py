@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from elastic.dims import Cut
 from elastic.importance import channel_index, channel_order
 from tests import tiny
 
@@ -120,4 +121,7 @@ def test_calibration_leaves_no_hooks(tiny_llama):
 
 
 def test_units_move_whole():
-    assert channel_index(torch.tensor([2, 0, 1]), 2).tolist() == [4, 5, 0, 1, 2, 3]
+    order = torch.tensor([2, 0, 1])
+    assert channel_index(order, Cut("site", "in", 2)).tolist() == [4, 5, 0, 1, 2, 3]
+    fused = channel_index(order, Cut("site", "out", 3, (2, 1)))
+    assert fused.tolist() == [4, 5, 0, 1, 2, 3, 8, 6, 7]

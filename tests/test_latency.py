@@ -252,7 +252,8 @@ def test_prompt_batch_and_tokens_reach_the_runner():
 def drive(runner, ids: np.ndarray, prompt: int) -> np.ndarray:
     """Logits (batch, steps, vocab) behind ids[:, prompt - 1:], token by token after the prompt."""
     steps = [runner.prefill(ids[:, :prompt])]
-    steps += [runner.decode(ids[:, i : i + 1]) for i in range(prompt, ids.shape[1])]
+    # A runner may write every step into the same memory.
+    steps += [runner.decode(ids[:, i : i + 1]).copy() for i in range(prompt, ids.shape[1])]
     return np.stack(steps, axis=1)
 
 

@@ -126,7 +126,7 @@ def test_accuracy_alone_is_looked_for_at_the_limit():
     found = subs(searched(20, costs=(), tables=tables, tradeoff=False, room=0.4))[3:]
     times = [latency(sub) for sub in found]
     assert max(times) <= 15.6
-    assert np.mean([time >= 15.0 for time in times]) > 0.8
+    assert np.mean([time >= 15.0 for time in times]) > 0.7
 
 
 def test_a_counted_table_is_exact_where_costs_are_sums():

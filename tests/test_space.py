@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BloomConfig, BloomForCausalLM
 
 from elastic.errors import ConfigError, RunError
 from elastic.space import GroupSpec, SearchSpace, SubAdapter
 from tests import tiny
+from tests.families import FAMILIES, model_of
 
 SHIPPED = sorted(Path(__file__).parent.parent.joinpath("search_spaces").rglob("*.yaml"))
 
@@ -234,21 +235,18 @@ def test_declaration_survives_dict_and_yaml(heads):
 def test_shipped_spaces_load_bind_and_survive(path):
     space = SearchSpace.load(str(path))
     assert SearchSpace.from_dict(space.as_dict(), space.source) == space
-    # Wide enough for align 64 to leave several widths.
-    if path.stem.startswith("t5"):
-        model = tiny.t5()
-        layers = 2 * 2 + 2  # self-attention twice, and the decoder's attention to the encoder
-    elif path.stem.startswith("bloom"):
-        model = BloomForCausalLM(BloomConfig(hidden_size=256, n_layer=2, n_head=4, vocab_size=99))
-        layers = model.config.n_layer
-    else:
-        model = tiny.llama(intermediate_size=1024, dtype=torch.float32)
-        layers = model.config.num_hidden_layers
+    [family, *_] = [name for name, (_, own, _) in FAMILIES.items() if path.stem.startswith(own)]
+    model = model_of(family)
     bound = space.bind(model, 32)
     assert bound.size == math.prod(len(group.choices) for group in bound)
-    sizes = {math.prod(len(s.choices) for s in section.groups) for section in space.sections}
-    assert bound.size == sizes.pop() ** layers and not sizes
-    assert len(bound.targets) == layers * len(space.sections[0].adapt)
+    layers = {section.blocks: _blocks(model, section.blocks) for section in space.sections}
+    assert len(bound.targets) == sum(layers[s.blocks] * len(s.adapt) for s in space.sections)
+    assert len(bound.groups) == sum(layers[s.blocks] * len(s.groups) for s in space.sections)
+
+
+def _blocks(model, pattern: str) -> int:
+    return len([name for name, _ in model.named_modules() if fnmatch(name, pattern)
+                and name.count(".") == pattern.count(".")])  # fmt: skip
 
 
 def test_the_shipped_llama_space_is_found_by_name():

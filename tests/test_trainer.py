@@ -102,7 +102,7 @@ def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp
     for group in net.space:
         for cut in group.cuts:
             if cut.axis != "rank":
-                index = channel_index(net.order[group.name], cut.unit)
+                index = channel_index(net.order[group.name], cut)
                 moved += not torch.equal(index, torch.arange(len(index)))
                 name = f"{cut.site}.weight"
                 axis = 0 if cut.axis == "out" else 1

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from elastic.adapters.base import Adapter
 from elastic.quantised import QuantisedLinear, frozen_linear
@@ -18,10 +19,16 @@ class Size:
     """What is active in one elastic layer. A plain object: activation rewrites thousands of these,
     and an `nn.Module` attribute costs ten times as much."""
 
-    __slots__ = ("columns", "rank", "rows")
+    __slots__ = ("columns", "parts", "rank", "rows")
 
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         self.rows, self.columns, self.rank = rows, columns, rank
+        self.parts: tuple[tuple[int, int], ...] | None = None
+        """Of a fused layer that is cut: (start, length) of the rows of each part."""
+
+    def leading(self, tensor: Tensor) -> Tensor:
+        """The active rows of (rows, ...)."""
+        return _leading(tensor, self.rows, self.parts)
 
 
 class ElasticLinear(nn.Module):
@@ -50,12 +57,12 @@ class ElasticLinear(nn.Module):
     def _source(self) -> Callable[[], Tensor]:
         """Gives the weight that is active now, whatever is active when it is asked: the backward
         pass asks again, so that a dequantised weight need not be kept."""
-        base, rows, columns = self.base, self.size.rows, self.size.columns
-        return lambda: base.weight[:rows, :columns]
+        base, rows, columns, parts = self.base, self.size.rows, self.size.columns, self.size.parts
+        return lambda: _leading(base.weight, rows, parts)[:, :columns]
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.base.bias is None else self.base.bias[: self.size.rows]
+        return None if self.base.bias is None else self.size.leading(self.base.bias)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """The active A (rank, columns) and B (rows, rank); None without an adapter."""
@@ -64,11 +71,9 @@ class ElasticLinear(nn.Module):
         return self._cut(*self.adapter.factors(self.size.rank))
 
     def _cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        if self.size.columns < A.shape[1]:  # as in Adapter.unscaled, nothing is sliced in vain
+        if self.size.columns < A.shape[1]:
             A = A[:, : self.size.columns]
-        if self.size.rows < B.shape[0]:
-            B = B[: self.size.rows]
-        return A, B
+        return A, self.size.leading(B)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None and self._lean(x):
@@ -113,11 +118,18 @@ class _FactoredLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = (rows @ A.T).mul_(scale)
-        y = F.linear(rows, weight(), bias)
-        y.addmm_(inner, B.T)
+        W = weight()
+        # Not a view of what it was computed as: models may add to it in place.
+        y = x.new_empty((*x.shape[:-1], W.shape[0]))
+        flat = y.view(-1, W.shape[0])
+        if bias is None:
+            torch.mm(rows, W.T, out=flat)
+        else:
+            torch.addmm(bias, rows, W.T, out=flat)
+        flat.addmm_(inner, B.T)
         ctx.weight, ctx.scale = weight, scale
         ctx.save_for_backward(rows, A, B, inner)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -150,6 +162,15 @@ class FactorLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return _add_update(F.linear(x, self.weight, self.bias), x, self.A, self.B)
+
+
+def _leading(tensor: Tensor, rows: int, parts: tuple[tuple[int, int], ...] | None) -> Tensor:
+    """A view of the first rows; of a fused layer, a copy of the first of each part."""
+    if rows == tensor.shape[0]:  # nothing is sliced in vain
+        return tensor
+    if parts is None:
+        return tensor[:rows]
+    return torch.cat([tensor[start : start + length] for start, length in parts])
 
 
 def _add_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -186,6 +207,15 @@ def dequantise_(model: ModuleType) -> ModuleType:
     """Replace every quantised layer by a plain one with its weight, in place."""
     for name, layer in modules_of(model, QuantisedLinear):
         replace_module(model, name, plain_linear(layer.weight, layer.bias))
+    return model
+
+
+@torch.no_grad()
+def linear_(model: ModuleType) -> ModuleType:
+    """Replace every Conv1D of GPT-2, a linear layer whose weight lies (in, out), by a plain one
+    around the same memory, in place."""
+    for name, layer in modules_of(model, Conv1D):
+        replace_module(model, name, plain_linear(layer.weight.T, layer.bias))
     return model
 
 

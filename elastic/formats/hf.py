@@ -9,28 +9,41 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic.adapters.attach import modules_of
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from elastic.adapters.attach import linear_, modules_of
+from elastic.errors import ExportError
 from elastic.files import write_text
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CODE = "modeling_elastic.py"
+AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+"""What configs call the width of the MLP; unset, it is four times the hidden size."""
 
 _CLASS = '''"""{base} whose linear layers have sizes of their own; written by elastic-adapters.
 
-Load with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The code is the
+Load with {auto}.from_pretrained(folder, trust_remote_code=True). The code is the
 thirty lines below; the computation is all {base}'s.
 """
 
 from torch import nn
 from transformers import {base}, {config}
+from transformers.pytorch_utils import Conv1D
 
 
 class Elastic{config}({config}):
@@ -50,8 +63,11 @@ class Elastic{base}({base}):
         super().__init__(config)
         for name, (out_features, in_features) in config.linear_sizes.items():
             parent, _, leaf = name.rpartition(".")
-            bias = self.get_submodule(name).bias is not None
-            linear = nn.Linear(in_features, out_features, bias=bias)
+            layer = self.get_submodule(name)
+            if isinstance(layer, Conv1D):
+                linear = Conv1D(out_features, in_features)
+            else:
+                linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
             setattr(self.get_submodule(parent), leaf, linear)
         self.post_init()
 '''
@@ -70,11 +86,15 @@ def write(
     """
     config = described_config(model)
     state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
+    for name, _ in modules_of(_meta(type(model), model.config), Conv1D):
+        state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     # A shell of the same class around the same tensors: the caller's config is not touched.
     shell = copy.copy(model)
     shell.config = config
     directory.mkdir(parents=True, exist_ok=True)
-    shell.save_pretrained(directory, state_dict=state)
+    # Names that transformers translates by the type of model are not known of a type of our own.
+    original = not hasattr(config, "linear_sizes")
+    shell.save_pretrained(directory, state_dict=state, save_original_format=original)
     # save_pretrained names the type and the class it saw, not those of the files in the folder.
     saved = directory / "config.json"
     values = json.loads(saved.read_text(encoding="utf-8"))
@@ -82,7 +102,9 @@ def write(
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
         values["architectures"] = [f"Elastic{base}"]
-        code = _CLASS.format(base=base, config=kind, model_type=model.config.model_type)
+        code = _CLASS.format(
+            base=base, config=kind, model_type=model.config.model_type, auto=auto_class(model)
+        )
         write_text(directory / CODE, code)
     write_text(saved, json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
@@ -115,30 +137,44 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
     described.linear_sizes = sizes
     described.auto_map = {
         "AutoConfig": f"{stem}.Elastic{kind}",
-        "AutoModelForCausalLM": f"{stem}.Elastic{base}",
+        auto_class(model): f"{stem}.Elastic{base}",
     }
     return described
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The folder again, through AutoModelForCausalLM as a user would."""
-    from transformers import AutoModelForCausalLM
+    """The folder again, through transformers' auto class as a user would."""
+    import transformers
 
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    auto = getattr(transformers, _auto_name(config["architectures"][0]))
     # The only remote code this ever runs is the class above, from a folder just written here.
     code = (directory / CODE).is_file()
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, trust_remote_code=code
-    ).eval()
+    model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=code)
+    return linear_(model).eval()
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The name of transformers' auto class that loads a model of this kind."""
+    return _auto_name(type(model).__name__)
+
+
+def _auto_name(architecture: str) -> str:
+    for ending, auto in AUTO.items():
+        if architecture.endswith(ending):
+            return auto
+    raise ExportError(f"hf: which auto class loads {architecture} is not known")
+
+
+def _meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A new model of this class without memory."""
+    with torch.device("meta"):
+        return kind(copy.deepcopy(config))
 
 
 def _linear_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     """[out, in] of every linear layer that differs from what the config says."""
-    import torch
-    from torch import nn
-
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    expected = {name: list(m.weight.shape) for name, m in modules_of(plain, nn.Linear)}
+    expected = _shapes(model.config, type(model))
     return {
         name: list(module.weight.shape)
         for name, module in modules_of(model, nn.Linear)
@@ -146,20 +182,36 @@ def _linear_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     }
 
 
+def _shapes(config: PretrainedConfig, kind: type[PreTrainedModel]) -> dict[str, list[int]]:
+    """[out, in] of every linear layer that this class makes of this config."""
+    layers = modules_of(linear_(_meta(kind, config)), nn.Linear)
+    return {name: list(layer.weight.shape) for name, layer in layers}
+
+
 def _uniform_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> dict[str, int] | None:
     """Config values under which the family's own class has these sizes; None if there are none."""
-    import torch
+    expected = _shapes(model.config, type(model))
+    inputs: dict[int, set[int]] = {}
+    for name, (_, columns) in sizes.items():
+        if columns != expected[name][1]:
+            inputs.setdefault(expected[name][1], set()).add(columns)
+    config, found = copy.deepcopy(model.config), {}
+    for before, after in inputs.items():
+        found |= _named_size(config, before, min(after))
+    for name, size in found.items():
+        setattr(config, name, size)
+    layers = modules_of(model, nn.Linear)
+    own = {name: list(layer.weight.shape) for name, layer in layers}
+    return found if _shapes(config, type(model)) == own else None
 
-    if not sizes:
-        return {}
-    widths = {size[1] for name, size in sizes.items() if re.search(r"\.down_proj$", name)}
-    if len(widths) != 1 or not hasattr(model.config, "intermediate_size"):
-        return None
-    found = {"intermediate_size": widths.pop()}
-    config = copy.deepcopy(model.config)
-    config.intermediate_size = found["intermediate_size"]
-    with torch.device("meta"):
-        smaller = type(model)(config)
-    shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
-    same = all(shapes[name] == tensor.shape for name, tensor in model.state_dict().items())
-    return found if same else None
+
+def _named_size(config: PretrainedConfig, before: int, after: int) -> dict[str, int]:
+    """What a config would say if the layers that read `before` channels read `after`."""
+    for name in WIDTHS:
+        if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
+            return {name: after}
+    head_size = getattr(config, "head_dim", None)
+    if head_size and config.num_attention_heads * head_size == before:
+        names = ("num_attention_heads", "num_key_value_heads")
+        return {name: getattr(config, name) * after // before for name in names}
+    return {}

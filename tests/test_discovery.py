@@ -1,0 +1,134 @@
+"""A space for a model that nobody has listed: found in its structure, and what is found holds."""
+
+import pytest
+import torch
+from torch import nn
+
+from elastic import discovery, models
+from elastic.config import AdapterConfig, TrainConfig
+from elastic.discovery import describe, discover, space_for
+from elastic.errors import ConfigError
+from elastic.merging import compact
+from elastic.space import SearchSpace
+from elastic.supernet import Supernet
+from elastic.training import train
+from tests import tiny
+from tests.families import FAMILIES, model_of, output
+from tests.test_families import ROUNDED
+from tests.test_supernet import close, several
+from tests.tiny_runs import train_config
+
+UNLISTED = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon", "gpt-neox", "bert, classes", "t5",
+            "flan-t5", "qwen3", "rwkv"]  # fmt: skip
+"""Asked for as if they were not."""
+
+
+def groups_of(family: str) -> dict[str, set]:
+    """What the discovered space cuts: (dimension, sites) of every group in the last block."""
+    bound = discover(model_of(family)).bind(model_of(family), tiny.RANK)
+    found: dict[str, set] = {}
+    for group in bound:
+        sites = frozenset((cut.site, cut.axis) for cut in group.cuts)
+        found.setdefault(group.dim, set()).add(sites)
+    return found
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_it_finds_the_widths_that_a_person_wrote(family):
+    shipped = SearchSpace.load(FAMILIES[family][1]).bind(model_of(family), tiny.RANK)
+    written = {
+        frozenset((cut.site, cut.axis) for cut in group.cuts)
+        for group in shipped
+        if group.dim == "width"
+    }
+    assert groups_of(family)["width"] == written
+
+
+@pytest.mark.parametrize("family, heads", [("llama", 2), ("bert, classes", 2), ("gpt2", 0),
+                                           ("phi3", 0), ("opt", 0), ("t5", 0)])  # fmt: skip
+def test_it_finds_heads_where_the_code_follows(family, heads):
+    assert len(groups_of(family).get("heads", ())) == heads
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_what_is_found_obeys_the_laws(family):
+    net = Supernet(model_of(family), discover(model_of(family)), tiny.ADAPTERS["lora"])
+    expected = output(model_of(family))
+    net.reorder(tiny.permutations(net))
+    close(output(net.model), expected, 1e-5)
+    tiny.randomize_(net)
+    for sub in several(net, draws=1):
+        with net.active(sub), torch.no_grad():
+            active = output(net.model)
+        close(output(compact(net, sub)), active, 1e-5 if family in ROUNDED else 1e-10)
+
+
+def test_every_block_and_layer_is_adapted_once():
+    space = discover(model_of("llama"))
+    assert space.sections[0].blocks == "model.layers.*"
+    assert set(space.sections[0].adapt) == {
+        *tiny.ATTENTION, *tiny.GATE_UP, "mlp.down_proj"
+    }  # fmt: skip
+    assert "mlp_width (mlp.gate_proj mlp.up_proj -> mlp.down_proj)" in describe(space)[0]
+
+
+class Refusing(nn.Module):
+    """An MLP whose code wants its full width."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x):
+        return self.down(self.up(x).view(*x.shape[:-1], 6, 8).flatten(-2))
+
+
+class Odd(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.config = type("Config", (), {"is_encoder_decoder": False})()
+        self.embed = nn.Embedding(tiny.VOCABULARY, 16)
+        self.blocks = nn.ModuleList(kind() for _ in range(2))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+    def get_output_embeddings(self):
+        return None
+
+    @property
+    def device(self):
+        return self.embed.weight.device
+
+    @property
+    def dtype(self):
+        return self.embed.weight.dtype
+
+
+def test_a_cut_that_the_code_does_not_follow_is_left_out():
+    [section] = discover(Odd(Refusing)).sections
+    assert [spec.dim for spec in section.groups] == ["rank"]
+
+
+def test_blocks_without_linear_layers_are_refused():
+    with pytest.raises(ConfigError, match="repeats no block with linear layers"):
+        discover(Odd(nn.Identity))
+
+
+def test_auto_is_the_shipped_space_of_a_known_type(tiny_folder, monkeypatch):
+    monkeypatch.setattr(models, "skeleton", lambda *_: pytest.fail("nothing needs to be built"))
+    config = TrainConfig(model=models.ModelConfig(path=str(tiny_folder)))
+    assert space_for(config).sections == SearchSpace.load("llama").sections
+
+
+def test_an_unknown_type_trains_with_what_was_found(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(discovery, "KNOWN", {})
+    config = train_config(
+        tiny_folder, tmp_path / "run", space="auto", adapter=AdapterConfig(rank=8)
+    )
+    run = train(config)
+    assert "Space of llama: model.layers.*" in capsys.readouterr().err
+    assert {spec.dim for spec in run.space().sections[0].groups} == {"rank", "width", "heads"}
