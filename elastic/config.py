@@ -44,9 +44,9 @@ class ModelConfig:
 class TaskConfig:
     """Where examples come from. Train, validation and test never share one."""
 
-    name: Literal["arithmetic", "jsonl", "instructions"] = "arithmetic"
+    name: Literal["arithmetic", "jsonl", "instructions", "llm_adapters"] = "arithmetic"
     """arithmetic: seeded word problems made here. jsonl: your own files. instructions: a folder of
-    O-LoRA's benchmark."""
+    O-LoRA's benchmark. llm_adapters: instruction, input, output, answer, judged as published."""
     train_examples: int = 1024
     """How many to use at most."""
     validation_examples: int = 200
@@ -54,9 +54,9 @@ class TaskConfig:
     test_examples: int = 400
     """What only reports see."""
     train: str | None = None
-    """jsonl: a file with one JSON object per line."""
+    """jsonl: a file with one JSON object per line. llm_adapters: that, or a JSON list."""
     validation: str | None = None
-    """jsonl: a file; unset, the end of the training file is held out."""
+    """Such a file; unset, the end of the training file is held out."""
     test: str | None = None
     prompt: str = "{prompt}"
     """jsonl: the prompt, with fields of the row in braces. A space joins it to the answer."""
@@ -74,9 +74,10 @@ class TaskConfig:
         for split in ("train", "validation", "test"):
             count = getattr(self, f"{split}_examples")
             require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
-        if self.name == "jsonl":
-            require(self.train is not None, "task.train: name the training file of a jsonl task")
-            require(self.test is not None, "task.test: name the test file of a jsonl task")
+        if self.name in ("jsonl", "llm_adapters"):
+            kind = f"of a {self.name} task"
+            require(self.train is not None, f"task.train: name the training file {kind}")
+            require(self.test is not None, f"task.test: name the test file {kind}")
         if self.name == "instructions":
             require(self.folder is not None, "task.folder: name the folder of the data set")
 
@@ -349,12 +350,30 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Scores one sub-adapter, active in the supernet, on one split."""
+    """Scores one sub-adapter, active in the supernet, on one split, or on published test sets."""
 
     run: str = "runs/default"
     sub_adapter: str = "maximal"
     split: Literal["validation", "test"] = "test"
+    tasks: list[str] = field(default_factory=list)
+    """Published sets instead of the run's own: math, commonsense, or gsm8k, aqua, mawps, svamp,
+    boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."""
+    data: str = "data"
+    """The folder of those sets: NAME.test.jsonl, or LLM-Adapters' NAME/test.json."""
+    protocol: Literal["published", "likelihood"] = "published"
+    """published: generate with beams and look for the answer in the text. likelihood: score the
+    options of multiple choice, which takes one pass; other sets are generated greedily."""
+    beams: int = 4
+    examples: int | None = None
+    """At most so many of each set."""
+    batch: int = 8
+    """Prompts that are answered together; the answers do not depend on it."""
     batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "batch", "batch_tokens"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        require(self.examples is None or self.examples >= 1, f"examples is {self.examples}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from elastic import protocol
 from elastic.batching import (
     IGNORED,
     Encoded,
@@ -20,7 +20,6 @@ from elastic.batching import (
     encode,
     length_sorted,
 )
-from elastic.config import EvaluateConfig
 from elastic.progress import track
 from elastic.tasks.base import Example
 
@@ -34,6 +33,10 @@ class Score:
     the same ones."""
 
     correct: tuple[bool, ...]
+    said: tuple[str | None, ...] = ()
+    """What was generated; None where options were scored. Empty if nothing was generated."""
+    unanswered: int = 0
+    """Generated texts in which no answer was found; they are wrong."""
 
     @property
     def n(self) -> int:
@@ -49,11 +52,12 @@ class Score:
         return wilson(sum(self.correct), self.n)
 
     def as_dict(self) -> dict[str, object]:
-        return {
+        found = {
             "accuracy": self.accuracy,
             "accuracy_n": self.n,
             "accuracy_interval": list(self.interval),
         }
+        return {**found, "unanswered": self.unanswered} if self.said else found
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -77,17 +81,60 @@ class _Row:
     """Index of the example, whether this one is its answer, and its tokens."""
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
     batch_tokens: int = 2048,
+    beams: int | None = None,
+    batch: int = 8,
     label: str = "evaluating",
     quiet: bool = False,
 ) -> Score:
-    """Share of examples answered right, without generating anything.
+    """Share of examples answered right. Those that say how a text is judged, and have no options,
+    are generated greedily; with `beams`, those with options too, with so many beams. The others are
+    scored without generating anything.
+    """
+    generated = [
+        number
+        for number, example in enumerate(examples)
+        if example.judge and (beams or not example.options)
+    ]
+    others = sorted(set(range(len(examples))) - set(generated))
+    correct: list[bool] = [False] * len(examples)
+    said: list[str | None] = [None] * len(examples)
+    scored = _scored(
+        model, tokenizer, [examples[number] for number in others], batch_tokens, label, quiet
+    )
+    for number, each in zip(others, scored, strict=True):
+        correct[number] = each
+    unanswered = 0
+    for new_tokens in sorted({examples[number].judge.new_tokens for number in generated}):
+        asked = [n for n in generated if examples[n].judge.new_tokens == new_tokens]
+        texts = answers(
+            model, tokenizer, [examples[n].prompt for n in asked], new_tokens=new_tokens,
+            beams=beams or 1, batch=batch, label=label, quiet=quiet,
+        )  # fmt: skip
+        for number, text in zip(asked, texts, strict=True):
+            judge = examples[number].judge
+            answer = protocol.extract(judge.kind, text)
+            correct[number] = protocol.matches(judge.kind, answer, judge.expected)
+            said[number] = text
+            unanswered += answer is None
+    return Score(tuple(correct), tuple(said) if generated else (), unanswered)
+
+
+@torch.inference_mode()
+def _scored(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_tokens: int,
+    label: str,
+    quiet: bool,
+) -> list[bool]:
+    """Which are right, without generating anything.
 
     An example without options counts when greedy generation would give exactly its answer and
     stop: that is so if and only if, fed the answer itself, the likeliest token at every position
@@ -110,20 +157,20 @@ def evaluate(
     for numbers, sequences in track(batches, label, quiet=quiet):
         batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
         logits, labels = answer_logits(model, batch)
-        right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).tolist()
+        exact = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).tolist()
         for place, number in enumerate(numbers):
             row = rows[number]
             predictions = None
             for index, is_answer, tokens in row.candidates:
                 if not examples[index].options:
-                    correct[index] = right[place]
+                    correct[index] = exact[place]
                     continue
                 if predictions is None:
                     predictions = logits[place, labels[place] != IGNORED].log_softmax(-1)
                 value = float(predictions[torch.arange(len(tokens)), list(tokens)].sum())
                 if value > best[index]:
                     best[index], correct[index] = value, is_answer
-    return Score(tuple(correct))
+    return correct
 
 
 def _rows(
@@ -157,23 +204,26 @@ def answers(
     prompts: Sequence[str],
     *,
     new_tokens: int,
+    beams: int = 1,
     batch: int = 32,
     label: str = "answering",
+    quiet: bool = False,
 ) -> list[str]:
-    """Greedy continuations of at most `new_tokens` tokens, stripped, in the order of the prompts;
-    batched by length."""
+    """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
+    order of the prompts; batched by length."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     found = [""] * len(prompts)
     side = "right" if model.config.is_encoder_decoder else "left"
-    for rows in track(groups, label):
+    for rows in track(groups, label, quiet=quiet):
         padded = tokenizer.pad(
             {"input_ids": [ids[row] for row in rows]}, padding_side=side, return_tensors="pt"
         ).to(model.device)
         out = model.generate(
             **padded,
             max_new_tokens=new_tokens,
+            num_beams=beams,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -192,31 +242,3 @@ def same_text(found: str, expected: str) -> bool:
         for text in (found, expected)
     ]
     return plain[0] == plain[1]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `elastic evaluate` found."""
-
-    name: str
-    split: str
-    score: Score
-
-    def show(self) -> None:
-        print(f"{self.name} on {self.split}: {self.score}")
-        print(json.dumps({"sub_adapter": self.name, "split": self.split, **self.score.as_dict()}))
-
-
-def evaluate_run(config: EvaluateConfig) -> Evaluation:
-    """`elastic evaluate`: one sub-adapter, active in the supernet, on one split."""
-    from elastic.run import Run
-    from elastic.tasks import load_task
-
-    run = Run(config.run)
-    trained = run.config()
-    examples = getattr(load_task(trained.task, trained.seed), config.split)
-    _, base, net = run.load()
-    name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
-    with net.active(sub) as model:
-        score = evaluate(model, base.tokenizer, examples, batch_tokens=config.batch_tokens)
-    return Evaluation(name, config.split, score)

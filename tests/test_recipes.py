@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from elastic import __main__
 from elastic.adapters import METHODS, check
@@ -14,17 +21,22 @@ from elastic.config import TaskConfig, TrainConfig
 from elastic.continual import stage_config
 from elastic.errors import DataError
 from elastic.run import Run
+from elastic.search_config import SearchConfig
 from elastic.space import SearchSpace
 from elastic.tasks import load_task
 from tests import tiny
 
-LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b")
+LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b", "yahma/llama-7b-hf")
 PARAMETERS = {
     "sorsa-llama2-7b-math-train": 319_844_352,
     "soslora-llama2-7b-math-train": 325_256_064,
     "prolora-llama2-7b-instructions-train": 19_992_064,
     "olora-t5-large-train": 2_359_296,
     "olora-llama-7b-train": 2 * 32 * 8 * (4096 + 4096),
+    "lonas-llama-7b-math-train": 32 * 32 * (3 * 2 * 4096 + 3 * (4096 + 11008)),
+    "lonas-llama-7b-commonsense-train": 32 * 32 * (3 * 2 * 4096 + 3 * (4096 + 11008)),
+    "lonas-llama-13b-math-train": 40 * 32 * (3 * 2 * 5120 + 2 * (5120 + 13824)),
+    "lonas-bloomz-7b-math-train": 30 * 32 * (4 * 4096 + 2 * 5 * 4096),
 }
 """Trained per task, as the papers count or the formulas of their methods give."""
 KINDS = {"dbpedia": "TC", "amazon": "SC", "yahoo": "TC", "agnews": "TC"}
@@ -35,6 +47,13 @@ def architecture(path: str) -> torch.nn.Module:
     with torch.device("meta"):
         if path in LLAMA:
             return LlamaForCausalLM(LlamaConfig())  # the defaults are those of LLaMA-7B
+        if path == "yahma/llama-13b-hf":
+            return LlamaForCausalLM(
+                LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                            num_attention_heads=40)
+            )  # fmt: skip
+        if path == "bigscience/bloomz-7b1":
+            return BloomForCausalLM(BloomConfig(hidden_size=4096, n_layer=30, n_head=32))
         assert path == "google-t5/t5-large"
         return T5ForConditionalGeneration(
             T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
@@ -52,7 +71,7 @@ def test_a_recipe_binds_and_trains_as_many_parameters_as_published(name):
     bound = SearchSpace.load(config.space).bind(model, config.adapter.rank)
     check(config.adapter, model, bound)
     assert bound.size > 1
-    method, count = METHODS[config.adapter.method], 0
+    method, count = METHODS[config.adapter.resolved_method], 0
     for site in bound.targets:
         weight = model.get_submodule(site).weight
         adapter = method(config.adapter, *weight.shape, device="meta")
@@ -70,6 +89,28 @@ def test_the_small_setting_of_prolora():
     sizes = [model.get_submodule(site).weight.shape for site in bound.targets]
     adapters = (METHODS["prolora"](config.adapter, *size, device="meta") for size in sizes)
     assert sum(p.numel() for a in adapters for p in a.parameters()) == 4_999_520
+
+
+@pytest.mark.parametrize(
+    "name, groups, widths",
+    [
+        ("lonas-llama-7b-math-train", 96, (11008, 9632, 8256, 6880, 5504)),
+        ("lonas-llama-13b-math-train", 120, (13824, 12096, 10368, 8640, 6912)),
+        ("lonas-bloomz-7b-math-train", 90, (16384, 14336, 12288, 10240, 8192)),
+    ],
+)
+def test_lonas_spaces_are_the_published_ones(name, groups, widths):
+    config = recipe(name)
+    bound = SearchSpace.load(config.space).bind(architecture(config.model.path), 32)
+    assert len(bound.groups) == groups
+    assert {g.choices for g in bound if g.dim == "width"} == {widths}
+    assert {g.choices for g in bound if g.dim == "rank"} == {(32, 28)}
+    assert (config.adapter.alpha, config.resolved_order) == (64, "none")
+
+
+def test_the_published_search_picks_the_fewest_operations():
+    config = parse(SearchConfig, ["--config", "lonas-search"])
+    assert config.costs == ["macs"] and config.budget.limits() == {"min_accuracy": 0.44}
 
 
 @pytest.mark.parametrize("base", ["olora-t5-large-train", "olora-llama-7b-train"])
@@ -103,7 +144,7 @@ def rows(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", [name for name in PARAMETERS if "olora" not in name])
+@pytest.mark.parametrize("name", [n for n in PARAMETERS if not n.startswith(("olora", "lonas"))])
 def test_a_tiny_version_trains(name, rows, tiny_folder, tmp_path, capsys):
     run = tmp_path / "run"
     command = [

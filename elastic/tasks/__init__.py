@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 from elastic.config import TaskConfig
-from elastic.tasks import arithmetic, instructions, jsonl
-from elastic.tasks.base import Example, Split, Task
+from elastic.tasks import arithmetic, instructions, jsonl, llm_adapters
+from elastic.tasks.base import Example, Judge, Split, Task
 
 TASKS: dict[str, Callable[[TaskConfig, int], Task]] = {
     "arithmetic": arithmetic.load,
     "jsonl": jsonl.load,
     "instructions": instructions.load,
+    "llm_adapters": llm_adapters.load,
 }
 
 
@@ -18,4 +19,4 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     return TASKS[config.name](config, seed)
 
 
-__all__ = ["TASKS", "Example", "Split", "Task", "load_task"]
+__all__ = ["TASKS", "Example", "Judge", "Split", "Task", "load_task"]

@@ -13,12 +13,24 @@ Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
+class Judge:
+    """How a generated text is judged (`elastic.protocol`)."""
+
+    kind: str
+    expected: str
+    new_tokens: int
+    """At most so many are generated."""
+
+
+@dataclass(frozen=True)
 class Example:
     prompt: str
     answer: str
     """Joined to the prompt by a space; training adds the end-of-sequence token."""
     options: tuple[str, ...] = ()
     """If given, the answer is chosen among these by likelihood, else it is generated."""
+    judge: Judge | None = None
+    """What counts as right in a generated text; None: the very words of the answer."""
 
 
 @dataclass(frozen=True)
