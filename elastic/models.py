@@ -153,10 +153,12 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
+    if architecture.model_type == "rwkv":
+        settings["rescale_every"] = 0  # it would divide weights, but not factors, when evaluating
     if config.quantise != "none":
         from elastic import quantised
 
-        settings = quantised.loading(config.quantise, architecture.dtype, device)
+        settings |= quantised.loading(config.quantise, architecture.dtype, device)
     model = _kind(architecture).from_pretrained(
         folder, trust_remote_code=config.trust_remote_code, **settings
     )

@@ -167,11 +167,11 @@ def test_beam_idx_selects_whose_past_continues(model, openvino_path):
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     request = runtime.Core().compile_model(openvino_path, "CPU", settings).create_infer_request()
-    assert {port.any_name for port in request.model_inputs} == {
-        "input_ids", "attention_mask", "position_ids", "beam_idx"
-    }  # fmt: skip
-    request.infer({**onnx.step_inputs(prompt, 0), "beam_idx": np.arange(2, dtype=np.int32)})
-    logits = request.infer({**onnx.step_inputs(token, 4), "beam_idx": swapped})["logits"]
+    names = {port.any_name for port in request.model_inputs}
+    assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+    straight = {"beam_idx": np.arange(2, dtype=np.int32)}
+    request.infer({**onnx.step_inputs(prompt, 0, names), **straight})
+    logits = request.infer({**onnx.step_inputs(token, 4, names), "beam_idx": swapped})["logits"]
     assert_close(logits[:, -1], follow(model, prompt[swapped], token)[1])
 
 

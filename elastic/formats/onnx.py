@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.errors import ConfigError, MissingExtra, unknown
+from elastic.errors import ConfigError, ExportError, MissingExtra, unknown
+from elastic.runners import CACHE, state_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,6 +61,11 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     require()
     if logits not in ("last", "all"):
         raise ConfigError(unknown("logits", logits, ("all", "last")))
+    if state_name(model) != CACHE:
+        raise ExportError(
+            f"onnx: {type(model).__name__} keeps a recurrent state and no KV cache; only models "
+            "with one can be written. Write hf"
+        )
     if model.dtype != torch.float32:
         raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
     directory = Path(directory)
@@ -205,6 +211,7 @@ class OnnxRunner:
             for item in self._session.get_inputs()
             if item.name.startswith("past_key_values.")
         }
+        self._inputs = {item.name for item in self._session.get_inputs()}
         self._outputs = [item.name for item in self._session.get_outputs()]
         self._past: dict[str, onnxruntime.OrtValue] = {}
         self._length = 0
@@ -220,7 +227,7 @@ class OnnxRunner:
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        inputs = step_inputs(input_ids, self._length)
+        inputs = step_inputs(input_ids, self._length, self._inputs)
         feeds = {name: self._value(array) for name, array in inputs.items()} | self._past
         logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
         self._past = dict(zip(self._past_shapes, present, strict=True))
@@ -228,12 +235,14 @@ class OnnxRunner:
         return logits.numpy()[:, -1]
 
 
-def step_inputs(input_ids: np.ndarray, past: int) -> dict[str, np.ndarray]:
-    """What the graph reads beside its cache, for tokens (batch, sequence) after `past` others."""
+def step_inputs(input_ids: np.ndarray, past: int, names: set[str]) -> dict[str, np.ndarray]:
+    """What the graph with these inputs reads beside its cache, for tokens (batch, sequence) after
+    `past` others. A model without positions (ALiBi) has no input for them."""
     batch, sequence = input_ids.shape
     positions = np.arange(past, past + sequence, dtype=np.int64)
-    return {
+    found = {
         "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
         "attention_mask": np.ones((batch, past + sequence), np.int64),
         "position_ids": np.tile(positions, (batch, 1)),
     }
+    return {name: array for name, array in found.items() if name in names}

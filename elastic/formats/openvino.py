@@ -102,6 +102,7 @@ class OpenVINORunner:
             options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
         compiled = openvino.Core().compile_model(path, "CPU", options)
         self._request = compiled.create_infer_request()
+        self._inputs = {name for item in compiled.inputs for name in item.get_names()}
         self._length = 0
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
@@ -112,7 +113,7 @@ class OpenVINORunner:
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        inputs = step_inputs(input_ids, self._length)
+        inputs = step_inputs(input_ids, self._length, self._inputs)
         inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
         logits = self._request.infer(inputs)["logits"]
         self._length += input_ids.shape[1]
