@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,63 +111,54 @@ def _linears(block: nn.Module) -> dict[str, Shape]:
 
 def _section(pattern: str, block: nn.Module) -> dict[str, Any]:
     linears = _linears(block)
-    attention = [
-        name for name, module in block.named_modules() if name and head_size_of(module) is not None
-    ]
-    inside = {name for name in linears if any(name.startswith(f"{a}.") for a in attention)}
+    sizes = Counter(size for shape in linears.values() for size in shape)
+    hidden = sizes.most_common(1)[0][0] if sizes else 0
+    heads = {n: m for n, m in block.named_modules() if n and head_size_of(m) is not None}
+    inside = {name for name in linears if any(name.startswith(f"{other}.") for other in heads)}
+    mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
     groups: dict[str, Any] = {}
-    hidden = Counter(size for shape in linears.values() for size in shape).most_common(1)
-    hidden = hidden[0][0] if hidden else 0
-    downs = [
-        name
-        for name, (out, into) in linears.items()
-        if out == hidden != into and name not in inside
-    ]
-    adapted: dict[str, None] = {}
-    for number, down in enumerate(downs):
-        ups, fused = _ups(down, linears, inside, hidden)
-        if not ups:
-            continue
-        suffix = f"_{number}" if len(downs) > 1 else ""
+    adapted: set[str] = set()
+    for number, (ups, down, fused) in enumerate(mlps):
+        suffix = f"_{number}" if len(mlps) > 1 else ""
         groups[f"mlp_width{suffix}"] = {
             "dim": "width", "outputs": ups, "inputs": [down], "choices": WIDTHS, "align": 8,
             **({"fused": "parts"} if fused else {}),
         }  # fmt: skip
         groups[f"mlp_rank{suffix}"] = {"dim": "rank", "of": ups, "choices": RANKS}
-        adapted |= dict.fromkeys([*ups, down])
-    for number, name in enumerate(attention):
-        reading = [n for n in linears if n.startswith(f"{name}.") and linears[n][1] == hidden]
-        reading = [n for n in reading if n not in adapted]
-        suffix = f"_{number}" if len(attention) > 1 else ""
-        into = [n for n in reading if not _leads_out(n)]
-        if not into:
+        adapted |= {*ups, down}
+    for number, (name, module) in enumerate(heads.items()):
+        suffix = f"_{number}" if len(heads) > 1 else ""
+        reading = [
+            n for n, (_, into) in linears.items()
+            if n.startswith(f"{name}.") and into == hidden and not _leads_out(n)
+        ]  # fmt: skip
+        if not reading:
             continue
-        groups[f"attention_rank{suffix}"] = {"dim": "rank", "of": into, "choices": RANKS}
-        adapted |= dict.fromkeys(into)
-        if heads := _heads(block, name, into, linears):
-            groups[f"heads{suffix}"] = heads
+        groups[f"attention_rank{suffix}"] = {"dim": "rank", "of": reading, "choices": RANKS}
+        adapted |= set(reading)
+        out = _projection_out(name, reading, linears)
+        if len(reading) == 3 and out and not any(hasattr(module, n) for n in FIXED_HEADS):
+            groups[f"heads{suffix}"] = {
+                "dim": "heads", "outputs": reading, "inputs": [out], "choices": HEADS
+            }  # fmt: skip
     if not groups and linears:
         groups["rank"] = {"dim": "rank", "of": list(linears), "choices": RANKS}
-        adapted |= dict.fromkeys(linears)
-    order = [name for name in linears if name in adapted]
-    return {"blocks": pattern, "adapt": order, "groups": groups}
+        adapted |= set(linears)
+    return {"blocks": pattern, "adapt": [n for n in linears if n in adapted], "groups": groups}
 
 
-def _ups(
-    down: str, linears: Mapping[str, Shape], inside: set[str], hidden: int
-) -> tuple[list[str], bool]:
-    """The layers that make what `down` reads, and whether one of them makes several parts of it."""
-    width, parent = linears[down][1], down.rpartition(".")[0]
-    for fused in (False, True):
-        made = [
-            name
-            for name, (out, into) in linears.items()
-            if into == hidden and name not in inside and out == width * (1 + fused)
-        ]
-        near = [name for name in made if name.rpartition(".")[0] == parent]
-        if near or made:
-            return near or made, fused
-    return [], False
+def _mlps(linears: Mapping[str, Shape], hidden: int) -> Iterator[tuple[list[str], str, bool]]:
+    """The layers that make channels, the one that reads them, and whether one layer makes several
+    parts of them: by sizes, and among alike ones by where they stand."""
+    for down, (out, width) in linears.items():
+        if out != hidden or width == hidden:
+            continue
+        for fused in (False, True):
+            made = [n for n, shape in linears.items() if shape == (width * (1 + fused), hidden)]
+            near = [n for n in made if n.rpartition(".")[0] == down.rpartition(".")[0]]
+            if made:
+                yield near or made, down, fused
+                break
 
 
 def _leads_out(name: str) -> bool:
@@ -176,25 +167,19 @@ def _leads_out(name: str) -> bool:
     return re.search(r"^(o|out|wo)(_|$)|output|^dense$|c_proj", leaf) is not None
 
 
-def _heads(
-    block: nn.Module, attention: str, into: list[str], linears: Mapping[str, Shape]
-) -> dict[str, Any] | None:
-    """Whole heads, where the module's code takes as many as its projections give."""
-    module = block.get_submodule(attention)
-    if len(into) != 3 or any(hasattr(module, name) for name in FIXED_HEADS):
-        return None
-    wide = max(linears[name][0] for name in into)
-    above = attention.rpartition(".")[0]
-    out = [
+def _projection_out(
+    attention: str, reading: Sequence[str], linears: Mapping[str, Shape]
+) -> str | None:
+    """The layer that reads the heads: in the attention module, or beside it as in BERT."""
+    wide = max(linears[name][0] for name in reading)
+    beside = attention.rpartition(".")[0]
+    found = [
         name
         for name, (_, columns) in linears.items()
-        if columns == wide and _leads_out(name) and name.startswith(f"{above}." if above else "")
-        and name not in into
-    ]  # fmt: skip
-    near = [name for name in out if name.startswith(f"{attention}.")] or out
-    if not near:
-        return None
-    return {"dim": "heads", "outputs": into, "inputs": near[:1], "choices": HEADS}
+        if columns == wide and _leads_out(name) and name.startswith(beside)
+    ]
+    within = [name for name in found if name.startswith(f"{attention}.")]
+    return next(iter(within or found), None)
 
 
 def _tried(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:

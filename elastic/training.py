@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 
+import torch
+
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import Encoded, collated, encode_all
+from elastic.batching import Encoded, answer_logits, collated, encode_all
 from elastic.config import TrainConfig
 from elastic.discovery import space_for
 from elastic.errors import ConfigError
@@ -23,6 +25,10 @@ from elastic.watching import check_trackers
 
 WATCHED = 16
 """Validation examples on which the losses of three sub-adapters are compared over time."""
+PROBE = 2
+"""Examples on which the model with its channels in order is compared with the base."""
+CHANGE = 0.1
+"""Of the logits, in norm, that rounding may explain in any type."""
 
 
 def train(config: TrainConfig) -> Run:
@@ -122,7 +128,23 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
     order = processes.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
-    return Supernet(model, space, config.adapter, order=order, seed=config.seed)
+    batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
+    before = _logits(model, batch)
+    net = Supernet(model, space, config.adapter, order=order, seed=config.seed)
+    change = float((_logits(net.model, batch) - before).norm() / before.norm())
+    if change > CHANGE:
+        raise ConfigError(
+            f"{space.source}: putting the important channels first changed what the model "
+            f"computes, by {change:.0%}: some group does not name all layers that share its "
+            "channels, or the model's code mixes them"
+        )
+    return net
+
+
+@torch.no_grad()
+def _logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """At the answers, float32."""
+    return answer_logits(model, batch)[0].float()
 
 
 def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
