@@ -1,14 +1,16 @@
-"""Timing on an NVIDIA GPU: events for a clock, decoding from a graph, and what the clocks were."""
+"""What timing on an NVIDIA GPU needs beside a model."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import subprocess
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import PretrainedConfig, PreTrainedModel, StaticCache
 
 from elastic.runners import TorchRunner
 
@@ -27,7 +29,8 @@ _STATE = {
 class CudaClock:
     """Seconds on the GPU's own clock: an event is recorded and waited for at every reading."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._now = 0.0
         self._last = self._event()
 
@@ -39,9 +42,10 @@ class CudaClock:
         return self._now
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
+        with _on(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            event.synchronize()
         return event
 
 
@@ -59,11 +63,12 @@ class GraphRunner(TorchRunner):
         """For `batch` sequences of at most `tokens` in all. `capture` turns a step into its replay,
         which writes into the tensor that it returns."""
         super().__init__(model)
-        self._cache = StaticCache(model.config, max_cache_len=max(tokens, WARM_UP + 2))
+        self._cache = StaticCache(_unwindowed(model), max_cache_len=max(tokens, WARM_UP + 2))
         self._token = torch.zeros((batch, 1), dtype=torch.int64, device=model.device)
         with torch.inference_mode():
             self._forward(self._token)  # makes the cache
-            self._replay = (capture or graph_of)(lambda: self._forward(self._token))
+            with _on(model.device):
+                self._replay = (capture or graph_of)(lambda: self._forward(self._token))
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -76,6 +81,22 @@ class GraphRunner(TorchRunner):
             return self._fetch(self._replay())
 
 
+def _on(device: torch.device | None) -> contextlib.AbstractContextManager:
+    """Streams, events and graphs belong to the current GPU, whichever tensors are on."""
+    if device is None or device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _unwindowed(model: PreTrainedModel) -> PretrainedConfig:
+    """A config whose cache keeps everything: layers of a sliding window would count in Python,
+    which a graph cannot follow. What they may see, the mask decides."""
+    config = copy.deepcopy(model.config.get_text_config(decoder=True))
+    config.sliding_window = None
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    return config
+
+
 def graph_of(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Capture a step into a CUDA graph, warmed up on a stream of its own."""
     stream = torch.cuda.Stream()
@@ -84,12 +105,13 @@ def graph_of(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.graph(graph):
         written = step()
 
     def replay() -> torch.Tensor:
-        graph.replay()
+        with _on(device):
+            graph.replay()
         return written
 
     return replay

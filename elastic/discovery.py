@@ -189,13 +189,15 @@ def _tried(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
         if spec["dim"] == "rank":
             continue
         alone = {**section, "groups": {name: spec}}
-        if _runs(model, SearchSpace.from_dict(alone, "space auto")):
+        if reason := _refusal(model, SearchSpace.from_dict(alone, "space auto")):
+            say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
+        else:
             kept[name] = spec
     return {**section, "groups": kept}
 
 
-def _runs(model: PreTrainedModel, space: SearchSpace) -> bool:
-    """Whether the smallest sub-adapter fits together, on tensors without data."""
+def _refusal(model: PreTrainedModel, space: SearchSpace) -> str | None:
+    """Why the smallest sub-adapter does not fit together, on tensors without data."""
     with FakeTensorMode(), torch.no_grad():
         memory = {}
         for tensor in (*model.parameters(), *model.buffers()):
@@ -210,6 +212,6 @@ def _runs(model: PreTrainedModel, space: SearchSpace) -> bool:
             net = Supernet(empty_model, space, AdapterConfig(rank=4), start=False)
             with net.active(net.space.minimal()) as small:
                 small(**inputs)
-        except (ConfigError, RuntimeError, ValueError):
-            return False
-    return True
+        except Exception as error:  # whatever the model's code says
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None

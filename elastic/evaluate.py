@@ -20,9 +20,7 @@ from elastic.batching import (
     encode,
     length_sorted,
 )
-from elastic.errors import ModelError
 from elastic.progress import track
-from elastic.runners import CACHE, state_name
 from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -212,13 +210,7 @@ def answers(
     quiet: bool = False,
 ) -> list[str]:
     """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
-    order of the prompts; batched by length. ModelError for beams of a recurrent model, which
-    answers one by one: it sees padding, and transformers mixes the states of a batch.
-    """
-    if state_name(model) != CACHE:
-        if beams > 1:
-            raise ModelError(f"{type(model).__name__} cannot be searched with {beams} beams; use 1")
-        batch = 1
+    order of the prompts; batched by length."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]

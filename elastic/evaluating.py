@@ -75,7 +75,9 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation | Published:
             )  # fmt: skip
     if not config.tasks:
         return Evaluation(name, config.split, scores[config.split])
-    file = run.path / "evaluate" / f"{name}-{config.protocol}.json"
+    what = "-".join([name, config.protocol, *config.tasks])
+    some = f"-first-{config.examples}" if config.examples else ""
+    file = run.path / "evaluate" / f"{what}{some}.json"
     file.parent.mkdir(exist_ok=True)
     about = {"sub_adapter": sub.as_dict(), "name": name, "protocol": config.protocol,
              "beams": beams, **provenance(str(base.model.device))}  # fmt: skip

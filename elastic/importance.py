@@ -61,7 +61,8 @@ def _activation_scores(
     def watch(site: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].double().flatten(0, -2)
-            real = answer if "decoder" in site.split(".") else prompt
+            in_decoder = model.config.is_encoder_decoder and "decoder" in site.split(".")
+            real = answer if in_decoder else prompt
             squares[site] += (x if real is None else x[real]).pow(2).sum(0).cpu()
 
         return model.get_submodule(site).register_forward_pre_hook(hook)

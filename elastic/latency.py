@@ -148,7 +148,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
         return time.perf_counter
     from elastic.cuda import CudaClock
 
-    return CudaClock()
+    return CudaClock(device)
 
 
 def state_of(device: torch.device) -> dict[str, float | str] | None:

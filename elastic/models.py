@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
+RECURRENT = ("rwkv",)
+"""Types of model whose code in transformers has no attention mask."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,13 @@ def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
 
 def require_training(config: ModelConfig) -> None:
     """What `require` raises, or ConfigError when the type cannot be trained on this device."""
-    require(config, architecture_of(config))
+    architecture = architecture_of(config)
+    require(config, architecture)
+    if architecture.model_type in RECURRENT:
+        raise ModelError(
+            f"model.path {config.path}: {architecture.model_type} sees the padding of a batch, "
+            "which training and scoring here need; it can be cut and written, not trained"
+        )
     device = resolve_device(config.device)
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError(
@@ -153,12 +161,10 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
-    if architecture.model_type == "rwkv":
-        settings["rescale_every"] = 0  # it would divide weights, but not factors, when evaluating
     if config.quantise != "none":
         from elastic import quantised
 
-        settings |= quantised.loading(config.quantise, architecture.dtype, device)
+        settings = quantised.loading(config.quantise, architecture.dtype, device)
     model = _kind(architecture).from_pretrained(
         folder, trust_remote_code=config.trust_remote_code, **settings
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from elastic.errors import MissingExtra
+from elastic.progress import say
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,15 +29,6 @@ class Runner(Protocol):
         """(batch, 1) int64 -> logits (batch, vocab), continuing from what came before."""
 
 
-CACHE = "past_key_values"
-
-
-def state_name(model: PreTrainedModel) -> str:
-    """What a model calls what it keeps of the past: a KV cache, or the state of a recurrent one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    return "state" if "state" in inspect.signature(inner.forward).parameters else CACHE
-
-
 class TorchRunner:
     """A transformers model, called as `generate` calls it: only the last position has logits.
 
@@ -47,7 +38,6 @@ class TorchRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._cache = None
-        self._kept = state_name(model)
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
         self._cache = None
@@ -66,9 +56,9 @@ class TorchRunner:
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
-            input_ids=input_ids, **{self._kept: self._cache}, use_cache=True, logits_to_keep=1
+            input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        self._cache = output[self._kept]
+        self._cache = output.past_key_values
         return output.logits[:, -1]
 
     def _fetch(self, logits: torch.Tensor) -> np.ndarray:
@@ -78,12 +68,18 @@ class TorchRunner:
 
 
 def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
-    """A transformers model as it is timed: on a GPU it decodes from a graph."""
+    """A transformers model as it is timed: on a GPU it decodes from a graph, unless its code cannot
+    be captured."""
     if model.device.type != "cuda":
         return TorchRunner(model)
     from elastic.cuda import GraphRunner
 
-    return GraphRunner(model, timing.batch, timing.prompt_tokens + timing.new_tokens)
+    try:
+        return GraphRunner(model, timing.batch, timing.prompt_tokens + timing.new_tokens)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        say(f"{type(model).__name__} decodes without a CUDA graph, kernel by kernel: {reason}")
+        return TorchRunner(model)
 
 
 def require_runtime(runtime: str) -> None:

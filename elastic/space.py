@@ -343,6 +343,7 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
             raise ConfigError(f"{where}: {key} is {items!r}; give a list of layer names")
         lists[key] = tuple(items)
     fused = spec.get("fused")
-    if fused not in (None, "parts", "heads"):
-        raise ConfigError(f"{where}: {unknown('fused', str(fused), ('parts', 'heads'))}")
+    known = ("parts",) if spec["dim"] == "width" else ("parts", "heads")
+    if fused not in (None, *known):
+        raise ConfigError(f"{where}: {unknown('fused', str(fused), known)}")
     return GroupSpec(name, spec["dim"], tuple(choices), align=align, fused=fused, **lists)

@@ -21,7 +21,7 @@ from elastic.batching import collated, encode_all
 from elastic.budget import refuse_by_counting, refuse_by_extremes, room, violations
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
-from elastic.finalists import finish
+from elastic.finalists import LEAST, finish
 from elastic.front import Front
 from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
@@ -131,6 +131,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     if not config.objectives:
         begun = study.user_attrs.get("settings", {})
         config = replace(config, objectives=begun.get("objectives", config.chosen_objectives))
+    config = replace(config, objectives=config.chosen_objectives)  # in one order
     settings = as_plain(config)
     for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
         settings.pop(name)
@@ -283,7 +284,8 @@ def _sampler(
                 examples=len(objective.examples),
                 room=room(limits, objective),
                 tables=[objective.table(cost) for cost in config.costs],
-                tradeoff=config.chosen_objectives != [ACCURACY],
+                # Where accuracy alone is limited, the cheapest is wanted.
+                tradeoff=config.chosen_objectives != [ACCURACY] or set(limits) == {LEAST},
                 importance=importance,
                 seed=config.seed,
             )

@@ -178,6 +178,22 @@ def test_accuracy_alone_under_a_budget(trained, tmp_path):
     assert drawn["cost"] == "params" and drawn["axis"]["unit"] == "M"
 
 
+def test_accuracy_alone_with_an_accuracy_limit_looks_for_the_cheapest(trained, tmp_path):
+    run = copy_run(trained, tmp_path / "run")
+    budget = BudgetConfig(min_accuracy=0.05)
+    front = search(config(run, trials=14, objectives=["accuracy"], budget=budget))
+    proposed = [one.figures.params for one in front.trials[4:]]
+    assert min(proposed) < 0.75 * front.full.params
+    assert front.best.figures.prefill_ms == min(one.figures.prefill_ms for one in front.members)
+
+
+def test_the_order_of_objectives_makes_no_other_study(trained, tmp_path):
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=3, objectives=["macs", "accuracy"]))
+    again = search(config(run, trials=4, objectives=["accuracy", "macs"]))
+    assert len(again.trials) == 4 and again.costs == ["macs"]
+
+
 @pytest.mark.parametrize("sampler", ["additive", "nsga3"])
 def test_three_objectives(trained, tmp_path, sampler):
     run = copy_run(trained, tmp_path / "run")

@@ -117,9 +117,6 @@ def hidden(folder) -> list[str]:
 def test_hf_folder_is_the_active_sub_adapter(runs, nets, tmp_path, dtype, shape):
     run, net = runs[dtype], nets[dtype]
     sub = net.space.uniform(0.5) if shape == "uniform" else mixed(net)
-    if shape == "uniform":  # heads have no uniform size in a Llama config with its head_dim
-        sub = net.space.at(net.space.indices(sub) | {
-            g.name: 0 for g in net.space if g.dim == "heads"})  # fmt: skip
     file = write_sub(sub, tmp_path / f"{shape}.json")
     report = export(config(run, sub_adapter=file))
     folder = report.directory / "hf"

@@ -74,6 +74,21 @@ def test_a_written_model_is_the_same_function(family, tmp_path):
         ) + 20_000  # fmt: skip
 
 
+@pytest.mark.parametrize("kept, plain", [(4, True), (3, False)])
+def test_uniform_heads_are_plain_where_the_config_may_say_so(tmp_path, kept, plain):
+    """Llama's wants the hidden size, 80 here, to be a multiple of the number of heads."""
+    sizes = {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 5}
+    model = tiny.llama(head_dim=16, **sizes)
+    heads = {"dim": "heads", "outputs": tiny.ATTENTION, "inputs": ["self_attn.o_proj"],
+             "choices": [5, kept]}  # fmt: skip
+    space = {"blocks": "model.layers.*", "adapt": tiny.ATTENTION, "groups": {"heads": heads}}
+    net = tiny.randomize_(Supernet(model, SearchSpace.from_dict(space), tiny.ADAPTERS["lora"]))
+    small = compact(net, net.space.minimal())
+    folder = hf.write(small, None, tmp_path)
+    assert (not (folder / hf.CODE).exists()) is plain
+    close(output(hf.load(folder, torch.float64)), output(small), 1e-5)  # norms round to float32
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_active_factor_gets_a_gradient(family):
     net = net_of(family)

@@ -5,7 +5,9 @@ import torch
 
 from elastic.dims import Cut
 from elastic.importance import channel_index, channel_order
+from elastic.space import SearchSpace
 from tests import tiny
+from tests.families import FAMILIES, model_of
 
 
 def bound(model, heads=True):
@@ -71,6 +73,21 @@ def test_batches_add_up_and_padding_counts_for_nothing(tiny_llama):
     for name in together:
         assert torch.equal(together[name], apart[name])
         assert torch.equal(together[name], beside[name])
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_padding_counts_for_nothing_in_any_decoder(family):
+    """OPT calls its decoder that, and has no encoder."""
+    model = model_of(family)
+    space = SearchSpace.load(FAMILIES[family][1]).bind(model, 8)
+    ids = tiny.tokens(2, 8)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (24, 0))
+    left = {"input_ids": torch.nn.functional.pad(ids, (24, 0), value=50), "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}  # fmt: skip
+    expected = channel_order(model, space, "activation", [batch(ids)])
+    found = channel_order(model, space, "activation", [left])
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
 
 
 def test_norm_order_is_that_of_the_rows_summed_over_layers(tiny_llama):

@@ -235,7 +235,9 @@ def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys):
                "--data", str(folder), "--examples", "2", "--beams", "2"]  # fmt: skip
     assert __main__.main(command) == 0
     said = capsys.readouterr().out
-    found = json.loads((run.path / "evaluate" / "heuristic-published.json").read_text())
+    found = json.loads(
+        (run.path / "evaluate" / "heuristic-published-math-first-2.json").read_text()
+    )
     assert list(found["sets"]) == ["gsm8k", "aqua", "mawps", "svamp"] and found["beams"] == 2
     for name, each in found["sets"].items():
         assert each["accuracy_n"] == 2 == len(each["predictions"])

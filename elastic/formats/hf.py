@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -200,6 +201,10 @@ def _uniform_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> di
         found |= _named_size(config, before, min(after))
     for name, size in found.items():
         setattr(config, name, size)
+    try:
+        config.validate()
+    except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
+        return None
     layers = modules_of(model, nn.Linear)
     own = {name: list(layer.weight.shape) for name, layer in layers}
     return found if _shapes(config, type(model)) == own else None

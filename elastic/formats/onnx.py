@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.errors import ConfigError, ExportError, MissingExtra, unknown
-from elastic.runners import CACHE, state_name
+from elastic.errors import ConfigError, MissingExtra, unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,11 +60,6 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     require()
     if logits not in ("last", "all"):
         raise ConfigError(unknown("logits", logits, ("all", "last")))
-    if state_name(model) != CACHE:
-        raise ExportError(
-            f"onnx: {type(model).__name__} keeps a recurrent state and no KV cache; only models "
-            "with one can be written. Write hf"
-        )
     if model.dtype != torch.float32:
         raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
     directory = Path(directory)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.errors import ExportError
@@ -70,7 +72,7 @@ def write(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=sorted({site.rpartition(".")[2] for site in ranks}),
+        target_modules=_targets(net, ranks),
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
         base_model_name_or_path=base_model,
@@ -82,3 +84,14 @@ def write(
     metadata = {"format": "pt"} | ({} if base_digest is None else {DIGEST: base_digest})
     save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
+
+
+def _targets(net: Supernet, sites: Collection[str]) -> list[str]:
+    """Names of layers as PEFT matches them: the last part, unless others have that too."""
+    short = {site.rpartition(".")[2] for site in sites}
+    layers = (
+        name for kind in (ElasticLinear, nn.Linear) for name, _ in modules_of(net.model, kind)
+    )
+    own = [name for name in layers if not name.endswith(".base")]
+    alike = {name for name in own if name.rpartition(".")[2] in short}
+    return sorted(short) if alike == set(sites) else sorted(sites)
