@@ -128,9 +128,12 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
     order = processes.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
+    settings = {"order": order, "seed": config.seed}
+    if config.resolved_order == "none":
+        return Supernet(model, space, config.adapter, **settings)
     batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
     before = _logits(model, batch)
-    net = Supernet(model, space, config.adapter, order=order, seed=config.seed)
+    net = Supernet(model, space, config.adapter, **settings)
     change = float((_logits(net.model, batch) - before).norm() / before.norm())
     if change > CHANGE:
         raise ConfigError(

@@ -235,4 +235,4 @@ def test_a_jsonl_task_names_its_files():
 
 
 def test_every_task_is_known_by_name():
-    assert sorted(TASKS) == ["arithmetic", "instructions", "jsonl"]
+    assert sorted(TASKS) == ["arithmetic", "instructions", "jsonl", "llm_adapters"]
