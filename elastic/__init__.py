@@ -15,7 +15,7 @@ _WHERE = {
     "TrainConfig": "config",
     "SearchConfig": "search_config",
     "ExportConfig": "config",
-    "EvaluateConfig": "config",
+    "EvaluateConfig": "evaluate_config",
     "LatencyConfig": "search_config",
     "BudgetConfig": "search_config",
     "ModelConfig": "config",

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic import config, search_config
+from elastic import config, evaluate_config, search_config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
     "search": (search_config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
-    "evaluate": (config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
+    "evaluate": (evaluate_config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
     "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
     "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
     "space import": (config.SpaceImportConfig, "elastic.published", "import_space"),

@@ -1,7 +1,7 @@
 """Examples as tensors: left-padded, so that every answer ends at the right edge.
 
 Encoder-decoder models take the prompt in the encoder and the answer in the decoder, both padded on
-the right.
+the right; classifiers take the text, padded on the right, and answer with the number of a class.
 
 The head of a language model is a large part of a small model's work. With all answers at the right
 edge, only the last few positions need logits, in training as in evaluation.
@@ -12,16 +12,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from elastic.classifier import classes_of, has_types
 from elastic.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from elastic.tasks.base import Example
 
@@ -38,11 +39,16 @@ def padded(length: int) -> int:
 @dataclass(frozen=True)
 class Encoded:
     """One tokenised example: ids of prompt and answer together, and how many are the answer; for
-    an encoder-decoder model the prompt is `source` and the ids are the answer alone."""
+    an encoder-decoder model the prompt is `source` and the ids are the answer alone; for a
+    classifier the ids are the text and the answer is `label`."""
 
     ids: tuple[int, ...]
     answer: int
     source: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
+    """Of a classifier that tells two sentences apart: 0 for a token of the first, 1 of the
+    second."""
+    label: int | None = None
 
     @property
     def length(self) -> int:
@@ -64,14 +70,64 @@ def encode(
     return Encoded((*head, *tail), len(tail))
 
 
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    example: Example,
+    answer: str | None = None,
+) -> Encoded:
+    """With its answer, or another one, as this kind of model takes it."""
+    answer = example.answer if answer is None else answer
+    classes = classes_of(model)
+    if not classes:
+        if example.messages and not model.config.is_encoder_decoder:
+            tail = (*tokenizer(answer, add_special_tokens=False)["input_ids"],
+                    tokenizer.eos_token_id)  # fmt: skip
+            return Encoded((*prompt_ids(tokenizer, example), *tail), len(tail))
+        encoder_decoder = model.config.is_encoder_decoder
+        return encode(tokenizer, example.text, answer, encoder_decoder=encoder_decoder)
+    if answer not in classes:
+        raise DataError(
+            f"answer {answer!r} is none of the {len(classes)} classes that the model's head tells "
+            f"apart: {', '.join(classes[:8])}"
+        )
+    return Encoded(**encode_text(tokenizer, model, example), label=classes.index(answer))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """What an answer is generated after: the prompt, or the conversation so far with the opening of
+    the assistant's turn."""
+    if not example.messages:
+        return tokenizer(example.text)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise DataError("task.prompt chat: the tokenizer of this model has no chat template")
+    messages = [{"role": role, "content": content} for role, content in example.messages]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, example: Example
+) -> dict[str, Any]:
+    """The ids of a text to be classified and, where the model has them, the types; what is longer
+    than the model can read is cut."""
+    longest = tokenizer.model_max_length
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        longest = min(longest, positions)
+    found = tokenizer(
+        example.prompt, example.second, truncation=True, max_length=longest,
+        return_token_type_ids=has_types(model),
+    )  # fmt: skip
+    if not found["input_ids"]:
+        raise DataError(f"prompt {example.prompt!r} has no tokens")
+    types = tuple(found.get("token_type_ids", ()))
+    return {"ids": tuple(found["input_ids"]), "answer": 0, "types": types}
+
+
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], encoder_decoder: bool = False
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], model: PreTrainedModel
 ) -> list[Encoded]:
     """Every example with its answer."""
-    return [
-        encode(tokenizer, example.prompt, example.answer, encoder_decoder=encoder_decoder)
-        for example in examples
-    ]
+    return [encode_example(tokenizer, model, example) for example in examples]
 
 
 def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
@@ -80,8 +136,15 @@ def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
     Decoder-only: all (batch, length), left-padded. Labels are the ids at answer positions and -100
     elsewhere; padding is masked and the positions of real tokens start at 0, so what stands beside
     an example in its batch does not matter. Encoder-decoder: inputs (batch, source length), labels
-    (batch, answer length), padded on the right.
+    (batch, answer length), padded on the right. Classifiers: inputs (batch, length), padded on the
+    right, perhaps with token_type_ids, labels (batch,).
     """
+    if sequences[0].label is not None:
+        ids, mask = _right([sequence.ids for sequence in sequences], pad)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if sequences[0].types:
+            batch["token_type_ids"], _ = _right([sequence.types for sequence in sequences], 0)
+        return {**batch, "labels": torch.tensor([sequence.label for sequence in sequences])}
     if sequences[0].source:
         ids, mask = _right([sequence.source for sequence in sequences], pad)
         labels, real = _right([sequence.ids for sequence in sequences], pad)
@@ -132,8 +195,14 @@ def answer_logits(
     model: torch.nn.Module, batch: dict[str, Tensor], width: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits (batch, width, vocabulary) that predict the labels (batch, width), float32 or wider;
-    width is the longest answer, read from the labels unless given."""
+    width is the longest answer, read from the labels unless given. The answer of a classifier is
+    one token of a vocabulary of classes."""
     labels = batch["labels"]
+    if labels.dim() == 1:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.unsqueeze(1), labels.unsqueeze(1)
     if "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
         logits = model(**batch, use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels

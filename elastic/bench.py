@@ -13,7 +13,7 @@ import torch
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.merging import compact
 from elastic.meter import Meter
-from elastic.runners import Runner, TorchRunner, open_runner
+from elastic.runners import Runner, open_runner, runner_of
 from elastic.search_config import TimingConfig
 from elastic.slicing import sliced
 from elastic.space import BoundSpace, SubAdapter
@@ -94,7 +94,7 @@ class Bench:
         shape = (self.timing.batch, self.timing.prompt_tokens)
         prompt = torch.zeros(shape, dtype=torch.int64).numpy()
         with Meter(weights.values()).recording() as meter:
-            TorchRunner(model).prefill(prompt)
+            runner_of(model).prefill(prompt)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
         return (kept + meter.peak) / 1e6
 

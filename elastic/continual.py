@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import plot, processes
+from elastic import models, plot, processes
 from elastic.config import TaskConfig, TrainConfig
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import Score, answers, same_text
@@ -30,6 +30,11 @@ _PLACE = "{task}"
 
 def train(config: TrainConfig) -> Run | Sequential | Estimate:
     """`elastic train`: one task, or `tasks` one after another; or what either will need."""
+    if config.tasks and models.classifies(config.model):
+        raise ConfigError(
+            f"tasks: a sequence is answered with text, {config.model.path} has a classification "
+            "head; choose model.head language"
+        )
     if config.tasks and config.adapter.method == "auto":
         config = replace(config, adapter=replace(config.adapter, method="olora"))
     if config.dry_run:
@@ -251,9 +256,8 @@ def _score_all(
             if files[name].is_file():
                 continue
             found = answers(
-                net.model, base.tokenizer, [example.prompt for example in examples],
-                new_tokens=config.sequence.new_tokens, batch=config.sequence.batch,
-                label=f"testing {name}",
+                net.model, base.tokenizer, examples, new_tokens=config.sequence.new_tokens,
+                batch=config.sequence.batch, label=f"testing {name}",
             )  # fmt: skip
             rows = [
                 {

@@ -96,13 +96,13 @@ def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[
 
 def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[int, list[Cut]]:
     """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP."""
-    parts = {}
+    parts = dict.fromkeys((*spec.outputs, *spec.inputs), (1,))
     if spec.fused:
         channels = model.get_submodule(f"{block}.{spec.inputs[0]}").in_features
         for name in spec.outputs:
             rows = model.get_submodule(f"{block}.{name}").out_features
             parts[name] = (1,) * (rows // channels)
-    cuts = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), 1), parts)
+    cuts = _cuts(block, spec, parts)
     for cut in cuts:
         head_size = head_size_of(model.get_submodule(cut.site.rpartition(".")[0]))
         if head_size is not None:
@@ -135,7 +135,7 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple
     }
     if spec.fused == "heads":
         units |= dict.fromkeys(spec.outputs, head_size * (shared + 2))
-    cuts = _cuts(block, spec, units)
+    cuts = _cuts(block, spec, {name: (unit,) for name, unit in units.items()})
     return _full(model, spec, cuts), cuts
 
 
@@ -146,19 +146,14 @@ def head_size_of(attention: nn.Module) -> int | None:
     return next((getattr(attention, name) for name in HEAD_SIZES if hasattr(attention, name)), None)
 
 
-def _cuts(
-    block: str,
-    spec: GroupSpec,
-    units: Mapping[str, int],
-    parts: Mapping[str, tuple[int, ...]] | None = None,
-) -> list[Cut]:
-    parts = {name: own for name, own in (parts or {}).items() if len(own) > 1}
-    rows = [
-        Cut(f"{block}.{name}", "out", sum(parts.get(name, ())) or units[name], parts.get(name, ()))
-        for name in spec.outputs
-    ]
-    columns = [Cut(f"{block}.{name}", "in", units[name]) for name in spec.inputs]
-    return rows + columns
+def _cuts(block: str, spec: GroupSpec, parts: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+    """`parts`: what a choice of 1 keeps of each part of a layer, by its name."""
+
+    def cut(name: str, axis: Literal["out", "in"]) -> Cut:
+        own = parts[name]
+        return Cut(f"{block}.{name}", axis, sum(own), own if len(own) > 1 else ())
+
+    return [cut(name, "out") for name in spec.outputs] + [cut(name, "in") for name in spec.inputs]
 
 
 def _full(model: nn.Module, spec: GroupSpec, cuts: list[Cut]) -> int:

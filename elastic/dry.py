@@ -11,6 +11,7 @@ from collections import Counter as Tally
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from elastic import models
 from elastic.adapters import METHODS
 from elastic.adapters.attach import modules_of
 from elastic.batching import encode_all, padded
-from elastic.config import AdapterConfig, SpaceShowConfig, StageConfig, TrainConfig
+from elastic.classifier import classes_of
+from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
@@ -31,7 +33,10 @@ from elastic.run import predecessor
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace
 from elastic.supernet import Supernet, read_tensors
-from elastic.tasks import load_task
+from elastic.tasks import load_task, with_classes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ASSUMED_LENGTH, ASSUMED_ANSWER = 512, 256
 """Tokens of the longest sequence, and of its answer, when the data cannot be read."""
@@ -43,6 +48,10 @@ def estimate(*runs: TrainConfig) -> Estimate:
     """Of one run, or of the runs of a sequence of tasks: memory and compute are those of the last,
     which carries the finished tasks."""
     config, notes, before = runs[-1], [], None
+    try:
+        config = with_classes(config)
+    except DataMissing:
+        notes.append("two classes assumed; name them with model.classes")
     if runs[0].start_from:
         before = predecessor(runs[0])
     space = space_for(config)
@@ -71,7 +80,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
-    batch, examples = _data(runs, model.config.is_encoder_decoder)
+    batch, examples = _data(runs, model)
     compute = None
     try:
         with fake:
@@ -79,17 +88,13 @@ def estimate(*runs: TrainConfig) -> Estimate:
     except Exception as error:  # whatever a model's own code raises when it reads a value
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         notes.append(f"activations and compute unknown, {type(model).__name__} failed: {reason}")
-    cost = Counter(model, net.space)
     return Estimate(
-        architecture=type(model).__name__,
+        **vars(_table(model, net.space)),
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
-        space=_choices(net.space),
-        sub_adapters=net.space.size,
         method=config.adapter.resolved_method,
         trained=sum(parameter.numel() for parameter in trained),
-        trained_by=_trained_by(config.adapter, [shapes[site] for site in net.space.targets]),
-        costs={name: cost(net.space.named(name)) for name in ("maximal", "heuristic", "minimal")},
+        trained_by=_trained_by(net, [shapes[site] for site in net.space.targets]),
         batch=batch,
         accumulation=config.accumulation,
         plan=_plan(runs, examples) if examples else None,
@@ -104,16 +109,14 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
     """`elastic space show`: reads no weights."""
     space = space_for(config)
     model = models.skeleton(config.model)
-    bound = space.bind(model, config.rank)
-    counter = Counter(model, bound)
-    costs = {name: counter(bound.named(name)) for name in ("maximal", "heuristic", "minimal")}
-    return SpaceTable(type(model).__name__, _choices(bound), bound.size, costs)
+    return _table(model, space.bind(model, config.rank))
 
 
-def _data(runs: Sequence[TrainConfig], encoder_decoder: bool) -> tuple[Batch, list[int]]:
+def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, list[int]]:
     """The largest micro-batch, and the examples of every run (none if the data is not there)."""
     config = runs[-1]
-    assumed = Batch(config.batch_size, ASSUMED_LENGTH, ASSUMED_ANSWER)
+    answer = 0 if classes_of(model) else ASSUMED_ANSWER
+    assumed = Batch(config.batch_size, ASSUMED_LENGTH, answer)
     try:
         tasks = [load_task(run.task, run.seed).train for run in runs]
     except DataMissing as error:
@@ -125,7 +128,7 @@ def _data(runs: Sequence[TrainConfig], encoder_decoder: bool) -> tuple[Batch, li
     if not any(file for name in VOCABULARIES for file in Path(folder).glob(name)):
         return replace(assumed, sequences=sequences, assumed=f"{folder} has no tokenizer"), counts
     tokenizer = models.load_tokenizer(replace(config.model, path=folder))
-    encoded = encode_all(tokenizer, itertools.chain(*tasks), encoder_decoder)
+    encoded = encode_all(tokenizer, itertools.chain(*tasks), model)
     longest = max(len(one.source or one.ids) for one in encoded)
     return Batch(sequences, padded(longest), max(one.answer for one in encoded)), counts
 
@@ -176,15 +179,22 @@ def _measure(
     return memory, Compute(maximal, minimal, step(config.resolved_stages[-1]), whole)
 
 
+def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
+    counter = Counter(model, space)
+    costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
+    return SpaceTable(type(model).__name__, _choices(space), space.size, costs)
+
+
 def _choices(space: BoundSpace) -> list[Choices]:
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
     return [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
 
 
-def _trained_by(adapter: AdapterConfig, shapes: Sequence[torch.Size]) -> dict[str, int]:
-    """Trained parameters on layers of these shapes, by method; those that do not fit are left
-    out."""
-    found = {}
+def _trained_by(net: Supernet, shapes: Sequence[torch.Size]) -> dict[str, int]:
+    """Trained parameters on layers of these shapes and of the head, by method; those that do not
+    fit are left out."""
+    found, adapter = {}, net.adapter
+    head = sum(parameter.numel() for parameter in net.head.values())
     for name, method in METHODS.items():
         try:
             settings = replace(adapter, method=name)
@@ -192,7 +202,7 @@ def _trained_by(adapter: AdapterConfig, shapes: Sequence[torch.Size]) -> dict[st
             continue
         if any(method.refuse(settings, *shape) for shape in shapes):
             continue
-        found[name] = sum(
+        found[name] = head + sum(
             count * sum(
                 parameter.numel()
                 for parameter in method(settings, *shape, device="meta").parameters()

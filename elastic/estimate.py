@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.batching import Encoded, collate
+from elastic.classifier import classes_of
 from elastic.cost import Cost
 
 
@@ -33,14 +34,17 @@ class SpaceTable:
     costs: Mapping[str, Cost]
     """Of the maximal, heuristic and minimal sub-adapter, merged."""
 
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sub_adapters": str(self.sub_adapters)}
+
     def show(self) -> None:
         from rich.console import Console
 
         console = Console(width=max(100, Console().width))
-        console.print(f"{self.architecture}", highlight=False)
+        console.print(self.architecture, highlight=False)
         for table in self.tables():
             console.print(table)
-        print(json.dumps({**asdict(self), "sub_adapters": str(self.sub_adapters)}))
+        print(json.dumps(self.as_dict()))
 
     def tables(self) -> list:
         from rich.table import Table
@@ -66,14 +70,16 @@ class Batch:
     length: int
     """Tokens, padded; of the prompt alone for an encoder-decoder model."""
     answer: int
-    """Tokens that have logits."""
+    """Tokens that have logits; 0 for a classifier."""
     assumed: str = ""
     """Why the lengths could not be read from the data; empty if they were."""
 
-    def tensors(self, encoder_decoder: bool) -> dict[str, Tensor]:
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """As training collates them, int64."""
         row = Encoded((0,) * self.length, self.answer)
-        if encoder_decoder:
+        if classes_of(model):
+            row = Encoded((0,) * self.length, 0, label=0)
+        elif model.config.is_encoder_decoder:
             row = Encoded((0,) * self.answer, self.answer, (0,) * self.length)
         return collate([row] * self.sequences, pad=0)
 
@@ -126,21 +132,16 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(SpaceTable):
     """What `elastic train --dry_run` found."""
 
-    architecture: str
     parameters: int
     dtype: str
-    space: Sequence[Choices]
-    sub_adapters: int
     method: str
     trained: int
     """Parameters that training changes."""
     trained_by: Mapping[str, int]
     """The same for a single task, with every method that fits model and rank."""
-    costs: Mapping[str, Cost]
-    """Of the maximal, heuristic and minimal sub-adapter, merged."""
     batch: Batch
     accumulation: int
     plan: Plan | None
@@ -152,7 +153,7 @@ class Estimate:
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {**asdict(self), "sub_adapters": str(self.sub_adapters)}
+        plain = super().as_dict()
         plain["memory"]["total"] = self.memory.total
         return plain
 
@@ -160,21 +161,20 @@ class Estimate:
         from rich.console import Console
 
         console = Console(width=max(100, Console().width))
-        for table in self._tables():
+        for table in self.tables():
             console.print(table)
         for line in self._lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         print(json.dumps(self.as_dict()))
 
-    def _tables(self) -> list:
+    def tables(self) -> list:
         from rich.table import Table
 
-        shown = SpaceTable(self.architecture, self.space, self.sub_adapters, self.costs)
         memory = Table("", "bytes", title=f"Memory of one micro-batch ({self.device})")
         for name, size in {**vars(self.memory), "total": self.memory.total}.items():
             memory.add_row(name, _short(size, "B"), end_section=name == "temporaries")
         memory.columns[1].justify = "right"
-        return [*shown.tables(), memory]
+        return [*super().tables(), memory]
 
     def _lines(self) -> list[str]:
         batch, plan, compute = self.batch, self.plan, self.compute
@@ -182,12 +182,13 @@ class Estimate:
         whole = ""
         if compute and compute.run:
             whole = f"; {_span(compute.run)} in all, were every batch so long"
+        of = f", {batch.answer} of the answer" if batch.answer else ""
         lines = [
             f"Base: {self.architecture}, {self.parameters:,} parameters, {self.dtype}",
             f"Trained: {self.trained:,} parameters with {self.method}; one task at this rank by "
             f"method: {methods}",
-            f"Micro-batch: {batch.sequences} sequences of {batch.length} tokens, {batch.answer} of "
-            "the answer" + (f"; assumed, since {batch.assumed}" if batch.assumed else ""),
+            f"Micro-batch: {batch.sequences} sequences of {batch.length} tokens{of}"
+            + (f"; assumed, since {batch.assumed}" if batch.assumed else ""),
         ]
         if plan:
             tasks = f"{plan.tasks} tasks, " if plan.tasks > 1 else ""

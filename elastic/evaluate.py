@@ -17,9 +17,11 @@ from elastic.batching import (
     Encoded,
     answer_logits,
     collate,
-    encode,
+    encode_example,
     length_sorted,
+    prompt_ids,
 )
+from elastic.classifier import classes_of
 from elastic.progress import track
 from elastic.tasks.base import Example
 
@@ -34,9 +36,11 @@ class Score:
 
     correct: tuple[bool, ...]
     said: tuple[str | None, ...] = ()
-    """What was generated; None where options were scored. Empty if nothing was generated."""
-    unanswered: int = 0
-    """Generated texts in which no answer was found; they are wrong."""
+    """What was generated, or the class that was chosen; None where options were scored. Empty if
+    nothing was said."""
+    unanswered: int | None = None
+    """Generated texts in which no answer was found; they are wrong. None if nothing was
+    generated."""
 
     @property
     def n(self) -> int:
@@ -57,7 +61,7 @@ class Score:
             "accuracy_n": self.n,
             "accuracy_interval": list(self.interval),
         }
-        return {**found, "unanswered": self.unanswered} if self.said else found
+        return found if self.unanswered is None else {**found, "unanswered": self.unanswered}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -78,7 +82,8 @@ class _Row:
 
     encoded: Encoded
     candidates: Sequence[tuple[int, bool, tuple[int, ...]]]
-    """Index of the example, whether this one is its answer, and its tokens."""
+    """Index of the example, whether this one is its answer, and its tokens; no tokens where there
+    is nothing to choose among."""
 
 
 def evaluate(
@@ -94,12 +99,12 @@ def evaluate(
 ) -> Score:
     """Share of examples answered right. Those that say how a text is judged, and have no options,
     are generated greedily; with `beams`, those with options too, with so many beams. The others are
-    scored without generating anything.
+    scored without generating anything, as are all of a classifier.
     """
     generated = [
         number
         for number, example in enumerate(examples)
-        if example.judge and (beams or not example.options)
+        if example.judge and (beams or not example.options) and not classes_of(model)
     ]
     others = sorted(set(range(len(examples))) - set(generated))
     correct: list[bool] = [False] * len(examples)
@@ -107,13 +112,13 @@ def evaluate(
     scored = _scored(
         model, tokenizer, [examples[number] for number in others], batch_tokens, label, quiet
     )
-    for number, each in zip(others, scored, strict=True):
-        correct[number] = each
-    unanswered = 0
+    for number, (right, chosen) in zip(others, scored, strict=True):
+        correct[number], said[number] = right, chosen
+    unanswered = 0 if generated else None
     for new_tokens in sorted({examples[number].judge.new_tokens for number in generated}):
         asked = [n for n in generated if examples[n].judge.new_tokens == new_tokens]
         texts = answers(
-            model, tokenizer, [examples[n].prompt for n in asked], new_tokens=new_tokens,
+            model, tokenizer, [examples[n] for n in asked], new_tokens=new_tokens,
             beams=beams or 1, batch=batch, label=label, quiet=quiet,
         )  # fmt: skip
         for number, text in zip(asked, texts, strict=True):
@@ -122,7 +127,7 @@ def evaluate(
             correct[number] = protocol.matches(judge.kind, answer, judge.expected)
             said[number] = text
             unanswered += answer is None
-    return Score(tuple(correct), tuple(said) if generated else (), unanswered)
+    return Score(tuple(correct), tuple(said) if any(said) else (), unanswered)
 
 
 @torch.inference_mode()
@@ -133,57 +138,60 @@ def _scored(
     batch_tokens: int,
     label: str,
     quiet: bool,
-) -> list[bool]:
-    """Which are right, without generating anything.
+) -> list[tuple[bool, str | None]]:
+    """Which are right, without generating anything, and the class that a classifier chose.
 
     An example without options counts when greedy generation would give exactly its answer and
     stop: that is so if and only if, fed the answer itself, the likeliest token at every position
     is the answer's next. With options it counts when the answer has the largest summed
     log-likelihood among them, the end of the sequence left out (`acc` of lm-eval, so an option that
     begins with another never beats it); options that differ in their last token alone share one
-    sequence. Batched and sorted by length; the result does not depend on `batch_tokens`.
+    sequence. A classifier is right when the answer is its likeliest class. Batched and sorted by
+    length; the result does not depend on `batch_tokens`.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
-    encoder_decoder = model.config.is_encoder_decoder
     rows = [
         row
         for index, example in enumerate(examples)
-        for row in _rows(tokenizer, index, example, encoder_decoder)
+        for row in _rows(tokenizer, model, index, example)
     ]
+    classes = classes_of(model)
     correct = [False] * len(examples)
+    chosen: list[str | None] = [None] * len(examples)
     best = [-math.inf] * len(examples)
     batches = list(length_sorted([row.encoded for row in rows], batch_tokens))
     for numbers, sequences in track(batches, label, quiet=quiet):
         batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
         logits, labels = answer_logits(model, batch)
-        exact = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).tolist()
+        likeliest = logits.argmax(-1)
+        exact = ((likeliest == labels) | (labels == IGNORED)).all(1).tolist()
         for place, number in enumerate(numbers):
             row = rows[number]
             predictions = None
             for index, is_answer, tokens in row.candidates:
-                if not examples[index].options:
+                if not tokens:
                     correct[index] = exact[place]
+                    chosen[index] = classes[likeliest[place, 0]] if classes else None
                     continue
                 if predictions is None:
                     predictions = logits[place, labels[place] != IGNORED].log_softmax(-1)
                 value = float(predictions[torch.arange(len(tokens)), list(tokens)].sum())
                 if value > best[index]:
                     best[index], correct[index] = value, is_answer
-    return correct
+    return list(zip(correct, chosen, strict=True))
 
 
 def _rows(
-    tokenizer: PreTrainedTokenizerBase, index: int, example: Example, encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, index: int, example: Example
 ) -> list[_Row]:
     """The fewest sequences whose logits tell of all options: one does for every option whose
     tokens but the last begin its own."""
-    options = example.options or (example.answer,)
-    encoded = [
-        encode(tokenizer, example.prompt, option, encoder_decoder=encoder_decoder)
-        for option in options
-    ]
-    if not example.options:
+    options = example.options
+    if not options or classes_of(model):
+        options = (example.answer,)
+    encoded = [encode_example(tokenizer, model, example, option) for option in options]
+    if len(options) == 1:
         return [_Row(encoded[0], [(index, True, ())])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
     candidates: dict[int, list[tuple[int, bool, tuple[int, ...]]]] = {}
@@ -201,7 +209,7 @@ def _rows(
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    examples: Sequence[Example],
     *,
     new_tokens: int,
     beams: int = 1,
@@ -210,11 +218,11 @@ def answers(
     quiet: bool = False,
 ) -> list[str]:
     """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
-    order of the prompts; batched by length."""
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order of the examples; batched by length."""
+    ids = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
-    found = [""] * len(prompts)
+    found = [""] * len(examples)
     side = "right" if model.config.is_encoder_decoder else "left"
     for rows in track(groups, label, quiet=quiet):
         padded = tokenizer.pad(

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import protocol
-from elastic.config import EvaluateConfig
+from elastic import metrics, models, protocol
+from elastic.classifier import classes_of
+from elastic.errors import ConfigError
 from elastic.evaluate import Score, evaluate
+from elastic.evaluate_config import EvaluateConfig
 from elastic.files import write_json
+from elastic.harness import HarnessReport, run_harness
+from elastic.perplexity import Perplexity, perplexity_of
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.tasks import Example, llm_adapters, load_task
@@ -24,10 +28,16 @@ class Evaluation:
     name: str
     split: str
     score: Score
+    metrics: Mapping[str, Any]
+    """Of a classifier, beside its accuracy."""
 
     def show(self) -> None:
         print(f"{self.name} on {self.split}: {self.score}")
-        print(json.dumps({"sub_adapter": self.name, "split": self.split, **self.score.as_dict()}))
+        if self.metrics:
+            each = ", ".join(f"{name} {value:.3f}" for name, value in self.metrics["f1"].items())
+            print(f"Matthews correlation {self.metrics['matthews']:.3f}; F1 of {each}")
+        about = {"sub_adapter": self.name, "split": self.split}
+        print(json.dumps({**about, **self.score.as_dict(), **self.metrics}))
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,22 @@ class Published:
         print(json.dumps({"sub_adapter": self.name, "average": self.average, "sets": found}))
 
 
-def evaluate_run(config: EvaluateConfig) -> Evaluation | Published:
-    """`elastic evaluate`: one sub-adapter, active in the supernet, on one split or on published
-    sets, whose predictions are written to RUN/evaluate."""
+def evaluate_run(
+    config: EvaluateConfig,
+) -> Evaluation | Published | HarnessReport | Perplexity:
+    """`elastic evaluate`: one sub-adapter, active in the supernet, on one split, on published sets,
+    whose predictions are written to RUN/evaluate, or on what else was named."""
+    if config.harness:
+        return run_harness(config)
+    if config.text:
+        return perplexity_of(config)
     run = Run(config.run)
     trained = run.config()
+    if config.tasks and models.classifies(trained.model):
+        raise ConfigError(
+            f"tasks: published sets are answered with text, {run.path} has a classification head; "
+            "evaluate it on a split of its own task"
+        )
     sets = {
         name: llm_adapters.read(protocol.file_of(name, Path(config.data)))[: config.examples]
         for name in protocol.sets_of(config.tasks)
@@ -74,7 +95,9 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation | Published:
                 batch=config.batch, label=label,
             )  # fmt: skip
     if not config.tasks:
-        return Evaluation(name, config.split, scores[config.split])
+        score, examples = scores[config.split], sets[config.split]
+        found = _metrics(net.model, examples, score) if net.head else {}
+        return Evaluation(name, config.split, score, found)
     what = "-".join([name, config.protocol, *config.tasks])
     some = f"-first-{config.examples}" if config.examples else ""
     file = run.path / "evaluate" / f"{what}{some}.json"
@@ -89,11 +112,18 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation | Published:
     return Published(name, scores, file)
 
 
+def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]:
+    classes = classes_of(model)
+    table = metrics.confusion(classes, [example.answer for example in examples], score.said)
+    f1 = dict(zip(classes, metrics.f1(table), strict=True))
+    return {"matthews": metrics.matthews(table), "f1": f1}
+
+
 def _predictions(examples: Sequence[Example], score: Score) -> list[dict[str, Any]]:
     said = score.said or (None,) * score.n
     return [
         {
-            "prompt": example.prompt,
+            "prompt": example.text,
             "expected": example.judge.expected if example.judge else example.answer,
             "said": text,
             "right": right,

@@ -15,6 +15,8 @@ import torch
 
 from elastic import foreign, models
 from elastic.adapters.attach import dequantise_
+from elastic.batching import encode_text, prompt_ids
+from elastic.classifier import classes_of
 from elastic.config import ExportConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, RunError
@@ -27,10 +29,10 @@ from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.report import Report
 from elastic.run import Run, as_plain
-from elastic.runners import Runner, TorchRunner, timed_runner
+from elastic.runners import Runner, runner_of, timed_runner, timing_of
 from elastic.space import SubAdapter
 from elastic.supernet import ABOUT, Supernet
-from elastic.tasks import load_task
+from elastic.tasks import Example, load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 8
 """Greedy tokens compared per probe prompt."""
 CANDIDATE = "compact"
+NO_GRAPH = "encoder-decoder models are not yet written as graphs"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Probe:
     prompt: np.ndarray
     """(1, prompt) int64."""
     tokens: np.ndarray
-    """(1, NEW_TOKENS) its greedy continuation."""
+    """(1, NEW_TOKENS) its greedy continuation, or (1, 1) its class."""
     logits: np.ndarray
-    """(NEW_TOKENS, vocab) behind each of those tokens."""
+    """(NEW_TOKENS, vocab) behind each of those tokens, or (1, classes)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def export(config: ExportConfig) -> Report:
             onnx.require()
         if name == "openvino":
             openvino.require()
-    models.decoder_only(trained.model, "export")
+    config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
     # The base itself is hashed, and held against this, when the run is loaded.
     digest = read_json(run.super_adapter / ABOUT)["base_digest"]
     others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
@@ -93,8 +96,7 @@ def export(config: ExportConfig) -> Report:
     if directory.exists() and not (directory / "report.json").is_file():
         raise RunError(f"{directory} exists and is no export; choose another --name")
 
-    prompts = [base.tokenizer(e.prompt)["input_ids"] for e in task.test[:4]]
-    inputs = [np.array([ids], dtype=np.int64) for ids in prompts]
+    inputs = [_ids(base, example) for example in task.test[:4]]
     if others:
         updates = [foreign.read(folder, wanted, digest) for folder in others]
         merged = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
@@ -162,7 +164,7 @@ class _Work:
         for name, tensor in self.model.state_dict().items():
             if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
                 raise ExportError(f"hf: {name} is not the same bit for bit after reloading")
-        runner = TorchRunner(loaded.to(self.model.device))
+        runner = runner_of(loaded.to(self.model.device))
         # Rounding to a narrower stored type is the user's choice of base, not a fault.
         limit = 1e-4 if stored == torch.float32 else 1e-9 if stored == torch.float64 else None
         timing = self._time_torch(runner.model)
@@ -182,7 +184,8 @@ class _Work:
         )  # fmt: skip
         # Dense like the full model it is timed against.
         plain = dequantise_(models.load_model(models.locate(self.trained.path), self.trained))
-        runner = TorchRunner(PeftModel.from_pretrained(plain, str(directory)).eval())
+        adapted = PeftModel.from_pretrained(plain, str(directory)).eval()
+        runner = runner_of(adapted.get_base_model())
         limit = 1e-9 if self.model.dtype == torch.float64 else 1e-4
         timing = self._time_torch(runner.model)
         rank = read_json(directory / foreign.PEFT_CONFIG)["r"]
@@ -192,6 +195,8 @@ class _Work:
         }
 
     def onnx(self, directory: Path) -> dict[str, Any]:
+        if self.model.config.is_encoder_decoder:
+            return {"skipped": NO_GRAPH}
         graph = onnx.write(_float32(self.model), directory, logits=self.config.logits)
         self._graphs["onnx"] = graph
         self._companions(directory)
@@ -203,6 +208,8 @@ class _Work:
         )
 
     def openvino(self, directory: Path) -> dict[str, Any]:
+        if self.model.config.is_encoder_decoder:
+            return {"skipped": NO_GRAPH}
         graph = self._graphs.get("onnx")
         if graph is None:
             graph = onnx.write(
@@ -231,8 +238,8 @@ class _Work:
     def _companions(self, directory: Path) -> None:
         """Config and tokenizer beside a graph, so that its folder is all a server needs."""
         hf.described_config(self.model, code=False).save_pretrained(directory)
-        if self.model.generation_config is not None:
-            self.model.generation_config.save_pretrained(directory)
+        if (generation := getattr(self.model, "generation_config", None)) is not None:
+            generation.save_pretrained(directory)
         self.base.tokenizer.save_pretrained(directory)
 
     def _agreement(self, kind: str, runner: Runner, limit: float | None) -> Agreement:
@@ -294,11 +301,21 @@ def _float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
 
 
+def _ids(base: models.Base, example: Example) -> np.ndarray:
+    """(1, length) int64."""
+    if classes_of(base.model):
+        ids = encode_text(base.tokenizer, base.model, example)["ids"]
+    else:
+        ids = prompt_ids(base.tokenizer, example)
+    return np.array([ids], dtype=np.int64)
+
+
 def probe(model: PreTrainedModel, prompt: np.ndarray) -> Probe:
-    runner = TorchRunner(model)
+    """A classifier's has one token: the class."""
+    runner = runner_of(model)
     logits = [runner.prefill(prompt)]
     tokens = [logits[0].argmax(-1)]
-    for _ in range(NEW_TOKENS - 1):
+    for _ in range(0 if classes_of(model) else NEW_TOKENS - 1):
         logits.append(runner.decode(tokens[-1][:, None]))
         tokens.append(logits[-1].argmax(-1))
     return Probe(prompt, np.stack(tokens, axis=1), np.concatenate(logits))

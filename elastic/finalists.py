@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.bench import Bench
-from elastic.budget import impossible, met
+from elastic.budget import impossible, limits_accuracy_alone, met
 from elastic.errors import BudgetError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
@@ -28,7 +28,6 @@ from elastic.timetable import Target
 if TYPE_CHECKING:
     import optuna
 
-LEAST = "min_accuracy"
 SCORES, TIMES = "test scores", "measured"
 """What a study keeps of its finalists, by sub-adapter."""
 
@@ -94,9 +93,9 @@ def finish(
 def preference(one: Evaluated, cost: str, limits: Mapping[str, float]) -> tuple[float, float]:
     """To be minimised. What a budget limits is met, and what it does not is made the best of: where
     it limits accuracy alone the cheapest is wanted, else the most accurate."""
-    figures = one.judged
-    amount = getattr(figures, cost)
-    return (amount, -figures.accuracy) if set(limits) == {LEAST} else (-figures.accuracy, amount)
+    amount = getattr(one.figures, cost)
+    cheapest = limits_accuracy_alone(limits)
+    return (amount, -one.estimate) if cheapest else (-one.estimate, amount)
 
 
 def best_of(

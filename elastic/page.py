@@ -44,10 +44,13 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
         "title": f"{front.run.path.resolve().name}: {len(front.trials)} sub-adapters",
         "about": (
             f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples, "
-            f"prefill {full.prefill_ms:.1f} ms, decode {full.decode_ms:.1f} ms. Points are "
+            f"prefill {full.prefill_ms:.1f} ms"
+            + (f", decode {full.decode_ms:.1f} ms. " if full.decode_ms else ". ")
+            + "Points are "
             "estimates: measured accuracies less their noise. Hover or click to see one. "
             f"{front.timetable.describe()}."
         ),
+        "decodes": full.decode_ms > 0,
         "cost": front.costs[0],
         "axis": asdict(COSTS[front.costs[0]]),
         "limits": dict(front.limits),

@@ -102,7 +102,7 @@ def _without(model: nn.Module, left_out: Sequence[str]) -> Iterator[None]:
 def _train(net: Supernet, batch: Batch, distill: float, left_out: Sequence[str] = ()) -> MicroBatch:
     with _without(net.model, left_out):
         model = net.model.train()
-        inputs = batch.tensors(model.config.is_encoder_decoder)
+        inputs = batch.tensors(model)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:

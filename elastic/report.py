@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_TIMES = ("prefill_ms", "full_prefill_ms", "decode_ms", "full_decode_ms")
+_TIMES = ("prefill_ms", "full_prefill_ms"), ("decode_ms", "full_decode_ms")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class Report:
         if "merge" in c:
             _show_merge(console, c["merge"])
         table = Table()
-        for column in ("", "size", "prefill ms", "full model", "decode ms", "full model",
-                       "max logit diff", "greedy"):  # fmt: skip
+        decodes = any(found.get("full_decode_ms") for found in c["formats"].values())
+        times = [name for pair in _TIMES[: 1 + decodes] for name in pair]
+        columns = ["prefill ms", "full model", "decode ms", "full model"][: len(times)]
+        answer = "greedy" if decodes else "class"
+        for column in ("", "size", *columns, "max logit diff", answer):
             table.add_column(column, justify="right" if column else "left")
         skipped = []
         for name, found in c["formats"].items():
@@ -49,7 +52,7 @@ class Report:
             table.add_row(
                 name,
                 f"{found['bytes'] / 1e6:.0f} MB",
-                *(f"{found[kind]:.1f}" for kind in _TIMES),
+                *(f"{found[kind]:.1f}" for kind in times),
                 f"{found['max_abs_diff']:.1e}",
                 "equal" if found["greedy_tokens_equal"] else "DIFFERS",
             )

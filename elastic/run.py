@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,15 +62,7 @@ class Run:
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
-        from elastic.cli import from_dict
-
-        try:
-            value = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise RunError(f"{self.config_file}: broken YAML: {error}") from None
-        if not isinstance(value, dict):
-            raise RunError(f"{self.config_file}: expected the settings of a run")
-        return from_dict(TrainConfig, value, str(self.config_file))
+        return _settings(self.config_file.read_text(encoding="utf-8"), str(self.config_file))
 
     def config(self) -> TrainConfig:
         """The settings the super-adapter was trained with; RunError if nothing was."""
@@ -126,6 +119,19 @@ class Run:
             return
         print(f"Super-adapter: {self.super_adapter}")
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
+
+
+@functools.lru_cache(maxsize=4)  # a command asks several times, and checking takes a while
+def _settings(text: str, where: str) -> TrainConfig:
+    from elastic.cli import from_dict
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RunError(f"{where}: broken YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: expected the settings of a run")
+    return from_dict(TrainConfig, value, where)
 
 
 def predecessor(config: TrainConfig) -> Run:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
+from elastic import models
+from elastic.classifier import classes_of
 from elastic.errors import MissingExtra
 from elastic.progress import say
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel
 
+    from elastic.config import ModelConfig
     from elastic.search_config import TimingConfig
 
 
 class Runner(Protocol):
-    """A deployed causal model with its KV cache."""
+    """A deployed model with its KV cache; a classifier only prefills."""
 
     def prefill(self, input_ids: np.ndarray) -> np.ndarray:
-        """(batch, prompt) int64 -> logits at the last position (batch, vocab); forgets the past."""
+        """(batch, prompt) int64 -> logits of the first token of an answer (batch, vocab), or of the
+        classes (batch, classes); forgets the past."""
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """(batch, 1) int64 -> logits (batch, vocab), continuing from what came before."""
@@ -44,14 +49,10 @@ class TorchRunner:
         return self.decode(input_ids)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        import torch
-
         with torch.inference_mode():
             return self._fetch(self._forward(self._tensor(input_ids)))
 
     def _tensor(self, input_ids: np.ndarray) -> torch.Tensor:
-        import torch
-
         return torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device)
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -62,16 +63,51 @@ class TorchRunner:
         return output.logits[:, -1]
 
     def _fetch(self, logits: torch.Tensor) -> np.ndarray:
-        import torch
-
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
+
+
+class TorchClassifier(TorchRunner):
+    """A transformers model that answers with a class."""
+
+    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids).logits
+
+
+class TorchEncoderDecoder(TorchRunner):
+    """A transformers model that encodes the prompt and decodes from the start of an answer."""
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            self._encoded = self.model.get_encoder()(input_ids=self._tensor(input_ids))
+        start = self.model.config.decoder_start_token_id
+        return super().prefill(np.full((len(input_ids), 1), start, np.int64))
+
+    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(
+            encoder_outputs=self._encoded, decoder_input_ids=input_ids,
+            past_key_values=self._cache, use_cache=True,
+        )  # fmt: skip
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+
+def runner_of(model: PreTrainedModel) -> TorchRunner:
+    """The one for this kind of model."""
+    if classes_of(model):
+        return TorchClassifier(model)
+    return (TorchEncoderDecoder if model.config.is_encoder_decoder else TorchRunner)(model)
+
+
+def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
+    """As configured, without decoding what a classifier does not decode."""
+    return replace(timing, new_tokens=0) if models.classifies(model) else timing
 
 
 def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
     """A transformers model as it is timed: on a GPU it decodes from a graph, unless its code cannot
     be captured."""
-    if model.device.type != "cuda":
-        return TorchRunner(model)
+    if model.device.type != "cuda" or classes_of(model) or model.config.is_encoder_decoder:
+        return runner_of(model)
     from elastic.cuda import GraphRunner
 
     try:
@@ -82,10 +118,12 @@ def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
         return TorchRunner(model)
 
 
-def require_runtime(runtime: str) -> None:
-    """MissingExtra unless this runtime is installed; asked before anything slow begins."""
+def require_runtime(runtime: str, model: ModelConfig) -> None:
+    """MissingExtra unless this runtime is installed, ModelError where it cannot run such a model;
+    asked before anything slow begins."""
     if runtime == "torch":
         return
+    models.require_graph(model, f"timing.runtime {runtime}")
     from elastic.formats import onnx, openvino
 
     onnx.require()
@@ -103,6 +141,15 @@ def open_runner(timing: TimingConfig, model: PreTrainedModel, directory: Path | 
     from elastic.formats import onnx, openvino
 
     graph = onnx.write(model, directory)
-    if timing.runtime == "onnx":
-        return onnx.OnnxRunner(graph)
-    return openvino.OpenVINORunner(openvino.write(graph, directory))
+    if timing.runtime == "openvino":
+        openvino.write(graph, directory)
+    return open_written(directory, timing.runtime)
+
+
+def open_written(directory: Path, runtime: str) -> Runner:
+    """Of a model that was written into `directory` for onnx or openvino."""
+    from elastic.formats import onnx, openvino
+
+    if runtime == "onnx":
+        return onnx.OnnxRunner(directory / onnx.FILE)
+    return openvino.OpenVINORunner(directory / openvino.FILE)

@@ -93,7 +93,7 @@ class TimingConfig:
     rank; torch only."""
     prompt_tokens: int = 64
     new_tokens: int = 4
-    """Decode steps per round."""
+    """Decode steps per round; a classifier has none."""
     batch: int = 1
     rounds: int = 5
     """At least this many rounds; more until IQR / median < 0.1."""
@@ -103,8 +103,9 @@ class TimingConfig:
     """How much the full model may differ from itself before a measurement is called noisy."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch", "rounds"):
+        for name in ("prompt_tokens", "batch", "rounds"):
             require(getattr(self, name) >= 1, f"timing.{name} must be at least 1")
+        require(self.new_tokens >= 0, "timing.new_tokens must be at least 0")
         require(
             self.max_rounds >= self.rounds,
             f"timing.max_rounds is {self.max_rounds}, below timing.rounds {self.rounds}",

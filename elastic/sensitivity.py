@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.batching import answer_logits
 from elastic.loss import answer_loss
 from elastic.space import Group
@@ -34,9 +34,12 @@ def sensitivity(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dict[str
         changes[group.name] = changes.get(group.name, 0.0) + each
 
     starts: list[Tensor] = []
-    embeddings = net.model.get_input_embeddings()
+    # An encoder and a decoder have modules of their own around one weight.
+    shared = net.model.get_input_embeddings().weight
     handles = [
-        embeddings.register_forward_hook(lambda _m, _i, out: starts.append(out.requires_grad_()))
+        module.register_forward_hook(lambda _m, _i, out: starts.append(out.requires_grad_()))
+        for _, module in modules_of(net.model, nn.Embedding)
+        if module.weight is shared
     ]
     for group in net.space:
         handles += _watched(net, group, gone)

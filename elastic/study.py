@@ -16,18 +16,24 @@ import optuna
 from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
-from elastic import models
 from elastic.batching import collated, encode_all
-from elastic.budget import refuse_by_counting, refuse_by_extremes, room, violations
+from elastic.budget import (
+    limits_accuracy_alone,
+    refuse_by_counting,
+    refuse_by_extremes,
+    refuse_decoding,
+    room,
+    violations,
+)
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
-from elastic.finalists import LEAST, finish
+from elastic.finalists import finish
 from elastic.front import Front
 from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
-from elastic.runners import require_runtime
+from elastic.runners import require_runtime, timing_of
 from elastic.sampler import generator_for
 from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
@@ -57,7 +63,9 @@ def search(config: SearchConfig) -> Front:
     """
     run = Run(config.run)
     trained = run.config()
-    models.decoder_only(trained.model, "search")
+    config = replace(config, timing=timing_of(config.timing, trained.model))
+    if not config.timing.new_tokens:
+        refuse_decoding(config)
     if run.sub_adapter.is_file():
         raise RunError(
             f"{run.path} trained one sub-adapter alone; there is nothing to search. Run: "
@@ -65,7 +73,7 @@ def search(config: SearchConfig) -> Front:
         )
     if config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
         raise MissingExtra("scipy", "gp", "sampler gp")
-    require_runtime(config.timing.runtime)
+    require_runtime(config.timing.runtime, trained.model)
     refuse_by_counting(run, config.budget, trained)
     target = Target.of(run, config.timing)
     given = None
@@ -128,9 +136,8 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     )
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.
-    if not config.objectives:
-        begun = study.user_attrs.get("settings", {})
-        config = replace(config, objectives=begun.get("objectives", config.chosen_objectives))
+    begun = study.user_attrs.get("settings", {}).get("objectives", [])
+    config = replace(config, objectives=config.objectives or begun)
     config = replace(config, objectives=config.chosen_objectives)  # in one order
     settings = as_plain(config)
     for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
@@ -191,7 +198,7 @@ def _importance(
     net: Supernet, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> dict[str, float]:
     """Of every group, from the gradients of some training examples."""
-    sequences = encode_all(tokenizer, examples[:IMPORTANCE_EXAMPLES])
+    sequences = encode_all(tokenizer, examples[:IMPORTANCE_EXAMPLES], net.model)
     say(f"Asking the gradients of {len(sequences)} training examples what matters")
     batches = list(collated(sequences, IMPORTANCE_BATCH, tokenizer.pad_token_id, net.model.device))
     return sensitivity(net, track(batches, "gradients"))
@@ -284,8 +291,7 @@ def _sampler(
                 examples=len(objective.examples),
                 room=room(limits, objective),
                 tables=[objective.table(cost) for cost in config.costs],
-                # Where accuracy alone is limited, the cheapest is wanted.
-                tradeoff=config.chosen_objectives != [ACCURACY] or set(limits) == {LEAST},
+                tradeoff=config.objectives != [ACCURACY] or limits_accuracy_alone(limits),
                 importance=importance,
                 seed=config.seed,
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.adapters import METHODS, Adapter, check
 from elastic.adapters.attach import ElasticLinear, reorder_linear, replace_module
+from elastic.classifier import widen_head_
 from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.errors import BaseMismatch, RunError
@@ -58,6 +59,9 @@ class Supernet:
         self.adapter = adapter
         self.space: BoundSpace = space.bind(model, adapter.rank)
         check(adapter, model, self.space)
+        # What is trained stays float32 under a base in half precision, whose rounding would swallow
+        # its updates.
+        self.head = widen_head_(model, torch.promote_types(model.dtype, torch.float32))
         self._attach(torch.Generator().manual_seed(seed) if start else None)
         # A head that gets the last positions of every sequence gets a view with gaps, and would be
         # multiplied, its whole weight read, once per sequence instead of once.
@@ -67,9 +71,8 @@ class Supernet:
         if order is not None:
             self.reorder(order)
         self.current = self.space.maximal()
-        self._full = {group.name: group.choices[0] for group in self.space}
         self._actions = {
-            group.name: [(self.layer(cut.site).size, cut) for cut in group.cuts]
+            group.name: [(self.layer(cut.site).size, cut, group.choices[0]) for cut in group.cuts]
             for group in self.space
         }
 
@@ -86,8 +89,7 @@ class Supernet:
         targets = set(self.space.targets)
         name = self.adapter.resolved_method
         method = METHODS[name]
-        # Factors stay float32 under a base in half precision, whose rounding would swallow their
-        # updates; of a base without data (meta) they can still be loaded.
+        # Factors of a base without data (meta) can still be loaded.
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         device = "cpu" if self.model.device.type == "meta" else self.model.device
         sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
@@ -140,7 +142,7 @@ class Supernet:
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
             if choice == old:
                 continue
-            for size, cut in self._actions[name]:
+            for size, cut, full in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
                 elif cut.axis == "in":
@@ -148,7 +150,7 @@ class Supernet:
                 else:
                     size.rows = choice * cut.unit
                     if cut.parts:
-                        size.parts = cut.kept(choice, self._full[name])
+                        size.parts = cut.kept(choice, full)
         self.current = sub
 
     @contextlib.contextmanager
@@ -162,25 +164,33 @@ class Supernet:
             self.activate(before)
 
     def factor_state(self) -> dict[str, Tensor]:
-        """All factors at full size, by site: what training changes."""
-        return {
+        """All factors at full size, by site, and the head of a classifier: what training
+        changes."""
+        factors = {
             f"{site}.{name}": tensor.detach().contiguous()
             for site, adapter in self.adapters()
             for name, tensor in adapter.state_dict().items()
         }
+        return factors | {name: head.detach() for name, head in self.head.items()}
 
     def named(self, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors in a state of the whole model, named as `factor_state` names them."""
-        return {
+        """The same in a state of the whole model, named as `factor_state` names them."""
+        factors = {
             f"{site}.{name}": model_state[f"{site}.adapter.{name}"]
             for site, adapter in self.adapters()
             for name in adapter.state_dict()
             if f"{site}.adapter.{name}" in model_state
         }
+        return factors | {name: model_state[name] for name in self.head if name in model_state}
 
+    @torch.no_grad()
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
-        for adapter, own in self._verified(state):
+        verified = self._verified(state)
+        for name, own in self.head.items():
+            if own.device.type != "meta":
+                own.copy_(state[name])
+        for adapter, own in verified:
             adapter.load(own)
 
     def succeed(self, state: Mapping[str, Tensor], seed: int = 0) -> None:
@@ -192,8 +202,16 @@ class Supernet:
     def _verified(self, state: Mapping[str, Tensor]) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """Every adapter with its part of `state`; nothing has been changed when this raises."""
         parts: dict[str, dict[str, Tensor]] = {site: {} for site in self.space.targets}
+        for name, own in self.head.items():
+            if name not in state or state[name].shape != own.shape:
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
+            if not torch.isfinite(state[name]).all():
+                raise RunError(f"{name} of the head holds NaN or infinite values")
         for name, tensor in state.items():
             site, _, own = name.rpartition(".")
+            if name in self.head:
+                continue
             if site not in parts:
                 raise RunError(f"factors: {name} belongs to no layer that this space adapts")
             parts[site][own] = tensor

@@ -55,7 +55,7 @@ class Table:
         costly = np.array([group.dim != "rank" or not merged for group in space])
         effects = np.zeros((len(space.groups), max(len(group.choices) for group in space)))
         full = float(values.mean())
-        if costly.any() and len(values) > 1:
+        if costly.any() and len(values) > 1 and values.any():
             names = [kind for kind, costs in zip(kinds(space), costly, strict=True) if costs]
             sizes = [share for share, costs in zip(shares(space), costly, strict=True) if costs]
             noise = (NOISE * values.mean()) ** 2

@@ -148,6 +148,8 @@ class Timetable:
         found = {}
         for metric in METRICS if self.unseen else ():
             measured = np.array([timed.values[metric] for timed in self.unseen])
+            if not measured.any():  # a classifier decodes nothing
+                continue
             predicted = np.array([self(timed.sub_adapter)[metric] for timed in self.unseen])
             mean = float(np.mean(np.abs(predicted - measured) / measured))
             found[metric] = Error(mean, spearman(predicted, measured), len(measured))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from elastic.bench import CANDIDATE, Bench
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
 from elastic.latency import REFERENCE, Measurement, distrust
-from elastic.models import decoder_only
+from elastic.objective import per_second
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.runners import require_runtime
+from elastic.runners import require_runtime, timing_of
 from elastic.search_config import LatencyConfig
 from elastic.timetable import Target, Timetable, record
 
@@ -51,7 +51,7 @@ class LatencyReport:
         return {
             "prefill_ms": found.prefill_ms,
             "decode_ms": found.decode_ms,
-            "tokens_per_second": 1000 * self.target.batch / found.decode_ms,
+            "tokens_per_second": per_second(self.target.batch, found.decode_ms),
             "memory_mb": self.memory_mb[key],
         }
 
@@ -72,7 +72,8 @@ class LatencyReport:
             figures = [f"{value:.1f}" for value in self._figures(key).values()]
             table.add_row(name, *figures, f"{spread:.1%}")
         own, full = self._figures(CANDIDATE), self._figures(REFERENCE)
-        table.add_row("ratio", *(f"{own[key] / full[key]:.3f}" for key in own), "")
+        ratios = (f"{own[key] / full[key]:.3f}" if full[key] else "" for key in own)
+        table.add_row("ratio", *ratios, "")
         console.print(table)
         console.print(
             f"A/A control: {self.measurement.control:.1%} over {self.measurement.rounds} rounds"
@@ -101,8 +102,9 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     RunError when the full model differs from itself by more than `timing.tolerance`.
     """
     run = Run(config.run)
-    decoder_only(run.config().model, "latency")
-    require_runtime(config.timing.runtime)
+    trained = run.config()
+    require_runtime(config.timing.runtime, trained.model)
+    config = replace(config, timing=timing_of(config.timing, trained.model))
     target = Target.of(run, config.timing)
     if config.table.file:
         raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")

@@ -272,8 +272,11 @@ class ElasticTrainer(Trainer):
 
 
 def frozen(net: Supernet) -> nn.Module:
-    """The model as it computes now, sharing the base weights but no factors, in evaluation."""
+    """The model as it computes now, sharing only what training leaves alone, in evaluation."""
     model = module_tree(net.model)
+    for name, head in net.head.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(head.detach().clone()))
     for site, _ in net.adapters():
         layer = model.get_submodule(site)
         layer.adapter = copy.deepcopy(layer.adapter)

@@ -19,7 +19,7 @@ from elastic.run import Run, predecessor
 from elastic.schedule import Schedule, examples_per_step
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet, read_super_adapter, read_tensors, save_super_adapter
-from elastic.tasks import load_task
+from elastic.tasks import load_task, with_classes
 from elastic.trainer import fit
 from elastic.watching import check_trackers
 
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Run:
     Space, data and run directory are checked before weights are read. A run of the same
     configuration is resumed from its last checkpoint, or returned as it is when finished.
     """
-    run = Run(config.run)
+    run, config = Run(config.run), with_classes(config)
     with processes.main_first():
         finished = run.claim(config)
     if finished:
@@ -58,11 +58,11 @@ def train(config: TrainConfig) -> Run:
 
     say(f"Loading {config.model.path}")
     with processes.main_first():  # a packaged model is converted once
-        base = models.load(config.model)
+        base = models.load(config.model, config.seed)
 
-    pad, encoder_decoder = base.tokenizer.pad_token_id, base.model.config.is_encoder_decoder
-    examples = encode_all(base.tokenizer, task.train, encoder_decoder)
-    watched = encode_all(base.tokenizer, task.validation[:WATCHED], encoder_decoder)
+    pad = base.tokenizer.pad_token_id
+    examples = encode_all(base.tokenizer, task.train, base.model)
+    watched = encode_all(base.tokenizer, task.validation[:WATCHED], base.model)
     if before:
         net = continued(base, space, config, before)
     else:

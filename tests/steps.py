@@ -52,7 +52,7 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
     net = tiny.supernet(method)
     base = models.load(config.model)
     examples = training.load_task(config.task, 0).train
-    encoded = encode_all(base.tokenizer, examples)
+    encoded = encode_all(base.tokenizer, examples, base.model)
     schedule = Schedule(config.stages, config.lr, 1)
     real = ElasticTrainer.__init__
 

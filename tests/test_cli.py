@@ -282,7 +282,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=8, phases=[Phase.generate])  # shrinking would parse for minutes
+@settings(max_examples=4, phases=[Phase.generate])  # shrinking would parse for minutes
 @given(CONFIGS)
 def test_the_resolved_settings_come_back_from_the_run(tmp_path_factory, config):
     run = Run(tmp_path_factory.mktemp("runs") / "mine")

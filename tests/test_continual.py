@@ -22,6 +22,7 @@ from elastic.continual import Sequential, stage_config, train
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
 from elastic.evaluate import Score, answers, same_text
 from elastic.run import Run
+from elastic.tasks import Example
 from elastic.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import snapshot, train_config
@@ -356,8 +357,9 @@ def test_answers_do_not_depend_on_the_batch(tiny_folder, batch):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     prompts = ["a", "long prompt", "another", "b c", "a longer prompt still", "x"]
-    alone = [answers(model, tokenizer, [p], new_tokens=5)[0] for p in prompts]
-    assert answers(model, tokenizer, prompts, new_tokens=5, batch=batch) == alone
+    asked = [Example(prompt, "") for prompt in prompts]
+    alone = [answers(model, tokenizer, [one], new_tokens=5)[0] for one in asked]
+    assert answers(model, tokenizer, asked, new_tokens=5, batch=batch) == alone
     assert len(set(alone)) > 1
 
 

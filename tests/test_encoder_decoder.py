@@ -1,10 +1,14 @@
-"""Encoder-decoder models train, evaluate and merge as decoders do; what is missing says so."""
+"""Encoder-decoder models go the way of decoders, but for graphs."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
-from elastic import models
+from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
 from elastic.config import AdapterConfig, ExportConfig, StageConfig
 from elastic.errors import ModelError
@@ -12,7 +16,8 @@ from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.merging import compact
-from elastic.search_config import LatencyConfig, SearchConfig
+from elastic.runners import runner_of
+from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.slicing import sliced
 from elastic.space import SearchSpace
 from elastic.study import search
@@ -22,7 +27,7 @@ from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several
-from tests.tiny_runs import train_config
+from tests.tiny_runs import ONE_ROUND, fake_measure, train_config
 
 SPACE = [
     {
@@ -98,8 +103,9 @@ def test_scores_and_answers_do_not_depend_on_the_batch(folder):
     model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = ["ab", "a longer prompt", "x", "what?"]
-    generated = answers(model, tokenizer, prompts, new_tokens=4, batch=2)
-    alone = [answers(model, tokenizer, [prompt], new_tokens=4)[0] for prompt in prompts]
+    asked = [Example(prompt, "") for prompt in prompts]
+    generated = answers(model, tokenizer, asked, new_tokens=4, batch=2)
+    alone = [answers(model, tokenizer, [one], new_tokens=4)[0] for one in asked]
     assert generated == alone and len(set(generated)) > 1
     options = ("b", "another one", "?!")
     examples = [Example(p, options[i % 3], options) for i, p in enumerate(prompts * 5)]
@@ -138,24 +144,60 @@ def test_padding_does_not_count_in_the_order_of_channels(folder):
     assert any(not torch.equal(i, torch.arange(len(i))) for i in together.values())
 
 
-def test_what_is_not_there_yet_is_refused(folder, tmp_path, monkeypatch):
-    import yaml
-
-    file = tmp_path / "t5.yaml"
-    file.write_text(yaml.safe_dump(SPACE))
-    run = train(
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    (place / "t5.yaml").write_text(yaml.safe_dump(SPACE))
+    return train(
         train_config(
-            folder, tmp_path / "run", space=str(file), adapter=AdapterConfig(rank=8),
+            folder, place / "run", space=str(place / "t5.yaml"), adapter=AdapterConfig(rank=8),
             stages=[StageConfig(), StageConfig(train_dims=["rank", "width"])],
             progressivity=["rank", "width"],
         )
     )  # fmt: skip
+
+
+def test_a_runner_decodes_what_a_forward_pass_says(folder):
+    model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
+    source, target = tiny.tokens(3, 9), tiny.tokens(3, 5, seed=1)
+    start = torch.full((3, 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        expected = model(input_ids=source, decoder_input_ids=torch.cat([start, target], 1)).logits
+    found = drive(runner_of(model), source.numpy(), target.numpy())
+    np.testing.assert_allclose(found, expected.transpose(0, 1).numpy(), rtol=0, atol=1e-5)
+
+
+def drive(runner, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(1 + length, batch, vocab): logits of the first token, and after each of `target`."""
+    steps = [runner.prefill(source)]
+    return np.stack(steps + [runner.decode(target[:, i : i + 1]) for i in range(target.shape[1])])
+
+
+def test_searched_and_written(run, monkeypatch):
+    monkeypatch.setattr(bench, "measure", fake_measure)
+    front = search(SearchConfig(run=str(run.path), trials=5, starts=3, timing=ONE_ROUND,
+                                test_front=2, budget=BudgetConfig(prefill_ms="90%")))  # fmt: skip
+    assert front.best.figures.prefill_ms <= 0.9 * front.full.prefill_ms
+    report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND))
+    written = report.contents["formats"]
+    assert written["hf"]["greedy_tokens_equal"] and written["hf"]["decode_ms"] > 0
+    assert all("not yet written as graphs" in written[kind]["skipped"]
+               for kind in ("onnx", "openvino"))  # fmt: skip
+    whole = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["peft"],
+                                timing=ONE_ROUND))  # fmt: skip
+    assert whole.contents["formats"]["peft"]["greedy_tokens_equal"]
+    config = json.loads((whole.directory / "peft" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_a_runtime_that_cannot_is_refused_before_weights_load(run, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    path = str(run.path)
+    path, timing = str(run.path), TimingConfig(runtime="onnx")
     for command, config in (
-        (search, SearchConfig(run=path)),
-        (export, ExportConfig(run=path)),
-        (time_run, LatencyConfig(run=path)),
+        (search, SearchConfig(run=path, timing=timing)),
+        (time_run, LatencyConfig(run=path, timing=timing)),
     ):
-        with pytest.raises(ModelError, match="is an encoder-decoder model"):
+        with pytest.raises(
+            ModelError, match=r"timing\.runtime onnx: .* is an encoder-decoder model"
+        ):
             command(config)

@@ -272,20 +272,23 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["sorsa", "prolora", "olora", "soslora"])
 def test_exported_is_what_every_method_trained(tiny_folder, tmp_path, method):
-    """The command compares each written model with the supernet; here the folders are loaded."""
+    """The command compares each written model with the supernet; here the folders are loaded. The
+    graphs come from the same merged weights, so one method tells for all."""
     settings = dict(adapter=tiny.ADAPTERS[method], stages=[StageConfig()])
     run = train(train_config(tiny_folder, tmp_path / "run", **settings))
     move_factors(run)
     net = run.load()[2]
     file = write_sub(mixed(net), tmp_path / "mixed.json")
-    report = export(config(run, sub_adapter=file, formats=["hf", "onnx", "openvino"]))
+    graphs = ["onnx", "openvino"] if method == "soslora" else []
+    report = export(config(run, sub_adapter=file, formats=["hf", *graphs]))
     loaded = hf.load(report.directory / "hf", torch.float32)
     ids = tiny.tokens(2, 6)
     expected = active_logits(net, mixed(net), ids)
     logits_close(tiny.logits(loaded, ids), expected)
-    found = onnx.OnnxRunner(report.directory / "onnx" / "model.onnx").prefill(ids.numpy())
-    logits_close(torch.from_numpy(found), expected[:, -1])
-    for kind in ("onnx", "openvino"):
+    if graphs:
+        found = onnx.OnnxRunner(report.directory / "onnx" / "model.onnx").prefill(ids.numpy())
+        logits_close(torch.from_numpy(found), expected[:, -1])
+    for kind in graphs:
         entry = report.contents["formats"][kind]
         assert entry["greedy_tokens_equal"]
         assert entry["max_abs_diff"] <= 2e-4 * entry["largest_logit"]
@@ -526,12 +529,12 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
 
     before = snapshot(exported.path)
     real = exporter.probe
-    monkeypatch.setattr(exporter, "TorchRunner", Nan)
+    monkeypatch.setattr(exporter, "runner_of", Nan)
     probes = []
 
     def honest(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(exporter, "TorchRunner", TorchRunner)
+            patch.setattr(exporter, "runner_of", TorchRunner)
             probes.append(real(*args))
         return probes[-1]
 

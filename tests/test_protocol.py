@@ -113,9 +113,9 @@ def test_rows_become_examples(tmp_path, listed):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"input": "x", "output": "y"}, r"rows\.json: row 1 has no field 'instruction'"),
-        ({"instruction": "x"}, "row 1 has neither 'output' nor 'answer'"),
-        ("text", "row 1 has no field 'instruction'"),
+        ({"input": "x", "output": "y"}, r"rows\.json:1: no field 'instruction'; .* input, output"),
+        ({"instruction": "x"}, r"rows\.json:1: neither 'output' nor 'answer'"),
+        ("text", r"rows\.json:1: expected a JSON object, got str"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, value, message):

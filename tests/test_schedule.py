@@ -174,9 +174,10 @@ def test_a_stage_refuses_impossible_settings(setting):
 
 def test_unset_stages_follow_the_sampling():
     """Published training opens everything from the start, ours trains the maximal one first."""
-    assert [stage.train_dims for stage in TrainConfig().resolved_stages] == [[], ["rank", "width"]]
-    lonas = TrainConfig(sampling="lonas")
-    assert [stage.train_dims for stage in lonas.resolved_stages] == [["rank", "width"]]
+    everything = ["rank", "width", "heads"]
+    assert [stage.train_dims for stage in TrainConfig().resolved_stages] == [[], everything]
+    lonas = TrainConfig(sampling="lonas", progressivity=everything[:2])
+    assert [stage.train_dims for stage in lonas.resolved_stages] == [everything[:2]]
     assert (lonas.resolved_order, lonas.draw_for) == ("none", "micro_batch")
     ours = TrainConfig()
     assert (ours.resolved_order, ours.draw_for) == ("activation", "step")

@@ -1,17 +1,22 @@
 """Splits share nothing, answers are right, and faulty data is named by file and line."""
 
+import dataclasses
 import json
 import re
+import sys
+import typing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic import tasks
+from elastic.batching import encode_example, prompt_ids
 from elastic.config import TaskConfig
-from elastic.errors import ConfigError, DataError
+from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
 from elastic.tasks import TASKS, Example, load_task
 from elastic.tasks.base import Split
+from tests import tiny
 
 SPLITS: list[Split] = ["train", "validation", "test"]
 
@@ -207,7 +212,7 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, settings, message
 
 
 def test_an_empty_or_absent_file_and_one_that_is_no_text(tmp_path):
-    with pytest.raises(DataError, match=r"train\.jsonl: empty"):
+    with pytest.raises(DataError, match=r"train\.jsonl: no rows"):
         load_task(jsonl(tmp_path, ["", "  "]), 0)
     config = jsonl(tmp_path, rows(4))
     (tmp_path / "train.jsonl").unlink()
@@ -235,4 +240,156 @@ def test_a_jsonl_task_names_its_files():
 
 
 def test_every_task_is_known_by_name():
-    assert sorted(TASKS) == ["arithmetic", "instructions", "jsonl", "llm_adapters"]
+    assert set(TASKS) == set(typing.get_args(typing.get_type_hints(TaskConfig)["name"]))
+
+
+# Other forms of rows
+
+
+def test_a_list_is_read_like_lines(tmp_path):
+    lines = jsonl(tmp_path, rows(6), test=[{"prompt": "t", "answer": "a"}])
+    (tmp_path / "list.json").write_text(json.dumps(rows(6), indent=1))
+    listed = dataclasses.replace(lines, train=str(tmp_path / "list.json"))
+    assert load_task(listed, 0) == load_task(lines, 0)
+    (tmp_path / "list.json").write_text('[{"prompt": "x"},\n {"prompt"')
+    with pytest.raises(DataError, match=r"list\.json:2: broken JSON"):
+        load_task(listed, 0)
+    (tmp_path / "list.json").write_text('[{"prompt": "x", "answer": "a"}, 3]')
+    with pytest.raises(DataError, match=r"list\.json: row 2: expected a JSON object, got int"):
+        load_task(listed, 0)
+
+
+def test_templates_by_name_and_by_file(tmp_path):
+    row = {"instruction": "Add.", "input": "1 2", "answer": "3"}
+    others = [{**row, "instruction": f"{n}"} for n in range(3)]
+    config = jsonl(tmp_path, [row, *others], test=[others[0]])
+    (tmp_path / "mine.txt").write_text("Do: {instruction}\nOn: {input}\nAnswer:\n")
+    for prompt, wanted in [
+        ("alpaca", "### Instruction:\nAdd.\n\n### Response:"),
+        ("alpaca-input", "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"),
+        (str(tmp_path / "mine.txt"), "Do: Add.\nOn: 1 2\nAnswer:"),
+    ]:
+        task = load_task(dataclasses.replace(config, prompt=prompt, validation_examples=1), 0)
+        assert task.train[0].prompt.endswith(wanted)
+    with pytest.raises(DataError, match=r"none\.txt: no such data file"):
+        load_task(dataclasses.replace(config, prompt="none.txt"), 0)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "two and two?"},
+    {"role": "assistant", "content": "4"},
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_conversation_goes_through_the_template_of_the_model(tmp_path):
+    others = [{"messages": [{"role": "user", "content": f"q{n}"}, CHAT[2]]} for n in range(4)]
+    config = jsonl(tmp_path, [{"messages": CHAT}, *others], test=[others[-1]], prompt="chat",
+                   validation_examples=1)  # fmt: skip
+    example = load_task(config, 0).train[0]
+    assert example.answer == "4" and example.text == "Be brief.\ntwo and two?"
+    tokenizer, model = tiny.tokenizer(), tiny.llama()
+    with pytest.raises(DataError, match="the tokenizer of this model has no chat template"):
+        encode_example(tokenizer, model, example)
+    tokenizer.chat_template = TEMPLATE
+    encoded = encode_example(tokenizer, model, example)
+    opened = "<system>Be brief.<user>two and two?<assistant>"
+    ids = tokenizer(opened, add_special_tokens=False)["input_ids"]
+    assert list(encoded.ids[: -encoded.answer]) == ids == prompt_ids(tokenizer, example)
+    four = tokenizer("4", add_special_tokens=False)["input_ids"]
+    assert list(encoded.ids[-encoded.answer :]) == [*four, tiny.EOS]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hello"}, "wants `messages`, a list of objects"),
+        ({"messages": [{"role": "user"}]}, "wants `messages`, a list of objects"),
+        ({"messages": CHAT[:2]}, "the last message must be the assistant's"),
+        ({"messages": CHAT[2:]}, "and not the only one"),
+        ({"prompt": "x", "answer": "a"}, "wants `messages`"),
+    ],
+)
+def test_a_faulty_conversation_is_named(tmp_path, row, message):
+    config = jsonl(tmp_path, [{"messages": CHAT}, row], test=[{"messages": CHAT}], prompt="chat")
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{message}"):
+        load_task(config, 0)
+
+
+# Hugging Face data sets
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """As `save_to_disk` leaves GLUE: numbered classes, sorted by them, a test split without."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("glue") / "rte"
+    features = datasets.Features({
+        "sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["entailment", "not_entailment"]),
+    })  # fmt: skip
+
+    def split(start: int, count: int, label) -> datasets.Dataset:
+        numbers = range(start, start + count)
+        return datasets.Dataset.from_dict({
+            "sentence1": [f"one {n}" for n in numbers], "sentence2": [f"two {n}" for n in numbers],
+            "label": [label(n) for n in numbers],
+        }, features=features)  # fmt: skip
+
+    datasets.DatasetDict({
+        "train": split(0, 40, lambda n: n // 20), "validation": split(100, 9, lambda n: n % 2),
+        "test": split(200, 5, lambda n: -1),
+    }).save_to_disk(folder)  # fmt: skip
+    return folder
+
+
+def of_dataset(folder, **settings) -> TaskConfig:
+    known = dict(
+        name="datasets", dataset=str(folder), prompt="{sentence1}", second="{sentence2}",
+        answer="label", test="validation", train_examples=20, validation_examples=8,
+    )  # fmt: skip
+    return TaskConfig(**(known | settings))
+
+
+def test_a_dataset_of_pairs(pairs):
+    task = load_task(of_dataset(pairs), 0)
+    assert [len(task.train), len(task.validation), len(task.test)] == [20, 8, 9]
+    assert {example.answer for example in task.train} == {"entailment", "not_entailment"}
+    first = task.train[0]
+    number = int(first.prompt.removeprefix("one "))
+    assert first.second == f"two {number}"
+    assert first.answer == ("entailment" if number < 20 else "not_entailment")
+    assert load_task(of_dataset(pairs), 0) == task != load_task(of_dataset(pairs), 1)
+    assert not prompts(task, "train") & prompts(task, "validation")
+
+
+def test_a_folder_of_files_is_a_dataset(tmp_path):
+    for split, start in (("train", 0), ("test", 50)):
+        lines = [json.dumps({"q": f"q{n}", "a": str(n)}) for n in range(start, start + 10)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    config = of_dataset(tmp_path, prompt="{q}", second=None, answer="a", test="test")
+    task = load_task(dataclasses.replace(config, validation_examples=2), 0)
+    assert len(task.train) == 8 and len(task.test) == 10
+
+
+def test_what_a_dataset_has_not_is_named(pairs, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
+        load_task(of_dataset(pairs, validation="dev"), 0)
+    with pytest.raises(
+        DataError, match=r"split test: row \d: the answer in field 'label' is empty"
+    ):
+        load_task(of_dataset(pairs, test="test"), 0)
+    with pytest.raises(DataError, match=r"split train: row \d+: field 'premise' is missing"):
+        load_task(of_dataset(pairs, prompt="{premise}"), 0)
+    with pytest.raises(DataMissing, match=r"task\.dataset .*nowhere"):
+        load_task(of_dataset(tmp_path / "nowhere"), 0)
+    with pytest.raises(ConfigError, match=r"task\.dataset: name the folder"):
+        TaskConfig(name="datasets")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"elastic-adapters\[datasets\]"):
+        load_task(of_dataset(pairs), 0)

@@ -495,7 +495,9 @@ def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, rati
     base = models.load(config.model)
     start = training.build(
         base.model, run.space(), config,
-        calibration=encode_all(base.tokenizer, training.load_task(config.task, 0).train),
+        calibration=encode_all(
+            base.tokenizer, training.load_task(config.task, 0).train, base.model
+        ),
         pad=tiny.PAD,
     ).factor_state()  # fmt: skip
     moved = {"A": [], "B": []}

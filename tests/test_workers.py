@@ -49,7 +49,9 @@ def storage(request, tmp_path):
         yield f"grpc://127.0.0.1:{port}"
 
 
-@pytest.mark.parametrize("storage", ["journal", "grpc"], indirect=True)
+@pytest.mark.parametrize(
+    "storage", ["journal", pytest.param("grpc", marks=pytest.mark.slow)], indirect=True
+)
 def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):  # noqa: F811
     run = copy_run(trained, tmp_path / "run")
     done = subprocess.run(

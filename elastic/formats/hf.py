@@ -122,20 +122,21 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
-    sizes = _linear_sizes(model)
-    uniform = _uniform_sizes(model, sizes)
+    sizes, expected = _shapes_of(model), _shapes(model.config, type(model))
+    changed = {name: size for name, size in sizes.items() if size != expected[name]}
+    uniform = _uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
             setattr(config, name, size)
         return config
     if not code:
-        config.linear_sizes = sizes
+        config.linear_sizes = changed
         return config
     base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
     custom = type(f"Elastic{kind}", (type(config),), {"model_type": f"elastic_{config.model_type}"})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     described = custom(**values)
-    described.linear_sizes = sizes
+    described.linear_sizes = changed
     described.auto_map = {
         "AutoConfig": f"{stem}.Elastic{kind}",
         auto_class(model): f"{stem}.Elastic{base}",
@@ -173,41 +174,35 @@ def _meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMo
         return kind(copy.deepcopy(config))
 
 
-def _linear_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
-    """[out, in] of every linear layer that differs from what the config says."""
-    expected = _shapes(model.config, type(model))
-    return {
-        name: list(module.weight.shape)
-        for name, module in modules_of(model, nn.Linear)
-        if list(module.weight.shape) != expected[name]
-    }
+def _shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
+    """[out, in] of every linear layer."""
+    return {name: list(layer.weight.shape) for name, layer in modules_of(model, nn.Linear)}
 
 
 def _shapes(config: PretrainedConfig, kind: type[PreTrainedModel]) -> dict[str, list[int]]:
-    """[out, in] of every linear layer that this class makes of this config."""
-    layers = modules_of(linear_(_meta(kind, config)), nn.Linear)
-    return {name: list(layer.weight.shape) for name, layer in layers}
+    """The same of what this class makes of this config."""
+    return _shapes_of(linear_(_meta(kind, config)))
 
 
-def _uniform_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> dict[str, int] | None:
+def _uniform_sizes(
+    model: PreTrainedModel, changed: Mapping[str, list[int]], expected: Mapping[str, list[int]]
+) -> dict[str, int] | None:
     """Config values under which the family's own class has these sizes; None if there are none."""
-    expected = _shapes(model.config, type(model))
-    inputs: dict[int, set[int]] = {}
-    for name, (_, columns) in sizes.items():
+    if not changed:
+        return {}
+    found: dict[str, int] = {}
+    for name, (_, columns) in changed.items():
         if columns != expected[name][1]:
-            inputs.setdefault(expected[name][1], set()).add(columns)
-    config, found = copy.deepcopy(model.config), {}
-    for before, after in inputs.items():
-        found |= _named_size(config, before, min(after))
+            found |= _named_size(model.config, expected[name][1], columns)
+    config = copy.deepcopy(model.config)
     for name, size in found.items():
         setattr(config, name, size)
     try:
         config.validate()
     except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
         return None
-    layers = modules_of(model, nn.Linear)
-    own = {name: list(layer.weight.shape) for name, layer in layers}
-    return found if _shapes(config, type(model)) == own else None
+    # Where layers differ in size, no one value fits them all.
+    return found if _shapes(config, type(model)) == _shapes_of(model) else None
 
 
 def _named_size(config: PretrainedConfig, before: int, after: int) -> dict[str, int]:

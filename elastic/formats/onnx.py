@@ -1,4 +1,5 @@
-"""Write a causal language model as one ONNX graph with a KV cache, and run it.
+"""Write a causal language model as one ONNX graph with a KV cache, or a classifier as one
+without, and run it.
 
 The same graph does prefill (past of length 0) and decode: batch, sequence and past are all
 dynamic. KV heads may differ from layer to layer, as they do in a slice.
@@ -14,16 +15,19 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elastic.classifier import classes_of, has_types
 from elastic.errors import ConfigError, MissingExtra, unknown
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 FILE = "model.onnx"
@@ -53,7 +57,9 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
 
     Shapes: input_ids, position_ids (batch, sequence); attention_mask (batch, past + sequence);
     past_key_values.N.key and .value (batch, kv_heads, past, head_dim), present.N.* the same with
-    past + sequence; logits (batch, 1 or sequence, vocab).
+    past + sequence; logits (batch, 1 or sequence, vocab). Of a classifier: input_ids,
+    attention_mask and, where the model has them, token_type_ids (batch, sequence); logits
+    (batch, classes).
     """
     import torch
 
@@ -66,6 +72,8 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     directory.mkdir(parents=True, exist_ok=True)
 
     with _traced_attention(model), torch.no_grad():
+        if classes_of(model):
+            return _traced(_classifier(model), directory)
         names, example = _example(model)
         layers = len(names) // 2
         outputs = ["logits", *cache_names("present", layers)]
@@ -75,23 +83,61 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
         dynamic |= {name: {0: "batch", 2: "past"} for name in names}
         dynamic |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
         dynamic |= {"logits": {0: "batch"} if logits == "last" else {0: "batch", 1: "sequence"}}
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            with warnings.catch_warnings():
-                # The exporter's own deprecation, and the tracer on branches over Python ints.
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    _flat(model, logits),
-                    example,
-                    os.path.join(scratch, FILE),
-                    input_names=inputs,
-                    output_names=outputs,
-                    dynamic_axes=dynamic,
-                    opset_version=OPSET,
-                    dynamo=False,
-                    # Folding would store each tied head a second time, transposed.
-                    do_constant_folding=False,
-                )
-            return _settle(Path(scratch), directory)
+        flat = _flat(model, logits)
+        return _traced(_Trace(flat, example, inputs, outputs, dynamic), directory)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What is traced, with what, and what the graph calls it."""
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+
+def _traced(trace: _Trace, directory: Path) -> Path:
+    import torch
+
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        with warnings.catch_warnings():
+            # The exporter's own deprecation, and the tracer on branches over Python ints.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                trace.module,
+                trace.example,
+                os.path.join(scratch, FILE),
+                input_names=trace.inputs,
+                output_names=trace.outputs,
+                dynamic_axes=trace.dynamic,
+                opset_version=OPSET,
+                dynamo=False,
+                # Folding would store each tied head a second time, transposed.
+                do_constant_folding=False,
+            )
+        return _settle(Path(scratch), directory)
+
+
+def _classifier(model: PreTrainedModel) -> _Trace:
+    import torch
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors):
+            return self.model(**dict(zip(inputs, tensors, strict=True))).logits
+
+    inputs = ["input_ids", "attention_mask"]
+    if has_types(model):
+        inputs.append("token_type_ids")
+    # Neither axis 1: the tracer would take that for a constant.
+    example = tuple(torch.ones(2, 3, dtype=torch.long, device=model.device) for _ in inputs)
+    dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs} | {"logits": {0: "batch"}}
+    return _Trace(Flat(), example, inputs, ["logits"], dynamic)
 
 
 @contextmanager
@@ -226,7 +272,7 @@ class OnnxRunner:
         logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
         self._past = dict(zip(self._past_shapes, present, strict=True))
         self._length += input_ids.shape[1]
-        return logits.numpy()[:, -1]
+        return at_the_end(logits.numpy())
 
 
 def step_inputs(input_ids: np.ndarray, past: int, names: set[str]) -> dict[str, np.ndarray]:
@@ -238,5 +284,11 @@ def step_inputs(input_ids: np.ndarray, past: int, names: set[str]) -> dict[str, 
         "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
         "attention_mask": np.ones((batch, past + sequence), np.int64),
         "position_ids": np.tile(positions, (batch, 1)),
+        "token_type_ids": np.zeros((batch, sequence), np.int64),
     }
     return {name: array for name, array in found.items() if name in names}
+
+
+def at_the_end(logits: np.ndarray) -> np.ndarray:
+    """(batch, vocab) of the last position, or (batch, classes) as it is."""
+    return logits[:, -1] if logits.ndim == 3 else logits

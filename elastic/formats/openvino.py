@@ -1,4 +1,4 @@
-"""Turn the ONNX file into a stateful OpenVINO model, and run it.
+"""Turn the ONNX file into an OpenVINO model, stateful if it generates, and run it.
 
 Stateful: the KV cache lives inside the model as variables and never passes through its inputs.
 Inputs are input_ids, attention_mask, position_ids and beam_idx, the only output is logits: what
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic.errors import MissingExtra
-from elastic.formats.onnx import step_inputs
+from elastic.formats.onnx import at_the_end, step_inputs
 
 FILE = "openvino_model.xml"
 
@@ -37,14 +37,15 @@ def write(onnx_path: Path, directory: Path) -> Path:
 
     model = openvino.convert_model(onnx_path)
     past = [port.any_name for port in model.inputs if port.any_name.startswith("past_key_values.")]
-    shapes = {name: model.input(name).partial_shape for name in past}
-    _reorder(model, past)
-    pairs = {name: name.replace("past_key_values.", "present.") for name in past}
-    stateful = Manager()
-    stateful.register_pass(MakeStateful(pairs))
-    stateful.run_passes(model)
-    # The pass names each variable by joining the two names.
-    _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
+    if past:
+        shapes = {name: model.input(name).partial_shape for name in past}
+        _reorder(model, past)
+        pairs = {name: name.replace("past_key_values.", "present.") for name in past}
+        stateful = Manager()
+        stateful.register_pass(MakeStateful(pairs))
+        stateful.run_passes(model)
+        # The pass names each variable by joining the two names.
+        _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,8 @@ class OpenVINORunner:
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, vocab) after one more token each, (batch, 1)."""
         inputs = step_inputs(input_ids, self._length, self._inputs)
-        inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
+        if "beam_idx" in self._inputs:
+            inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
         logits = self._request.infer(inputs)["logits"]
         self._length += input_ids.shape[1]
-        return logits[:, -1]
+        return at_the_end(logits)

@@ -68,6 +68,8 @@ def write(
             alphas[site] = layer.adapter.scale * A.shape[0]
             tensors[f"base_model.model.{site}.lora_A.weight"] = A.contiguous().cpu()
             tensors[f"base_model.model.{site}.lora_B.weight"] = B.contiguous().cpu()
+        for name, parameter in net.head.items():
+            tensors[f"base_model.model.{name}"] = parameter.contiguous().cpu()
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = LoraConfig(
         r=rank,
@@ -76,7 +78,8 @@ def write(
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
         base_model_name_or_path=base_model,
-        task_type="CAUSAL_LM",
+        task_type=_task_type(net),
+        modules_to_save=_saved_whole(net),
         inference_mode=True,
     )
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,17 @@ def write(
     metadata = {"format": "pt"} | ({} if base_digest is None else {DIGEST: base_digest})
     save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
+
+
+def _task_type(net: Supernet) -> str:
+    if net.head:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if net.model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _saved_whole(net: Supernet) -> list[str] | None:
+    """The modules of a classification head."""
+    return sorted({name.partition(".")[0] for name in net.head}) or None
 
 
 def _targets(net: Supernet, sites: Collection[str]) -> list[str]:

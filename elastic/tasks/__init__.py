@@ -1,14 +1,18 @@
 """One file per task: where its examples come from."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from elastic.config import TaskConfig
-from elastic.tasks import arithmetic, instructions, jsonl, llm_adapters
+from elastic import models
+from elastic.classifier import classes_in
+from elastic.config import TaskConfig, TrainConfig
+from elastic.tasks import arithmetic, hub, instructions, jsonl, llm_adapters
 from elastic.tasks.base import Example, Judge, Split, Task
 
 TASKS: dict[str, Callable[[TaskConfig, int], Task]] = {
     "arithmetic": arithmetic.load,
     "jsonl": jsonl.load,
+    "datasets": hub.load,
     "instructions": instructions.load,
     "llm_adapters": llm_adapters.load,
 }
@@ -19,4 +23,12 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     return TASKS[config.name](config, seed)
 
 
-__all__ = ["TASKS", "Example", "Judge", "Split", "Task", "load_task"]
+def with_classes(config: TrainConfig) -> TrainConfig:
+    """The settings as they are, or with the classes named that the data say."""
+    if config.model.classes or not models.classifies(config.model):
+        return config
+    classes = classes_in(load_task(config.task, config.seed))
+    return replace(config, model=replace(config.model, classes=classes))
+
+
+__all__ = ["TASKS", "Example", "Judge", "Split", "Task", "load_task", "with_classes"]

@@ -31,6 +31,18 @@ class Example:
     """If given, the answer is chosen among these by likelihood, else it is generated."""
     judge: Judge | None = None
     """What counts as right in a generated text; None: the very words of the answer."""
+    second: str | None = None
+    """The other sentence of a pair, for encoders that tell two apart."""
+
+    messages: tuple[tuple[str, str], ...] = ()
+    """Roles and contents of the conversation that the answer ends, in the place of the prompt."""
+
+    @property
+    def text(self) -> str:
+        """All that is read, for models that know neither pairs nor conversations."""
+        if self.messages:
+            return "\n".join(content for _, content in self.messages)
+        return self.prompt if self.second is None else f"{self.prompt} {self.second}"
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,16 @@ def disjoint(
     """
     wanted = limits(config)
     test = test[: wanted["test"]]
-    seen = {example.prompt for example in test}
-    rest = [example for example in train if example.prompt not in seen]
+    seen = {example.text for example in test}
+    rest = [example for example in train if example.text not in seen]
     if validation is not None:
-        validation = [example for example in validation if example.prompt not in seen]
+        validation = [example for example in validation if example.text not in seen]
     else:
         held_out = min(wanted["validation"], len(rest) // 2)
         rest, validation = rest[: len(rest) - held_out], rest[len(rest) - held_out :]
     validation = validation[: wanted["validation"]]
-    seen |= {example.prompt for example in validation}
-    train = [example for example in rest if example.prompt not in seen][: wanted["train"]]
+    seen |= {example.text for example in validation}
+    train = [example for example in rest if example.text not in seen][: wanted["train"]]
     splits: dict[Split, Sequence[Example]] = {
         "train": train, "validation": validation, "test": test
     }  # fmt: skip

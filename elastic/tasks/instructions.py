@@ -7,7 +7,6 @@ A folder TYPE/NAME holds train.json, test.json and perhaps dev.json, each a list
 from __future__ import annotations
 
 import glob
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from elastic.config import TaskConfig
 from elastic.errors import DataError, DataMissing
 from elastic.tasks.base import Example, Task, disjoint, limits
+from elastic.tasks.rows import read_json
 
 QUESTIONS = {
     "TC": "Which topic is this text about? Choose one of the options.",
@@ -34,7 +34,7 @@ def load(config: TaskConfig, seed: int) -> Task:
     """Rows of each split, shuffled by the seed; without dev.json validation is held out of
     training. A row whose prompt also stands in the test split is dropped from the other two."""
     folder = _folder(config.folder)
-    labels = _json(folder / "labels.json")
+    labels = read_json(folder / "labels.json")
     if not isinstance(labels, list) or not labels:
         raise DataError(f"{folder / 'labels.json'}: expected a list of answers")
     test, train = (_read(folder, split, labels, config, seed) for split in ("test", "train"))
@@ -61,7 +61,7 @@ def _read(
     folder: Path, split: str, labels: list[Any], config: TaskConfig, seed: int
 ) -> list[Example]:
     file = folder / f"{split}.json"
-    rows = _json(file)
+    rows = read_json(file)
     if not isinstance(rows, list):
         raise DataError(f"{file}: expected a list of rows, got {type(rows).__name__}")
     examples = []
@@ -82,14 +82,3 @@ def _prompt(folder: Path, row: dict[str, Any], labels: list[Any], config: TaskCo
     if QUESTIONS[kind]:
         lines += [QUESTIONS[kind], f"Option: {', '.join(map(str, labels))} "]
     return "\n".join([*lines, str(row["sentence"]), "Answer:"])
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataMissing(f"{file}: no such data file") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason}") from None

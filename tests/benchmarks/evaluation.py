@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 
 import torch
 
 from elastic.evaluate import evaluate
+from elastic.protocol import labels_in
 from elastic.run import Run
 from elastic.tasks import Example
 from tests.benchmarks.common import report, sides
@@ -31,7 +31,7 @@ def questions(file: str, count: int) -> list[Example]:
     found = []
     for row in rows:
         prompt = f"{row['instruction']}\n\nResponse:"
-        names = sorted(set(re.findall(r"answer[1-5]", row["instruction"].lower())))
+        names = labels_in("answer", row["instruction"])
         options = tuple(f"the correct answer is {name}" for name in names)
         found.append(Example(prompt, f"the correct answer is {row['answer']}", options))
     return found

@@ -37,7 +37,9 @@ def main() -> None:
     task, pad = load_task(config.task, config.seed), base.tokenizer.pad_token_id
 
     def batches(examples, size):
-        return list(collated(encode_all(base.tokenizer, examples), size, pad, net.model.device))
+        return list(
+            collated(encode_all(base.tokenizer, examples, base.model), size, pad, net.model.device)
+        )
 
     found = sensitivity(net, batches(task.train[:IMPORTANCE_EXAMPLES], IMPORTANCE_BATCH))
     validation = batches(task.validation[: given.examples], 32)

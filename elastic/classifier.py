@@ -1,0 +1,116 @@
+"""Models that answer with a class: an encoder, or a decoder, with a classification head.
+
+The head is trained whole, beside the factors, and is small. Unless the saved model has one for
+these very classes it starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from elastic.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from elastic.tasks import Task
+
+ENDING = "ForSequenceClassification"
+MOST = 200
+"""Distinct answers above which they are hardly classes."""
+
+
+def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
+    """Whether a model of this configuration gets a classification head."""
+    if head != "auto":
+        return head == "classification"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
+
+    saved_as = (architecture.architectures or [""])[0]
+    encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
+    return saved_as.endswith(ENDING) or encoder
+
+
+def classes_of(model: nn.Module) -> tuple[str, ...]:
+    """What this model tells apart, in the order of its logits; empty if it answers with text."""
+    if not type(model).__name__.endswith(ENDING):
+        return ()
+    names = model.config.id2label
+    return tuple(names[number] for number in range(len(names)))
+
+
+def has_types(model: PreTrainedModel) -> bool:
+    """Whether it tells the first sentence of a pair from the second."""
+    return getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def classes_in(task: Task) -> list[str]:
+    """The answers of the training split, sorted, numbers by size."""
+    found = sorted({example.answer for example in task.train})
+    if not 2 <= len(found) <= MOST:
+        some = ", ".join(map(repr, found[:3]))
+        raise DataError(
+            f"the training split has {len(found)} distinct answers ({some}, ...); a classification "
+            f"head tells 2 to {MOST} apart. Name them with model.classes, or answer with text: "
+            "model.head language"
+        )
+    if all(name.isdecimal() for name in found):
+        found.sort(key=int)
+    return found
+
+
+def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
+    """Put the classes into a model's configuration; whether its saved head is theirs. Classes that
+    differ in case alone, or are the numbers of unnamed ones, are the same in the saved order."""
+    if not classes:
+        raise ConfigError("model.classes: name what the classification head is to tell apart")
+    saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]
+    own = {name.casefold(): name for name in classes}
+    known = [own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved]
+    trained = (architecture.architectures or [""])[0].endswith(ENDING)
+    kept = trained and len(saved) == len(classes) and None not in known
+    names = known if kept else classes
+    architecture.id2label = dict(enumerate(names))
+    architecture.label2id = {name: number for number, name in enumerate(names)}
+    if architecture.pad_token_id is None:  # a decoder looks for the end of its text by this one
+        end = architecture.eos_token_id
+        architecture.pad_token_id = end[0] if isinstance(end, list) else end
+    return kept
+
+
+def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Its parameters by name; none of a language model."""
+    if not classes_of(model):
+        return {}
+    body = f"{model.base_model_prefix}."
+    return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+
+
+@torch.no_grad()
+def start_head_(model: PreTrainedModel, seed: int = 0) -> None:
+    """New weights, normal with the family's own deviation, and no biases."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation = getattr(model.config, "initializer_range", 0.02)
+    for parameter in head_of(model).values():
+        start = torch.zeros(parameter.shape)
+        if parameter.dim() > 1:
+            start.normal_(0, deviation, generator=generator)
+        parameter.copy_(start)
+
+
+def widen_head_(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """The head in this type, to be trained, whatever type its inputs come in."""
+    for name, parameter in head_of(model).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.to(dtype)))
+    for owner in {name.rpartition(".")[0] for name in head_of(model)}:
+        model.get_submodule(owner).register_forward_pre_hook(_widened)
+    return head_of(model)
+
+
+def _widened(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(next(module.parameters()).dtype) for x in inputs)

@@ -1,0 +1,58 @@
+"""Settings of `elastic evaluate`: what is asked, and how.
+
+As in `config`, a bad value is refused in `__post_init__`, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elastic.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Scores one sub-adapter, active in the supernet, on one split, on published test sets, on
+    tasks of lm-evaluation-harness or on a text."""
+
+    run: str = "runs/default"
+    sub_adapter: str = "maximal"
+    split: Literal["validation", "test"] = "test"
+    tasks: list[str] = field(default_factory=list)
+    """Published sets instead of the run's own: math, commonsense, or gsm8k, aqua, mawps, svamp,
+    boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."""
+    data: str = "data"
+    """The folder of those sets: NAME.test.jsonl, or LLM-Adapters' NAME/test.json."""
+    protocol: Literal["published", "likelihood"] = "published"
+    """published: generate with beams and look for the answer in the text. likelihood: score the
+    options of multiple choice, which takes one pass; other sets are generated greedily."""
+    beams: int = 4
+    examples: int | None = None
+    """At most so many of each set."""
+    batch: int = 8
+    """Prompts that are answered together; the answers do not depend on it."""
+    batch_tokens: int = 2048
+    harness: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness (extra `eval`), such as gsm8k, mmlu, bbh, humaneval; most
+    fetch their data from the hub."""
+    harness_tasks: str | None = None
+    """A folder with tasks of your own for it."""
+    chat: bool = False
+    """harness: put prompts through the tokenizer's chat template."""
+    run_code: bool = False
+    """harness: let tasks run the code that the model writes, on this machine."""
+    exported: Literal["onnx", "openvino"] | None = None
+    """harness: ask what `elastic export` wrote under the sub-adapter's name for this runtime."""
+    text: str | None = None
+    """A text file: perplexity on it."""
+    window: int = 512
+    """Tokens that are predicted from one start of the text."""
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "batch", "batch_tokens", "window"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        require(self.examples is None or self.examples >= 1, f"examples is {self.examples}")
+        asked = [name for name in ("tasks", "harness", "text") if getattr(self, name)]
+        require(len(asked) <= 1, f"{' and '.join(asked)}: give one of them")
+        require(not self.exported or bool(self.harness), "exported goes with harness")

@@ -1,0 +1,248 @@
+"""lm-evaluation-harness on a sub-adapter: active in the supernet, or as it was exported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic.errors import ConfigError, DataError, MissingExtra, RunError
+from elastic.evaluate_config import EvaluateConfig
+from elastic.files import read_json, write_json
+from elastic.progress import say, track
+from elastic.provenance import provenance
+from elastic.run import Run
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
+
+    from elastic.runners import Runner
+
+
+@dataclass(frozen=True)
+class HarnessReport:
+    """What the harness found, task by task and metric by metric."""
+
+    name: str
+    results: Mapping[str, Mapping[str, Any]]
+    counts: Mapping[str, int]
+    file: Path
+
+    def show(self) -> None:
+        import json
+
+        for task, metrics in self.results.items():
+            n = f" of {self.counts[task]}" if task in self.counts else ""
+            for metric, found in metrics.items():
+                low, high = found["interval"] or (None, None)
+                sure = "" if low is None else f" [{low:.4g}, {high:.4g}]"
+                print(f"{self.name} on {task}: {metric} {found['value']:.4g}{sure}{n}")
+        print(self.file)
+        print(json.dumps({"sub_adapter": self.name, "harness": self.results}))
+
+
+def task_manager(config: EvaluateConfig) -> TaskManager:
+    """The harness's tasks and the user's own; ConfigError names one that is none of them."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtra("lm_eval", "eval", "harness") from error
+
+    if config.harness_tasks:
+        own = TaskManager(include_path=config.harness_tasks, include_defaults=False)
+        if set(config.harness) <= set(own.all_tasks):
+            return own
+    say("Reading the list of the harness's tasks")  # many thousand files
+    found = TaskManager(include_path=config.harness_tasks)
+    for name in config.harness:
+        if name not in found.all_tasks:
+            near = difflib.get_close_matches(name, found.all_tasks, 3, 0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ConfigError(f"harness: unknown task {name!r}{hint}")
+    return found
+
+
+def run_harness(config: EvaluateConfig) -> HarnessReport:
+    """`elastic evaluate RUN --harness TASKS`: everything it says goes into one file."""
+    import lm_eval
+
+    run, tasks = Run(config.run), task_manager(config)
+    run.config()
+    if config.exported:
+        name, sub, model = _exported(run, config)
+        device = "cpu"
+        found = _evaluate(lm_eval, model, config, tasks)
+    else:
+        from lm_eval.models.huggingface import HFLM
+
+        trained, base, net = run.load()
+        name, chosen = run.resolve(config.sub_adapter, net.space, trained.seed)
+        sub, device = chosen.as_dict(), str(base.model.device)
+        with net.active(chosen) as active:
+            model = HFLM(pretrained=active, tokenizer=base.tokenizer, batch_size=config.batch)
+            found = _evaluate(lm_eval, model, config, tasks)
+    results = {task: _metrics(values) for task, values in found["results"].items()}
+    counts = {task: each["effective"] for task, each in found["n-samples"].items()}
+    what = "-".join(filter(None, [name, config.exported, "harness", *config.harness]))
+    some = f"-first-{config.examples}" if config.examples else ""
+    file = run.path / "evaluate" / f"{what}{some}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, {
+        "name": name, "sub_adapter": sub, "exported": config.exported, "results": results,
+        "n": counts, "task_versions": found["versions"], "task_configs": _plain(found["configs"]),
+        "samples": _plain(found["samples"]), **provenance(device),
+        "lm_eval": lm_eval.__version__,
+    })  # fmt: skip
+    return HarnessReport(name, results, counts, file)
+
+
+def _evaluate(
+    lm_eval: Any, model: LM, config: EvaluateConfig, tasks: TaskManager
+) -> dict[str, Any]:
+    try:
+        return lm_eval.simple_evaluate(
+            model=model,
+            tasks=config.harness,
+            limit=config.examples,
+            task_manager=tasks,
+            apply_chat_template=config.chat,
+            confirm_run_unsafe_code=config.run_code,
+        )
+    except (ValueError, ConnectionError, OSError, KeyError) as error:
+        raise DataError(f"harness: {' '.join(str(error).split())[:400]}") from error
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By metric: the value, and its 95 % interval where the harness knows a standard error."""
+    found = {}
+    for key, value in values.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        half = 1.96 * error if isinstance(error, int | float) else None
+        interval = None if half is None else [value - half, value + half]
+        name = metric if kind == "none" else f"{metric} ({kind})"
+        found[name] = {"value": float(value), "interval": interval}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can say it; a function by its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return getattr(value, "__name__", None) or str(value)
+
+
+def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM]:
+    """Name, sizes and the model that RUN/export/NAME holds for this runtime."""
+    from transformers import AutoTokenizer
+
+    from elastic import runners
+
+    folder = run.path / "export" / config.sub_adapter
+    if not (folder / "report.json").is_file():
+        exports = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        names = ", ".join(sorted(path.name for path in exports)) or "none"
+        raise RunError(
+            f"{folder}: nothing was exported there; exported were: {names}. Run: elastic export "
+            f"{run.path} --sub_adapter {config.sub_adapter}"
+        )
+    report = read_json(folder / "report.json")
+    written = folder / config.exported
+    if not written.is_dir():
+        raise RunError(f"{written} does not exist; export with --formats {config.exported}")
+    tokenizer = AutoTokenizer.from_pretrained(written)
+    runner = runners.open_written(written, config.exported)
+    return report["name"], report["sub_adapter"], runner_model(runner, tokenizer)
+
+
+def runner_model(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> LM:
+    """Any runtime as the harness sees models, one request at a time: likelihoods by feeding a
+    continuation token by token, texts greedily."""
+    from lm_eval.api.model import TemplateLM
+
+    class RunnerModel(TemplateLM):
+        eot_token_id = tokenizer.eos_token_id
+        # What an empty context is, as the harness has it for models in memory.
+        prefix_token_id = tokenizer.eos_token_id
+        if tokenizer.bos_token_id is not None:
+            prefix_token_id = tokenizer.bos_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs):
+            special = add_special_tokens is not False
+            return tokenizer(string, add_special_tokens=special)["input_ids"]
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+            return [
+                likelihood(runner, context, continuation)
+                for _, context, continuation in track(requests, "likelihoods")
+            ]
+
+        def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False):
+            found = []
+            for request in track(requests, "likelihoods"):
+                ids = self.tok_encode(request.args[0])
+                found.append(likelihood(runner, [self.prefix_token_id], ids)[0])
+            return found
+
+        def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False):
+            return [
+                continued(runner, tokenizer, self.tok_encode(text), settings)
+                for text, settings in track([request.args for request in requests], "answering")
+            ]
+
+    return RunnerModel()
+
+
+def likelihood(
+    runner: Runner, context: Sequence[int], continuation: Sequence[int]
+) -> tuple[float, bool]:
+    """Log-likelihood of the continuation, and whether greedy generation would say it."""
+    total, greedy = 0.0, True
+    logits = runner.prefill(np.array([context], np.int64))[0]
+    for place, token in enumerate(continuation):
+        if place:
+            logits = runner.decode(np.array([[continuation[place - 1]]], np.int64))[0]
+        logits = logits.astype(np.float64)
+        top = logits.max()
+        total += logits[token] - top - np.log(np.exp(logits - top).sum())
+        greedy = greedy and int(logits.argmax()) == token
+    return float(total), greedy
+
+
+def continued(
+    runner: Runner,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    settings: Mapping[str, Any],
+) -> str:
+    """The greedy continuation up to a stop string, the end of the text or `max_gen_toks`."""
+    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+        raise ConfigError("harness: exported models answer greedily; this task wants samples")
+    stops = settings.get("until") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    said: list[int] = []
+    logits = runner.prefill(np.array([ids], np.int64))[0]
+    for _ in range(int(settings.get("max_gen_toks", 256))):
+        token = int(logits.argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        said.append(token)
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            break
+        logits = runner.decode(np.array([[token]], np.int64))[0]
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)

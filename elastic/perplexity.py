@@ -1,0 +1,98 @@
+"""Perplexity on a text of the user's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from elastic import models
+from elastic.errors import ConfigError, DataError, DataMissing
+from elastic.evaluate_config import EvaluateConfig
+from elastic.progress import track
+from elastic.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a token, each window read from its own start."""
+
+    name: str
+    file: str
+    losses: Sequence[float]
+    """Nats per token of every window; all windows have as many tokens but the last."""
+    counts: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def value(self) -> float:
+        total = sum(loss * n for loss, n in zip(self.losses, self.counts, strict=True))
+        return math.exp(total / self.tokens)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, by the spread over windows, which tokens of one text are not independent within;
+        None of a single window."""
+        if len(self.losses) < 2:
+            return None
+        half = 1.96 * statistics.stdev(self.losses) / math.sqrt(len(self.losses))
+        return self.value * math.exp(-half), self.value * math.exp(half)
+
+    def show(self) -> None:
+        sure = "" if self.interval is None else " [{:.4g}, {:.4g}]".format(*self.interval)
+        print(f"{self.name} on {self.file}: perplexity {self.value:.4g}{sure} of {self.tokens} "
+              f"tokens in {len(self.losses)} windows")  # fmt: skip
+        found = {"sub_adapter": self.name, "perplexity": self.value, "interval": self.interval}
+        print(json.dumps({**found, "tokens": self.tokens, "windows": len(self.losses)}))
+
+
+def perplexity_of(config: EvaluateConfig) -> Perplexity:
+    """`elastic evaluate RUN --text FILE`."""
+    run = Run(config.run)
+    trained = run.config()
+    architecture = models.architecture_of(trained.model)
+    if architecture.is_encoder_decoder or models.classifies(trained.model):
+        raise ConfigError(f"text: {run.path} has no model that continues texts")
+    try:
+        text = Path(config.text).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataMissing(f"text {config.text}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"text {config.text}: not UTF-8 text: {error.reason}") from None
+    _, base, net = run.load()
+    ids = base.tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"text {config.text}: {len(ids)} tokens; at least 2 are needed")
+    name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
+    with net.active(sub) as model:
+        losses, counts = window_losses(model, ids, config.window, label=name)
+    return Perplexity(name, config.text, losses, counts)
+
+
+@torch.inference_mode()
+def window_losses(
+    model: PreTrainedModel, ids: Sequence[int], window: int, label: str = "reading"
+) -> tuple[list[float], list[int]]:
+    """Nats per predicted token, and how many, of windows of `window` predicted tokens. The last
+    token of a window is the first that the next one reads."""
+    losses, counts = [], []
+    for start in track(range(0, len(ids) - 1, window), label):
+        part = torch.tensor([ids[start : start + window + 1]], device=model.device)
+        logits = model(input_ids=part[:, :-1], use_cache=False).logits[0].float()
+        losses.append(float(F.cross_entropy(logits, part[0, 1:])))
+        counts.append(part.shape[1] - 1)
+    return losses, counts

@@ -1,0 +1,84 @@
+"""Examples from a Hugging Face data set, by its name on the hub or from a folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elastic.config import TaskConfig
+from elastic.errors import DataError, DataMissing, MissingExtra
+from elastic.tasks.base import Example, Split, Task, disjoint, limits
+from elastic.tasks.rows import example_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(config: TaskConfig, seed: int) -> Task:
+    """Rows of each split, shuffled by the seed, for many sets are sorted by label; without a
+    validation split the end of the training split is held out. Code of the data set is not run."""
+    names = {"train": config.train or "train", "validation": config.validation,
+             "test": config.test or "test"}  # fmt: skip
+    read = {
+        split: _read(config, name, split, seed) for split, name in names.items() if name is not None
+    }
+    where = {split: f"{config.dataset}, split {name or names['train']}"
+             for split, name in names.items()}  # fmt: skip
+    return disjoint(read["train"], read.get("validation"), read["test"], config, where)
+
+
+def _read(config: TaskConfig, name: str, split: Split, seed: int) -> Sequence[Example]:
+    rows = _named_classes(_open(config, name))
+    order = list(range(len(rows)))
+    random.Random(f"{seed}/{split}").shuffle(order)
+    # Enough of them even if every one of the other splits stands here too.
+    order = order[: 2 * sum(limits(config).values())]
+    where = f"{config.dataset}, split {name}: row"
+    return [
+        example_of(row, config, f"{where} {number}")
+        for number, row in zip(order, rows.select(order), strict=True)
+    ]
+
+
+def _open(config: TaskConfig, name: str) -> Dataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "datasets", "task.name datasets") from error
+
+    what = f"task.dataset {config.dataset}" + (f", subset {config.subset}" if config.subset else "")
+    folder = Path(config.dataset).expanduser()
+    datasets.disable_progress_bars()
+    try:
+        if (folder / "dataset_dict.json").is_file():  # as `save_to_disk` writes them
+            found = datasets.load_from_disk(str(folder))
+        else:
+            path = str(folder) if folder.exists() else config.dataset
+            found = datasets.load_dataset(path, config.subset)
+    except Exception as error:  # the library raises many kinds; all mean: not to be had
+        raise DataMissing(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        datasets.enable_progress_bars()
+    if name not in found:
+        raise DataError(f"{what} has no split {name!r}; it has {', '.join(found)}")
+    return found[name]
+
+
+def _named_classes(rows: Dataset) -> Dataset:
+    """With the names of classes where the set numbers them."""
+    from datasets import ClassLabel, Value
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel):
+            names = feature.names
+
+            def named(row: dict, column: str = column, names: list[str] = names) -> dict:
+                number = row[column]
+                return {column: names[number] if number >= 0 else None}  # -1: kept secret
+
+            features = rows.features.copy()
+            features[column] = Value("string")
+            rows = rows.map(named, features=features)
+    return rows

@@ -1,0 +1,124 @@
+"""Rows of the user's data: from JSON or JSON Lines files, and what an example is made of."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.config import TaskConfig
+from elastic.errors import DataError, DataMissing
+from elastic.tasks.base import Example
+
+CHAT = "chat"
+"""The template of rows with `messages`."""
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+"""Stanford Alpaca's prompts (Taori et al. 2023)."""
+TEMPLATES = {"alpaca": ALPACA, "alpaca-input": ALPACA_INPUT}
+
+
+def read_json(file: Path | str) -> Any:
+    """What a JSON file holds; DataError names the line that is broken."""
+    text = _text(file)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg}") from None
+
+
+def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Rows of a JSON list, or of JSON Lines, each with where it stands."""
+    text = _text(file)
+    listed = text.lstrip().startswith("[") and Path(file).suffix != ".jsonl"
+    if listed:
+        rows = [(f"{file}: row {number}", row) for number, row in enumerate(read_json(file), 1)]
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{file}:{n}", _line(line, f"{file}:{n}")) for n, line in lines if line.strip()]
+    if not rows:
+        raise DataError(f"{file}: no rows; expected a JSON list, or one JSON object per line")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return rows
+
+
+def _text(file: Path | str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataMissing(f"{file}: no such data file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text: {error.reason}") from None
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+
+
+def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Example:
+    """By the templates and fields that the settings name."""
+    if config.prompt == CHAT:
+        return _conversation(row, where)
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+    template = template_of(config.prompt)
+    try:
+        prompt = template.format_map(shown)
+        second = None if config.second is None else config.second.format_map(shown)
+        answer = "" if row[config.answer] is None else str(row[config.answer])
+        options = tuple(map(str, _list(row[config.options]))) if config.options else ()
+    except KeyError as error:
+        raise DataError(
+            f"{where}: field {error.args[0]!r} is missing; the row has {', '.join(sorted(row))} "
+            "(task.prompt, task.second, task.answer and task.options name the fields to use)"
+        ) from None
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        templates = " ".join(filter(None, (config.prompt, config.second)))
+        raise DataError(f"{where}: task.prompt {templates!r}: {error}") from None
+    if not answer:
+        raise DataError(f"{where}: the answer in field {config.answer!r} is empty")
+    if config.options and answer not in options:
+        raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
+    return Example(prompt, answer, options, second=second)
+
+
+@functools.cache
+def template_of(prompt: str) -> str:
+    """A template by its name, from a text file, or as it is."""
+    if prompt in TEMPLATES:
+        return TEMPLATES[prompt]
+    return _text(prompt).removesuffix("\n") if prompt.endswith(".txt") else prompt
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Example:
+    """The last message is the answer; those before it are put in the model's own words."""
+    messages = row.get("messages")
+    told = isinstance(messages, list) and all(
+        isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role")
+        for each in messages
+    )
+    if not told:
+        raise DataError(
+            f"{where}: task.prompt chat wants `messages`, a list of objects with role and content"
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        raise DataError(f"{where}: the last message must be the assistant's, and not the only one")
+    before = tuple((str(each["role"]), each["content"]) for each in messages[:-1])
+    return Example(before[-1][1], messages[-1]["content"], messages=before)

@@ -1,0 +1,141 @@
+"""LoNAS's protocol on a real task: plain LoRA, the heuristic sub-adapter and a searched one.
+
+    python -m tests.benchmarks.shown DATA RUNS [--task sst2] [--seeds 0 1 2] [--save]
+
+`plain` is LoRA (and the head) at full size for as many epochs; `maximal`, `heuristic` and
+`searched` are of one super-adapter, the last the best that a search of 50 evaluations on validation
+examples finds within the budget of prefill. Accuracy is on all test examples, latency that of the
+sliced and merged model, in turns with the full one. Runs are kept and resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from elastic import SearchConfig, TrainConfig
+from elastic.bench import CANDIDATE, Bench
+from elastic.cli import parse
+from elastic.cost import Counter
+from elastic.evaluate import Score, evaluate
+from elastic.files import read_json, write_json
+from elastic.run import Run
+from elastic.runners import timing_of
+from elastic.search_config import TimingConfig
+from elastic.study import search
+from elastic.tasks import load_task
+from elastic.training import train
+from tests.benchmarks.common import report
+from tests.benchmarks.quality import difference
+
+PLAIN = '--stages=[{"epochs": 3}]'
+RUNTIMES = ("torch", "onnx", "openvino")
+TASKS = {  # model, settings of the task, budget
+    "sst2": (
+        "minilm",
+        ["--task.name", "jsonl", "--task.train", "{data}/continual/sst2.train.jsonl",
+         "--task.test", "{data}/continual/sst2.test.jsonl", "--task.prompt", "{{sentence}}",
+         "--task.answer", "label", "--task.train_examples", "1600",
+         "--task.validation_examples", "400", "--task.test_examples", "872"],
+        "70%",
+    ),
+}  # fmt: skip
+
+
+def trained(data: Path, folder: Path, task: str, kind: str, seed: int) -> Run:
+    model, settings, _ = TASKS[task]
+    return train(parse(TrainConfig, [
+        "--run", str(folder / f"{task}-{kind}-{seed}"), "--model.path", model,
+        "--model.dtype", "float32", "--seed", str(seed),
+        *(setting.format(data=data) for setting in settings),
+        *([PLAIN] if kind == "plain" else []),
+    ]))  # fmt: skip
+
+
+def searched(run: Run, task: str, seed: int) -> None:
+    if run.front.is_file():
+        return
+    search(parse(SearchConfig, [
+        str(run.path), "--budget.prefill_ms", TASKS[task][2], "--seed", str(seed),
+    ])).show()  # fmt: skip
+
+
+def scored(run: Run, names: Sequence[str]) -> dict[str, dict]:
+    """Accuracy, sizes and latencies of sub-adapters of a run, from RUN/shown.json where they
+    stand."""
+    file = run.path / "shown.json"
+    found = read_json(file) if file.is_file() else {}
+    if set(names) <= set(found):
+        return found
+    config, base, net = run.load()
+    examples, count = load_task(config.task, config.seed).test, Counter(net.model, net.space)
+    for name in names:
+        sub = run.resolve(name, net.space)[1]
+        with net.active(sub) as model:
+            score = evaluate(model, base.tokenizer, examples, label=name)
+        ratios = {}
+        for runtime in RUNTIMES:
+            timing = timing_of(TimingConfig(runtime=runtime, rounds=10), config.model)
+            with Bench(net, timing) as bench:
+                measured = bench(sub)
+            ratio = measured.ratio(CANDIDATE)
+            ratios[runtime] = {"prefill": ratio.prefill_ms, "control": measured.control}
+        cost, full = count(sub), count.full
+        found[name] = {
+            "correct": list(score.correct), "params": cost.params / full.params,
+            "macs": cost.macs / full.macs, "latency": ratios,
+        }  # fmt: skip
+        write_json(file, found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="sst2")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--save", action="store_true")
+    given = parser.parse_args()
+    found: dict[str, list[dict]] = {}
+    for seed in given.seeds:
+        plain = trained(given.data, given.runs, given.task, "plain", seed)
+        found.setdefault("plain", []).append(scored(plain, ["maximal"])["maximal"])
+        run = trained(given.data, given.runs, given.task, "super", seed)
+        searched(run, given.task, seed)
+        each = scored(run, ["maximal", "heuristic", "best"])
+        for name in ("maximal", "heuristic", "best"):
+            found.setdefault("searched" if name == "best" else name, []).append(each[name])
+    scores = {name: [Score(tuple(one["correct"])) for one in each] for name, each in found.items()}
+    rows = {}
+    for name, each in found.items():
+        accuracies = [score.accuracy for score in scores[name]]
+        mean, half = difference(scores[name], scores["plain"])
+        rows[name] = {
+            "accuracy": statistics.mean(accuracies), "lowest": min(accuracies),
+            "highest": max(accuracies), "- plain": mean, "±": half,
+            "params": statistics.mean(one["params"] for one in each),
+            "macs": statistics.mean(one["macs"] for one in each),
+        }  # fmt: skip
+        for runtime in RUNTIMES:
+            latencies = [one["latency"][runtime] for one in each]
+            rows[name] |= {
+                runtime: statistics.mean(one["prefill"] for one in latencies),
+                f"{runtime} control": max(one["control"] for one in latencies),
+            }
+    model, _, budget = TASKS[given.task]
+    n = scores["plain"][0].n
+    report(
+        "shown",
+        f"{given.task}, {model}, seeds {given.seeds}, accuracy on n = {n} test examples with the "
+        f"paired difference from plain; params, MACs and prefill as parts of the full model's; "
+        f"searched: 50 evaluations, prefill within {budget}",
+        rows, save=given.save, result=f"shown-{given.task}",
+        command=f"python -m tests.benchmarks.shown DATA RUNS --task {given.task}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

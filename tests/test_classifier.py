@@ -1,0 +1,295 @@
+"""A classification head is trained beside the factors, kept with them, and as exact as they are."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from elastic import metrics, models
+from elastic.batching import answer_logits, collate, encode_all, encode_example
+from elastic.classifier import classes_in, classes_of, head_of
+from elastic.config import ModelConfig, SequenceConfig, StageConfig
+from elastic.continual import train as train_any
+from elastic.errors import ConfigError, DataError, ModelError, RunError
+from elastic.evaluate import evaluate
+from elastic.evaluate_config import EvaluateConfig
+from elastic.evaluating import evaluate_run
+from elastic.formats import hf
+from elastic.merging import compact
+from elastic.run import Run
+from elastic.search_config import BudgetConfig, SearchConfig
+from elastic.slicing import sliced
+from elastic.study import search
+from elastic.tasks import Task, load_task
+from elastic.tasks.base import Example
+from elastic.trainer import frozen
+from elastic.training import train
+from tests import tiny
+from tests.classification import classifier_config, task_of
+from tests.families import model_of
+from tests.tiny_runs import assert_same_factors, interrupted
+
+KINDS = ["bert, classes", "roberta", "llama"]
+"""An encoder with token types, one whose positions count from the padding, and a decoder."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(classifier_config(tmp_path_factory.mktemp("bert")))
+
+
+def examples_of(run: Run) -> tuple[Example, ...]:
+    config = run.config()
+    return load_task(config.task, config.seed).test
+
+
+def logits_of(model, tokenizer, examples) -> torch.Tensor:
+    batch = collate(encode_all(tokenizer, examples, model), tokenizer.pad_token_id)
+    with torch.no_grad():
+        return answer_logits(model, batch)[0][:, 0]
+
+
+# Training
+
+
+def test_the_head_is_trained_saved_and_loaded_again(run):
+    config, _, net = run.load()
+    assert config.model.classes == ["no", "yes"] == list(classes_of(net.model))
+    saved = load_file(run.super_adapter / "factors.safetensors")
+    started = models.load(config.model, config.seed)
+    for name, start in head_of(started.model).items():
+        assert torch.equal(saved[name], net.head[name])
+        assert not torch.equal(saved[name], start), f"{name} did not learn"
+    assert {name.partition(".")[0] for name in net.head} == {"classifier"}
+
+
+def test_active_equals_sliced_equals_merged(run):
+    _, base, net = run.load(dtype="float64")
+    tiny.randomize_(net)
+    seen = []
+    for name in ("maximal", "heuristic", "minimal"):
+        sub = net.space.named(name)
+        with net.active(sub) as model:
+            expected = logits_of(model, base.tokenizer, examples_of(run))
+        for small in (sliced(net, sub), compact(net, sub)):
+            found = logits_of(small, base.tokenizer, examples_of(run))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        seen.append(expected)
+    assert not torch.allclose(seen[0], seen[2])
+
+
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
+    config = classifier_config(tmp_path)
+    whole = train(config)
+    stopped = dataclasses.replace(config, run=str(tmp_path / "stopped"))
+    interrupted(stopped, monkeypatch, 6)
+    assert_same_factors(train(stopped), whole)
+    other = dataclasses.replace(config, run=str(tmp_path / "other"), seed=1)
+    heads = [load_file(run.super_adapter / "factors.safetensors")["classifier.weight"]
+             for run in (whole, train(other))]  # fmt: skip
+    assert not torch.allclose(*heads)
+
+
+def test_a_narrow_base_keeps_a_wide_head(tmp_path):
+    config = classifier_config(tmp_path, model={"dtype": "bfloat16"}, stages=[StageConfig()])
+    _, base, net = train(config).load()
+    assert base.model.dtype == torch.bfloat16
+    assert {head.dtype for head in net.head.values()} == {torch.float32}
+
+
+def test_a_fixed_teacher_keeps_its_head(run):
+    _, base, net = run.load()
+    teacher = frozen(net)
+    before = logits_of(teacher, base.tokenizer, examples_of(run))
+    with torch.no_grad():
+        for head in net.head.values():
+            head.add_(1.0)
+    assert torch.equal(logits_of(teacher, base.tokenizer, examples_of(run)), before)
+    assert not torch.equal(logits_of(net.model, base.tokenizer, examples_of(run)), before)
+
+
+def test_a_damaged_head_is_not_loaded(run):
+    _, _, net = run.load()
+    state = net.factor_state()
+    missing = {name: tensor for name, tensor in state.items() if name != "classifier.bias"}
+    with pytest.raises(RunError, match=r"classifier\.bias of the head: expected \(2,\).*missing"):
+        net.load_factors(missing)
+    with pytest.raises(RunError, match=r"classifier\.bias of the head holds NaN"):
+        net.load_factors({**state, "classifier.bias": torch.tensor([0.0, float("nan")])})
+
+
+# Classes
+
+
+def test_classes_are_the_answers_of_the_training_data():
+    def task(answers) -> Task:
+        return Task([Example(f"text {n}", answer) for n, answer in enumerate(answers)], [], [])
+
+    assert classes_in(task(["b", "a", "b"])) == ["a", "b"]
+    assert classes_in(task(["10", "9", "10"])) == ["9", "10"], "numbers go by size"
+    for answers in (["a"] * 3, [str(n) for n in range(201)]):
+        with pytest.raises(DataError, match=rf"{len(set(answers))} distinct answers"):
+            classes_in(task(answers))
+
+
+def test_a_saved_head_of_these_classes_is_kept(tmp_path):
+    folder = tmp_path / "saved"
+    model = model_of("bert, classes", torch.float32)
+    model.config.id2label = {0: "Up", 1: "Down", 2: "Level"}
+    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
+    hf.write(model, tiny.tokenizer(), folder)
+
+    def loaded(*classes: str, seed: int = 0):
+        config = ModelConfig(path=str(folder), dtype="float32", device="cpu", classes=[*classes])
+        found = models.load_model(str(folder), config, seed)
+        return classes_of(found), found.classifier.weight
+
+    names, weight = loaded("down", "level", "up")
+    assert names == ("up", "down", "level"), "in the order of the head"
+    assert torch.equal(weight, model.classifier.weight)
+    for classes in (("down", "level", "left"), ("up", "down")):
+        names, weight = loaded(*classes)
+        assert names == classes
+        assert weight.shape == (len(classes), 64) and weight.std() > 0
+        assert not torch.equal(weight[0], model.classifier.weight[0])
+        assert torch.equal(weight, loaded(*classes)[1])
+        assert not torch.equal(weight, loaded(*classes, seed=1)[1])
+
+
+def test_an_unknown_class_is_named(run):
+    _, base, net = run.load()
+    with pytest.raises(DataError, match=r"answer 'maybe' is none of the 2 classes.*no, yes"):
+        encode_example(base.tokenizer, net.model, Example("a b", "maybe"))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_likeliest_class_counts_whatever_stands_beside_it(family, tmp_path):
+    config = classifier_config(tmp_path, family, model={"classes": ["no", "yes"]})
+    base = models.load(config.model)
+    generator = random.Random(0)
+    examples = [
+        Example(
+            "".join(generator.choices("abcdef 0123", k=length)), generator.choice(["no", "yes"])
+        )
+        for length in range(1, 41)
+    ]
+    # Of a random model all answers may be the same; with this threshold half of them are.
+    logits = logits_of(base.model, base.tokenizer, examples)
+    with torch.no_grad():
+        for head in head_of(base.model).values():
+            if len(head) == 2 and head.dim() == 1:
+                middle = (logits[:, 1] - logits[:, 0]).quantile(0.5)
+                head -= torch.stack([torch.tensor(0.0), middle])
+    said = []
+    for example in examples:
+        ids = torch.tensor([base.tokenizer(example.prompt)["input_ids"]])
+        with torch.no_grad():
+            said.append(("no", "yes")[base.model(input_ids=ids).logits.argmax()])
+    for tokens in (1, 64, 10_000):
+        score = evaluate(base.model, base.tokenizer, examples, batch_tokens=tokens)
+        assert list(score.said) == said
+        right = [own == example.answer for own, example in zip(said, examples, strict=True)]
+        assert list(score.correct) == right
+    assert score.unanswered is None and len(set(said)) == 2
+
+
+def test_the_second_sentence_is_told_from_the_first(tmp_path):
+    config = classifier_config(tmp_path, model={"classes": ["no", "yes"]},
+                               task={"second": "{other}"})  # fmt: skip
+    base = models.load(config.model)
+    pairs = load_task(config.task, 0).test
+    encoded = encode_example(base.tokenizer, base.model, pairs[0])
+    first, second = (base.tokenizer(text)["input_ids"][1:]
+                     for text in (pairs[0].prompt, pairs[0].second))  # fmt: skip
+    assert encoded.ids == (tiny.BOS, *first, tiny.EOS, *second)
+    assert encoded.types == (0,) * (len(first) + 2) + (1,) * len(second)
+    joined = [Example(example.text, example.answer) for example in pairs]
+    one, other = (logits_of(base.model, base.tokenizer, each) for each in (pairs, joined))
+    assert not torch.allclose(one, other)
+    without = [dataclasses.replace(encoded, types=())]
+    batch = collate(without, 0)
+    assert "token_type_ids" not in batch
+    with torch.no_grad():
+        assert not torch.allclose(answer_logits(base.model, batch)[0][0, 0], one[0])
+
+
+def test_a_long_text_is_cut_to_what_the_model_reads(tmp_path):
+    config = classifier_config(tmp_path, model={"classes": ["no", "yes"]})
+    base = models.load(config.model)
+    longest = base.model.config.max_position_embeddings
+    encoded = encode_example(base.tokenizer, base.model, Example("x" * 500, "no"))
+    assert len(encoded.ids) == longest == 128
+
+
+def test_glue_metrics_come_with_the_accuracy(run, capsys):
+    found = evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter="maximal", split="test"))
+    found.show()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    answers = [example.answer for example in examples_of(run)]
+    assert told["accuracy"] == np.mean([a == s for a, s in zip(answers, found.score.said)])  # noqa: B905
+    table = metrics.confusion(("no", "yes"), answers, found.score.said)
+    assert told["matthews"] == metrics.matthews(table)
+    assert told["f1"]["yes"] == metrics.f1(table)[1]
+    with pytest.raises(ConfigError, match="published sets are answered with text"):
+        evaluate_run(EvaluateConfig(run=str(run.path), tasks=["math"]))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
+def test_matthews_is_the_correlation_of_two_classes(pairs):
+    expected, said = (np.array(column, dtype=int) for column in zip(*pairs, strict=True))
+    table = metrics.confusion("01", [str(e) for e in expected], [str(s) for s in said])
+    wanted = 0.0
+    if len(set(expected)) == len(set(said)) == 2:
+        wanted = np.corrcoef(expected, said)[0, 1]
+    assert metrics.matthews(table) == pytest.approx(wanted)
+    right = int((expected & said).sum())
+    positive = int(expected.sum() + said.sum())
+    assert metrics.f1(table)[1] == pytest.approx(2 * right / positive if positive else 0.0)
+
+
+def test_matthews_of_three_classes():
+    """By Gorodkin's formula on counts, worked out by hand: (9·6 - 29) / (81 - 29)."""
+    table = np.array([[3, 1, 0], [0, 2, 1], [1, 0, 1]])
+    assert metrics.matthews(table) == pytest.approx((9 * 6 - 29) / (81 - 29))
+    assert metrics.f1(table) == pytest.approx([6 / 8, 4 / 6, 2 / 4])
+
+
+# What a classifier is not asked
+
+
+def test_what_needs_text_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"budget\.decode_ms: nothing is decoded"):
+        search(SearchConfig(run=str(run.path), budget=BudgetConfig(decode_ms="80%")))
+    with pytest.raises(ConfigError, match="objectives decode_ms: nothing is decoded"):
+        search(SearchConfig(run=str(run.path), objectives=["accuracy", "decode_ms"]))
+    config = classifier_config(tmp_path)
+    with pytest.raises(ConfigError, match="a sequence is answered with text"):
+        train_any(dataclasses.replace(config, tasks=["a", "b"], sequence=SequenceConfig()))
+    quantised = dataclasses.replace(config.model, quantise="int8")
+    with pytest.raises(ModelError, match="beside which nothing is quantised yet"):
+        train(dataclasses.replace(config, model=quantised))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_the_head(run, tmp_path):
+    from elastic.dry import estimate
+
+    config = run.config()
+    found = estimate(config)
+    saved = load_file(run.super_adapter / "factors.safetensors")
+    assert found.trained == sum(tensor.numel() for tensor in saved.values())
+    assert found.trained_by["lora"] == found.trained
+    assert found.batch.answer == 0 and found.memory.total > found.memory.base
+    unknown = task_of(tmp_path, train=str(tmp_path / "nowhere.jsonl"))
+    bare = dataclasses.replace(config.model, classes=[])
+    notes = estimate(dataclasses.replace(config, task=unknown, model=bare)).notes
+    assert any("two classes assumed" in note for note in notes)

@@ -1,0 +1,181 @@
+"""lm-evaluation-harness and perplexity: whatever runs the model, the figures are the same."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from elastic.config import ExportConfig, StageConfig
+from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, RunError
+from elastic.evaluate_config import EvaluateConfig
+from elastic.evaluating import evaluate_run
+from elastic.exporter import export
+from elastic.harness import runner_model
+from elastic.perplexity import window_losses
+from elastic.runners import runner_of
+from elastic.training import train
+from tests import tiny
+from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}} "
+doc_to_target: {target}
+{more}
+"""
+CHOICES = "doc_to_choice: ['yes', 'no', 'maybe']\nmetric_list: [{metric: acc}]"
+WORDS = (
+    "metric_list: [{metric: exact_match}]\n"
+    "generation_kwargs: {until: [q], max_gen_toks: 6, do_sample: false}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run = train(train_config(tiny_folder, folder / "run", stages=[StageConfig()]))
+    randomize_factors(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"is {n} odd?", "label": n % 3, "words": str(n)} for n in range(12)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, kind, target, more in [
+        ("mine_choices", "multiple_choice", "label", CHOICES),
+        ("mine_words", "generate_until", "words", WORDS),
+        ("mine_code", "generate_until", "words", f"unsafe_code: true\n{WORDS}"),
+    ]:
+        text = TASK.format(name=name, data=data, kind=kind, target=target, more=more)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def config(run, tasks, **settings) -> EvaluateConfig:
+    known = dict(run=str(run.path), harness=["mine_choices", "mine_words"],
+                 harness_tasks=str(tasks), sub_adapter="minimal")  # fmt: skip
+    return EvaluateConfig(**(known | settings))
+
+
+def test_a_runner_says_what_the_harness_reads_from_the_model():
+    """Token by token without batches, as from one batched pass."""
+    model, tokenizer = tiny.llama(dtype=torch.float32), tiny.tokenizer()
+    whole = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    mine = runner_model(runner_of(model), tokenizer)
+    pairs = [
+        ("a question", " yes"),
+        ("another, longer one ", "no"),
+        ("x", " perhaps so"),
+        ("", "a"),
+    ]
+
+    def asked(kind: str, arguments: list[tuple]) -> list[Instance]:
+        return [Instance(kind, {}, each, n) for n, each in enumerate(arguments)]
+
+    requests = asked("loglikelihood", pairs)
+    for one, other in zip(mine.loglikelihood(requests), whole.loglikelihood(requests), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    texts = asked("loglikelihood_rolling", [("some text",), ("b",)])
+    np.testing.assert_allclose(
+        mine.loglikelihood_rolling(texts), whole.loglikelihood_rolling(texts), atol=1e-4
+    )
+    free = mine.generate_until(asked("generate_until", [("ab", {"max_gen_toks": 8})]))[0]
+    stop = free[3]
+    settings = {"until": [stop], "max_gen_toks": 8, "do_sample": False}
+    requests = asked(
+        "generate_until", [(text, settings) for text, _ in pairs[:3]] + [("ab", settings)]
+    )
+    found = mine.generate_until(requests)
+    assert found == whole.generate_until(requests)
+    assert found[3] == free.split(stop)[0] and len(free) > len(found[3])
+    with pytest.raises(ConfigError, match="answer greedily"):
+        mine.generate_until(asked("generate_until", [("a", {"do_sample": True})]))
+
+
+def test_one_file_has_everything_and_every_runtime_agrees(run, tasks, capsys):
+    report = evaluate_run(config(run, tasks))
+    report.show()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["sub_adapter"] == "minimal"
+    kept = json.loads(report.file.read_text())
+    assert kept["n"] == {"mine_choices": 12, "mine_words": 12}
+    assert len(kept["samples"]["mine_choices"]) == 12 and kept["sub_adapter"]
+    right = [row["acc"] for row in kept["samples"]["mine_choices"]]
+    accuracy = kept["results"]["mine_choices"]["acc"]
+    assert accuracy["value"] == pytest.approx(np.mean(right))
+    low, high = accuracy["interval"]
+    half = 1.96 * np.std(right, ddof=1) / math.sqrt(12)
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
+    export(ExportConfig(run=str(run.path), sub_adapter="minimal", formats=["onnx", "openvino"],
+                        timing=ONE_ROUND, accuracy=False))  # fmt: skip
+    for runtime in ("onnx", "openvino"):
+        other = evaluate_run(config(run, tasks, exported=runtime))
+        assert other.file != report.file
+        found = json.loads(other.file.read_text())
+        assert found["results"] == kept["results"]
+        for name in kept["samples"]:
+            said = [[row["filtered_resps"] for row in each["samples"][name]]
+                    for each in (kept, found)]  # fmt: skip
+            if name == "mine_words":
+                assert said[0] == said[1]
+    some = evaluate_run(config(run, tasks, examples=5, harness=["mine_choices"]))
+    assert some.counts == {"mine_choices": 5} and "first-5" in some.file.name
+
+
+def test_what_cannot_be_asked_is_named(run, tasks, monkeypatch):
+    with pytest.raises(
+        ConfigError, match="unknown task 'mine_choice'; did you mean 'mine_choices'"
+    ):
+        evaluate_run(config(run, tasks, harness=["mine_choice"]))
+    with pytest.raises(RunError, match="nothing was exported there; exported were: "):
+        evaluate_run(config(run, tasks, sub_adapter="heuristic", exported="onnx"))
+    with pytest.raises(DataError, match="unsafe"):
+        evaluate_run(config(run, tasks, harness=["mine_code"]))
+    assert evaluate_run(config(run, tasks, harness=["mine_code"], run_code=True)).counts
+    with pytest.raises(ConfigError, match="tasks and text: give one of them"):
+        EvaluateConfig(tasks=["math"], text="x")
+    with pytest.raises(ConfigError, match="exported goes with harness"):
+        EvaluateConfig(exported="onnx")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(MissingExtra, match=r"elastic-adapters\[eval\]"):
+        evaluate_run(config(run, tasks))
+
+
+def test_perplexity_is_that_of_the_tokens(run, tmp_path, capsys):
+    text = "Once upon a time, and so on. " * 4
+    file = tmp_path / "story.txt"
+    file.write_text(text)
+    _, base, net = run.load()
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    sub = net.space.minimal()
+    with net.active(sub) as model, torch.no_grad():
+        whole = model(input_ids=ids, labels=ids).loss.exp().item()
+        found = evaluate_run(EvaluateConfig(
+            run=str(run.path), sub_adapter="minimal", text=str(file), window=1000
+        ))  # fmt: skip
+        assert found.value == pytest.approx(whole, rel=1e-5) and found.interval is None
+        losses, counts = window_losses(model, ids[0].tolist(), 10)
+        by_hand = model(input_ids=ids[:, 10:21], labels=ids[:, 10:21]).loss.item()
+    assert sum(counts) == ids.shape[1] - 1 and losses[1] == pytest.approx(by_hand, rel=1e-5)
+    found = evaluate_run(EvaluateConfig(run=str(run.path), text=str(file), window=10))
+    low, high = found.interval
+    assert low < found.value < high and found.tokens == ids.shape[1] - 1
+    found.show()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["windows"] == len(counts)
+    with pytest.raises(DataMissing, match="no such file"):
+        evaluate_run(EvaluateConfig(run=str(run.path), text="nowhere.txt"))
+    file.write_text("")
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        evaluate_run(EvaluateConfig(run=str(run.path), text=str(file)))
