@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; builders live in tests/tiny.py."""
 
+import gc
 import os
 
 import pytest
@@ -12,6 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Few examples: one of them builds a model. No deadline: the machine may be busy.
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 settings.load_profile("quick")
+
+
+def pytest_collection_finish():
+    """Every training run asks for a whole garbage collection, most of whose time would go to the
+    modules that are loaded by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

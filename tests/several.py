@@ -9,6 +9,7 @@ is written to FOLDER/sharded.safetensors.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from elastic.config import SequenceConfig, StageConfig, TaskConfig
 from elastic.continual import train
 from elastic.supernet import Supernet
 from tests import tiny
+from tests.steps import step_gradients
 from tests.tiny_runs import interrupted, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"])
@@ -36,6 +38,8 @@ RUNS = {
     "own": {"sample_each": "process", "stages": [OPEN]},
     "sequence": {"tasks": ["sums", "words"], "stages": [StageConfig(), OPEN]},
 }
+REGULARISED = ("sorsa", "olora")
+"""Methods whose gradients after one step go to FOLDER/METHOD-RANK.safetensors, by process."""
 ALONE = {
     "accumulated": {"accumulation": 2, "batch_size": 4},
     "own": {"sample_each": "micro_batch", "accumulation": 2, "batch_size": 4},
@@ -104,4 +108,9 @@ if __name__ == "__main__":
                 stopped = interrupted(config, patch, 5)
             assert not stopped.super_adapter.exists()
         train(config)
+    rank = int(os.environ["RANK"])
+    for method in REGULARISED:
+        work = Path(folder) / f"process-{rank}"
+        _, seen = step_gradients(model, work, method, batch_size=8, accumulation=1)
+        save_file(seen, Path(folder) / f"{method}-{rank}.safetensors")
     shard(Path(folder))

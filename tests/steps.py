@@ -1,21 +1,9 @@
-"""The gradients of one training step, in this process or in several.
-
-    torchrun --nproc_per_node 2 tests/steps.py TINY_MODEL OUTPUT METHOD ...
-
-writes what each process saw, with half of the batch each.
-"""
+"""The gradients of one training step, in this process or in several."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
-import torch
 from pytest import MonkeyPatch
 from transformers import TrainerCallback
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic import models, trainer, training
 from elastic.batching import encode_all
@@ -64,15 +52,3 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
         patch.setattr(ElasticTrainer, "__init__", init)
         trainer.fit(net, config, schedule, encoded, Run(config.run), pad=tiny.PAD)
     return net, seen
-
-
-if __name__ == "__main__":
-    from safetensors.torch import save_file
-
-    torch.set_num_threads(1)
-    folder, output, *methods = sys.argv[1:]
-    rank = int(os.environ["RANK"])
-    for method in methods:
-        work = Path(output) / f"process-{rank}"
-        _, seen = step_gradients(folder, work, method, batch_size=8, accumulation=1)
-        save_file(seen, Path(output) / f"{method}-{rank}.safetensors")

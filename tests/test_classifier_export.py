@@ -29,7 +29,7 @@ from tests.classification import classifier_config
 from tests.test_latency import FakeRunner, Machine
 from tests.tiny_runs import ONE_ROUND, fake_measure, randomize_factors
 
-OTHERS = ["roberta", "llama", "gpt2"]
+OTHERS = ["roberta", "llama"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from elastic.adapters import METHODS
 from elastic.cli import from_dict, parse
 from elastic.config import (
     AdapterConfig,
-    EvaluateConfig,
     ExportConfig,
     ScheduleConfig,
     StageConfig,
@@ -368,7 +367,6 @@ def test_names_of_sub_adapters(tmp_path):
 
 def test_timing_of_latency_starts_with_more_rounds():
     assert LatencyConfig().timing == TimingConfig(rounds=10)
-    assert EvaluateConfig().split == "test"
 
 
 @pytest.mark.parametrize("spelled", [["--formats", "hf,onnx"], ["--formats=hf,onnx"]])

@@ -56,7 +56,8 @@ def test_code_that_cannot_be_captured_decodes_without_a_graph(monkeypatch, capsy
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda, "GraphRunner", refuse)
-    model = SimpleNamespace(device=torch.device("cuda"))
+    model = tiny.llama()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert type(timed_runner(model, TimingConfig())) is TorchRunner
     assert "without a CUDA graph" in capsys.readouterr().err
 

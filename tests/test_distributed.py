@@ -16,7 +16,8 @@ from elastic.errors import ConfigError
 from elastic.files import read_json
 from elastic.run import Run
 from tests import tiny
-from tests.several import RUNS, config_of, gradients, write_tasks
+from tests.several import REGULARISED, RUNS, config_of, gradients, write_tasks
+from tests.steps import step_gradients
 from tests.test_resume import logged
 from tests.tiny_runs import train_config
 
@@ -60,6 +61,19 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder, tmp_path, two, 
     assert factors.keys() == again.keys()
     for name_, tensor in factors.items():
         torch.testing.assert_close(again[name_], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", REGULARISED)
+def test_a_regulariser_counts_once_whatever_the_number_of_devices(
+    tiny_folder, tmp_path, two, method
+):
+    """Two processes with half of the batch each see the gradient of one with all of it."""
+    _, whole = step_gradients(tiny_folder, tmp_path, method, batch_size=16, accumulation=1)
+    for rank in range(2):
+        found = load_file(two / f"{method}-{rank}.safetensors")
+        assert found.keys() == whole.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-9)
 
 
 def test_own_draws_differ_from_shared_ones(two):

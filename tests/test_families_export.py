@@ -28,7 +28,7 @@ DECODERS = [
     for name, (kind, *_) in FAMILIES.items()
     if kind.endswith(("CausalLM", "LMHeadModel")) and name != "rwkv"
 ]
-WRITTEN = ["phi3", "gpt2", "bloom"]
+WRITTEN = ["gpt2", "bloom"]
 """Of them all, those whose graphs differ from Llama's; `slow` has the others."""
 
 

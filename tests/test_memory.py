@@ -120,8 +120,9 @@ def test_float16_asks_for_the_scaler(tiny_folder, tmp_path, monkeypatch):
     assert asked == [True, False]
 
 
-@pytest.mark.parametrize("method", ["lora", "sorsa", "olora", "soslora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "accumulation"), [("lora", 2), ("sorsa", 1), ("sorsa", 2), ("olora", 1)]
+)
 def test_a_loss_scaler_changes_no_gradient(
     tiny_folder, tmp_path, monkeypatch, method, accumulation
 ):
