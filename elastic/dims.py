@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from elastic.errors import ConfigError
@@ -47,7 +47,8 @@ class Cut:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """The declaration of one group per block; names are relative to the block."""
+    """The declaration of one group per block, or as `share` says; names are relative to the
+    block."""
 
     name: str
     dim: str
@@ -58,6 +59,15 @@ class GroupSpec:
     align: int = 1
     fused: Literal["parts", "heads"] | None = None
     """How `outputs` that hold several projections do: one after another, or head by head."""
+    share: Literal["layer", "block", "model"] = "block"
+    """What has one choice: every layer in `of` on its own (ranks), all of a block, or the same of
+    every block."""
+
+    def parted(self) -> list[GroupSpec]:
+        """One for each layer on its own, else itself."""
+        if self.share != "layer":
+            return [self]
+        return [replace(self, name=f"{self.name}.{layer}", of=(layer,)) for layer in self.of]
 
     def resolve(self, full: int, where: str) -> tuple[int, ...]:
         """Absolute choices, descending, the full size among them.

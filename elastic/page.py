@@ -93,7 +93,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
 
 def _block(name: str) -> str:
     """What tells a group from others of its kind."""
-    return " ".join(part for part in name.split(".") if part.isdigit())
+    return " ".join(part for part in name.split(".") if part.isdigit()) or "all"
 
 
 def _volumes(trials: Sequence[Evaluated], cost: str) -> list[float]:

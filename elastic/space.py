@@ -12,7 +12,7 @@ import math
 import random as random_module
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,15 @@ class Group:
     choices: tuple[int, ...]
     cuts: tuple[Cut, ...]
 
+    def joined(self, before: Group, where: str) -> Group:
+        """One choice for both; ConfigError if their sizes differ."""
+        if before.choices != self.choices:
+            raise ConfigError(
+                f"{where}: share model: blocks have {list(before.choices)} and "
+                f"{list(self.choices)} to choose from; share what has one size, or per block"
+            )
+        return replace(self, cuts=before.cuts + self.cuts)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -82,7 +91,7 @@ class Section:
                 spec.name: {
                     key: list(item) if isinstance(item, tuple) else item
                     for key, item in vars(spec).items()
-                    if key != "name" and item not in ((), 1, None)
+                    if key != "name" and item not in ((), 1, None, "block")
                 }
                 for spec in self.groups
             },
@@ -150,18 +159,19 @@ class SearchSpace:
             )
         targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
         _all_linear(targets, linears, f"{self.source}: adapt")
-        groups = []
+        groups: dict[str, Group] = {}
         for block in blocks:
-            for spec in section.groups:
+            for spec in (part for whole in section.groups for part in whole.parted()):
                 where = f"{self.source}: group {spec.name!r}"
                 sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
                 _all_linear(sites, linears, where)
                 if spec.dim == "rank":
                     _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
                 full, cuts = DIMS[spec.dim](model, block, spec, max_rank)
-                choices = spec.resolve(full, where)
-                groups.append(Group(f"{block}.{spec.name}", spec.dim, choices, tuple(cuts)))
-        return groups, targets
+                name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
+                own = Group(name, spec.dim, spec.resolve(full, where), tuple(cuts))
+                groups[name] = own.joined(groups[name], where) if name in groups else own
+        return list(groups.values()), targets
 
 
 @dataclass(frozen=True)
@@ -297,7 +307,7 @@ def _section(value: Any, source: str) -> Section:
             dim = spec.get("dim") if isinstance(spec, Mapping) else None
             raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
         lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
-        more = {"align"} if spec["dim"] == "rank" else {"align", "fused"}
+        more = {"align", "share"} | ({"fused"} if spec["dim"] != "rank" else set())
         _keys(spec, {"dim", "choices"} | more | lists, {"dim", "choices"} | lists, where)
         groups.append(_group_spec(name, spec, where))
     return Section(value["blocks"], tuple(value["adapt"]), tuple(groups))
@@ -346,4 +356,11 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
     known = ("parts",) if spec["dim"] == "width" else ("parts", "heads")
     if fused not in (None, *known):
         raise ConfigError(f"{where}: {unknown('fused', str(fused), known)}")
-    return GroupSpec(name, spec["dim"], tuple(choices), align=align, fused=fused, **lists)
+    share, shares = spec.get("share", "block"), ["block", "model"]
+    if spec["dim"] == "rank":
+        shares.append("layer")
+    if share not in shares:
+        raise ConfigError(f"{where}: {unknown('share', str(share), shares)}")
+    return GroupSpec(
+        name, spec["dim"], tuple(choices), align=align, fused=fused, share=share, **lists
+    )

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
@@ -37,6 +39,8 @@ PARAMETERS = {
     "lonas-llama-7b-commonsense-train": 32 * 32 * (3 * 2 * 4096 + 3 * (4096 + 11008)),
     "lonas-llama-13b-math-train": 40 * 32 * (3 * 2 * 5120 + 2 * (5120 + 13824)),
     "lonas-bloomz-7b-math-train": 30 * 32 * (4 * 4096 + 2 * 5 * 4096),
+    "lonas-bert-rte-train": 12 * 8 * 2 * (768 + 768),
+    "lonas-bert-sst2-train": 12 * 8 * 2 * (768 + 768),
 }
 """Trained per task, as the papers count or the formulas of their methods give."""
 KINDS = {"dbpedia": "TC", "amazon": "SC", "yahoo": "TC", "agnews": "TC"}
@@ -54,6 +58,8 @@ def architecture(path: str) -> torch.nn.Module:
             )  # fmt: skip
         if path == "bigscience/bloomz-7b1":
             return BloomForCausalLM(BloomConfig(hidden_size=4096, n_layer=30, n_head=32))
+        if path == "google-bert/bert-base-uncased":
+            return BertForSequenceClassification(BertConfig())  # the defaults are BERT-base's
         assert path == "google-t5/t5-large"
         return T5ForConditionalGeneration(
             T5Config(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
@@ -106,6 +112,16 @@ def test_lonas_spaces_are_the_published_ones(name, groups, widths):
     assert {g.choices for g in bound if g.dim == "width"} == {widths}
     assert {g.choices for g in bound if g.dim == "rank"} == {(32, 28)}
     assert (config.adapter.alpha, config.resolved_order) == (64, "none")
+
+
+def test_lonas_space_of_bert_is_the_published_one():
+    config = recipe("lonas-bert-rte-train")
+    bound = SearchSpace.load(config.space).bind(architecture(config.model.path), 8)
+    assert len(bound.groups) == 36
+    kinds = {(group.dim, group.choices) for group in bound}
+    assert kinds == {("rank", (8, 4, 2)), ("heads", (12, 6)), ("width", (3072, 2634, 216))}
+    searched = parse(SearchConfig, ["--config", "lonas-glue-search"])
+    assert (searched.trials, searched.population, searched.costs) == (1000, 40, ["macs"])
 
 
 def test_the_published_search_picks_the_fewest_operations():
