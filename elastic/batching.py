@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from elastic.classifier import classes_of, has_types
+from elastic.classifier import classes_of, has_types, longest_text
 from elastic.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,8 +32,13 @@ IGNORED = -100
 def padded(length: int) -> int:
     """The length rounded up to a multiple of 8, of 16 above 128, of 32 above 256, and so on: at
     most an eighth is padding from 64 up, and few distinct shapes let matrix kernels be reused."""
-    step = 1 << max(3, (length - 1).bit_length() - 4)
+    step = step_of(length)
     return -(-length // step) * step
+
+
+def step_of(length: int) -> int:
+    """What padded lengths near this one are multiples of."""
+    return 1 << max(3, (length - 1).bit_length() - 4)
 
 
 @dataclass(frozen=True)
@@ -110,17 +115,21 @@ def encode_text(
 ) -> dict[str, Any]:
     """The ids of a text to be classified and, where the model has them, the types; what is longer
     than the model can read is cut."""
-    longest = tokenizer.model_max_length
-    if positions := getattr(model.config, "max_position_embeddings", None):
-        longest = min(longest, positions)
+    prompt = example.text if example.messages else example.prompt
     found = tokenizer(
-        example.prompt, example.second, truncation=True, max_length=longest,
+        prompt, example.second, truncation=True, max_length=most_tokens(model, tokenizer),
         return_token_type_ids=has_types(model),
     )  # fmt: skip
     if not found["input_ids"]:
         raise DataError(f"prompt {example.prompt!r} has no tokens")
     types = tuple(found.get("token_type_ids", ()))
     return {"ids": tuple(found["input_ids"]), "answer": 0, "types": types}
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of a text to be classified: with the padding that it may get it has a position for each."""
+    limit = longest_text(model, tokenizer)
+    return limit - limit % step_of(limit)
 
 
 def encode_all(

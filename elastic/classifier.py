@@ -1,25 +1,25 @@
 """Models that answer with a class: an encoder, or a decoder, with a classification head.
 
-The head is trained whole, beside the factors, and is small. Unless the saved model has one for
-these very classes it starts anew.
+The head, and the pooler that some encoders have below it, is trained whole, beside the factors, and
+is small. What of it was not saved for these very classes starts anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from elastic.errors import ConfigError, DataError
+from elastic.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from elastic.tasks import Task
 
-ENDING = "ForSequenceClassification"
+ENDING, POOLER = "ForSequenceClassification", "pooler"
 MOST = 200
 """Distinct answers above which they are hardly classes."""
 
@@ -30,9 +30,8 @@ def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
         return head == "classification"
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
 
-    saved_as = (architecture.architectures or [""])[0]
     encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
-    return saved_as.endswith(ENDING) or encoder
+    return was_trained(architecture) or encoder
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:
@@ -46,6 +45,18 @@ def classes_of(model: nn.Module) -> tuple[str, ...]:
 def has_types(model: PreTrainedModel) -> bool:
     """Whether it tells the first sentence of a pair from the second."""
     return getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def check_classes(task: Task, classes: Sequence[str]) -> None:
+    """DataError when an example of any split is of none of the classes."""
+    for split in ("train", "validation", "test"):
+        answers = {example.answer for example in getattr(task, split)}
+        if strange := sorted(answers - set(classes)):
+            raise DataError(
+                f"the {split} split has answers that are no class of the head: "
+                f"{', '.join(strange[:5])}; name all classes with model.classes (now "
+                f"{', '.join(classes[:8])})"
+            )
 
 
 def classes_in(task: Task) -> list[str]:
@@ -71,8 +82,7 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
     saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]
     own = {name.casefold(): name for name in classes}
     known = [own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved]
-    trained = (architecture.architectures or [""])[0].endswith(ENDING)
-    kept = trained and len(saved) == len(classes) and None not in known
+    kept = was_trained(architecture) and len(saved) == len(classes) and None not in known
     names = known if kept else classes
     architecture.id2label = dict(enumerate(names))
     architecture.label2id = {name: number for number, name in enumerate(names)}
@@ -82,24 +92,49 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
     return kept
 
 
+def was_trained(architecture: PretrainedConfig) -> bool:
+    """Whether the model was saved with a classification head."""
+    return (architecture.architectures or [""])[0].endswith(ENDING)
+
+
 def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Its parameters by name; none of a language model."""
+    """Its parameters by name, those of a pooler below it among them; none of a language model."""
     if not classes_of(model):
         return {}
     body = f"{model.base_model_prefix}."
-    return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(body) or name.startswith(f"{body}{POOLER}.")
+    }
 
 
 @torch.no_grad()
-def start_head_(model: PreTrainedModel, seed: int = 0) -> None:
-    """New weights, normal with the family's own deviation, and no biases."""
+def start_head_(model: PreTrainedModel, missing: Collection[str], seed: int) -> None:
+    """New values for what was not saved, or for other classes: weights normal with the family's own
+    deviation, norms 1, biases 0. ModelError when the model below the head lacks something."""
+    head = head_of(model)
+    if below := sorted(set(missing) - set(head)):
+        raise ModelError(
+            f"{len(below)} weights of {type(model).__name__} are missing or of another shape: "
+            f"{', '.join(below[:3])}; give the whole model"
+        )
     generator = torch.Generator().manual_seed(seed)
     deviation = getattr(model.config, "initializer_range", 0.02)
-    for parameter in head_of(model).values():
+    for name, parameter in head.items():
         start = torch.zeros(parameter.shape)
         if parameter.dim() > 1:
             start.normal_(0, deviation, generator=generator)
-        parameter.copy_(start)
+        elif name.endswith("weight"):
+            start.fill_(1)
+        if name in missing:
+            parameter.copy_(start)
+
+
+def last_layer(model: PreTrainedModel) -> set[str]:
+    """The parameters of the head that have a row for every class."""
+    count = len(classes_of(model))
+    return {name for name, p in head_of(model).items() if POOLER not in name and len(p) == count}
 
 
 def widen_head_(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -114,3 +149,14 @@ def widen_head_(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Para
 
 def _widened(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(next(module.parameters()).dtype) for x in inputs)
+
+
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that it reads at most, so that a padded batch of them still has a position each."""
+    longest = tokenizer.model_max_length
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        longest = min(longest, positions)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
+        longest = min(longest, table.num_embeddings - table.padding_idx - 1)
+    return longest

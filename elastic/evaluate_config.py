@@ -56,3 +56,7 @@ class EvaluateConfig:
         asked = [name for name in ("tasks", "harness", "text") if getattr(self, name)]
         require(len(asked) <= 1, f"{' and '.join(asked)}: give one of them")
         require(not self.exported or bool(self.harness), "exported goes with harness")
+        require(
+            not (self.exported and self.chat),
+            "exported and chat: exported models are asked without a chat template",
+        )

@@ -67,17 +67,18 @@ def evaluate_run(
 ) -> Evaluation | Published | HarnessReport | Perplexity:
     """`elastic evaluate`: one sub-adapter, active in the supernet, on one split, on published sets,
     whose predictions are written to RUN/evaluate, or on what else was named."""
+    run = Run(config.run)
+    trained = run.config()
+    asked = next((name for name in ("tasks", "harness", "text") if getattr(config, name)), None)
+    if asked and models.classifies(trained.model):
+        raise ConfigError(
+            f"{asked}: wants a model that answers with text, {run.path} has a classification head; "
+            "evaluate it on a split of its own task"
+        )
     if config.harness:
         return run_harness(config)
     if config.text:
         return perplexity_of(config)
-    run = Run(config.run)
-    trained = run.config()
-    if config.tasks and models.classifies(trained.model):
-        raise ConfigError(
-            f"tasks: published sets are answered with text, {run.path} has a classification head; "
-            "evaluate it on a split of its own task"
-        )
     sets = {
         name: llm_adapters.read(protocol.file_of(name, Path(config.data)))[: config.examples]
         for name in protocol.sets_of(config.tasks)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from elastic import models
+from elastic.classifier import head_of
 from elastic.config import ModelConfig
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import read_json
@@ -86,7 +87,7 @@ def read(folder: Path, model: ModelConfig, base_digest: str) -> Update:
 def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Update:
     """The maximal sub-adapter's update; factors are read, base weights are not."""
     dtype = models.resolve_dtype(model.dtype, models.resolve_device(model.device))
-    net = load_super_adapter(models.skeleton(model).to(dtype), base_digest, folder)
+    net = load_super_adapter(models.skeleton(model).to(dtype), base_digest, folder, updates=True)
     moved = net.permutations()
     deltas, ranks = {}, set()
     for site, adapter in net.adapters():
@@ -139,7 +140,8 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
 
 
 def _changes(before: Mapping[str, Tensor], after: nn.Module, folder: Path) -> dict[str, Tensor]:
-    own = {name for name, _ in after.named_parameters()}
+    # A head is of its own classes; what was trained below it is merged.
+    own = {name for name, _ in after.named_parameters()} - set(head_of(after))
     changed = {}
     for name, tensor in after.state_dict().items():
         if name not in before:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.errors import ConfigError, DataError, MissingExtra, RunError
+from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluate_config import EvaluateConfig
 from elastic.files import read_json, write_json
 from elastic.progress import say, track
@@ -71,10 +72,10 @@ def task_manager(config: EvaluateConfig) -> TaskManager:
 
 def run_harness(config: EvaluateConfig) -> HarnessReport:
     """`elastic evaluate RUN --harness TASKS`: everything it says goes into one file."""
+    tasks, run = task_manager(config), Run(config.run)
     import lm_eval
 
-    run, tasks = Run(config.run), task_manager(config)
-    run.config()
+    file = _file(run, config)
     if config.exported:
         name, sub, model = _exported(run, config)
         device = "cpu"
@@ -90,17 +91,27 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
             found = _evaluate(lm_eval, model, config, tasks)
     results = {task: _metrics(values) for task, values in found["results"].items()}
     counts = {task: each["effective"] for task, each in found["n-samples"].items()}
-    what = "-".join(filter(None, [name, config.exported, "harness", *config.harness]))
-    some = f"-first-{config.examples}" if config.examples else ""
-    file = run.path / "evaluate" / f"{what}{some}.json"
     file.parent.mkdir(exist_ok=True)
     write_json(file, {
-        "name": name, "sub_adapter": sub, "exported": config.exported, "results": results,
-        "n": counts, "task_versions": found["versions"], "task_configs": _plain(found["configs"]),
-        "samples": _plain(found["samples"]), **provenance(device),
-        "lm_eval": lm_eval.__version__,
+        "name": name, "sub_adapter": sub, "exported": config.exported, "chat": config.chat,
+        "results": results, "n": counts, "task_versions": found["versions"],
+        "task_configs": _plain(found["configs"]), "samples": _plain(found["samples"]),
+        **provenance(device), "lm_eval": lm_eval.__version__,
     })  # fmt: skip
     return HarnessReport(name, results, counts, file)
+
+
+def _file(run: Run, config: EvaluateConfig) -> Path:
+    """Of this sub-adapter, these tasks and these settings."""
+    name = Path(config.sub_adapter).stem if config.sub_adapter.endswith(".json") else (
+        config.sub_adapter
+    )  # fmt: skip
+    tasks = "-".join(config.harness)
+    if len(tasks) > 100:  # names of files end at 255 bytes
+        tasks = f"{tasks[:80]}-{hashlib.sha256(tasks.encode()).hexdigest()[:12]}"
+    parts = [name, config.exported, "harness", tasks, "chat" if config.chat else None]
+    some = f"-first-{config.examples}" if config.examples else ""
+    return run.path / "evaluate" / f"{'-'.join(filter(None, parts))}{some}.json"
 
 
 def _evaluate(
@@ -115,6 +126,8 @@ def _evaluate(
             apply_chat_template=config.chat,
             confirm_run_unsafe_code=config.run_code,
         )
+    except ElasticError:
+        raise
     except (ValueError, ConnectionError, OSError, KeyError) as error:
         raise DataError(f"harness: {' '.join(str(error).split())[:400]}") from error
 
@@ -147,7 +160,7 @@ def _plain(value: Any) -> Any:
 
 def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM]:
     """Name, sizes and the model that RUN/export/NAME holds for this runtime."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     from elastic import runners
 
@@ -164,14 +177,22 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     if not written.is_dir():
         raise RunError(f"{written} does not exist; export with --formats {config.exported}")
     tokenizer = AutoTokenizer.from_pretrained(written)
+    ends = tokenizer.eos_token_id
+    if (written / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(written).eos_token_id or ends
     runner = runners.open_written(written, config.exported)
-    return report["name"], report["sub_adapter"], runner_model(runner, tokenizer)
+    ends = ends if isinstance(ends, list) else [ends]
+    return report["name"], report["sub_adapter"], runner_model(runner, tokenizer, ends)
 
 
-def runner_model(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> LM:
+def runner_model(
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()
+) -> LM:
     """Any runtime as the harness sees models, one request at a time: likelihoods by feeding a
-    continuation token by token, texts greedily."""
+    continuation token by token, texts greedily, up to one of the tokens in `ends`."""
     from lm_eval.api.model import TemplateLM
+
+    ends = {tokenizer.eos_token_id, *ends}
 
     class RunnerModel(TemplateLM):
         eot_token_id = tokenizer.eos_token_id
@@ -199,7 +220,7 @@ def runner_model(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> LM:
 
         def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False):
             return [
-                continued(runner, tokenizer, self.tok_encode(text), settings)
+                continued(runner, tokenizer, self.tok_encode(text), settings, ends)
                 for text, settings in track([request.args for request in requests], "answering")
             ]
 
@@ -227,8 +248,9 @@ def continued(
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     settings: Mapping[str, Any],
+    ends: Collection[int],
 ) -> str:
-    """The greedy continuation up to a stop string, the end of the text or `max_gen_toks`."""
+    """The greedy continuation up to a stop string, a token of `ends` or `max_gen_toks`."""
     if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
         raise ConfigError("harness: exported models answer greedily; this task wants samples")
     stops = settings.get("until") or []
@@ -237,7 +259,7 @@ def continued(
     logits = runner.prefill(np.array([ids], np.int64))[0]
     for _ in range(int(settings.get("max_gen_toks", 256))):
         token = int(logits.argmax())
-        if token == tokenizer.eos_token_id:
+        if token in ends:
             break
         said.append(token)
         text = tokenizer.decode(said, skip_special_tokens=True)

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.classifier import describe_, is_classifier, start_head_
+from elastic.classifier import describe_, is_classifier, last_layer, start_head_, was_trained
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.files import new_directory
+from elastic.progress import say
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,11 @@ def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
             f"model.path {config.path} has been quantised already; give the original weights, "
             "which model.quantise packs while they load"
         )
+    if architecture.is_encoder_decoder and is_classifier(architecture, config.head):
+        raise ModelError(
+            f"model.path {config.path}: an encoder-decoder model with a classification head is not "
+            "supported; choose model.head language"
+        )
     if config.quantise != "none":
         if is_classifier(architecture, config.head):
             raise ModelError(
@@ -181,23 +187,46 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
-    new_head = False
     if is_classifier(architecture, config.head):
-        new_head = not describe_(architecture, config.classes)
-        settings |= {"config": architecture, "ignore_mismatched_sizes": True}
+        return _load_classifier(folder, config, architecture, dtype, seed).to(device)
     if config.quantise != "none":
         from elastic import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
-    with _no_advice() if new_head else contextlib.nullcontext():
-        model = _kind(architecture, config).from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, **settings
-        )
-    if new_head:
-        start_head_(model, seed)
+    model = _kind(architecture, config).from_pretrained(
+        folder, trust_remote_code=config.trust_remote_code, **settings
+    )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
     return linear_(model).to(device).eval().requires_grad_(False)
+
+
+def _load_classifier(
+    folder: str,
+    config: ModelConfig,
+    architecture: PretrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
+    from elastic.adapters.attach import linear_
+
+    trained, before = was_trained(architecture), dict(architecture.id2label)
+    kept = describe_(architecture, config.classes)
+    # The padding that batches get: decoders look for the end of a text by it.
+    architecture.pad_token_id = load_tokenizer(config).pad_token_id
+    with _no_advice():
+        model, found = _kind(architecture, config).from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    if trained and not kept:
+        names = ", ".join(map(str, list(before.values())[:8]))
+        say(f"The head of {config.path} knows {names}; one for {', '.join(config.classes[:8])} "
+            "starts anew")  # fmt: skip
+        missing |= last_layer(model)
+    start_head_(model, missing, seed)
+    return linear_(model).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -65,8 +65,13 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
     run = Run(config.run)
     trained = run.config()
     architecture = models.architecture_of(trained.model)
-    if architecture.is_encoder_decoder or models.classifies(trained.model):
-        raise ConfigError(f"text: {run.path} has no model that continues texts")
+    if architecture.is_encoder_decoder:
+        raise ConfigError(
+            f"text: {run.path} has an encoder-decoder model, which continues no texts"
+        )
+    positions = getattr(architecture, "max_position_embeddings", None) or config.window
+    if config.window > positions:
+        raise ConfigError(f"window {config.window}: the model has {positions} positions")
     try:
         text = Path(config.text).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -75,23 +80,34 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
         raise DataError(f"text {config.text}: not UTF-8 text: {error.reason}") from None
     _, base, net = run.load()
     ids = base.tokenizer(text, verbose=False)["input_ids"]
+    start = base.tokenizer.bos_token_id
+    if ids and ids[0] == start:
+        ids = ids[1:]
+    else:
+        start = None
     if len(ids) < 2:
         raise DataError(f"text {config.text}: {len(ids)} tokens; at least 2 are needed")
     name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
     with net.active(sub) as model:
-        losses, counts = window_losses(model, ids, config.window, label=name)
+        losses, counts = window_losses(model, ids, config.window, start, label=name)
     return Perplexity(name, config.text, losses, counts)
 
 
 @torch.inference_mode()
 def window_losses(
-    model: PreTrainedModel, ids: Sequence[int], window: int, label: str = "reading"
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    window: int,
+    start: int | None = None,
+    label: str = "reading",
 ) -> tuple[list[float], list[int]]:
-    """Nats per predicted token, and how many, of windows of `window` predicted tokens. The last
-    token of a window is the first that the next one reads."""
+    """Nats per predicted token, and how many, of windows of `window` predicted tokens. A window
+    begins with the token `start`, or without one with the last token of the window before."""
     losses, counts = [], []
-    for start in track(range(0, len(ids) - 1, window), label):
-        part = torch.tensor([ids[start : start + window + 1]], device=model.device)
+    first = 0 if start is not None else 1
+    for at in track(range(first, len(ids), window), label):
+        before = [ids[at - 1] if start is None else start]
+        part = torch.tensor([before + list(ids[at : at + window])], device=model.device)
         logits = model(input_ids=part[:, :-1], use_cache=False).logits[0].float()
         losses.append(float(F.cross_entropy(logits, part[0, 1:])))
         counts.append(part.shape[1] - 1)

@@ -146,6 +146,17 @@ def predecessor(config: TrainConfig) -> Run:
                 f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
                 "a sequence keeps one method, rank and scale"
             )
+    if theirs.model.classes and not config.sub_adapter:
+        raise ConfigError(
+            f"start_from: {before.path} has a classification head, and a sequence of tasks is "
+            "answered with text; give sub_adapter to train that one on"
+        )
+    if theirs.model.classes != config.model.classes:
+        raise ConfigError(
+            f"start_from: {before.path} tells {', '.join(theirs.model.classes) or 'no classes'} "
+            f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
+            "model.classes alike"
+        )
     from elastic.discovery import space_for
 
     if space_for(config).sections != before.space().sections:

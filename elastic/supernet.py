@@ -187,11 +187,17 @@ class Supernet:
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
         verified = self._verified(state)
-        for name, own in self.head.items():
-            if own.device.type != "meta":
-                own.copy_(state[name])
+        for name, own in self._verified_head(state).items():
+            self.head[name].copy_(own)
         for adapter, own in verified:
             adapter.load(own)
+
+    def load_updates(self, state: Mapping[str, Tensor]) -> None:
+        """The factors of `state` alone, whatever head they were trained with."""
+        sites = set(self.space.targets)
+        own = {name: t for name, t in state.items() if name.rpartition(".")[0] in sites}
+        for adapter, part in self._verified(own):
+            adapter.load(part)
 
     def succeed(self, state: Mapping[str, Tensor], seed: int = 0) -> None:
         """Begin the next task of a sequence after the one that ended with `state`."""
@@ -202,12 +208,6 @@ class Supernet:
     def _verified(self, state: Mapping[str, Tensor]) -> list[tuple[Adapter, dict[str, Tensor]]]:
         """Every adapter with its part of `state`; nothing has been changed when this raises."""
         parts: dict[str, dict[str, Tensor]] = {site: {} for site in self.space.targets}
-        for name, own in self.head.items():
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "missing"
-                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
-            if not torch.isfinite(state[name]).all():
-                raise RunError(f"{name} of the head holds NaN or infinite values")
         for name, tensor in state.items():
             site, _, own = name.rpartition(".")
             if name in self.head:
@@ -218,6 +218,15 @@ class Supernet:
         for site, adapter in self.adapters():
             adapter.verify(parts[site], site)
         return [(adapter, parts[site]) for site, adapter in self.adapters()]
+
+    def _verified_head(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, own in self.head.items():
+            if name not in state or state[name].shape != own.shape:
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
+            if not torch.isfinite(state[name]).all():
+                raise RunError(f"{name} of the head holds NaN or infinite values")
+        return {name: state[name] for name in self.head}
 
     def penalty(self, learning_rate: float) -> Tensor | None:
         """The regulariser of the active sub-adapter; None if the method has none now."""
@@ -264,10 +273,12 @@ def save_super_adapter(
         )
 
 
-def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path) -> Supernet:
-    """The supernet of a saved super-adapter; BaseMismatch on another base model.
-
-    On a model without data (meta) the factors are real all the same, for merging elsewhere.
+def load_super_adapter(
+    model: PreTrainedModel, base_digest: str, directory: Path, *, updates: bool = False
+) -> Supernet:
+    """The supernet of a saved super-adapter; BaseMismatch on another base model. With `updates`
+    without its head, for merging elsewhere; on a model without data (meta) the factors are real all
+    the same.
     """
     about = read_super_adapter(directory, base_digest)
     order, factors = read_tensors(directory)
@@ -276,7 +287,7 @@ def load_super_adapter(model: PreTrainedModel, base_digest: str, directory: Path
     )
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
     net = Supernet(model, space, adapter, order=order, start=False)
-    net.load_factors(factors)
+    (net.load_updates if updates else net.load_factors)(factors)
     return net
 
 

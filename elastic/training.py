@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import torch
 
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import Encoded, answer_logits, collated, encode_all
+from elastic.batching import Encoded, answer_logits, collated, encode_all, most_tokens
+from elastic.classifier import check_classes
 from elastic.config import TrainConfig
 from elastic.discovery import space_for
 from elastic.errors import ConfigError
@@ -53,6 +55,8 @@ def train(config: TrainConfig) -> Run:
     before = predecessor(config) if config.start_from else None
     only = before.resolve(config.sub_adapter, bound)[1] if config.sub_adapter else None
     task = load_task(config.task, config.seed)
+    if config.model.classes:
+        check_classes(task, config.model.classes)
     with processes.main_first():
         run.begin(config)
 
@@ -62,6 +66,8 @@ def train(config: TrainConfig) -> Run:
 
     pad = base.tokenizer.pad_token_id
     examples = encode_all(base.tokenizer, task.train, base.model)
+    if config.model.classes:
+        _tell_what_is_cut(examples, most_tokens(base.model, base.tokenizer))
     watched = encode_all(base.tokenizer, task.validation[:WATCHED], base.model)
     if before:
         net = continued(base, space, config, before)
@@ -93,6 +99,12 @@ def train(config: TrainConfig) -> Run:
             )
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
+
+
+def _tell_what_is_cut(examples: Sequence[Encoded], longest: int) -> None:
+    if full := sum(len(example.ids) == longest for example in examples):
+        say(f"{full} of {len(examples)} texts fill the {longest} tokens that the model reads; what "
+            "they have beyond is cut")  # fmt: skip
 
 
 def _refuse_sharded(config: TrainConfig) -> None:
@@ -135,7 +147,7 @@ def build(
     before = _logits(model, batch)
     net = Supernet(model, space, config.adapter, **settings)
     change = float((_logits(net.model, batch) - before).norm() / before.norm())
-    if change > CHANGE:
+    if not change <= CHANGE:
         raise ConfigError(
             f"{space.source}: putting the important channels first changed what the model "
             f"computes, by {change:.0%}: some group does not name all layers that share its "

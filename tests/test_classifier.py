@@ -7,13 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elastic import metrics, models
 from elastic.batching import answer_logits, collate, encode_all, encode_example
-from elastic.classifier import classes_in, classes_of, head_of
+from elastic.classifier import classes_in, classes_of, head_of, start_head_
 from elastic.config import ModelConfig, SequenceConfig, StageConfig
 from elastic.continual import train as train_any
 from elastic.errors import ConfigError, DataError, ModelError, RunError
@@ -66,7 +67,8 @@ def test_the_head_is_trained_saved_and_loaded_again(run):
     for name, start in head_of(started.model).items():
         assert torch.equal(saved[name], net.head[name])
         assert not torch.equal(saved[name], start), f"{name} did not learn"
-    assert {name.partition(".")[0] for name in net.head} == {"classifier"}
+    assert set(net.head) == {f"{layer}.{kind}" for layer in ("classifier", "bert.pooler.dense")
+                             for kind in ("weight", "bias")}  # fmt: skip
 
 
 def test_active_equals_sliced_equals_merged(run):
@@ -162,6 +164,70 @@ def test_a_saved_head_of_these_classes_is_kept(tmp_path):
         assert not torch.equal(weight, loaded(*classes, seed=1)[1])
 
 
+def test_what_an_encoder_was_not_saved_with_starts_alike_every_time(tmp_path):
+    """A masked language model has no pooler; below the head nothing else may be missing."""
+    hf.write(model_of("minilm", torch.float32), tiny.tokenizer(), tmp_path / "base")
+    run = train(classifier_config(tmp_path, stages=[StageConfig()]))
+    found = []
+    for _ in range(2):
+        torch.rand(7)  # whatever else has drawn numbers
+        _, base, net = run.load()
+        found.append(logits_of(net.model, base.tokenizer, examples_of(run)))
+    assert torch.equal(*found)
+    assert "bert.pooler.dense.weight" in net.head
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    gone = next(name for name in state if "query.weight" in name)
+    save_file({n: t for n, t in state.items() if n != gone}, tmp_path / "base/model.safetensors")
+    with pytest.raises(ModelError, match=r"1 weights of BertFor.* missing .*query\.weight"):
+        models.load(run.config().model)
+
+
+def test_a_norm_in_a_head_starts_as_the_identity():
+    kind = transformers.ModernBertForSequenceClassification
+    config = kind.config_class(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+        sep_token_id=2,
+    )  # fmt: skip
+    model = kind(config)
+    start_head_(model, set(head_of(model)), seed=0)
+    assert torch.equal(model.head.norm.weight, torch.ones(32))
+    assert model(input_ids=tiny.tokens()).logits.abs().max() > 0
+
+
+def test_a_class_that_training_never_sees_is_found_before_weights_load(tmp_path, monkeypatch):
+    config = classifier_config(tmp_path)
+    with open(tmp_path / "test.jsonl", "a") as file:
+        file.write(json.dumps({"one": "x", "other": "y", "label": "maybe"}) + "\n")
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(DataError, match=r"test split has answers that are no class.*: maybe; name"):
+        train(dataclasses.replace(config, task=dataclasses.replace(config.task, test_examples=99)))
+
+
+def test_going_on_keeps_head_and_order_of_classes(run, tmp_path):
+    from elastic.run import predecessor
+
+    config = dataclasses.replace(run.config(), run=str(tmp_path / "on"), start_from=str(run.path))
+    with pytest.raises(ConfigError, match="has a classification head, and a sequence"):
+        predecessor(config)
+    alone = dataclasses.replace(config, sub_adapter="heuristic")
+    swapped = dataclasses.replace(alone.model, classes=["yes", "no"])
+    with pytest.raises(ConfigError, match="tells no, yes apart, in this order, not yes, no"):
+        predecessor(dataclasses.replace(alone, model=swapped))
+    still = dataclasses.replace(alone.lr, base_lr=1e-12)
+    unnamed = dataclasses.replace(alone.model, classes=[])
+    on = train(dataclasses.replace(alone, lr=still, model=unnamed, distill=0.5))
+    state = (load_file(r.super_adapter / "factors.safetensors") for r in (run, on))
+    torch.testing.assert_close(*state, atol=1e-9, rtol=1e-6)
+
+
+def test_a_finished_run_is_found_without_its_data(tmp_path):
+    config = classifier_config(tmp_path, stages=[StageConfig()])
+    train(config)
+    (tmp_path / "train.jsonl").unlink()
+    assert train(config).super_adapter.is_dir()
+
+
 def test_an_unknown_class_is_named(run):
     _, base, net = run.load()
     with pytest.raises(DataError, match=r"answer 'maybe' is none of the 2 classes.*no, yes"):
@@ -225,9 +291,45 @@ def test_the_second_sentence_is_told_from_the_first(tmp_path):
 def test_a_long_text_is_cut_to_what_the_model_reads(tmp_path):
     config = classifier_config(tmp_path, model={"classes": ["no", "yes"]})
     base = models.load(config.model)
-    longest = base.model.config.max_position_embeddings
-    encoded = encode_example(base.tokenizer, base.model, Example("x" * 500, "no"))
-    assert len(encoded.ids) == longest == 128
+    long = Example("x" * 500, "no")
+    assert len(encode_example(base.tokenizer, base.model, long).ids) == 128
+    roberta = model_of("roberta", torch.float32)  # its positions begin behind the padding's
+    roberta.config.id2label = {0: "no", 1: "yes"}
+    base.tokenizer.model_max_length = 100
+    found = (encode_example(base.tokenizer, model, long) for model in (base.model, roberta))
+    assert [len(each.ids) for each in found] == [96, 96], "what is padded fits, too"
+    base.tokenizer.model_max_length = 1 << 40
+    encoded = encode_example(base.tokenizer, roberta, long)
+    batch = collate([encoded, encode_example(base.tokenizer, roberta, Example("a", "no"))], 0)
+    assert len(encoded.ids) == 120
+    with torch.no_grad():
+        answer_logits(roberta, batch)
+
+
+def test_a_conversation_is_read_whole(tmp_path):
+    base = models.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
+    turns = [(("user", said), ("assistant", "b"), ("user", "c")) for said in ("a", "x")]
+    one, other = (
+        encode_example(base.tokenizer, base.model, Example("c", "no", messages=each))
+        for each in turns
+    )
+    assert one.ids != other.ids
+
+
+def test_a_decoder_looks_for_the_end_by_the_padding_it_gets(tmp_path):
+    """Whatever ends and pads its texts were saved with."""
+    model = model_of("llama", torch.float32)
+    model.config.pad_token_id, model.config.eos_token_id = None, [5, 2]
+    hf.write(model, tiny.tokenizer(), tmp_path / "base")
+    config = classifier_config(tmp_path, "llama", model={"classes": ["no", "yes"]})
+    base = models.load(config.model)
+    short, long = Example("ab", "no"), Example("a longer text than that", "no")
+    alone = logits_of(base.model, base.tokenizer, [short])
+    beside = logits_of(base.model, base.tokenizer, [short, long])[:1]
+    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-4)
+    ids = torch.tensor([encode_example(base.tokenizer, base.model, short).ids])
+    with torch.no_grad():
+        torch.testing.assert_close(base.model(input_ids=ids).logits, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_glue_metrics_come_with_the_accuracy(run, capsys):
@@ -239,8 +341,9 @@ def test_glue_metrics_come_with_the_accuracy(run, capsys):
     table = metrics.confusion(("no", "yes"), answers, found.score.said)
     assert told["matthews"] == metrics.matthews(table)
     assert told["f1"]["yes"] == metrics.f1(table)[1]
-    with pytest.raises(ConfigError, match="published sets are answered with text"):
-        evaluate_run(EvaluateConfig(run=str(run.path), tasks=["math"]))
+    for asked in ({"tasks": ["math"]}, {"harness": ["x"]}, {"text": "x"}):
+        with pytest.raises(ConfigError, match="wants a model that answers with text"):
+            evaluate_run(EvaluateConfig(run=str(run.path), **asked))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
@@ -274,6 +377,10 @@ def test_what_needs_text_is_refused(run, tmp_path):
     config = classifier_config(tmp_path)
     with pytest.raises(ConfigError, match="a sequence is answered with text"):
         train_any(dataclasses.replace(config, tasks=["a", "b"], sequence=SequenceConfig()))
+    folder = tiny.save_t5(tmp_path / "t5")
+    both = dataclasses.replace(config.model, path=str(folder))
+    with pytest.raises(ModelError, match="an encoder-decoder model with a classification head"):
+        train(dataclasses.replace(config, model=both))
     quantised = dataclasses.replace(config.model, quantise="int8")
     with pytest.raises(ModelError, match="beside which nothing is quantised yet"):
         train(dataclasses.replace(config, model=quantised))
@@ -291,5 +398,6 @@ def test_a_dry_run_counts_the_head(run, tmp_path):
     assert found.batch.answer == 0 and found.memory.total > found.memory.base
     unknown = task_of(tmp_path, train=str(tmp_path / "nowhere.jsonl"))
     bare = dataclasses.replace(config.model, classes=[])
-    notes = estimate(dataclasses.replace(config, task=unknown, model=bare)).notes
+    elsewhere = dataclasses.replace(config, run=str(tmp_path / "run"), task=unknown, model=bare)
+    notes = estimate(elsewhere).notes
     assert any("two classes assumed" in note for note in notes)

@@ -1,5 +1,6 @@
 """What a classifier was trained to say is what every runtime says; it decodes nothing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +8,13 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elastic import bench, models
 from elastic.classifier import classes_of
-from elastic.config import ExportConfig
+from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
@@ -92,6 +95,27 @@ def test_a_user_loads_it_and_reads_the_classes(run, written):
         folder / "openvino" / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     np.testing.assert_allclose(compiled(feeds)["logits"], expected, atol=1e-5)
+
+
+def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
+    """A head is of its own classes: of others neither values nor numbers are mixed in."""
+    exported(run, ["peft"], "maximal")
+    adapter = run.path / "export" / "maximal" / "peft"
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["no", "yes"]
+    trained = run.config()
+    model = dataclasses.replace(trained.model, classes=["no", "yes", "perhaps"])
+    other = train(dataclasses.replace(trained, run=str(tmp_path / "other"), model=model))
+    _, _, net = run.load()
+    for path in (adapter, other.path):
+        merge = MergeConfig(adapters=[MergeAdapterConfig(path=str(path))])
+        report = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["hf"],
+                                     name=path.name, timing=ONE_ROUND, merge=merge))  # fmt: skip
+        state = load_file(report.directory / "hf" / "model.safetensors")
+        for name, head in net.head.items():
+            torch.testing.assert_close(state[name], head.detach())
+        norms = [entry["norm"] for entry in report.contents["merge"]["adapters"]]
+        assert len(norms) == 2 and norms[0] > 0
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -1,5 +1,6 @@
 """lm-evaluation-harness and perplexity: whatever runs the model, the figures are the same."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,7 +15,7 @@ from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, Ru
 from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import evaluate_run
 from elastic.exporter import export
-from elastic.harness import runner_model
+from elastic.harness import _file, runner_model
 from elastic.perplexity import window_losses
 from elastic.runners import runner_of
 from elastic.training import train
@@ -156,6 +157,14 @@ def test_what_cannot_be_asked_is_named(run, tasks, monkeypatch):
         EvaluateConfig(tasks=["math"], text="x")
     with pytest.raises(ConfigError, match="exported goes with harness"):
         EvaluateConfig(exported="onnx")
+    with pytest.raises(ConfigError, match="exported and chat"):
+        EvaluateConfig(harness=["x"], exported="onnx", chat=True)
+    many = config(run, tasks, harness=[f"mine_{'x' * n}" for n in range(40)])
+    assert len(_file(run, many).name) < 160
+    assert _file(run, many) != _file(run, dataclasses.replace(many, harness=many.harness[:-1]))
+    chatty = dataclasses.replace(many, chat=True)
+    assert _file(run, chatty) != _file(run, many)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(MissingExtra, match=r"elastic-adapters\[eval\]"):
         evaluate_run(config(run, tasks))
@@ -171,19 +180,26 @@ def test_perplexity_is_that_of_the_tokens(run, tmp_path, capsys):
     with net.active(sub) as model, torch.no_grad():
         whole = model(input_ids=ids, labels=ids).loss.exp().item()
         found = evaluate_run(EvaluateConfig(
-            run=str(run.path), sub_adapter="minimal", text=str(file), window=1000
+            run=str(run.path), sub_adapter="minimal", text=str(file), window=128
         ))  # fmt: skip
         assert found.value == pytest.approx(whole, rel=1e-5) and found.interval is None
-        losses, counts = window_losses(model, ids[0].tolist(), 10)
-        by_hand = model(input_ids=ids[:, 10:21], labels=ids[:, 10:21]).loss.item()
-    assert sum(counts) == ids.shape[1] - 1 and losses[1] == pytest.approx(by_hand, rel=1e-5)
+        rest = ids[0, 1:].tolist()
+        losses, counts = window_losses(model, rest, 10, tiny.BOS)
+        window = torch.cat([ids[:, :1], ids[:, 11:21]], 1)  # every window has its beginning
+        by_hand = model(input_ids=window, labels=window).loss.item()
+        assert sum(counts) == len(rest) and losses[1] == pytest.approx(by_hand, rel=1e-5)
+        losses, counts = window_losses(model, rest, 10)
+        by_hand = model(input_ids=ids[:, 11:22], labels=ids[:, 11:22]).loss.item()
+        assert sum(counts) == len(rest) - 1 and losses[1] == pytest.approx(by_hand, rel=1e-5)
     found = evaluate_run(EvaluateConfig(run=str(run.path), text=str(file), window=10))
     low, high = found.interval
     assert low < found.value < high and found.tokens == ids.shape[1] - 1
     found.show()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["windows"] == len(counts)
+    with pytest.raises(ConfigError, match="window 5000: the model has 256 positions"):
+        evaluate_run(EvaluateConfig(run=str(run.path), text=str(file), window=5000))
     with pytest.raises(DataMissing, match="no such file"):
-        evaluate_run(EvaluateConfig(run=str(run.path), text="nowhere.txt"))
+        evaluate_run(EvaluateConfig(run=str(run.path), text="nowhere.txt", window=10))
     file.write_text("")
     with pytest.raises(DataError, match="at least 2 are needed"):
-        evaluate_run(EvaluateConfig(run=str(run.path), text=str(file)))
+        evaluate_run(EvaluateConfig(run=str(run.path), text=str(file), window=10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.classifier import classes_of
 from elastic.errors import ExportError
 from elastic.foreign import DIGEST, PEFT_WEIGHTS
 from elastic.space import SubAdapter
@@ -42,7 +44,8 @@ def write(
 
     Ranks differ between layers (`rank_pattern`); alpha follows (`alpha_pattern`), so that PEFT's
     alpha / r is the scale every rank was trained with. Channels go back to the base model's order.
-    The digest of the base's weights goes into the file's metadata, which merging checks.
+    The digest of the base's weights goes into the file's metadata, which merging checks, and the
+    names of the classes of a head.
     ExportError if base channels are cut.
     """
     from peft import LoraConfig
@@ -85,6 +88,8 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     metadata = {"format": "pt"} | ({} if base_digest is None else {DIGEST: base_digest})
+    if net.head:
+        metadata["classes"] = json.dumps(classes_of(net.model))
     save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
 
@@ -97,7 +102,8 @@ def _task_type(net: Supernet) -> str:
 
 def _saved_whole(net: Supernet) -> list[str] | None:
     """The modules of a classification head."""
-    return sorted({name.partition(".")[0] for name in net.head}) or None
+    body = f"{net.model.base_model_prefix}."
+    return sorted({name.removeprefix(body).partition(".")[0] for name in net.head}) or None
 
 
 def _targets(net: Supernet, sites: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from elastic import models
 from elastic.classifier import classes_in
 from elastic.config import TaskConfig, TrainConfig
+from elastic.run import Run
 from elastic.tasks import arithmetic, hub, instructions, jsonl, llm_adapters
 from elastic.tasks.base import Example, Judge, Split, Task
 
@@ -24,10 +25,15 @@ def load_task(config: TaskConfig, seed: int) -> Task:
 
 
 def with_classes(config: TrainConfig) -> TrainConfig:
-    """The settings as they are, or with the classes named that the data say."""
+    """The settings as they are, or with the classes named: those that the run began with, of the
+    run to go on from, else what the data say."""
     if config.model.classes or not models.classifies(config.model):
         return config
-    classes = classes_in(load_task(config.task, config.seed))
+    classes: list[str] = []
+    for path in filter(None, (config.run, config.start_from)):
+        if not classes and Run(path).config_file.is_file():
+            classes = Run(path).begun().model.classes
+    classes = classes or classes_in(load_task(config.task, config.seed))
     return replace(config, model=replace(config.model, classes=classes))
 
 

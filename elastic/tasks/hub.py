@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from elastic.config import TaskConfig
 from elastic.errors import DataError, DataMissing, MissingExtra
+from elastic.progress import say
 from elastic.tasks.base import Example, Split, Task, disjoint, limits
 from elastic.tasks.rows import example_of
 
@@ -30,16 +31,28 @@ def load(config: TaskConfig, seed: int) -> Task:
 
 
 def _read(config: TaskConfig, name: str, split: Split, seed: int) -> Sequence[Example]:
-    rows = _named_classes(_open(config, name))
+    rows = _open(config, name)
     order = list(range(len(rows)))
     random.Random(f"{seed}/{split}").shuffle(order)
     # Enough of them even if every one of the other splits stands here too.
     order = order[: 2 * sum(limits(config).values())]
-    where = f"{config.dataset}, split {name}: row"
-    return [
-        example_of(row, config, f"{where} {number}")
-        for number, row in zip(order, rows.select(order), strict=True)
-    ]
+    where, classes = f"{config.dataset}, split {name}: row", _classes(rows)
+    examples, secret = [], 0
+    for number, row in zip(order, rows.select(order), strict=True):
+        if row.get(config.answer) == -1 and config.answer in classes:
+            secret += 1
+            continue
+        named = {column: names[row[column]] for column, names in classes.items()
+                 if row[column] is not None and row[column] >= 0}  # fmt: skip
+        examples.append(example_of({**row, **named}, config, f"{where} {number}"))
+    if not examples and secret:
+        raise DataError(
+            f"{config.dataset}, split {name}: no row has an answer (GLUE keeps those of its test "
+            "splits secret); test on another split, such as validation"
+        )
+    if secret:
+        say(f"{config.dataset}, split {name}: {secret} rows without an answer are left out")
+    return examples
 
 
 def _open(config: TaskConfig, name: str) -> Dataset:
@@ -66,19 +79,8 @@ def _open(config: TaskConfig, name: str) -> Dataset:
     return found[name]
 
 
-def _named_classes(rows: Dataset) -> Dataset:
-    """With the names of classes where the set numbers them."""
-    from datasets import ClassLabel, Value
+def _classes(rows: Dataset) -> dict[str, list[str]]:
+    """The names of classes, by column, where the set numbers them."""
+    from datasets import ClassLabel
 
-    for column, feature in rows.features.items():
-        if isinstance(feature, ClassLabel):
-            names = feature.names
-
-            def named(row: dict, column: str = column, names: list[str] = names) -> dict:
-                number = row[column]
-                return {column: names[number] if number >= 0 else None}  # -1: kept secret
-
-            features = rows.features.copy()
-            features[column] = Value("string")
-            rows = rows.map(named, features=features)
-    return rows
+    return {c: f.names for c, f in rows.features.items() if isinstance(f, ClassLabel)}
