@@ -65,8 +65,8 @@ def settings(data: Path, run: Path, task: str, variant: str, seed: int) -> Train
         "--task.answer", answer, "--task.train", f"{data / training}.jsonl",
         "--task.test", f"{data / test}.jsonl", "--task.train_examples", "1344",
         "--task.validation_examples", "400", "--task.test_examples", "1000",
-        "--space", "llama", "--save_steps", "20", "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1",
-        "--seed", str(seed), *VARIANTS[variant],
+        "--space", "llama", "--save_steps", "20", "--seed", str(seed),
+        "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", *VARIANTS[variant],
     ])  # fmt: skip
 
 
