@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from elastic.classifier import classes_of, has_types, longest_text
 from elastic.errors import DataError
+from elastic.recurrent import answers_of, is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def encode_example(
             f"answer {answer!r} is none of the {len(classes)} classes that the model's head tells "
             f"apart: {', '.join(classes[:8])}"
         )
-    return Encoded(**encode_text(tokenizer, model, example), label=classes.index(answer))
+    return replace(encode_text(tokenizer, model, example), label=classes.index(answer))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
@@ -112,7 +113,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int
 
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, example: Example
-) -> dict[str, Any]:
+) -> Encoded:
     """The ids of a text to be classified and, where the model has them, the types; what is longer
     than the model can read is cut."""
     prompt = example.text if example.messages else example.prompt
@@ -123,7 +124,7 @@ def encode_text(
     if not found["input_ids"]:
         raise DataError(f"prompt {example.prompt!r} has no tokens")
     types = tuple(found.get("token_type_ids", ()))
-    return {"ids": tuple(found["input_ids"]), "answer": 0, "types": types}
+    return Encoded(tuple(found["input_ids"]), 0, types=types)
 
 
 def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -216,10 +217,12 @@ def answer_logits(
         logits = model(**batch, use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
     width = answer_width(labels) if width is None else width
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    return logits, labels[:, -width:]
+    if is_recurrent(model.config):
+        logits = answers_of(model, batch, width)
+    else:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, -width:]
 
 
 def length_sorted(

@@ -13,6 +13,8 @@ from elastic.adapter_config import AdapterConfig
 from elastic.errors import require
 from elastic.search_config import TimingConfig
 
+Dim = Literal["rank", "width", "heads", "query_heads", "depth"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -115,12 +117,12 @@ class StageConfig:
     """One stage of training: what is open, for how long, at which learning rate.
 
     The semantics are those of the NNCF stage descriptors that LoNAS runs on. Three of their fields
-    are absent because nothing here could honour them: depth_indicator (no depth dimension yet),
-    bn_adapt (transformers have no batch statistics), reorg_weights (the order of channels is
-    settled before training, see `order`).
+    are absent: depth_indicator (a depth is one more group, see `width_indicator`), bn_adapt
+    (transformers have no batch statistics), reorg_weights (the order of channels is settled before
+    training, see `order`).
     """
 
-    train_dims: list[Literal["rank", "width", "heads"]] = field(default_factory=list)
+    train_dims: list[Dim] = field(default_factory=list)
     """Dimensions that shrink in this stage; the others stay maximal."""
     epochs: int = 1
     width_indicator: int | None = None
@@ -220,8 +222,8 @@ class TrainConfig:
     stages: list[StageConfig] = field(default_factory=list)
     """Trained one after another. Unset: a maximal epoch, then two with everything open; for
     `sampling: lonas` three with everything open."""
-    progressivity: list[Literal["rank", "width", "heads"]] = field(
-        default_factory=lambda: ["rank", "width", "heads"]
+    progressivity: list[Dim] = field(
+        default_factory=lambda: ["rank", "width", "heads", "query_heads", "depth"]
     )
     """The order in which stages may open dimensions; an open one never closes."""
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -33,10 +33,12 @@ class Counter:
     def __init__(self, model: nn.Module, space: BoundSpace) -> None:
         """`model` is plain or carries elastic layers; meta tensors will do."""
         self.space = space
-        adapters = [layer.adapter for _, layer in modules_of(model, ElasticLinear) if layer.adapter]
-        extra = sum(p.numel() for adapter in adapters for p in adapter.parameters())
-        full = count(model)
-        self.full = Cost(full.params - extra, full.macs)
+        self.full = _without_factors(model)
+        self.blocks = {
+            block: _without_factors(model.get_submodule(block))
+            for group in space.depths
+            for block in group.blocks
+        }
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         for site in {cut.site for group in space for cut in group.cuts if cut.axis != "rank"}:
             layer = model.get_submodule(site)
@@ -50,8 +52,20 @@ class Counter:
             for cut in group.cuts:
                 if cut.axis != "rank":
                     kept[cut.site][cut.axis == "in"] = chosen[group.name] * cut.unit
+        left_out = self.space.left_out(sub)
+        gone = tuple(f"{block}." for block in left_out)
         weights = biases = 0
         for site, (rows, columns, has_bias) in self.shapes.items():
-            weights += rows * columns - kept[site][0] * kept[site][1]
-            biases += has_bias * (rows - kept[site][0])
-        return Cost(self.full.params - weights - biases, self.full.macs - weights)
+            if not site.startswith(gone):
+                weights += rows * columns - kept[site][0] * kept[site][1]
+                biases += has_bias * (rows - kept[site][0])
+        params = sum(self.blocks[block].params for block in left_out)
+        macs = sum(self.blocks[block].macs for block in left_out)
+        return Cost(self.full.params - params - weights - biases, self.full.macs - macs - weights)
+
+
+def _without_factors(model: nn.Module) -> Cost:
+    adapters = [layer.adapter for _, layer in modules_of(model, ElasticLinear) if layer.adapter]
+    extra = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    whole = count(model)
+    return Cost(whole.params - extra, whole.macs)

@@ -1,4 +1,4 @@
-"""Elastic dimensions: which axis of which linear layers each one cuts.
+"""Elastic dimensions: which axis of which linear layers each one cuts, and how many blocks run.
 
 A dimension is a function of a block of the model and a group's declaration. It answers with the
 full size and the cuts a choice makes. A choice k keeps the first `k * unit` rows (axis "out") or
@@ -9,7 +9,7 @@ fused layer, whose rows are several projections one after another, it keeps the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 KEY_VALUE = ("k_proj", "v_proj")
+QUERIES = "num_key_value_groups"
+"""What attention modules call the number of query heads that share a key-value head."""
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 """What attention modules call the size of a head."""
 FIXED_HEADS = ("num_heads", "n_heads", "split_size")
@@ -34,15 +36,26 @@ class Cut:
     axis: Literal["out", "in", "rank"]
     unit: int = 1
     parts: tuple[int, ...] = ()
-    """Of a fused layer: what a choice of 1 keeps of each of its parts, in order; they sum up to
-    the unit. Empty: the axis is one part."""
+    """Of an axis of several parts, one after another: what a choice of 1 keeps of each; they sum up
+    to the unit. Empty: the axis is one part."""
+    apart: bool = False
+    """Whether every part has an order of its own; else all have the same."""
 
     def kept(self, choice: int, full: int) -> tuple[tuple[int, int], ...]:
         """(start, length) of what a choice of `full` keeps of every part."""
-        starts = [0, *itertools.accumulate(full * part for part in self.parts)]
-        return tuple(
-            (start, choice * part) for start, part in zip(starts, self.parts, strict=False)
-        )
+        parts = self.parts or (self.unit,)
+        starts = [0, *itertools.accumulate(full * part for part in parts)]
+        return tuple((start, choice * part) for start, part in zip(starts, parts, strict=False))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What a dimension cuts in one block."""
+
+    full: int
+    cuts: tuple[Cut, ...]
+    counted: tuple[tuple[str, str], ...] = ()
+    """Modules and their attributes that must say the choice, as their code reads it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class GroupSpec:
     share: Literal["layer", "block", "model"] = "block"
     """What has one choice: every layer in `of` on its own (ranks), all of a block, or the same of
     every block."""
+    drop_ends: bool = False
+    """Of a depth: whether the first and the last block may go too."""
 
     def parted(self) -> list[GroupSpec]:
         """One for each layer on its own, else itself."""
@@ -69,11 +84,11 @@ class GroupSpec:
             return [self]
         return [replace(self, name=f"{self.name}.{layer}", of=(layer,)) for layer in self.of]
 
-    def resolve(self, full: int, where: str) -> tuple[int, ...]:
+    def resolve(self, full: int, where: str, least: int = 1) -> tuple[int, ...]:
         """Absolute choices, descending, the full size among them.
 
-        A fraction is rounded to the nearest multiple of `align` (at least one); an absolute size
-        must be a multiple itself.
+        A fraction is rounded to the nearest multiple of `align` (at least `least` of them); an
+        absolute size must be a multiple itself.
         """
         sizes = {full}
         for choice in self.choices:
@@ -81,7 +96,7 @@ class GroupSpec:
                 continue  # the full size, aligned or not
             if isinstance(choice, float):
                 exact = choice * full
-                sizes.add(min(full, max(1, round(exact / self.align)) * self.align))
+                sizes.add(min(full, max(least, round(exact / self.align)) * self.align))
                 continue
             if choice > full:
                 limit = "the super-adapter's max_rank" if self.dim == "rank" else "the full size"
@@ -99,12 +114,12 @@ class GroupSpec:
         return tuple(sorted(sizes, reverse=True))
 
 
-def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[int, list[Cut]]:
+def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """The inner size of the factors of all layers in `of`."""
-    return max_rank, [Cut(f"{block}.{name}", "rank") for name in spec.of]
+    return Sites(max_rank, tuple(Cut(f"{block}.{name}", "rank") for name in spec.of))
 
 
-def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[int, list[Cut]]:
+def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP."""
     parts = dict.fromkeys((*spec.outputs, *spec.inputs), (1,))
     if spec.fused:
@@ -122,13 +137,73 @@ def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple
                 + (f" and {bad[0]} is not divisible by the head size {head_size}" if bad else "")
                 + "; declare it with `dim: heads`, whose choices are whole key-value heads"
             )
-    return _full(model, spec, cuts), cuts
+    return Sites(_full(model, spec, cuts), cuts)
 
 
-def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple[int, list[Cut]]:
+def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Whole key-value heads with the query heads that share them, so that grouped-query
     attention stays valid. A choice counts key-value heads."""
-    attention = model.get_submodule(f"{block}.{spec.outputs[0]}".rpartition(".")[0])
+    _, attention, head_size = _attention(model, block, spec)
+    shared = getattr(attention, QUERIES, 1)
+    units = {
+        name: head_size if name.rpartition(".")[2] in KEY_VALUE else head_size * shared
+        for name in (*spec.outputs, *spec.inputs)
+    }
+    if spec.fused == "heads":
+        units |= dict.fromkeys(spec.outputs, head_size * (shared + 2))
+    cuts = _cuts(block, spec, {name: (unit,) for name, unit in units.items()})
+    return Sites(_full(model, spec, cuts), cuts)
+
+
+def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+    """Query heads of every key-value head alike. A choice counts those of one key-value head,
+    which keeps its own most important ones."""
+    name, attention, head_size = _attention(model, block, spec)
+    shared = getattr(attention, QUERIES, None)
+    if shared is None or spec.fused:
+        raise ConfigError(
+            f"group {spec.name!r}: {type(attention).__name__} does not say how many query heads "
+            "share a key-value head, or keeps them in one layer with the keys; declare `dim: heads`"
+        )
+    layer = model.get_submodule(f"{block}.{spec.outputs[0]}")
+    parts = (head_size,) * (layer.out_features // (head_size * shared))
+    found = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), parts))
+    cuts = tuple(replace(cut, apart=True) for cut in found)
+    return Sites(_full(model, spec, cuts), cuts, ((name, QUERIES),))
+
+
+def droppable(model: nn.Module, blocks: Sequence[str], where: str, *, ends: bool) -> None:
+    """ConfigError unless a model may run without some of these blocks."""
+    from torch import nn
+
+    parent = blocks[0].rpartition(".")[0]
+    whole = model.get_submodule(parent)
+    if not isinstance(whole, nn.ModuleList) or len(whole) != len(blocks):
+        raise ConfigError(f"{where}: {parent} is no list of blocks, or has others; name all of it")
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ConfigError(
+            f"{where}: the code of {type(model).__name__} computes with the numbers of its blocks, "
+            "so none can be left out; declare ranks and widths instead"
+        )
+    first, second = ({name for name, _ in block.named_modules()} for block in whole[:2])
+    if ends and first != second:
+        raise ConfigError(
+            f"{where}: the first block has modules of its own "
+            f"({', '.join(sorted(first ^ second)[:3])}); leave drop_ends out"
+        )
+
+
+DIMS = {"rank": rank, "width": width, "heads": heads, "query_heads": query_heads}
+"""Those of one block."""
+DEPTH = "depth"
+"""A choice counts the blocks that run."""
+
+
+def _attention(model: nn.Module, block: str, spec: GroupSpec) -> tuple[str, nn.Module, int]:
+    """Name, module and head size of the attention that a group cuts; ConfigError if its heads
+    cannot be cut."""
+    name = f"{block}.{spec.outputs[0]}".rpartition(".")[0]
+    attention = model.get_submodule(name)
     head_size = head_size_of(attention)
     if head_size is None:
         raise ConfigError(f"group {spec.name!r}: {block}.{spec.outputs[0]} is not in attention")
@@ -138,35 +213,25 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> tuple
             f"group {spec.name!r}: the code of {type(attention).__name__} counts on all its heads; "
             "declare ranks and the width of its MLP instead"
         )
-    shared = getattr(attention, "num_key_value_groups", 1)
-    units = {
-        name: head_size if name.rpartition(".")[2] in KEY_VALUE else head_size * shared
-        for name in (*spec.outputs, *spec.inputs)
-    }
-    if spec.fused == "heads":
-        units |= dict.fromkeys(spec.outputs, head_size * (shared + 2))
-    cuts = _cuts(block, spec, {name: (unit,) for name, unit in units.items()})
-    return _full(model, spec, cuts), cuts
-
-
-DIMS = {"rank": rank, "width": width, "heads": heads}
+    return name, attention, head_size
 
 
 def head_size_of(attention: nn.Module) -> int | None:
     return next((getattr(attention, name) for name in HEAD_SIZES if hasattr(attention, name)), None)
 
 
-def _cuts(block: str, spec: GroupSpec, parts: Mapping[str, tuple[int, ...]]) -> list[Cut]:
+def _cuts(block: str, spec: GroupSpec, parts: Mapping[str, tuple[int, ...]]) -> tuple[Cut, ...]:
     """`parts`: what a choice of 1 keeps of each part of a layer, by its name."""
 
     def cut(name: str, axis: Literal["out", "in"]) -> Cut:
         own = parts[name]
         return Cut(f"{block}.{name}", axis, sum(own), own if len(own) > 1 else ())
 
-    return [cut(name, "out") for name in spec.outputs] + [cut(name, "in") for name in spec.inputs]
+    made = [cut(name, "out") for name in spec.outputs]
+    return (*made, *(cut(name, "in") for name in spec.inputs))
 
 
-def _full(model: nn.Module, spec: GroupSpec, cuts: list[Cut]) -> int:
+def _full(model: nn.Module, spec: GroupSpec, cuts: Sequence[Cut]) -> int:
     sizes = {}
     for cut in cuts:
         layer = model.get_submodule(cut.site)

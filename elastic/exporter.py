@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 NEW_TOKENS = 8
 """Greedy tokens compared per probe prompt."""
 CANDIDATE = "compact"
-NO_GRAPH = "encoder-decoder models are not yet written as graphs"
 
 
 @dataclass(frozen=True)
@@ -195,8 +194,8 @@ class _Work:
         }
 
     def onnx(self, directory: Path) -> dict[str, Any]:
-        if self.model.config.is_encoder_decoder:
-            return {"skipped": NO_GRAPH}
+        if reason := models.no_graph(self.model.config):
+            return {"skipped": reason}
         graph = onnx.write(_float32(self.model), directory, logits=self.config.logits)
         self._graphs["onnx"] = graph
         self._companions(directory)
@@ -208,8 +207,8 @@ class _Work:
         )
 
     def openvino(self, directory: Path) -> dict[str, Any]:
-        if self.model.config.is_encoder_decoder:
-            return {"skipped": NO_GRAPH}
+        if reason := models.no_graph(self.model.config):
+            return {"skipped": reason}
         graph = self._graphs.get("onnx")
         if graph is None:
             graph = onnx.write(
@@ -304,7 +303,7 @@ def _float32(model: PreTrainedModel) -> PreTrainedModel:
 def _ids(base: models.Base, example: Example) -> np.ndarray:
     """(1, length) int64."""
     if classes_of(base.model):
-        ids = encode_text(base.tokenizer, base.model, example)["ids"]
+        ids = encode_text(base.tokenizer, base.model, example).ids
     else:
         ids = prompt_ids(base.tokenizer, example)
     return np.array([ids], dtype=np.int64)

@@ -8,45 +8,57 @@ ordering by weight norm destroys the model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elastic.adapters.attach import modules_of
 from elastic.batching import IGNORED
 from elastic.classifier import classes_of
+from elastic.depth import states
 from elastic.dims import Cut
-from elastic.space import BoundSpace, Group
+from elastic.recurrent import is_recurrent, padded_behind
+from elastic.space import BoundSpace, Group, numbers
 
 
 @torch.no_grad()
 def channel_order(
     model: nn.Module, space: BoundSpace, mode: str, batches: Iterable[dict[str, Tensor]] = ()
 ) -> dict[str, Tensor]:
-    """Per group with cut channels, a permutation (full size,) of int64, most important first.
+    """Per group with cut channels, a permutation (full size,) of int64, most important first; one
+    each, (parts, full size), where the parts of an axis have orders of their own.
 
     activation: the importance of input channel c of a layer W is ‖x_c‖₂ · ‖W[:, c]‖₂, the size of
     its contribution to the output over the calibration batches (the score of Wanda, Sun et al.
-    2023, arXiv 2306.11695, summed over a column). norm: the summed L1 norm of the rows that make
-    the channel, as NNCF reorders. none: as they come. `batches` are keyword arguments of the model.
+    2023, arXiv 2306.11695, summed over a column); that of a block is 1 - cos(x, y) of its input and
+    output, on average over tokens (Men et al. 2024, arXiv 2403.03853). norm: the summed L1 norm of
+    the rows that make the channel, as NNCF reorders, or of all linear layers of a block. none: as
+    they come. Blocks that stay are first. `batches` are keyword arguments of the model.
     """
     groups = [group for group in space if group.dim != "rank"]
     if mode == "none":
-        scores = {group.name: -torch.arange(group.choices[0]).double() for group in groups}
+        scores = {group.name: _blank(group) - torch.arange(group.choices[0]) for group in groups}
     elif mode == "norm":
         scores = {group.name: _norm_scores(model, group) for group in groups}
     else:
         scores = _activation_scores(model, groups, batches)
+    for group in groups:
+        scores[group.name][numbers(group.blocks[: group.staying])] = torch.inf
     return {
         name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()
     }
 
 
 def _norm_scores(model: nn.Module, group: Group) -> Tensor:
-    total = torch.zeros(group.choices[0], dtype=torch.float64)
+    total = _blank(group)
     for cut in group.cuts:
         if cut.axis == "out":
             rows = model.get_submodule(cut.site).weight.double().abs().sum(1)
             total += _per_unit(rows, cut)
+    for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+        layers = modules_of(model.get_submodule(block), nn.Linear)
+        total[number] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
     return total
 
 
@@ -59,21 +71,38 @@ def _activation_scores(
         for site in sites
     }
 
+    changes = {block: (0.0, 0) for group in groups for block in group.blocks}
+
+    def tokens(site: str, x: Tensor) -> Tensor:
+        """(real tokens, features) in double precision."""
+        in_decoder = model.config.is_encoder_decoder and "decoder" in site.split(".")
+        real = answer if in_decoder else prompt
+        x = x.double().flatten(0, -2)
+        return x if real is None else x[real]
+
     def watch(site: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].double().flatten(0, -2)
-            in_decoder = model.config.is_encoder_decoder and "decoder" in site.split(".")
-            real = answer if in_decoder else prompt
-            squares[site] += (x if real is None else x[real]).pow(2).sum(0).cpu()
+            squares[site] += tokens(site, inputs[0]).pow(2).sum(0).cpu()
 
         return model.get_submodule(site).register_forward_pre_hook(hook)
+
+    def watch_block(block: str):
+        def hook(module: nn.Module, inputs: tuple, given: dict[str, Any], output: Any) -> None:
+            before, after = (tokens(block, x) for x in states(inputs, given, output))
+            total, seen = changes[block]
+            change = 1 - torch.cosine_similarity(before, after)
+            changes[block] = total + float(change.sum()), seen + len(change)
+
+        return model.get_submodule(block).register_forward_hook(hook, with_kwargs=True)
 
     # What padding computes is noise, and how much there is depends on the batch.
     prompt: Tensor | None = None
     answer: Tensor | None = None
-    handles = [watch(site) for site in sites]
+    handles = [watch(site) for site in sites] + [watch_block(block) for block in changes]
     try:
         for batch in batches:
+            if is_recurrent(model.config):
+                batch = padded_behind(batch)
             prompt = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             if model.config.is_encoder_decoder:
@@ -86,24 +115,37 @@ def _activation_scores(
     finally:
         for handle in handles:
             handle.remove()
-    scores = {group.name: torch.zeros(group.choices[0], dtype=torch.float64) for group in groups}
+    scores = {group.name: _blank(group) for group in groups}
     for site, (group, cut) in sites.items():
         columns = model.get_submodule(site).weight.double().pow(2).sum(0).cpu()
         scores[group.name] += _per_unit(squares[site] * columns, cut)
+    for group in groups:
+        for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+            total, seen = changes[block]
+            scores[group.name][number] = total / max(seen, 1)
     return scores
+
+
+def _blank(group: Group) -> Tensor:
+    """A score of 0 for every unit."""
+    full = group.choices[0]
+    parts = [len(cut.parts) for cut in group.cuts[:1] if cut.apart]
+    return torch.zeros(*parts, full, dtype=torch.float64)
 
 
 def _per_unit(channels: Tensor, cut: Cut) -> Tensor:
     full = len(channels) // cut.unit
     parts = channels.cpu().split([full * part for part in cut.parts or (cut.unit,)])
-    return sum(part.unflatten(0, (full, -1)).sum(1) for part in parts)
+    found = torch.stack([part.unflatten(0, (full, -1)).sum(1) for part in parts])
+    return found if cut.apart else found.sum(0)
 
 
 def channel_index(order: Tensor, cut: Cut) -> Tensor:
-    """The permutation of the channels of an axis, (n * unit,), that moves whole units, in each part
-    of a fused layer alike, in this order (n,)."""
+    """The permutation of the channels of an axis, (n * unit,), that moves whole units: in each part
+    of it alike, in this order (n,), or each in its own, (parts, n)."""
+    parts = cut.parts or (cut.unit,)
     found, start = [], 0
-    for part in cut.parts or (cut.unit,):
-        found.append(start + (order[:, None] * part + torch.arange(part)).flatten())
-        start += part * len(order)
+    for part, own in zip(parts, order.expand(len(parts), -1), strict=True):
+        found.append(start + (own[:, None] * part + torch.arange(part)).flatten())
+        start += part * len(own)
     return torch.cat(found)

@@ -19,6 +19,7 @@ from elastic.adapters.attach import (
     replace_module,
 )
 from elastic.config import MergeConfig
+from elastic.depth import renamed
 from elastic.errors import RunError
 from elastic.foreign import Update
 from elastic.slicing import sliced
@@ -116,7 +117,7 @@ def combine(
 
 def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
     """The update in the supernet's channel order, at the sizes of `sub`."""
-    moved, found = net.permutations(), {}
+    moved, kept, found = net.permutations(), net.kept(sub), {}
     layers = dict(modules_of(net.model, ElasticLinear))
     with net.active(sub):
         for name, delta in update.deltas.items():
@@ -132,9 +133,12 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
                 delta = delta[moved[site, "out"]]
             if (site, "in") in moved and leaf == "weight":
                 delta = delta[:, moved[site, "in"]]
+            name = renamed(kept, name)
+            if name is None:
+                continue
             if layer is not None:
                 delta = layer.size.leading(delta)
-                delta = delta[:, : layer.size.columns] if leaf == "weight" else delta
+                delta = layer.size.leading_columns(delta) if leaf == "weight" else delta
             found[name] = delta.to(whole.device)
     return found
 

@@ -25,14 +25,13 @@ from elastic.config import ModelConfig
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.files import new_directory
 from elastic.progress import say
+from elastic.recurrent import exact_, is_recurrent
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2, MINILM = "smollm2", "minilm"
-RECURRENT = ("rwkv",)
-"""Types of model whose code in transformers has no attention mask."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def skeleton(
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    return linear_(model)
+    return exact_(linear_(model))
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
@@ -116,13 +115,19 @@ def _kind(architecture: PretrainedConfig, config: ModelConfig):
     return transformers.AutoModelForCausalLM
 
 
+def no_graph(architecture: PretrainedConfig) -> str | None:
+    """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
+    if architecture.is_encoder_decoder:
+        return "encoder-decoder models are not yet written as graphs"
+    if is_recurrent(architecture):
+        return "recurrent models are not written as graphs: tracing would fix the length"
+    return None
+
+
 def require_graph(config: ModelConfig, what: str) -> None:
-    """ModelError for an encoder-decoder model, of which no graph can be written yet."""
-    if architecture_of(config).is_encoder_decoder:
-        raise ModelError(
-            f"{what}: {config.path} is an encoder-decoder model, which is not yet written as a "
-            "graph; choose torch"
-        )
+    """ModelError for a model of which no graph can be written."""
+    if reason := no_graph(architecture_of(config)):
+        raise ModelError(f"{what}: {config.path}: {reason}; choose torch")
 
 
 def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
@@ -155,11 +160,6 @@ def require_training(config: ModelConfig) -> None:
     """What `require` raises, or ConfigError when the type cannot be trained on this device."""
     architecture = architecture_of(config)
     require(config, architecture)
-    if architecture.model_type in RECURRENT:
-        raise ModelError(
-            f"model.path {config.path}: {architecture.model_type} sees the padding of a batch, "
-            "which training and scoring here need; it can be cut and written, not trained"
-        )
     device = resolve_device(config.device)
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError(
@@ -198,7 +198,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
-    return linear_(model).to(device).eval().requires_grad_(False)
+    return exact_(linear_(model)).to(device).eval().requires_grad_(False)
 
 
 def _load_classifier(

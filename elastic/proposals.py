@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
 from elastic.surrogate import Additive, Posterior, cheapest
-from elastic.table import Table, kinds, places, shares
+from elastic.table import Table, kinds, least, pinned, places, shares
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)
@@ -88,7 +88,7 @@ class AdditiveSampler(BaseSampler):
         raise ValueError(f"{param_name} is no group of this search space")
 
     def _place(self, params: Mapping[str, Any]) -> tuple[int, ...]:
-        return tuple(params.get(group.name, 0) for group in self.space)
+        return _settled(self.space, [params.get(group.name, 0) for group in self.space])
 
     def _propose(
         self, number: int, done: Sequence[FrozenTrial], known: set[tuple[int, ...]]
@@ -98,9 +98,9 @@ class AdditiveSampler(BaseSampler):
         belief = self._model.fit(at, accuracies, sampling_variance(accuracies, self.examples))
         generator = np.random.default_rng([self.seed, number])
         costs = self._costs(done, generator)
-        least = costs.min(1).sum()
-        most = 0.0 if self.room is None else min(0.0, (1 - self.room) * least)
-        least = min(least, most)
+        low = least(self.space, costs)
+        most = 0.0 if self.room is None else min(0.0, (1 - self.room) * low)
+        low = min(low, most)
         for attempt in range(ATTEMPTS):
             drawn = belief.sample(generator)
             effects = belief.effects + (attempt + 1) * BOLDNESS * (drawn - belief.effects)
@@ -108,10 +108,22 @@ class AdditiveSampler(BaseSampler):
             at_limit = not self.tradeoff or (self.room is not None and number % 2 == 1)
             part = ((attempt / ATTEMPTS + (0 if at_limit else number)) * GOLDEN) % 1
             # Nothing gets better by being cut; what seems to is noise.
-            chosen = cheapest(np.minimum(effects, 0), costs, most - part * (most - least))
+            chosen = self._best(np.minimum(effects, 0), costs, most - part * (most - low))
             if tuple(chosen) not in known:
                 return chosen
-        return _neighbour(chosen, costs, most, known, generator)
+        return _neighbour(self.space, chosen, costs, most, known, generator)
+
+    def _best(self, gains: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
+        """`cheapest`, for every depth anew: what is left out neither gains nor costs."""
+
+        def value(chosen: np.ndarray) -> tuple[bool, float]:
+            rows = np.arange(len(chosen))
+            total = costs[rows, chosen].sum()
+            fits = total <= budget + 1e-12
+            return fits, gains[rows, chosen].sum() if fits else -total
+
+        found = (cheapest(gains, own, budget) for own in pinned(self.space, costs))
+        return max(found, key=value)
 
     def _costs(self, done: Sequence[FrozenTrial], generator: np.random.Generator) -> np.ndarray:
         """(groups, choices), at most 0, infinite where no choice is: all costs as one."""
@@ -131,7 +143,17 @@ class AdditiveSampler(BaseSampler):
         return sum(weight * table.effects / max(table.span, 1e-12) for weight, table in parts)
 
 
+def _settled(space: BoundSpace, at: Sequence[int]) -> tuple[int, ...]:
+    """Indices into each group's choices, 0 where the block does not run."""
+    if not space.depths:
+        return tuple(at)
+    names = [group.name for group in space]
+    gone = space.gone(dict(zip(names, at, strict=True)))
+    return tuple(0 if name in gone else i for name, i in zip(names, at, strict=True))
+
+
 def _neighbour(
+    space: BoundSpace,
     chosen: np.ndarray,
     costs: np.ndarray,
     most: float,
@@ -146,6 +168,7 @@ def _neighbour(
         group = generator.integers(len(chosen))
         moved = chosen.copy()
         moved[group] = generator.integers(np.isfinite(costs[group]).sum())
+        moved = np.array(_settled(space, moved))
         if costs[rows, moved].sum() <= most + 1e-12:
             chosen = moved
         if tuple(chosen) not in known:

@@ -244,7 +244,11 @@ def _train(
     declared = []
     for number, stage in enumerate(stages):
         if int(stage.get("depth_indicator", 1)) > 1:
-            raise ConfigError(f"{source}: stage {number} drops layers, which no space here does")
+            raise ConfigError(
+                f"{source}: stage {number} drops layers (depth_indicator "
+                f"{stage['depth_indicator']}); import it with 1 and add a group of dim depth to "
+                "the space"
+            )
         if stage.get("reorg_weights"):
             found["order"] = "norm"
         own: dict[str, Any] = {"train_dims": order}

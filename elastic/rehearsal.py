@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elastic.adapters.attach import ElasticLinear, modules_of, replace_module
 from elastic.batching import answer_logits
+from elastic.depth import running
 from elastic.estimate import Batch
 from elastic.loss import answer_loss
 from elastic.meter import Meter
@@ -63,7 +64,7 @@ def _alike(model: nn.Module) -> list[list[str]]:
         if any(name.startswith(f"{outer}.") for outer in seen):
             continue
         seen.append(name)
-        for number, block in enumerate(blocks):
+        for number, block in running(blocks).items():
             kinds[(name, *_signature(block))].append(f"{name}.{number}")
     return [kind for kind in kinds.values() if len(kind) > 2 * FEW + 1]
 
@@ -90,7 +91,8 @@ def _without(model: nn.Module, left_out: Sequence[str]) -> Iterator[None]:
     lists = {name.rpartition(".")[0] for name in left_out}
     whole = {name: model.get_submodule(name) for name in lists}
     for name, blocks in whole.items():
-        kept = [block for number, block in enumerate(blocks) if f"{name}.{number}" not in left_out]
+        own = running(blocks).items()
+        kept = [block for number, block in own if f"{name}.{number}" not in left_out]
         replace_module(model, name, nn.ModuleList(kept))
     try:
         yield

@@ -11,8 +11,9 @@ import torch
 
 from elastic import models
 from elastic.classifier import classes_of
-from elastic.errors import MissingExtra
+from elastic.errors import ConfigError, MissingExtra
 from elastic.progress import say
+from elastic.recurrent import is_recurrent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +74,15 @@ class TorchClassifier(TorchRunner):
         return self.model(input_ids=input_ids).logits
 
 
+class TorchRecurrent(TorchRunner):
+    """A transformers model that carries a state."""
+
+    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(input_ids, state=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.state
+        return output.logits[:, -1]
+
+
 class TorchEncoderDecoder(TorchRunner):
     """A transformers model that encodes the prompt and decodes from the start of an answer."""
 
@@ -95,11 +105,20 @@ def runner_of(model: PreTrainedModel) -> TorchRunner:
     """The one for this kind of model."""
     if classes_of(model):
         return TorchClassifier(model)
+    if is_recurrent(model.config):
+        return TorchRecurrent(model)
     return (TorchEncoderDecoder if model.config.is_encoder_decoder else TorchRunner)(model)
 
 
 def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
-    """As configured, without decoding what a classifier does not decode."""
+    """As configured, without decoding what a classifier does not decode; ConfigError for a batch of
+    sequences whose states transformers would mix."""
+    architecture = models.architecture_of(model)
+    if timing.batch > 1 and is_recurrent(architecture):
+        raise ConfigError(
+            f"timing.batch {timing.batch}: transformers decodes one sequence at a time of "
+            f"{architecture.model_type}; choose 1"
+        )
     return replace(timing, new_tokens=0) if models.classifies(model) else timing
 
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.batching import answer_logits
+from elastic.depth import states
 from elastic.loss import answer_loss
 from elastic.space import Group
 from elastic.supernet import Supernet
@@ -20,7 +21,8 @@ def sensitivity(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dict[str
     """By group, the root mean square over examples of what the loss would change by, to first
     order, were that group alone cut to its smallest choice: √E[(Σ x · ∂L/∂x)²] over everything that
     would be gone (Molchanov et al. 2019, arXiv 1906.10771, with a gate per group instead of one
-    per channel). For a rank, what would be gone is the part of the update behind it.
+    per channel). For a rank, what would be gone is the part of the update behind it; for a depth,
+    what the blocks add.
 
     `batches` have `input_ids`, `attention_mask`, `position_ids` and `labels`, (batch, length) each.
     """
@@ -62,25 +64,40 @@ def _watched(
     net: Supernet, group: Group, gone: Callable[[Group, Tensor], None]
 ) -> Iterator[RemovableHandle]:
     """Hooks that tell `gone` about this group as gradients come by."""
+    for block in group.blocks[group.choices[-1] :]:
+        yield net.model.get_submodule(block).register_forward_hook(
+            lambda _block, inputs, given, output: _left_out(
+                *states(inputs, given, output), lambda change: gone(group, change)
+            ),
+            with_kwargs=True,
+        )
     for cut in group.cuts:
-        kept = group.choices[-1] * cut.unit
         if cut.axis == "in":
+            channels, device = group.choices[0] * cut.unit, net.model.device
+            behind = torch.ones(channels, dtype=torch.bool, device=device)
+            for start, length in cut.kept(group.choices[-1], group.choices[0]):
+                behind[start : start + length] = False
             yield net.layer(cut.site).register_forward_pre_hook(
-                lambda _layer, inputs, kept=kept: _channels(
-                    inputs[0], kept, lambda change: gone(group, change)
+                lambda _layer, inputs, behind=behind: _channels(
+                    inputs[0], behind, lambda change: gone(group, change)
                 )
             )
         elif cut.axis == "rank":
             yield net.layer(cut.site).register_forward_hook(
-                lambda layer, inputs, output, kept=kept: _ranks(
-                    layer, inputs[0], output, kept, lambda change: gone(group, change)
+                lambda layer, inputs, output: _ranks(
+                    layer, inputs[0], output, group.choices[-1], lambda change: gone(group, change)
                 )
             )
 
 
-def _channels(x: Tensor, kept: int, tell: Callable[[Tensor], None]) -> None:
-    behind = x.detach()[..., kept:]
-    x.register_hook(lambda gradient: tell(behind * gradient[..., kept:]))
+def _left_out(before: Tensor, after: Tensor, tell: Callable[[Tensor], None]) -> None:
+    change = (after - before).detach()
+    after.register_hook(lambda gradient: tell(change * gradient))
+
+
+def _channels(x: Tensor, behind: Tensor, tell: Callable[[Tensor], None]) -> None:
+    lost = x.detach()[..., behind]
+    x.register_hook(lambda gradient: tell(lost * gradient[..., behind]))
 
 
 def _ranks(

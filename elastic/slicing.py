@@ -16,6 +16,7 @@ from elastic.adapters.attach import (
     plain_linear,
     replace_module,
 )
+from elastic.depth import settle_
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 
@@ -34,10 +35,13 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     with the supernet, which must not change while the slice is in use. Ties stay ties. Quantised
     weights become dense, in the type they are computed in.
     """
-    net.space.check(sub)
-    model = module_tree(net.model)
+    sub = net.space.check(sub)
+    left_out = tuple(f"{block}." for block in net.space.left_out(sub))
     with net.active(sub):
+        model = module_tree(net.model)
         for site, layer in modules_of(net.model, ElasticLinear):
+            if site.startswith(left_out):
+                continue
             weight = layer.weight.clone(memory_format=torch.contiguous_format)
             bias = None if layer.bias is None else layer.bias.clone()
             factors = layer.factors()
@@ -47,4 +51,4 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             replace_module(model, site, small)
-    return dequantise_(model).eval()
+    return settle_(dequantise_(model)).eval()

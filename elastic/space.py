@@ -7,19 +7,20 @@ choice per group, immutable and hashable, and everything that varies is a functi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random as random_module
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from elastic.dims import DIMS, Cut, GroupSpec
+from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, droppable
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json, shipped
 
@@ -64,6 +65,12 @@ class Group:
     dim: str
     choices: tuple[int, ...]
     cuts: tuple[Cut, ...]
+    counted: tuple[tuple[str, str], ...] = ()
+    """Modules and their attributes that must say the choice."""
+    blocks: tuple[str, ...] = ()
+    """Of a depth: a choice of k runs the first k of these."""
+    staying: int = 0
+    """How many of the first blocks stay, whatever the order of the others."""
 
     def joined(self, before: Group, where: str) -> Group:
         """One choice for both; ConfigError if their sizes differ."""
@@ -72,7 +79,8 @@ class Group:
                 f"{where}: share model: blocks have {list(before.choices)} and "
                 f"{list(self.choices)} to choose from; share what has one size, or per block"
             )
-        return replace(self, cuts=before.cuts + self.cuts)
+        both = before.counted + self.counted
+        return replace(self, cuts=before.cuts + self.cuts, counted=both)
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ class Section:
             "groups": {
                 spec.name: {
                     key: list(item) if isinstance(item, tuple) else item
-                    for key, item in vars(spec).items()
-                    if key != "name" and item not in ((), 1, None, "block")
+                    for key, item in _declared(spec).items()
+                    if key != "name"
                 }
                 for spec in self.groups
             },
@@ -119,7 +127,10 @@ class SearchSpace:
     def from_dict(cls, value: Any, source: str = "search space") -> SearchSpace:
         """From one section, or a list of them; ConfigError names the group that is wrong."""
         values = value if isinstance(value, list) and value else [value]
-        return cls(tuple(_section(item, source) for item in values), source)
+        sections = tuple(_section(item, source) for item in values)
+        if not any(section.adapt for section in sections):
+            raise ConfigError(f"{source}: no layer carries factors; name some in adapt")
+        return cls(sections, source)
 
     def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The declaration again; `from_dict` reads it back to an equal space."""
@@ -160,16 +171,22 @@ class SearchSpace:
         targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
         _all_linear(targets, linears, f"{self.source}: adapt")
         groups: dict[str, Group] = {}
+        specs = [part for whole in section.groups for part in whole.parted()]
+        for spec in specs:
+            if spec.dim == DEPTH:
+                found = _depth(model, section, blocks, spec, f"{self.source}: group {spec.name!r}")
+                groups[found.name] = found
         for block in blocks:
-            for spec in (part for whole in section.groups for part in whole.parted()):
+            for spec in (spec for spec in specs if spec.dim != DEPTH):
                 where = f"{self.source}: group {spec.name!r}"
                 sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
                 _all_linear(sites, linears, where)
                 if spec.dim == "rank":
                     _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
-                full, cuts = DIMS[spec.dim](model, block, spec, max_rank)
+                found = DIMS[spec.dim](model, block, spec, max_rank)
                 name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
-                own = Group(name, spec.dim, spec.resolve(full, where), tuple(cuts))
+                choices = spec.resolve(found.full, where)
+                own = Group(name, spec.dim, choices, found.cuts, found.counted)
                 groups[name] = own.joined(groups[name], where) if name in groups else own
         return list(groups.values()), targets
 
@@ -182,19 +199,78 @@ class BoundSpace:
     targets: tuple[str, ...]
     """Linear layers that carry factors."""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many sub-adapters there are."""
-        return math.prod(len(group.choices) for group in self.groups)
+        total = 0
+        for depths in itertools.product(*(range(len(group.choices)) for group in self.depths)):
+            at = {group.name: choice for group, choice in zip(self.depths, depths, strict=True)}
+            gone = self.gone(at)
+            left = (g for g in self.groups if g.dim != DEPTH and g.name not in gone)
+            total += math.prod(len(group.choices) for group in left)
+        return total
+
+    @cached_property
+    def depths(self) -> tuple[Group, ...]:
+        return tuple(group for group in self.groups if group.dim == DEPTH)
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """By block that may be left out, the groups that cut it alone."""
+        found = {block: [] for group in self.depths for block in group.blocks}
+        lists = tuple({f"{block.rpartition('.')[0]}." for block in found})
+
+        def block_of(site: str) -> str | None:
+            start = next((name for name in lists if site.startswith(name)), None)
+            return start and start + site.removeprefix(start).partition(".")[0]
+
+        for group in self.groups if found else ():
+            blocks = {block_of(cut.site) for cut in group.cuts}
+            if len(blocks) == 1 and (block := blocks.pop()):
+                found[block].append(group.name)
+        return found
+
+    def gone(self, indices: Mapping[str, int]) -> set[str]:
+        """Names of groups whose block does not run at these indices into the choices of depths."""
+        blocks = (
+            block
+            for group in self.depths
+            for block in group.blocks[group.choices[indices[group.name]] :]
+        )
+        return {name for block in blocks for name in self._inside[block]}
+
+    def left_out(self, sub: SubAdapter) -> list[str]:
+        """Names of the blocks that do not run."""
+        return [block for group in self.depths for block in group.blocks[sub[group.name] :]]
+
+    def ordered(self, order: Mapping[str, Sequence[int]]) -> BoundSpace:
+        """The space whose depths leave out the last blocks of this order first; of other groups
+        nothing is read."""
+        groups = []
+        for group in self.groups:
+            if group.dim == DEPTH and group.name in order:
+                by_number = dict(zip(numbers(group.blocks), group.blocks, strict=True))
+                blocks = tuple(by_number[int(number)] for number in order[group.name])
+                group = replace(group, blocks=blocks)
+            groups.append(group)
+        return BoundSpace(tuple(groups), self.targets)
 
     def at(self, indices: Mapping[str, int]) -> SubAdapter:
-        """The sub-adapter with these indices into each group's descending choices."""
-        return SubAdapter(tuple((g.name, g.choices[indices[g.name]]) for g in self.groups))
+        """The sub-adapter with these indices into each group's descending choices. Groups of
+        blocks that do not run have size 0."""
+        gone = self.gone(indices)
+        return SubAdapter(
+            tuple((g.name, 0 if g.name in gone else g.choices[indices[g.name]]) for g in self)
+        )
 
     def indices(self, sub: SubAdapter) -> dict[str, int]:
-        """Inverse of `at`; RunError if the sub-adapter is not a point of this space."""
-        self.check(sub)
-        return {group.name: group.choices.index(sub[group.name]) for group in self.groups}
+        """Inverse of `at`, 0 where the size is; RunError if the sub-adapter is not a point of this
+        space."""
+        choices = self.check(sub).as_dict()
+        return {
+            group.name: group.choices.index(choices[group.name]) if choices[group.name] else 0
+            for group in self.groups
+        }
 
     def check(self, sub: SubAdapter) -> SubAdapter:
         """The sub-adapter in the order of this space, or a RunError that says what is foreign."""
@@ -203,13 +279,16 @@ class BoundSpace:
         if strange:
             some = ", ".join(sorted(strange)[:3])
             raise RunError(f"sub-adapter and search space differ in {len(strange)} groups: {some}")
+        gone: set[str] = set()
+        if all(choices[group.name] in group.choices for group in self.depths):
+            gone = self.gone({g.name: g.choices.index(choices[g.name]) for g in self.depths})
         for group in self.groups:
-            if choices[group.name] not in group.choices:
+            if choices[group.name] not in group.choices and group.name not in gone:
                 raise RunError(
                     f"sub-adapter: {group.name} is {choices[group.name]}; "
                     f"choose from {list(group.choices)}"
                 )
-        return SubAdapter(tuple((group.name, choices[group.name]) for group in self.groups))
+        return SubAdapter(tuple((g.name, 0 if g.name in gone else choices[g.name]) for g in self))
 
     def maximal(self) -> SubAdapter:
         return self.at({group.name: 0 for group in self.groups})
@@ -276,6 +355,34 @@ class BoundSpace:
         return iter(self.groups)
 
 
+def numbers(blocks: Iterable[str]) -> list[int]:
+    """Places of blocks in their list, from their names."""
+    return [int(block.rpartition(".")[2]) for block in blocks]
+
+
+def _declared(spec: GroupSpec) -> dict[str, Any]:
+    """What departs from the defaults."""
+    values = ((field, getattr(spec, field.name)) for field in fields(spec))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def _depth(
+    model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
+) -> Group:
+    """The one group of how many of the section's blocks run; the first and the last stay."""
+    droppable(model, blocks, where, ends=spec.drop_ends)
+    ends = () if spec.drop_ends else (blocks[0], blocks[-1])
+    choices = spec.resolve(len(blocks), where, max(1, len(ends)))
+    if choices[-1] < len(ends):
+        raise ConfigError(
+            f"{where}: depth {choices[-1]}, but the first and the last block stay; choose from "
+            f"{len(ends)}..{len(blocks)}, or set drop_ends"
+        )
+    between = [block for block in blocks if block not in ends]
+    name = f"{section.blocks}.{spec.name}"
+    return Group(name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends))
+
+
 def _is_linear(module: nn.Module) -> bool:
     from torch import nn
 
@@ -298,19 +405,22 @@ def _outline(names: list[str]) -> str:
 
 
 def _section(value: Any, source: str) -> Section:
-    _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "adapt", "groups"}, source)
+    _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "groups"}, source)
     _types(value, source)
     groups = []
     for name, spec in value["groups"].items():
         where = f"{source}: group {name!r}"
-        if not isinstance(spec, Mapping) or spec.get("dim") not in list(DIMS):
+        if not isinstance(spec, Mapping) or spec.get("dim") not in [*DIMS, DEPTH]:
             dim = spec.get("dim") if isinstance(spec, Mapping) else None
-            raise ConfigError(f"{where}: {unknown('dim', str(dim), DIMS)}")
-        lists = {"of"} if spec["dim"] == "rank" else {"outputs", "inputs"}
-        more = {"align", "share"} | ({"fused"} if spec["dim"] != "rank" else set())
+            raise ConfigError(f"{where}: {unknown('dim', str(dim), [*DIMS, DEPTH])}")
+        lists, more = {"outputs", "inputs"}, {"align", "share", "fused"}
+        if spec["dim"] == "rank":
+            lists, more = {"of"}, {"align", "share"}
+        elif spec["dim"] == DEPTH:
+            lists, more = set(), {"drop_ends"}
         _keys(spec, {"dim", "choices"} | more | lists, {"dim", "choices"} | lists, where)
         groups.append(_group_spec(name, spec, where))
-    return Section(value["blocks"], tuple(value["adapt"]), tuple(groups))
+    return Section(value["blocks"], tuple(value.get("adapt", ())), tuple(groups))
 
 
 def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:
@@ -326,8 +436,8 @@ def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:
 def _types(value: Mapping[str, Any], where: str) -> None:
     if not isinstance(value["blocks"], str):
         raise ConfigError(f"{where}: blocks is {value['blocks']!r}; give a pattern of module names")
-    if not isinstance(value["adapt"], list) or not value["adapt"]:
-        raise ConfigError(f"{where}: adapt is {value['adapt']!r}; give a list of layer names")
+    if not isinstance(adapt := value.get("adapt", []), list):
+        raise ConfigError(f"{where}: adapt is {adapt!r}; give a list of layer names")
     if not isinstance(value["groups"], Mapping):
         raise ConfigError(f"{where}: groups is {value['groups']!r}; give a mapping by name")
 
@@ -361,6 +471,10 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
         shares.append("layer")
     if share not in shares:
         raise ConfigError(f"{where}: {unknown('share', str(share), shares)}")
+    ends = spec.get("drop_ends", False)
+    if not isinstance(ends, bool):
+        raise ConfigError(f"{where}: drop_ends is {ends!r}; give true or false")
     return GroupSpec(
-        name, spec["dim"], tuple(choices), align=align, fused=fused, share=share, **lists
-    )
+        name, spec["dim"], tuple(choices), align=align, fused=fused, share=share, drop_ends=ends,
+        **lists,
+    )  # fmt: skip

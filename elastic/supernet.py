@@ -17,12 +17,13 @@ from elastic.adapters.attach import ElasticLinear, reorder_linear, replace_modul
 from elastic.classifier import widen_head_
 from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig
+from elastic.depth import Stack
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.importance import channel_index
 from elastic.progress import track
 from elastic.provenance import provenance
-from elastic.space import BoundSpace, SearchSpace, SubAdapter
+from elastic.space import BoundSpace, SearchSpace, SubAdapter, numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ FACTORS, ORDER, SPACE, ABOUT = (
 
 
 class Supernet:
-    """A base model whose target layers run at the sizes of one active sub-adapter.
+    """A base model whose target layers, and blocks, run at the sizes of one active sub-adapter.
 
     The base weights are permuted in place so that the important channels come first (quantised
     ones keep their codes and remember the order); nothing else of them changes, and the function
@@ -70,9 +71,14 @@ class Supernet:
         self.order: dict[str, Tensor] = {}
         if order is not None:
             self.reorder(order)
+        self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
         self.current = self.space.maximal()
         self._actions = {
             group.name: [(self.layer(cut.site).size, cut, group.choices[0]) for cut in group.cuts]
+            for group in self.space
+        }
+        self._counted = {
+            group.name: [(model.get_submodule(name), what) for name, what in group.counted]
             for group in self.space
         }
 
@@ -117,6 +123,7 @@ class Supernet:
                 if layer.adapter is not None:
                     layer.adapter.reorder(cut.axis, index)
         self.order = dict(order)
+        self.space = self.space.ordered(order)
 
     def permutations(self) -> dict[tuple[str, str], Tensor]:
         """Per cut layer and axis ("out" or "in"), which channel of the base model stands at each
@@ -140,18 +147,37 @@ class Supernet:
                 "`space.check` sorts them or names the strange ones"
             )
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
-            if choice == old:
+            if choice in (old, 0):  # 0: its block does not run
                 continue
+            if name in self._stacks:
+                self._stacks[name].run(self._blocks(name, choice))
             for size, cut, full in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
                 elif cut.axis == "in":
                     size.columns = choice * cut.unit
+                    if cut.parts:
+                        size.column_parts = cut.kept(choice, full)
                 else:
                     size.rows = choice * cut.unit
                     if cut.parts:
-                        size.parts = cut.kept(choice, full)
+                        size.row_parts = cut.kept(choice, full)
+            for module, attribute in self._counted[name]:
+                setattr(module, attribute, choice)
         self.current = sub
+
+    def _blocks(self, depth: str, choice: int) -> list[int]:
+        """Places of the blocks that this choice of a depth runs."""
+        group = next(group for group in self.space.depths if group.name == depth)
+        return sorted(numbers(group.blocks[:choice]))
+
+    def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
+        """By the name of every list of blocks of which some can be left out, places of those that
+        `sub` runs."""
+        return {
+            group.blocks[0].rpartition(".")[0]: self._blocks(group.name, sub[group.name])
+            for group in self.space.depths
+        }
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
@@ -230,7 +256,9 @@ class Supernet:
 
     def penalty(self, learning_rate: float) -> Tensor | None:
         """The regulariser of the active sub-adapter; None if the method has none now."""
-        layers = ((self.layer(site), adapter) for site, adapter in self.adapters())
+        left_out = tuple(f"{block}." for block in self.space.left_out(self.current))
+        sites = (site for site in self.space.targets if not site.startswith(left_out))
+        layers = ((layer, layer.adapter) for layer in map(self.layer, sites))
         found = [adapter.penalty(layer.size.rank) for layer, adapter in layers]
         terms = [term for term in found if term is not None]
         return METHODS[self.adapter.resolved_method].total(terms, learning_rate) if terms else None
@@ -293,9 +321,13 @@ def load_super_adapter(
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Channel order and factors of a super-adapter; `read_super_adapter` checks it first."""
+    return read_order(directory), read_factors(directory)
+
+
+def read_order(directory: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(directory / ORDER), read_factors(directory)
+    return load_file(directory / ORDER)
 
 
 def read_factors(directory: Path) -> dict[str, Tensor]:

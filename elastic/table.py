@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,10 @@ NOISE = 0.01
 
 def kinds(space: BoundSpace) -> list[str]:
     """What groups are alike: those of one name but for the block's number."""
-    names = [[part for part in group.name.split(".") if not part.isdigit()] for group in space]
+    names = [
+        [part for part in group.name.split(".") if not (part.isdigit() or part == "*")]
+        for group in space
+    ]
     columns = zip(*(name[:-1] for name in names), strict=False)
     shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)))
     return [".".join(name[shared:]) for name in names]
@@ -31,6 +34,25 @@ def shares(space: BoundSpace) -> list[list[float]]:
 def places(space: BoundSpace, subs: Sequence[SubAdapter]) -> np.ndarray:
     """(sub-adapters, groups) of indices into each group's choices."""
     return np.array([list(space.indices(sub).values()) for sub in subs], dtype=np.int64)
+
+
+def pinned(space: BoundSpace, costs: np.ndarray) -> Iterator[np.ndarray]:
+    """The costs (groups, choices) for one depth after another: infinite where a choice is another
+    depth, or of a group whose blocks do not run. Without depths, as they are."""
+    rows = {group.name: row for row, group in enumerate(space)}
+    for depths in itertools.product(*(range(len(group.choices)) for group in space.depths)):
+        own = costs.copy() if depths else costs
+        at = {group.name: choice for group, choice in zip(space.depths, depths, strict=True)}
+        for name, choice in at.items():
+            own[rows[name], np.arange(costs.shape[1]) != choice] = np.inf
+        for name in space.gone(at):
+            own[rows[name], 1:] = np.inf
+        yield own
+
+
+def least(space: BoundSpace, costs: np.ndarray) -> float:
+    """The lowest sum of what a sub-adapter chooses of (groups, choices)."""
+    return min(float(own.min(1).sum()) for own in pinned(space, costs))
 
 
 @dataclass(frozen=True)
@@ -80,7 +102,7 @@ class Table:
     @property
     def span(self) -> float:
         """From the minimal sub-adapter to the full model."""
-        return -float(self.effects.min(1).sum())
+        return -least(self.space, self.effects)
 
     def __call__(self, sub: SubAdapter) -> float:
         """Milliseconds, or whatever else it was told."""

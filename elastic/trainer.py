@@ -320,6 +320,8 @@ def fit(
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        # Blocks that are left out have no gradients.
+        ddp_find_unused_parameters=bool(net.space.depths),
         ddp_broadcast_buffers=False,  # constants all of them, a quantised base among them
         fp16=config.model.dtype == "float16",
         logging_steps=1,

@@ -20,7 +20,13 @@ from elastic.progress import say
 from elastic.run import Run, predecessor
 from elastic.schedule import Schedule, examples_per_step
 from elastic.space import SearchSpace
-from elastic.supernet import Supernet, read_super_adapter, read_tensors, save_super_adapter
+from elastic.supernet import (
+    Supernet,
+    read_order,
+    read_super_adapter,
+    read_tensors,
+    save_super_adapter,
+)
 from elastic.tasks import load_task, with_classes
 from elastic.trainer import fit
 from elastic.watching import check_trackers
@@ -53,7 +59,10 @@ def train(config: TrainConfig) -> Run:
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
     before = predecessor(config) if config.start_from else None
-    only = before.resolve(config.sub_adapter, bound)[1] if config.sub_adapter else None
+    only = None
+    if config.sub_adapter:
+        ordered = bound.ordered(read_order(before.super_adapter))
+        only = before.resolve(config.sub_adapter, ordered)[1]
     task = load_task(config.task, config.seed)
     if config.model.classes:
         check_classes(task, config.model.classes)

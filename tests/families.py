@@ -48,9 +48,16 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, space, settings
 }  # fmt: skip
 
 
-def model_of(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def model_of(
+    family: str, dtype: torch.dtype = torch.float64, layers: int | None = None
+) -> PreTrainedModel:
     """Biases and norms moved away from where they start."""
     name, _, settings = FAMILIES[family]
+    if layers:
+        settings = settings | {key: layers for key in LAYERS if key in settings}
     kind = getattr(transformers, name)
     config = kind.config_class(**(SMALL | settings))
     config.use_cache = False

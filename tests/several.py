@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import SequenceConfig, StageConfig, TaskConfig
 from elastic.continual import train
+from elastic.dims import DEPTH, DIMS
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.steps import step_gradients
-from tests.tiny_runs import interrupted, train_config
+from tests.tiny_runs import interrupted, space_file, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"])
 RUNS = {
@@ -36,6 +37,7 @@ RUNS = {
     "accumulated": {"accumulation": 2, "batch_size": 2},
     "sandwich": {"sampling": "sandwich", "distill": 0.5, "stages": [OPEN]},
     "own": {"sample_each": "process", "stages": [OPEN]},
+    "deep": {"sample_each": "process", "stages": [StageConfig(train_dims=[*DIMS, DEPTH])]},
     "sequence": {"tasks": ["sums", "words"], "stages": [StageConfig(), OPEN]},
 }
 REGULARISED = ("sorsa", "olora")
@@ -43,6 +45,7 @@ REGULARISED = ("sorsa", "olora")
 ALONE = {
     "accumulated": {"accumulation": 2, "batch_size": 4},
     "own": {"sample_each": "micro_batch", "accumulation": 2, "batch_size": 4},
+    "deep": {"sample_each": "micro_batch", "accumulation": 2, "batch_size": 4},
 }
 """What one process does instead, where it is more than twice the batch."""
 
@@ -63,6 +66,10 @@ def config_of(model: Path, folder: Path, name: str, *, alone: bool):
         sizes = {"validation_examples": 4, "test_examples": 16}
         settings["task"] = TaskConfig(name="jsonl", **sizes, **files)
         settings["sequence"] = SequenceConfig(new_tokens=3)
+    if name == "deep":  # a process may have no gradient of a block that another trains
+        declared = tiny.space_dict()
+        declared["groups"]["depth"] = {"dim": "depth", "choices": [2, 1], "drop_ends": True}
+        settings["space"] = space_file(folder / "deep-space", declared)
     if alone:
         settings |= ALONE.get(name, {})
     return train_config(model, folder / name, **settings)

@@ -24,7 +24,7 @@ from elastic.config import (
     TaskConfig,
     TrainConfig,
 )
-from elastic.dims import DIMS
+from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
 from elastic.run import Run, as_plain
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
@@ -218,8 +218,9 @@ def literal(kind: type, field: str) -> set[str]:
 def test_literals_equal_registries():
     assert literal(AdapterConfig, "method") == {"auto", *METHODS}
     assert literal(TaskConfig, "name") == set(TASKS)
-    assert literal(StageConfig, "train_dims") == set(DIMS) == set(TrainConfig().progressivity)
-    assert literal(TrainConfig, "progressivity") == set(DIMS)
+    dims = {*DIMS, DEPTH}
+    assert literal(StageConfig, "train_dims") == dims == set(TrainConfig().progressivity)
+    assert literal(TrainConfig, "progressivity") == dims
     assert literal(ExportConfig, "formats") == set(ExportConfig().formats)
 
 

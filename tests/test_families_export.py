@@ -8,7 +8,6 @@ import torch
 
 from elastic import bench
 from elastic.config import AdapterConfig, ExportConfig, StageConfig
-from elastic.errors import ModelError
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.merging import compact
@@ -53,12 +52,6 @@ def test_every_runtime_computes_the_same(family, tmp_path):
                    openvino.OpenVINORunner(openvino.write(graph, tmp_path))):  # fmt: skip
         scale = np.abs(expected).max()
         np.testing.assert_allclose(drive(runner, ids, 5), expected, rtol=0, atol=1e-4 * scale)
-
-
-def test_a_model_that_sees_padding_is_not_trained(tmp_path):
-    hf.write(model_of("rwkv", torch.float32), tiny.tokenizer(), tmp_path / "base")
-    with pytest.raises(ModelError, match="rwkv sees the padding of a batch"):
-        train(train_config(tmp_path / "base", tmp_path / "run", space="auto"))
 
 
 def test_peft_adapts_no_layer_of_the_same_name(tmp_path):

@@ -174,7 +174,8 @@ def test_a_stage_refuses_impossible_settings(setting):
 
 def test_unset_stages_follow_the_sampling():
     """Published training opens everything from the start, ours trains the maximal one first."""
-    everything = ["rank", "width", "heads"]
+    everything = TrainConfig().progressivity
+    assert set(ALL) < set(everything)
     assert [stage.train_dims for stage in TrainConfig().resolved_stages] == [[], everything]
     lonas = TrainConfig(sampling="lonas", progressivity=everything[:2])
     assert [stage.train_dims for stage in lonas.resolved_stages] == [everything[:2]]

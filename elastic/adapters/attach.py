@@ -14,21 +14,28 @@ from transformers.pytorch_utils import Conv1D
 from elastic.adapters.base import Adapter
 from elastic.quantised import QuantisedLinear, frozen_linear
 
+Parts = tuple[tuple[int, int], ...] | None
+
 
 class Size:
     """What is active in one elastic layer. A plain object: activation rewrites thousands of these,
     and an `nn.Module` attribute costs ten times as much."""
 
-    __slots__ = ("columns", "parts", "rank", "rows")
+    __slots__ = ("column_parts", "columns", "rank", "row_parts", "rows")
 
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         self.rows, self.columns, self.rank = rows, columns, rank
-        self.parts: tuple[tuple[int, int], ...] | None = None
-        """Of a fused layer that is cut: (start, length) of the rows of each part."""
+        self.row_parts: Parts = None
+        """Where an axis of several parts is cut: (start, length) of what is left of each."""
+        self.column_parts: Parts = None
 
     def leading(self, tensor: Tensor) -> Tensor:
         """The active rows of (rows, ...)."""
-        return _leading(tensor, self.rows, self.parts)
+        return _leading(tensor, 0, self.rows, self.row_parts)
+
+    def leading_columns(self, tensor: Tensor) -> Tensor:
+        """The active columns of (rows, columns)."""
+        return _leading(tensor, 1, self.columns, self.column_parts)
 
 
 class ElasticLinear(nn.Module):
@@ -57,8 +64,9 @@ class ElasticLinear(nn.Module):
     def _source(self) -> Callable[[], Tensor]:
         """Gives the weight that is active now, whatever is active when it is asked: the backward
         pass asks again, so that a dequantised weight need not be kept."""
-        base, rows, columns, parts = self.base, self.size.rows, self.size.columns, self.size.parts
-        return lambda: _leading(base.weight, rows, parts)[:, :columns]
+        base, size = self.base, self.size
+        rows, columns = (0, size.rows, size.row_parts), (1, size.columns, size.column_parts)
+        return lambda: _leading(_leading(base.weight, *rows), *columns)
 
     @property
     def bias(self) -> Tensor | None:
@@ -71,9 +79,7 @@ class ElasticLinear(nn.Module):
         return self._cut(*self.adapter.factors(self.size.rank))
 
     def _cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        if self.size.columns < A.shape[1]:
-            A = A[:, : self.size.columns]
-        return A, self.size.leading(B)
+        return self.size.leading_columns(A), self.size.leading(B)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None and self._lean(x):
@@ -164,13 +170,14 @@ class FactorLinear(nn.Linear):
         return _add_update(F.linear(x, self.weight, self.bias), x, self.A, self.B)
 
 
-def _leading(tensor: Tensor, rows: int, parts: tuple[tuple[int, int], ...] | None) -> Tensor:
-    """A view of the first rows; of a fused layer, a copy of the first of each part."""
-    if rows == tensor.shape[0]:  # nothing is sliced in vain
+def _leading(tensor: Tensor, axis: int, size: int, parts: Parts) -> Tensor:
+    """A view of the first rows or columns; of an axis of several parts, a copy of the first of
+    each."""
+    if size == tensor.shape[axis]:  # nothing is sliced in vain
         return tensor
     if parts is None:
-        return tensor[:rows]
-    return torch.cat([tensor[start : start + length] for start, length in parts])
+        return tensor.narrow(axis, 0, size)
+    return torch.cat([tensor.narrow(axis, *part) for part in parts], axis)
 
 
 def _add_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

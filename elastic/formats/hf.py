@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from elastic.adapters.attach import linear_, modules_of
+from elastic.dims import QUERIES
 from elastic.errors import ExportError
 from elastic.files import write_text
 
@@ -39,7 +40,7 @@ WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 _CLASS = '''"""{base} whose linear layers have sizes of their own; written by elastic-adapters.
 
 Load with {auto}.from_pretrained(folder, trust_remote_code=True). The code is the
-thirty lines below; the computation is all {base}'s.
+few lines below; the computation is all {base}'s.
 """
 
 from torch import nn
@@ -48,12 +49,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Elastic{config}({config}):
-    """`linear_sizes` maps a layer's name to its [out_features, in_features]."""
+    """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
+    attention module's to attributes of its own."""
 
     model_type = "elastic_{model_type}"
 
-    def __init__(self, linear_sizes=None, **kwargs):
+    def __init__(self, linear_sizes=None, attention_sizes=None, **kwargs):
         self.linear_sizes = linear_sizes or {{}}
+        self.attention_sizes = attention_sizes or {{}}
         super().__init__(**kwargs)
 
 
@@ -70,6 +73,9 @@ class Elastic{base}({base}):
             else:
                 linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
             setattr(self.get_submodule(parent), leaf, linear)
+        for name, sizes in config.attention_sizes.items():
+            for key, value in sizes.items():
+                setattr(self.get_submodule(name), key, value)
         self.post_init()
 '''
 
@@ -122,21 +128,28 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
-    sizes, expected = _shapes_of(model), _shapes(model.config, type(model))
-    changed = {name: size for name, size in sizes.items() if size != expected[name]}
+    plain = linear_(_meta(type(model), model.config))
+    expected, groups = _shapes_of(plain), _query_groups(plain)
+    changed = {name: size for name, size in _shapes_of(model).items() if size != expected[name]}
     uniform = _uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
             setattr(config, name, size)
         return config
+    grouped = {
+        name: {QUERIES: own} for name, own in _query_groups(model).items() if own != groups[name]
+    }
     if not code:
         config.linear_sizes = changed
+        if grouped:
+            config.attention_sizes = grouped
         return config
     base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
     custom = type(f"Elastic{kind}", (type(config),), {"model_type": f"elastic_{config.model_type}"})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     described = custom(**values)
     described.linear_sizes = changed
+    described.attention_sizes = grouped
     described.auto_map = {
         "AutoConfig": f"{stem}.Elastic{kind}",
         auto_class(model): f"{stem}.Elastic{base}",
@@ -179,11 +192,6 @@ def _shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(layer.weight.shape) for name, layer in modules_of(model, nn.Linear)}
 
 
-def _shapes(config: PretrainedConfig, kind: type[PreTrainedModel]) -> dict[str, list[int]]:
-    """The same of what this class makes of this config."""
-    return _shapes_of(linear_(_meta(kind, config)))
-
-
 def _uniform_sizes(
     model: PreTrainedModel, changed: Mapping[str, list[int]], expected: Mapping[str, list[int]]
 ) -> dict[str, int] | None:
@@ -193,7 +201,7 @@ def _uniform_sizes(
     found: dict[str, int] = {}
     for name, (_, columns) in changed.items():
         if columns != expected[name][1]:
-            found |= _named_size(model.config, expected[name][1], columns)
+            found |= _named_size(model, expected[name][1], columns)
     config = copy.deepcopy(model.config)
     for name, size in found.items():
         setattr(config, name, size)
@@ -202,16 +210,28 @@ def _uniform_sizes(
     except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
         return None
     # Where layers differ in size, no one value fits them all.
-    return found if _shapes(config, type(model)) == _shapes_of(model) else None
+    plain = linear_(_meta(type(model), config))
+    alike = _shapes_of(plain) == _shapes_of(model)
+    return found if alike and _query_groups(plain) == _query_groups(model) else None
 
 
-def _named_size(config: PretrainedConfig, before: int, after: int) -> dict[str, int]:
+def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, int]:
     """What a config would say if the layers that read `before` channels read `after`."""
+    config = model.config
     for name in WIDTHS:
         if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
             return {name: after}
     head_size = getattr(config, "head_dim", None)
     if head_size and config.num_attention_heads * head_size == before:
-        names = ("num_attention_heads", "num_key_value_heads")
-        return {name: getattr(config, name) * after // before for name in names}
+        heads, groups = after // head_size, set(_query_groups(model).values())
+        found = {"num_attention_heads": heads}
+        if len(groups) == 1:
+            found["num_key_value_heads"] = heads // groups.pop()
+        return found
     return {}
+
+
+def _query_groups(model: PreTrainedModel) -> dict[str, int]:
+    """By attention module, how many query heads share a key-value head."""
+    modules = model.named_modules()
+    return {name: getattr(module, QUERIES) for name, module in modules if hasattr(module, QUERIES)}

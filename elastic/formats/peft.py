@@ -14,6 +14,7 @@ from elastic.adapters.attach import ElasticLinear, modules_of
 from elastic.classifier import classes_of
 from elastic.errors import ExportError
 from elastic.foreign import DIGEST, PEFT_WEIGHTS
+from elastic.recurrent import is_recurrent
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 def why_not(net: Supernet, sub: SubAdapter) -> str | None:
     """The reason this sub-adapter cannot be a PEFT adapter; None if it can."""
+    if is_recurrent(net.model.config):
+        return (
+            "transformers halves some weights of this model in place at inference, which the "
+            "layers of PEFT do not follow; merge it (hf)"
+        )
     cut = [g.name for g in net.space if g.dim != "rank" and sub[g.name] != g.choices[0]]
     if not cut:
         return None

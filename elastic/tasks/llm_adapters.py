@@ -12,20 +12,16 @@ from typing import Any
 from elastic.config import TaskConfig
 from elastic.errors import DataError
 from elastic.protocol import kind_of, labels_in
-from elastic.tasks.base import Example, Judge, Task, disjoint, limits
-from elastic.tasks.rows import ALPACA, ALPACA_INPUT, read_rows
+from elastic.tasks.base import Example, Judge, Task
+from elastic.tasks.rows import ALPACA, ALPACA_INPUT, from_files, read_rows
 
 TOKENS = {"number": 256, "letter": 256}
 """New tokens that an answer may take, by its kind; others 32."""
 
 
 def load(config: TaskConfig, seed: int) -> Task:
-    """Rows in file order. Without a validation file, the last rows of the training file are held
-    out; they are judged like those of the test file."""
-    files = {split: getattr(config, split) or config.train for split in limits(config)}
-    test, train = read(config.test), read(config.train)
-    validation = None if config.validation is None else read(config.validation)
-    return disjoint(train, validation, test, config, files)
+    """Validation examples are judged like those of the test file."""
+    return from_files(config, _example)
 
 
 def read(file: str | Path) -> list[Example]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
 from elastic.errors import DataError, DataMissing
-from elastic.tasks.base import Example
+from elastic.tasks.base import Example, Task, disjoint, limits
 
 CHAT = "chat"
 """The template of rows with `messages`."""
@@ -51,6 +51,21 @@ def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
     return rows
+
+
+def from_files(config: TaskConfig, example: Callable[[Mapping[str, Any], str], Example]) -> Task:
+    """Rows of the configured files in their order, made examples. Without a validation file the
+    last rows of the training file are held out. A row whose prompt also stands in the test split is
+    dropped from the other two."""
+
+    def read(file: str | None) -> list[Example] | None:
+        return None if file is None else [example(row, where) for where, row in read_rows(file)]
+
+    files = {split: getattr(config, split) or config.train for split in limits(config)}
+    test, train, validation = (
+        read(file) for file in (config.test, config.train, config.validation)
+    )
+    return disjoint(train, validation, test, config, files)
 
 
 def _text(file: Path | str) -> str:

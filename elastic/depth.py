@@ -1,0 +1,128 @@
+"""Depth: a model that runs some of its blocks and leaves the others out.
+
+Blocks pass on what they add to, so a model without some of them still fits together. All of them
+stay where they are and keep their names, so factors, checkpoints and wrappers find them; the code
+of the model sees those that run, numbered anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from elastic.adapters.attach import modules_of, replace_module
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from elastic.space import Group
+
+NUMBERS = ("layer_idx", "layer_id")
+"""What modules call the place of their block, by which they find their part of the cache."""
+COUNTS = ("num_hidden_layers", "encoder_layers")
+DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
+"""What configs call the number of blocks; that of a stack of its own says COUNTS."""
+
+
+class Blocks(nn.ModuleList):
+    """All blocks of a stack, which looks like a list of those that run."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.running: tuple[int, ...] = ()
+        super().__init__(blocks)
+        self.running = tuple(range(len(blocks)))
+
+    def __len__(self) -> int:
+        return len(self.running)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self._modules[str(number)] for number in self.running)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self)[index]
+
+
+class Stack:
+    """The blocks of one group, with all that says how many there are."""
+
+    def __init__(self, model: PreTrainedModel, group: Group) -> None:
+        name = group.blocks[0].rpartition(".")[0]
+        self.blocks = Blocks(list(model.get_submodule(name)))
+        replace_module(model, name, self.blocks)
+        self._numbered = [
+            [
+                (module, name)
+                for module in block.modules()
+                for name in NUMBERS
+                if isinstance(getattr(module, name, None), int)
+            ]
+            for block in self.blocks
+        ]
+        self._counts = counts(model, name, len(self.blocks))
+        self._lists = [
+            (config, key, list(value))
+            for config, _ in self._counts
+            for key, value in vars(config).items()
+            if "layer" in key and isinstance(value, list) and len(value) == len(self.blocks)
+        ]
+        """Such as the kind of attention of every layer."""
+
+    def run(self, kept: Sequence[int]) -> None:
+        """Let the blocks in these places, ascending, run."""
+        self.blocks.running = tuple(kept)
+        for place, number in enumerate(self.blocks.running):
+            for module, name in self._numbered[number]:
+                setattr(module, name, place)
+        for config, key in self._counts:
+            setattr(config, key, len(kept))
+        for config, key, values in self._lists:
+            setattr(config, key, [values[number] for number in self.blocks.running])
+
+
+def counts(model: PreTrainedModel, blocks: str, full: int) -> list[tuple[PretrainedConfig, str]]:
+    """Configs, and their keys, that say how many blocks the list of that name has."""
+    stack = model.get_submodule(blocks.rpartition(".")[0])
+    decodes = model.config.is_encoder_decoder and "decoder" in blocks.split(".")
+    configs = {id(config): config for config in (model.config, getattr(stack, "config", None))}
+    found = []
+    for config in configs.values():
+        own = decodes and config is model.config
+        for key in DECODER_COUNTS if own else COUNTS:
+            if getattr(config, key, None) == full:
+                found.append((config, key))
+                break
+    return found
+
+
+def settle_(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every list of which some blocks run by a plain one of those, in place."""
+    for name, blocks in modules_of(model, Blocks):
+        replace_module(model, name, nn.ModuleList(list(blocks)))
+    return model
+
+
+def running(blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """The blocks that run, by their names in the list."""
+    names = blocks.running if isinstance(blocks, Blocks) else range(len(blocks))
+    return {str(number): block for number, block in zip(names, blocks, strict=True)}
+
+
+def renamed(kept: Mapping[str, Sequence[int]], name: str) -> str | None:
+    """What a module, or its tensor, is called where only the blocks in these places of every list
+    are left; None if it is gone."""
+    for blocks, left in kept.items():
+        if name.startswith(f"{blocks}."):
+            number, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
+            if int(number) not in left:
+                return None
+            return f"{blocks}.{left.index(int(number))}{dot}{rest}"
+    return name
+
+
+def states(inputs: tuple, given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """Hidden states (batch, ..., features) before and after a block, from what a forward hook is
+    told."""
+    before = inputs[0] if inputs else given["hidden_states"]
+    return before, output[0] if isinstance(output, tuple) else output
