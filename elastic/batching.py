@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from elastic.classifier import classes_of, has_types, longest_text
+from elastic.classifier import classes_of, has_types, longest_text, number_in
+from elastic.config import SCORE
 from elastic.errors import DataError
 from elastic.recurrent import answers_of, is_recurrent
 
@@ -54,7 +55,8 @@ class Encoded:
     types: tuple[int, ...] = ()
     """Of a classifier that tells two sentences apart: 0 for a token of the first, 1 of the
     second."""
-    label: int | None = None
+    label: int | float | None = None
+    """The number of its class; of a regression head the answer itself."""
 
     @property
     def length(self) -> int:
@@ -92,12 +94,15 @@ def encode_example(
             return Encoded((*prompt_ids(tokenizer, example), *tail), len(tail))
         encoder_decoder = model.config.is_encoder_decoder
         return encode(tokenizer, example.text, answer, encoder_decoder=encoder_decoder)
+    text = encode_text(tokenizer, model, example)
+    if list(classes) == SCORE:
+        return replace(text, label=number_in(answer))
     if answer not in classes:
         raise DataError(
             f"answer {answer!r} is none of the {len(classes)} classes that the model's head tells "
             f"apart: {', '.join(classes[:8])}"
         )
-    return replace(encode_text(tokenizer, model, example), label=classes.index(answer))
+    return replace(text, label=classes.index(answer))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
@@ -206,7 +211,7 @@ def answer_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (batch, width, vocabulary) that predict the labels (batch, width), float32 or wider;
     width is the longest answer, read from the labels unless given. The answer of a classifier is
-    one token of a vocabulary of classes."""
+    one token of a vocabulary of classes; a number has float labels and one logit."""
     labels = batch["labels"]
     if labels.dim() == 1:
         inputs = {key: value for key, value in batch.items() if key != "labels"}

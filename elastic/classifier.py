@@ -1,4 +1,4 @@
-"""Models that answer with a class: an encoder, or a decoder, with a classification head.
+"""Models that answer with a class, or a number: an encoder, or a decoder, with such a head.
 
 The head, and the pooler that some encoders have below it, is trained whole, beside the factors, and
 is small. What of it was not saved for these very classes starts anew.
@@ -6,12 +6,14 @@ is small. What of it was not saved for these very classes starts anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from elastic.config import SCORE
 from elastic.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -27,11 +29,31 @@ MOST = 200
 def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
     """Whether a model of this configuration gets a classification head."""
     if head != "auto":
-        return head == "classification"
+        return head in ("classification", "regression")
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
 
     encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
     return was_trained(architecture) or encoder
+
+
+def is_regressor(architecture: PretrainedConfig, head: str = "auto") -> bool:
+    """Whether that head answers with a number."""
+    saved = was_trained(architecture) and len(architecture.id2label) == 1
+    return head == "regression" or (head == "auto" and saved)
+
+
+def number_in(answer: str) -> float:
+    """What a regression head is to answer; DataError if that is no number."""
+    try:
+        value = float(answer)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(
+            f"answer {answer!r} is no number, which a regression head answers with; choose "
+            "model.head classification, or another task.answer"
+        )
+    return value
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:
@@ -48,10 +70,13 @@ def has_types(model: PreTrainedModel) -> bool:
 
 
 def check_classes(task: Task, classes: Sequence[str]) -> None:
-    """DataError when an example of any split is of none of the classes."""
+    """DataError when an example of any split is of none of the classes, or no number."""
     for split in ("train", "validation", "test"):
         answers = {example.answer for example in getattr(task, split)}
-        if strange := sorted(answers - set(classes)):
+        if list(classes) == SCORE:
+            for answer in answers:
+                number_in(answer)
+        elif strange := sorted(answers - set(classes)):
             raise DataError(
                 f"the {split} split has answers that are no class of the head: "
                 f"{', '.join(strange[:5])}; name all classes with model.classes (now "
@@ -82,6 +107,8 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
     saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]
     own = {name.casefold(): name for name in classes}
     known = [own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved]
+    if list(classes) == SCORE:
+        known, architecture.problem_type = SCORE, "regression"
     kept = was_trained(architecture) and len(saved) == len(classes) and None not in known
     names = known if kept else classes
     architecture.id2label = dict(enumerate(names))

@@ -13,6 +13,8 @@ from elastic.adapter_config import AdapterConfig
 from elastic.errors import require
 from elastic.search_config import TimingConfig
 
+SCORE = ["score"]
+"""The one class, so to say, of a head that answers with a number."""
 Dim = Literal["rank", "width", "heads", "query_heads", "depth"]
 
 
@@ -34,9 +36,9 @@ class ModelConfig:
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
-    head: Literal["auto", "language", "classification"] = "auto"
-    """Whether answers are text or one of `classes`. auto: classification for encoders (BERT,
-    RoBERTa, MiniLM) and for models saved with such a head."""
+    head: Literal["auto", "language", "classification", "regression"] = "auto"
+    """Whether answers are text, one of `classes` or a number (see `task.tolerance`). auto:
+    classification for encoders (BERT, RoBERTa, MiniLM), else what the model was saved with."""
     classes: list[str] = field(default_factory=list)
     """What a classification head tells apart; unset, the answers in the training data."""
 
@@ -46,6 +48,14 @@ class ModelConfig:
         require(
             self.head != "language" or not self.classes,
             "model.classes: a language head has none; choose model.head classification",
+        )
+        require(
+            self.head != "regression" or self.classes in ([], SCORE),
+            "model.classes: a regression head has none; choose model.head classification",
+        )
+        require(
+            len(self.classes) != 1 or self.classes == SCORE,
+            f"model.classes {self.classes}: one class tells nothing apart; name two or more",
         )
         require(
             self.quantise == "none" or self.dtype != "float64",
@@ -93,6 +103,8 @@ class TaskConfig:
     dev.json; * stands for a type that is not known."""
     name_data: bool = True
     """instructions: name the data set in the prompt, as published; it tells which task this is."""
+    tolerance: float = 0.5
+    """jsonl, datasets: by how much the number of a regression head may be off to count as right."""
     options: str | None = None
     """jsonl, datasets: a field with the list of possible answers; scored by likelihood if given."""
 
@@ -100,6 +112,7 @@ class TaskConfig:
         for split in ("train", "validation", "test"):
             count = getattr(self, f"{split}_examples")
             require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
+        require(self.tolerance >= 0, f"task.tolerance is {self.tolerance}; give 0 or more")
         if self.name in ("jsonl", "llm_adapters"):
             kind = f"of a {self.name} task"
             require(self.train is not None, f"task.train: name the training file {kind}")

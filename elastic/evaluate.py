@@ -147,7 +147,8 @@ def _scored(
     is the answer's next. With options it counts when the answer has the largest summed
     log-likelihood among them, the end of the sequence left out (`acc` of lm-eval, so an option that
     begins with another never beats it); options that differ in their last token alone share one
-    sequence. A classifier is right when the answer is its likeliest class. Batched and sorted by
+    sequence. A classifier is right when the answer is its likeliest class, a regression head when
+    its number is within the example's tolerance. Batched and sorted by
     length; the result does not depend on `batch_tokens`.
     """
     device = next(model.parameters()).device
@@ -166,14 +167,22 @@ def _scored(
         batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
         logits, labels = answer_logits(model, batch)
         likeliest = logits.argmax(-1)
-        exact = ((likeliest == labels) | (labels == IGNORED)).all(1).tolist()
+        if labels.is_floating_point():
+            allowed = [examples[rows[number].candidates[0][0]].tolerance for number in numbers]
+            numbers_said = logits[:, 0, 0]
+            off = (numbers_said - labels[:, 0]).abs()
+            exact = (off <= torch.tensor(allowed, device=device)).tolist()
+            said = [f"{value:.6g}" for value in numbers_said.tolist()]
+        else:
+            exact = ((likeliest == labels) | (labels == IGNORED)).all(1).tolist()
+            said = [classes[best] if classes else None for best in likeliest[:, 0].tolist()]
         for place, number in enumerate(numbers):
             row = rows[number]
             predictions = None
             for index, is_answer, tokens in row.candidates:
                 if not tokens:
                     correct[index] = exact[place]
-                    chosen[index] = classes[likeliest[place, 0]] if classes else None
+                    chosen[index] = said[place]
                     continue
                 if predictions is None:
                     predictions = logits[place, labels[place] != IGNORED].log_softmax(-1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic import metrics, models, protocol
 from elastic.classifier import classes_of
+from elastic.config import SCORE
 from elastic.errors import ConfigError
 from elastic.evaluate import Score, evaluate
 from elastic.evaluate_config import EvaluateConfig
@@ -33,7 +34,10 @@ class Evaluation:
 
     def show(self) -> None:
         print(f"{self.name} on {self.split}: {self.score}")
-        if self.metrics:
+        if "pearson" in self.metrics:
+            print("Correlation {pearson:.3f} (Pearson), {spearman:.3f} (Spearman)".format_map(
+                self.metrics))  # fmt: skip
+        elif self.metrics:
             each = ", ".join(f"{name} {value:.3f}" for name, value in self.metrics["f1"].items())
             print(f"Matthews correlation {self.metrics['matthews']:.3f}; F1 of {each}")
         about = {"sub_adapter": self.name, "split": self.split}
@@ -115,6 +119,11 @@ def evaluate_run(
 
 def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]:
     classes = classes_of(model)
+    if list(classes) == SCORE:
+        expected, said = ([float(one) for one in each] for each in
+                          ((example.answer for example in examples), score.said))  # fmt: skip
+        return {"pearson": metrics.pearson(expected, said),
+                "spearman": metrics.spearman(expected, said)}  # fmt: skip
     table = metrics.confusion(classes, [example.answer for example in examples], score.said)
     f1 = dict(zip(classes, metrics.f1(table), strict=True))
     return {"matthews": metrics.matthews(table), "f1": f1}

@@ -20,9 +20,16 @@ def answer_loss(
     The distribution of the teacher at temperature 1, on the same positions (in-place distillation:
     Yu et al. 2020, arXiv 2003.11142). Without a teacher the cross-entropy alone.
 
+    Of numbers, whose labels are floating point, half the squared error to label and teacher.
+
     Shapes: logits and teacher (batch, length, vocabulary), labels (batch, length); kept are the
     flat places of answer tokens, read from the labels unless given.
     """
+    if labels.is_floating_point():
+        goal = labels[..., None].to(logits.dtype)
+        soft = goal if teacher is None else teacher
+        errors = [F.mse_loss(logits, each, reduction="sum") / 2 for each in (goal, soft)]
+        return (1 - distill) * errors[0] + distill * errors[1]
     labels = labels.flatten()
     logits = logits.flatten(0, 1)
     hard = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

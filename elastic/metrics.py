@@ -1,4 +1,5 @@
-"""What GLUE reports of a classifier beside its accuracy (Wang et al. 2019, arXiv 1804.07461)."""
+"""What GLUE reports of a classifier, or of a model that answers with a number, beside its accuracy
+(Wang et al. 2019, arXiv 1804.07461)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,24 @@ def confusion(classes: Sequence[str], expected: Sequence[str], said: Sequence[st
     for row, column in zip(expected, said, strict=True):
         table[number[row], number[column]] += 1
     return table
+
+
+def pearson(expected: Sequence[float], said: Sequence[float]) -> float:
+    """Correlation, in [-1, 1]; 0 where either is always the same."""
+    if np.ptp(expected) == 0 or np.ptp(said) == 0:
+        return 0.0
+    return float(np.corrcoef(expected, said)[0, 1])
+
+
+def spearman(expected: Sequence[float], said: Sequence[float]) -> float:
+    """Correlation of the ranks, those of equal ones their mean."""
+    return pearson(_ranks(expected), _ranks(said))
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
 
 
 def matthews(table: np.ndarray) -> float:

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.classifier import describe_, is_classifier, last_layer, start_head_, was_trained
+from elastic.classifier import (
+    describe_,
+    is_classifier,
+    is_regressor,
+    last_layer,
+    start_head_,
+    was_trained,
+)
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.files import new_directory
@@ -103,6 +110,11 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
 def classifies(config: ModelConfig) -> bool:
     """Whether this model answers with a class; reads no weights."""
     return is_classifier(architecture_of(config), config.head)
+
+
+def regresses(config: ModelConfig) -> bool:
+    """Whether this model answers with a number; reads no weights."""
+    return is_regressor(architecture_of(config), config.head)
 
 
 def _kind(architecture: PretrainedConfig, config: ModelConfig):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic import models
+from elastic import metrics, models
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
@@ -289,10 +289,9 @@ def _chosen(space: BoundSpace, count: int, seed: int, *, merged: bool) -> list[S
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Rank correlation; None of fewer than three, or where all are equal."""
-    ranks = [np.unique(values, return_inverse=True)[1] for values in (a, b)]
-    if len(a) < 3 or any(np.ptp(rank) == 0 for rank in ranks):
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return metrics.spearman(a, b)
 
 
 def describe_device(device: str, runtime: str) -> str:

@@ -41,6 +41,7 @@ PARAMETERS = {
     "lonas-bloomz-7b-math-train": 30 * 32 * (4 * 4096 + 2 * 5 * 4096),
     "lonas-bert-rte-train": 12 * 8 * 2 * (768 + 768),
     "lonas-bert-sst2-train": 12 * 8 * 2 * (768 + 768),
+    "lonas-bert-stsb-train": 12 * 8 * 2 * (768 + 768),
 }
 """Trained per task, as the papers count or the formulas of their methods give."""
 KINDS = {"dbpedia": "TC", "amazon": "SC", "yahoo": "TC", "agnews": "TC"}

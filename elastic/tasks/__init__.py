@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from elastic import models
 from elastic.classifier import classes_in
-from elastic.config import TaskConfig, TrainConfig
+from elastic.config import SCORE, TaskConfig, TrainConfig
 from elastic.run import Run
 from elastic.tasks import arithmetic, hub, instructions, jsonl, llm_adapters
 from elastic.tasks.base import Example, Judge, Split, Task
@@ -33,6 +33,8 @@ def with_classes(config: TrainConfig) -> TrainConfig:
     for path in filter(None, (config.run, config.start_from)):
         if not classes and Run(path).config_file.is_file():
             classes = Run(path).begun().model.classes
+    if not classes and models.regresses(config.model):
+        classes = SCORE
     classes = classes or classes_in(load_task(config.task, config.seed))
     return replace(config, model=replace(config.model, classes=classes))
 

@@ -107,7 +107,7 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
         raise DataError(f"{where}: the answer in field {config.answer!r} is empty")
     if config.options and answer not in options:
         raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
-    return Example(prompt, answer, options, second=second)
+    return Example(prompt, answer, options, second=second, tolerance=config.tolerance)
 
 
 @functools.cache

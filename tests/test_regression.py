@@ -1,0 +1,161 @@
+"""A head that answers with a number, as GLUE's STS-B wants one."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from elastic import bench, metrics, models
+from elastic.batching import encode_example
+from elastic.config import ExportConfig, ModelConfig, TrainConfig
+from elastic.errors import ConfigError, DataError
+from elastic.evaluate import evaluate
+from elastic.evaluate_config import EvaluateConfig
+from elastic.evaluating import evaluate_run
+from elastic.exporter import export
+from elastic.loss import answer_loss
+from elastic.run import Run
+from elastic.search_config import SearchConfig
+from elastic.study import search
+from elastic.tasks import Example, load_task
+from elastic.training import train
+from tests.classification import LETTERS, classifier_config
+from tests.tiny_runs import ONE_ROUND, fake_measure
+
+
+def rows(number=lambda a, b: abs(ord(a) - ord(b)) / 2) -> list[dict]:
+    return [{"one": f"{a} {b}", "score": number(a, b)} for a in LETTERS for b in LETTERS]
+
+
+def config_of(folder, numbers: list[dict], **overrides) -> TrainConfig:
+    """Numbers from 0 to 3.5 for pairs of letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", numbers[::2] + numbers[1::4]), ("test", numbers[3::4])):
+        (folder / f"{name}.numbers").write_text("".join(json.dumps(row) + "\n" for row in part))
+    task = {"train": str(folder / "train.numbers"), "test": str(folder / "test.numbers"),
+            "answer": "score", "tolerance": 1.0}  # fmt: skip
+    return classifier_config(folder, model={"head": "regression"}, task=task, **overrides)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(config_of(tmp_path_factory.mktemp("numbers"), rows()))
+
+
+def test_the_loss_is_the_squared_error():
+    logits = torch.tensor([[[1.0]], [[4.0]]], requires_grad=True)
+    labels, teacher = torch.tensor([[2.0], [4.5]]), torch.tensor([[[0.0]], [[4.0]]])
+    hard, soft = (1 + 0.25) / 2, 1 / 2
+    assert answer_loss(logits, labels).item() == pytest.approx(hard)
+    mixed = answer_loss(logits, labels, teacher, 0.25)
+    assert mixed.item() == pytest.approx(0.75 * hard + 0.25 * soft)
+    mixed.backward()
+    assert logits.grad.flatten().tolist() == pytest.approx([0.75 * -1 + 0.25 * 1, 0.75 * -0.5])
+
+
+def test_training_learns_the_numbers(run):
+    losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()
+              if '"loss"' in line]  # fmt: skip
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:2])
+    assert run.config().model.classes == ["score"]
+    _, base, net = run.load()
+    assert base.model.config.problem_type == "regression" and base.model.config.num_labels == 1
+    assert set(net.head) == {"classifier.weight", "classifier.bias",
+                             "bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # fmt: skip
+
+
+def test_right_is_what_is_near_enough(run):
+    config, base, net = run.load()
+    examples = load_task(config.task, config.seed).test
+    encoded = [encode_example(base.tokenizer, net.model, example) for example in examples]
+    with torch.no_grad():
+        values = [float(net.model(torch.tensor([one.ids])).logits) for one in encoded]
+    for tolerance in (0.0, 0.3, 1.0, 10.0):
+        asked = [dataclasses.replace(one, tolerance=tolerance) for one in examples]
+        expected = tuple(
+            abs(value - float(one.answer)) <= tolerance
+            for value, one in zip(values, examples, strict=True)
+        )
+        for tokens in (1, 64, 2048):
+            found = evaluate(net.model, base.tokenizer, asked, batch_tokens=tokens)
+            assert found.correct == expected
+    assert [float(said) for said in found.said] == pytest.approx(values, rel=1e-4)
+
+
+def test_evaluate_reports_correlations(run, capsys):
+    evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter="maximal", split="test")).show()
+    out = capsys.readouterr().out
+    told = json.loads(out.splitlines()[-1])
+    assert "(Pearson)" in out and -1 <= told["spearman"] <= 1
+    config, base, net = run.load()
+    examples = load_task(config.task, config.seed).test
+    score = evaluate(net.model, base.tokenizer, examples)
+    said, expected = [float(one) for one in score.said], [float(one.answer) for one in examples]
+    assert told["pearson"] == pytest.approx(np.corrcoef(expected, said)[0, 1])
+    assert told["accuracy"] == score.accuracy
+
+
+def test_ranks_of_equal_numbers_are_their_mean():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: covariance 4.5 of spreads 4.5 and 5.
+    assert metrics.spearman([1, 2, 2, 3], [1, 30, 2, 400]) == pytest.approx(4.5 / 22.5**0.5)
+    assert metrics.spearman([1, 2, 3], [5, 5, 5]) == 0.0
+    assert metrics.spearman([1, 2, 3], [9.5, 9, -1]) == -1.0
+
+
+def test_searched_and_written(run, monkeypatch):
+    monkeypatch.setattr(bench, "measure", fake_measure)
+    search(SearchConfig(run=str(run.path), trials=4, starts=3, timing=ONE_ROUND, test_front=2))
+    report = export(ExportConfig(run=str(run.path), sub_adapter="minimal", timing=ONE_ROUND,
+                                 formats=["hf", "onnx", "openvino"]))  # fmt: skip
+    for kind in ("hf", "onnx", "openvino"):
+        assert report.contents["formats"][kind]["max_abs_diff"] < 1e-4
+    folder = report.directory / "hf"
+    again = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    assert again.config.problem_type == "regression" and again.config.num_labels == 1
+
+
+def test_a_saved_head_goes_on(run, tmp_path):
+    """Its architecture says that it answers with a number."""
+    report = export(ExportConfig(run=str(run.path), sub_adapter="maximal", timing=ONE_ROUND,
+                                 formats=["hf"], name="whole"))  # fmt: skip
+    saved = ModelConfig(path=str(report.directory / "hf"), dtype="float32", device="cpu")
+    assert models.regresses(saved)
+    _, base, net = run.load()
+    example = Example("a b", "1.5")
+    loaded = models.load(dataclasses.replace(saved, classes=["score"]))
+    values = [
+        float(model(torch.tensor([encode_example(base.tokenizer, model, example).ids])).logits)
+        for model in (net.model, loaded.model)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_answers_that_are_no_numbers_are_refused_before_weights_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    for wrong in ("much", "nan", "inf"):
+        numbers = rows(lambda *_, wrong=wrong: wrong)
+        with pytest.raises(DataError, match=f"answer '{wrong}' is no number"):
+            train(config_of(tmp_path / wrong, numbers))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"head": "regression", "classes": ["a", "b"]}, "a regression head has none"),
+        ({"classes": ["a"]}, "one class tells nothing apart"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**settings)
+
+
+def test_the_recipe_of_sts_b_is_complete():
+    from elastic.cli import parse
+
+    config = parse(TrainConfig, ["--config", "lonas-bert-stsb-train"])
+    assert (config.model.head, config.task.subset) == ("regression", "stsb")
+    assert Run(config.run).path.name == "lonas-bert-stsb"
