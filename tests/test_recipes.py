@@ -39,9 +39,9 @@ PARAMETERS = {
     "lonas-llama-7b-commonsense-train": 32 * 32 * (3 * 2 * 4096 + 3 * (4096 + 11008)),
     "lonas-llama-13b-math-train": 40 * 32 * (3 * 2 * 5120 + 2 * (5120 + 13824)),
     "lonas-bloomz-7b-math-train": 30 * 32 * (4 * 4096 + 2 * 5 * 4096),
-    "lonas-bert-rte-train": 12 * 8 * 2 * (768 + 768),
-    "lonas-bert-sst2-train": 12 * 8 * 2 * (768 + 768),
-    "lonas-bert-stsb-train": 12 * 8 * 2 * (768 + 768),
+} | {
+    f"lonas-bert-{task}-train": 12 * 8 * 2 * (768 + 768)
+    for task in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
 }
 """Trained per task, as the papers count or the formulas of their methods give."""
 KINDS = {"dbpedia": "TC", "amazon": "SC", "yahoo": "TC", "agnews": "TC"}
