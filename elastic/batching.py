@@ -222,7 +222,7 @@ def answer_logits(
         logits = model(**batch, use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
     width = answer_width(labels) if width is None else width
-    if is_recurrent(model.config):
+    if is_recurrent(getattr(model, "module", model).config):  # DDP and DeepSpeed wrap it
         logits = answers_of(model, batch, width)
     else:
         inputs = {key: value for key, value in batch.items() if key != "labels"}

@@ -35,7 +35,7 @@ class Counter:
         self.space = space
         self.full = _without_factors(model)
         self.blocks = {
-            block: _without_factors(model.get_submodule(block))
+            f"{block}.": _without_factors(model.get_submodule(block))
             for group in space.depths
             for block in group.blocks
         }
@@ -52,15 +52,14 @@ class Counter:
             for cut in group.cuts:
                 if cut.axis != "rank":
                     kept[cut.site][cut.axis == "in"] = chosen[group.name] * cut.unit
-        left_out = self.space.left_out(sub)
-        gone = tuple(f"{block}." for block in left_out)
+        gone = self.space.left_out(sub)
         weights = biases = 0
         for site, (rows, columns, has_bias) in self.shapes.items():
             if not site.startswith(gone):
                 weights += rows * columns - kept[site][0] * kept[site][1]
                 biases += has_bias * (rows - kept[site][0])
-        params = sum(self.blocks[block].params for block in left_out)
-        macs = sum(self.blocks[block].macs for block in left_out)
+        params = sum(self.blocks[block].params for block in gone)
+        macs = sum(self.blocks[block].macs for block in gone)
         return Cost(self.full.params - params - weights - biases, self.full.macs - macs - weights)
 
 

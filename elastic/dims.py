@@ -9,7 +9,7 @@ fused layer, whose rows are several projections one after another, it keeps the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -168,29 +168,8 @@ def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) ->
     layer = model.get_submodule(f"{block}.{spec.outputs[0]}")
     parts = (head_size,) * (layer.out_features // (head_size * shared))
     found = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), parts))
-    cuts = tuple(replace(cut, apart=True) for cut in found)
+    cuts = tuple(replace(cut, apart=bool(cut.parts)) for cut in found)
     return Sites(_full(model, spec, cuts), cuts, ((name, QUERIES),))
-
-
-def droppable(model: nn.Module, blocks: Sequence[str], where: str, *, ends: bool) -> None:
-    """ConfigError unless a model may run without some of these blocks."""
-    from torch import nn
-
-    parent = blocks[0].rpartition(".")[0]
-    whole = model.get_submodule(parent)
-    if not isinstance(whole, nn.ModuleList) or len(whole) != len(blocks):
-        raise ConfigError(f"{where}: {parent} is no list of blocks, or has others; name all of it")
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
-        raise ConfigError(
-            f"{where}: the code of {type(model).__name__} computes with the numbers of its blocks, "
-            "so none can be left out; declare ranks and widths instead"
-        )
-    first, second = ({name for name, _ in block.named_modules()} for block in whole[:2])
-    if ends and first != second:
-        raise ConfigError(
-            f"{where}: the first block has modules of its own "
-            f"({', '.join(sorted(first ^ second)[:3])}); leave drop_ends out"
-        )
 
 
 DIMS = {"rank": rank, "width": width, "heads": heads, "query_heads": query_heads}
@@ -214,6 +193,11 @@ def _attention(model: nn.Module, block: str, spec: GroupSpec) -> tuple[str, nn.M
             "declare ranks and the width of its MLP instead"
         )
     return name, attention, head_size
+
+
+def numbers(blocks: Iterable[str]) -> list[int]:
+    """Places of blocks in their list, from their names."""
+    return [int(block.rpartition(".")[2]) for block in blocks]
 
 
 def head_size_of(attention: nn.Module) -> int | None:

@@ -247,6 +247,8 @@ def answers(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            # Beams change places, which a state cannot follow.
+            **({"use_cache": False} if is_recurrent(model.config) and beams > 1 else {}),
         )
         new = out if model.config.is_encoder_decoder else out[:, padded["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)

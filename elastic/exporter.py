@@ -245,6 +245,8 @@ class _Work:
         """ExportError when the difference exceeds `limit` times the largest logit, or a greedy
         token differs that was no tie."""
         found = agreement(runner, self.probes)
+        if np.isnan(found.max_abs_diff):
+            raise ExportError(f"{kind}: its logits are not numbers (NaN); nothing was kept")
         allowed = None if limit is None else limit * found.largest_logit
         if allowed is not None and not found.max_abs_diff <= allowed:
             raise ExportError(

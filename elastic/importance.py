@@ -17,9 +17,9 @@ from elastic.adapters.attach import modules_of
 from elastic.batching import IGNORED
 from elastic.classifier import classes_of
 from elastic.depth import states
-from elastic.dims import Cut
+from elastic.dims import Cut, numbers
 from elastic.recurrent import is_recurrent, padded_behind
-from elastic.space import BoundSpace, Group, numbers
+from elastic.space import BoundSpace, Group
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ def is_recurrent(config: PretrainedConfig) -> bool:
 
 def exact_(model: PreTrainedModel) -> PreTrainedModel:
     """Without the halving of weights and states every few blocks, which transformers does in place
-    to keep float16 from overflowing and which sees no cut weights; the function is the same."""
+    to keep float16 from overflowing and which sees no cut weights; the function is the same. It
+    stays off in what is written."""
     if is_recurrent(model.config):
         model.config.rescale_every = 0
     return model
@@ -31,20 +32,20 @@ def exact_(model: PreTrainedModel) -> PreTrainedModel:
 
 def padded_behind(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A left-padded batch, all tensors (rows, length), with the padding on the right."""
-    index = _places(batch["attention_mask"], 1)
+    mask = batch["attention_mask"]
+    index = (torch.arange(mask.shape[1], device=mask.device) + _padding(mask)) % mask.shape[1]
     return {name: tensor.gather(1, index) for name, tensor in batch.items()}
 
 
 def answers_of(model: PreTrainedModel, batch: dict[str, Tensor], width: int) -> Tensor:
     """Logits (rows, width, vocabulary) that predict the last tokens of a left-padded batch."""
     logits = model(padded_behind(batch)["input_ids"], use_cache=False).logits
-    index = _places(batch["attention_mask"], -1).clamp(min=0)[:, -width - 1 : -1]
+    mask = batch["attention_mask"]
+    index = torch.arange(mask.shape[1], device=mask.device) - _padding(mask)
+    index = index.clamp(min=0)[:, -width - 1 : -1]
     return logits.gather(1, index[:, :, None].expand(-1, -1, logits.shape[-1]))
 
 
-def _places(mask: Tensor, sign: int) -> Tensor:
-    """(rows, length): where every position of the shifted rows stood (1), or stands now (-1)."""
-    length = mask.shape[1]
-    padding = length - mask.sum(1, keepdim=True)
-    places = torch.arange(length, device=mask.device) + sign * padding
-    return places % length if sign == 1 else places
+def _padding(mask: Tensor) -> Tensor:
+    """(rows, 1): how many positions of a row are padding."""
+    return mask.shape[1] - mask.sum(1, keepdim=True)

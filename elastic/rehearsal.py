@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.adapters.attach import ElasticLinear, modules_of, replace_module
 from elastic.batching import answer_logits
-from elastic.depth import running
+from elastic.depth import NUMBERS, running
 from elastic.estimate import Batch
 from elastic.loss import answer_loss
 from elastic.meter import Meter
@@ -75,7 +75,7 @@ def _signature(block: nn.Module) -> Iterator[tuple]:
         settings = {
             key: value
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and key != "layer_idx"
+            if isinstance(value, bool | int | float | str) and key not in NUMBERS
         }
         if isinstance(module, ElasticLinear):
             size = module.size

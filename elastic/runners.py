@@ -125,8 +125,9 @@ def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
 def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
     """A transformers model as it is timed: on a GPU it decodes from a graph, unless its code cannot
     be captured."""
-    if model.device.type != "cuda" or classes_of(model) or model.config.is_encoder_decoder:
-        return runner_of(model)
+    plain = runner_of(model)
+    if model.device.type != "cuda" or type(plain) is not TorchRunner:
+        return plain
     from elastic.cuda import GraphRunner
 
     try:
@@ -134,7 +135,7 @@ def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         say(f"{type(model).__name__} decodes without a CUDA graph, kernel by kernel: {reason}")
-        return TorchRunner(model)
+        return plain
 
 
 def require_runtime(runtime: str, model: ModelConfig) -> None:

@@ -36,7 +36,7 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     weights become dense, in the type they are computed in.
     """
     sub = net.space.check(sub)
-    left_out = tuple(f"{block}." for block in net.space.left_out(sub))
+    left_out = net.space.left_out(sub)
     with net.active(sub):
         model = module_tree(net.model)
         for site, layer in modules_of(net.model, ElasticLinear):
@@ -51,4 +51,4 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             replace_module(model, site, small)
-    return settle_(dequantise_(model)).eval()
+    return dequantise_(settle_(model)).eval()

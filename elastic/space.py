@@ -12,7 +12,7 @@ import json
 import math
 import random as random_module
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, droppable
+from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, numbers
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json, shipped
 
@@ -146,11 +146,12 @@ class SearchSpace:
         groups = [group for found, _ in bound for group in found]
         taken: dict[tuple[str, str], str] = {}
         for group in groups:
-            for cut in group.cuts:
-                other = taken.setdefault((cut.site, cut.axis), group.name)
+            places = [(cut.site, cut.axis) for cut in group.cuts]
+            for place in (*places, *((block, DEPTH) for block in group.blocks)):
+                other = taken.setdefault(place, group.name)
                 if other != group.name:
                     raise ConfigError(
-                        f"{self.source}: {cut.site} ({cut.axis}) is cut by both "
+                        f"{self.source}: {place[0]} ({place[1]}) is cut by both "
                         f"{other!r} and {group.name!r}; give it one group"
                     )
         targets = dict.fromkeys(target for _, found in bound for target in found)
@@ -239,9 +240,12 @@ class BoundSpace:
         )
         return {name for block in blocks for name in self._inside[block]}
 
-    def left_out(self, sub: SubAdapter) -> list[str]:
-        """Names of the blocks that do not run."""
-        return [block for group in self.depths for block in group.blocks[sub[group.name] :]]
+    def left_out(self, sub: SubAdapter) -> tuple[str, ...]:
+        """Names of the blocks that do not run, each with a point behind it, as the names of all
+        that stands in it begin."""
+        return tuple(
+            f"{block}." for group in self.depths for block in group.blocks[sub[group.name] :]
+        )
 
     def ordered(self, order: Mapping[str, Sequence[int]]) -> BoundSpace:
         """The space whose depths leave out the last blocks of this order first; of other groups
@@ -355,11 +359,6 @@ class BoundSpace:
         return iter(self.groups)
 
 
-def numbers(blocks: Iterable[str]) -> list[int]:
-    """Places of blocks in their list, from their names."""
-    return [int(block.rpartition(".")[2]) for block in blocks]
-
-
 def _declared(spec: GroupSpec) -> dict[str, Any]:
     """What departs from the defaults."""
     values = ((field, getattr(spec, field.name)) for field in fields(spec))
@@ -370,9 +369,17 @@ def _depth(
     model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
 ) -> Group:
     """The one group of how many of the section's blocks run; the first and the last stay."""
-    droppable(model, blocks, where, ends=spec.drop_ends)
+    from elastic.depth import require_alike  # torch, which a space is read without
+
+    shared = [s.name for s in section.groups if s.share == "model" and s.dim != "rank"]
+    if shared:
+        raise ConfigError(
+            f"{where}: group {shared[0]!r} has one choice for the whole model, of which only the "
+            "blocks that run would be cut; let every block choose its own"
+        )
     ends = () if spec.drop_ends else (blocks[0], blocks[-1])
     choices = spec.resolve(len(blocks), where, max(1, len(ends)))
+    require_alike(model, blocks, choices[-1], where, ends=spec.drop_ends)
     if choices[-1] < len(ends):
         raise ConfigError(
             f"{where}: depth {choices[-1]}, but the first and the last block stay; choose from "

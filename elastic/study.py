@@ -184,7 +184,10 @@ def _timetable(
 
     def made() -> dict[str, Any]:
         known = given or known_timetable(target, config.table)
-        return known or record(net, target, config.timing, config.table, config.seed).as_dict()
+        if known:
+            Timetable.from_dict(known, net.space)  # it may be of another space: refused unstored
+            return known
+        return record(net, target, config.timing, config.table, config.seed).as_dict()
 
     stored = _once(study, worker, "timetable", made)
     timetable = Timetable.from_dict(stored, net.space)

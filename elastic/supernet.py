@@ -18,12 +18,13 @@ from elastic.classifier import widen_head_
 from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.depth import Stack
+from elastic.dims import numbers
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.importance import channel_index
 from elastic.progress import track
 from elastic.provenance import provenance
-from elastic.space import BoundSpace, SearchSpace, SubAdapter, numbers
+from elastic.space import BoundSpace, SearchSpace, SubAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -256,7 +257,7 @@ class Supernet:
 
     def penalty(self, learning_rate: float) -> Tensor | None:
         """The regulariser of the active sub-adapter; None if the method has none now."""
-        left_out = tuple(f"{block}." for block in self.space.left_out(self.current))
+        left_out = self.space.left_out(self.current)
         sites = (site for site in self.space.targets if not site.startswith(left_out))
         layers = ((layer, layer.adapter) for layer in map(self.layer, sites))
         found = [adapter.penalty(layer.size.rank) for layer, adapter in layers]

@@ -18,6 +18,7 @@ import numpy as np
 
 from elastic import metrics, models
 from elastic.bench import CANDIDATE, Bench, shape_of
+from elastic.dims import DEPTH
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
 from elastic.latency import distrust
@@ -27,7 +28,7 @@ from elastic.run import Run
 from elastic.sampler import generator_for
 from elastic.search_config import TableConfig, TimingConfig
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import FACTORS
+from elastic.supernet import FACTORS, read_order
 from elastic.table import Table
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Target:
             "rank": trained.adapter.rank,
             "factors": None if timing.merged else _factors(run),
         }
+        if blocks := _depths(run):
+            sizes["blocks"] = blocks
         text = json.dumps(sizes, sort_keys=True, default=str)
         device, dtype = "cpu", "float32"  # where and how the other runtimes run
         if timing.runtime == "torch":
@@ -299,6 +302,18 @@ def describe_device(device: str, runtime: str) -> str:
     about = provenance(device)
     version = about["versions"].get("torch") if runtime == "torch" else _version(runtime)
     return f"{about['device']}, {runtime} {version}"
+
+
+def _depths(run: Run) -> dict[str, list[int]]:
+    """In which order blocks are left out, by group."""
+    order = read_order(run.super_adapter)
+    names = (
+        f"{section.blocks}.{spec.name}"
+        for section in run.space().sections
+        for spec in section.groups
+        if spec.dim == DEPTH
+    )
+    return {name: order[name].tolist() for name in names if name in order}
 
 
 def _factors(run: Run) -> dict[str, list[int]]:

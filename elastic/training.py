@@ -19,7 +19,7 @@ from elastic.importance import channel_order
 from elastic.progress import say
 from elastic.run import Run, predecessor
 from elastic.schedule import Schedule, examples_per_step
-from elastic.space import SearchSpace
+from elastic.space import BoundSpace, SearchSpace
 from elastic.supernet import (
     Supernet,
     read_order,
@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> Run:
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
+    _refuse_apart(config, bound)
     before = predecessor(config) if config.start_from else None
     only = None
     if config.sub_adapter:
@@ -136,6 +137,16 @@ def _refuse_sharded(config: TrainConfig) -> None:
         )
     if sharding == "DeepSpeed" and config.sampling == "sandwich":
         raise ConfigError("sampling: sandwich does not work with DeepSpeed; use DDP or FSDP")
+
+
+def _refuse_apart(config: TrainConfig, bound: BoundSpace) -> None:
+    """ConfigError where processes that gather every block together would run different ones."""
+    sharding = processes.sharding()
+    if sharding and bound.depths and config.draw_for == "process":
+        raise ConfigError(
+            f"sample_each process: {sharding} gathers every block on all processes, which wait for "
+            "each other forever where a depth differs; choose sample_each step"
+        )
 
 
 def build(

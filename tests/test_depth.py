@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
-from elastic.config import MergeAdapterConfig, MergeConfig
+from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, RunError
 from elastic.foreign import Update
@@ -17,15 +18,19 @@ from elastic.formats import hf
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.proposals import AdditiveSampler
+from elastic.search_config import TimingConfig
 from elastic.sensitivity import sensitivity
 from elastic.slicing import sliced
 from elastic.space import SearchSpace, SubAdapter
-from elastic.supernet import Supernet
+from elastic.supernet import Supernet, read_order
 from elastic.table import Table, least, pinned
+from elastic.timetable import Target
+from elastic.training import train
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_families import ROUNDED
 from tests.test_supernet import close, several
+from tests.tiny_runs import space_file, train_config
 
 BLOCKS = "model.layers.*"
 DEPTH = f"{BLOCKS}.depth"
@@ -153,7 +158,7 @@ def test_the_least_important_blocks_go_first_and_the_ends_stay():
         order = channel_order(model, space, mode, batches)
         assert order[DEPTH].tolist() == expected
         left = space.ordered(order).left_out(space.minimal())
-        assert left == [f"model.layers.{number}" for number in expected[2:]]
+        assert left == tuple(f"model.layers.{number}." for number in expected[2:])
     with_ends = SearchSpace.from_dict(declared(drop_ends=True)).bind(model, tiny.RANK)
     order = channel_order(model, with_ends, "activation", batches)
     assert order[DEPTH].tolist()[-2:] == [3, 4]
@@ -176,7 +181,7 @@ def test_a_value_says_nothing_of_what_is_left_out(generator):
     out = space.left_out(sub)
     assert len(out) == 5 - sub[DEPTH]
     for group in space:
-        left_out = group.name.rpartition(".")[0] in out
+        left_out = group.name.startswith(out)
         assert (sub[group.name] == 0) is left_out
     assert space.check(sub) == sub == space.at(space.indices(sub))
     same = {name: size or space.maximal()[name] for name, size in sub.choices}
@@ -215,7 +220,7 @@ def test_a_size_that_is_no_choice_is_refused_where_it_counts():
 def test_what_does_not_run_is_not_trained(method):
     net = net_of(method, order={DEPTH: torch.tensor([0, 4, 2, 1, 3])})
     sub = net.space.at({group.name: group.dim == "depth" for group in net.space})
-    assert net.space.left_out(sub) == ["model.layers.3"]
+    assert net.space.left_out(sub) == ("model.layers.3.",)
     with net.active(sub) as model:
         loss = model(tiny.tokens()).logits.square().sum()
         penalty = net.penalty(0.1)
@@ -229,7 +234,8 @@ def test_the_importance_of_a_depth_is_the_slope_of_the_loss():
     from tests.test_sensitivity import STEP, batch_of, loss
 
     net, batch = net_of(), batch_of("abc")
-    blocks = [net.model.get_submodule(name) for name in net.space.left_out(net.space.minimal())]
+    names = net.space.left_out(net.space.minimal())
+    blocks = [net.model.get_submodule(name.removesuffix(".")) for name in names]
     ends = []
     for by in (1 + STEP, 1 - STEP):
         hooks = [
@@ -316,8 +322,8 @@ def test_one_block_may_be_enough_if_the_ends_may_go():
 
 
 def test_part_of_a_list_has_no_depth():
-    value = declared() | {"blocks": "model.layers.0"}
-    with pytest.raises(ConfigError, match="no list of blocks, or has others"):
+    value = declared(choices=[1.0, 0.5]) | {"blocks": "model.layers.0"}
+    with pytest.raises(ConfigError, match="no list of several blocks, or has others"):
         SearchSpace.from_dict(value).bind(tiny.llama(), tiny.RANK)
 
 
@@ -333,8 +339,66 @@ def test_code_that_computes_with_the_numbers_of_its_blocks_is_refused():
 def test_a_first_block_that_is_special_stays():
     value = SearchSpace.load("rwkv").as_dict()
     value["groups"]["depth"] = DEPTHS | {"drop_ends": True}
-    with pytest.raises(ConfigError, match=r"modules of its own \(pre_ln\); leave drop_ends out"):
+    with pytest.raises(ConfigError, match=r"blocks\.0 is built otherwise.*leave drop_ends out"):
         SearchSpace.from_dict(value).bind(model_of("rwkv", layers=5), tiny.RANK)
+
+
+def test_blocks_that_differ_are_not_free_to_go():
+    """A mixture of experts with a dense layer in the middle, which its configuration numbers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
+             "num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}  # fmt: skip
+    value = {"blocks": BLOCKS, "adapt": ["self_attn.q_proj"], "groups": {"depth": DEPTHS}}
+    config = Qwen3MoeConfig(**sizes, num_hidden_layers=5, mlp_only_layers=[1])
+    with pytest.raises(ConfigError, match=r"layers\.1 is built otherwise than the others"):
+        SearchSpace.from_dict(value).bind(Qwen3MoeForCausalLM(config), tiny.RANK)
+
+
+def test_one_block_has_no_depth():
+    with pytest.raises(ConfigError, match="no list of several blocks"):
+        SearchSpace.from_dict(declared(choices=[1.0, 0.5])).bind(
+            tiny.llama(num_hidden_layers=1), tiny.RANK
+        )
+
+
+def test_two_depths_of_one_list_are_refused():
+    value = declared()
+    value["groups"]["other"] = DEPTHS
+    with pytest.raises(ConfigError, match=r"is cut by both 'model\.layers\.\*\.depth'"):
+        SearchSpace.from_dict(value).bind(tiny.llama(num_hidden_layers=5), tiny.RANK)
+
+
+def test_a_width_of_the_whole_model_has_no_depth_beside_it():
+    value = declared()
+    value["groups"]["mlp_width"]["share"] = "model"
+    with pytest.raises(ConfigError, match="'mlp_width' has one choice for the whole model"):
+        SearchSpace.from_dict(value).bind(tiny.llama(num_hidden_layers=5), tiny.RANK)
+
+
+def test_processes_that_gather_blocks_draw_one_depth(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    base = tiny.save_tiny(tmp_path / "base", num_hidden_layers=5)
+    config = train_config(base, tmp_path / "run", space=space_file(tmp_path, declared()),
+                          sample_each="process")  # fmt: skip
+    with pytest.raises(ConfigError, match="DeepSpeed gathers every block"):
+        train(config)
+
+
+def test_a_latency_table_is_of_one_order_of_blocks(tmp_path):
+    """What it holds of sub-adapters names the blocks that they leave out."""
+    base = tiny.save_tiny(tmp_path / "base", num_hidden_layers=5)
+    runs = [
+        train(train_config(base, tmp_path / order / "run", order=order, stages=[StageConfig()],
+                           space=space_file(tmp_path, declared())))
+        for order in ("none", "norm", "activation")
+    ]  # fmt: skip
+    orders = [tuple(read_order(run.super_adapter)[DEPTH].tolist()) for run in runs]
+    targets = [Target.of(run, TimingConfig()) for run in runs]
+    assert len(set(orders)) > 1
+    for (one, mine), (other, theirs) in itertools.combinations(
+        zip(orders, targets, strict=True), 2
+    ):
+        assert (one == other) is (mine == theirs)
 
 
 def test_a_space_without_factors_is_refused():

@@ -126,6 +126,18 @@ def test_every_key_value_head_has_an_order_of_its_own(mode):
         )
 
 
+def test_one_key_value_head_keeps_the_most_important_query_heads():
+    base = tiny.llama(num_attention_heads=4, num_key_value_heads=1)
+    space = SearchSpace.from_dict(declared())
+    batches = [{"input_ids": tiny.tokens()}]
+    order = channel_order(base, space.bind(base, tiny.RANK), "activation", batches)
+    assert order[FIRST].shape == (4,)
+    net = tiny.randomize_(Supernet(base, space, tiny.ADAPTERS["lora"], order=order))
+    with net.active(net.space.minimal()):
+        expected = tiny.logits(net.model, tiny.tokens())
+    close(tiny.logits(compact(net, net.space.minimal()), tiny.tokens()), expected, 1e-12)
+
+
 def test_uniform_ones_are_the_family_s_own_class(tmp_path):
     """Where the config may say so: Llama's wants the hidden size to be a multiple of the heads."""
     net = net_of(choices=[4, 3, 2])

@@ -103,8 +103,13 @@ def test_batches_do_not_change_what_is_said(model):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+    model.config.use_cache = True  # as real ones are saved
     for size in (1, 2, 4):
         assert answers(model, tokenizer, examples, new_tokens=6, batch=size) == expected
+    beams = [answers(model, tokenizer, examples, new_tokens=6, batch=size, beams=3)
+             for size in (1, 4)]  # fmt: skip
+    assert beams[0] == beams[1]
+    model.config.use_cache = False
     scores = [evaluate(model, tokenizer, examples, batch_tokens=n) for n in (1, 8, 10**6)]
     assert scores[0] == scores[1] == scores[2]
 

@@ -29,7 +29,11 @@ def why_not(net: Supernet, sub: SubAdapter) -> str | None:
             "transformers halves some weights of this model in place at inference, which the "
             "layers of PEFT do not follow; merge it (hf)"
         )
-    cut = [g.name for g in net.space if g.dim != "rank" and sub[g.name] != g.choices[0]]
+    cut = [
+        group.name
+        for group in net.space
+        if group.dim != "rank" and sub[group.name] not in (0, group.choices[0])
+    ]
     if not cut:
         return None
     return (

@@ -33,7 +33,7 @@ class Example:
     """What counts as right in a generated text; None: the very words of the answer."""
     second: str | None = None
     """The other sentence of a pair, for encoders that tell two apart."""
-    tolerance: float = 0.0
+    tolerance: float = 0.5
     """By how much a number may be off to count as right, for models that answer with one."""
     messages: tuple[tuple[str, str], ...] = ()
     """Roles and contents of the conversation that the answer ends, in the place of the prompt."""
