@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic import config, evaluate_config, search_config
+from elastic import config, evaluate_config, search_config, space_config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
@@ -15,8 +15,8 @@ COMMANDS = {
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (evaluate_config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
     "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
-    "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
-    "space import": (config.SpaceImportConfig, "elastic.published", "import_space"),
+    "space show": (space_config.SpaceShowConfig, "elastic.dry", "show_space"),
+    "space import": (space_config.SpaceImportConfig, "elastic.published", "import_space"),
 }
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from elastic.classifier import classes_of, has_types, longest_text, number_in
-from elastic.config import SCORE
+from elastic.classifier import classes_of, has_types, is_number, longest_text, number_in
 from elastic.errors import DataError
 from elastic.recurrent import answers_of, is_recurrent
 
@@ -95,7 +94,7 @@ def encode_example(
         encoder_decoder = model.config.is_encoder_decoder
         return encode(tokenizer, example.text, answer, encoder_decoder=encoder_decoder)
     text = encode_text(tokenizer, model, example)
-    if list(classes) == SCORE:
+    if is_number(classes):
         return replace(text, label=number_in(answer))
     if answer not in classes:
         raise DataError(
@@ -213,21 +212,19 @@ def answer_logits(
     width is the longest answer, read from the labels unless given. The answer of a classifier is
     one token of a vocabulary of classes; a number has float labels and one logit."""
     labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
     if labels.dim() == 1:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.unsqueeze(1), labels.unsqueeze(1)
-    if "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
+        logits, labels = model(**inputs).logits.unsqueeze(1), labels.unsqueeze(1)
+    elif "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
         logits = model(**batch, use_cache=False).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
-    width = answer_width(labels) if width is None else width
-    if is_recurrent(getattr(model, "module", model).config):  # DDP and DeepSpeed wrap it
-        logits = answers_of(model, batch, width)
     else:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, -width:]
+        width = answer_width(labels) if width is None else width
+        labels = labels[:, -width:]
+        if is_recurrent(getattr(model, "module", model).config):  # DDP and DeepSpeed wrap it
+            logits = answers_of(model, batch, width)
+        else:
+            logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
 
 def length_sorted(

@@ -42,6 +42,11 @@ def is_regressor(architecture: PretrainedConfig, head: str = "auto") -> bool:
     return head == "regression" or (head == "auto" and saved)
 
 
+def is_number(classes: Sequence[str]) -> bool:
+    """Whether what a head tells apart is no class, but a number."""
+    return list(classes) == SCORE
+
+
 def number_in(answer: str) -> float:
     """What a regression head is to answer; DataError if that is no number."""
     try:
@@ -73,7 +78,7 @@ def check_classes(task: Task, classes: Sequence[str]) -> None:
     """DataError when an example of any split is of none of the classes, or no number."""
     for split in ("train", "validation", "test"):
         answers = {example.answer for example in getattr(task, split)}
-        if list(classes) == SCORE:
+        if is_number(classes):
             for answer in answers:
                 number_in(answer)
         elif strange := sorted(answers - set(classes)):
@@ -107,7 +112,7 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
     saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]
     own = {name.casefold(): name for name in classes}
     known = [own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved]
-    if list(classes) == SCORE:
+    if is_number(classes):
         known, architecture.problem_type = SCORE, "regression"
     kept = was_trained(architecture) and len(saved) == len(classes) and None not in known
     names = known if kept else classes

@@ -22,7 +22,7 @@ from elastic.adapters import METHODS
 from elastic.adapters.attach import modules_of
 from elastic.batching import encode_all, padded
 from elastic.classifier import classes_of
-from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
+from elastic.config import StageConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
@@ -32,6 +32,7 @@ from elastic.rehearsal import rehearse
 from elastic.run import predecessor
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace
+from elastic.space_config import SpaceShowConfig
 from elastic.supernet import Supernet, read_tensors
 from elastic.tasks import load_task, with_classes
 

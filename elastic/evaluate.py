@@ -23,7 +23,7 @@ from elastic.batching import (
 )
 from elastic.classifier import classes_of
 from elastic.progress import track
-from elastic.recurrent import is_recurrent
+from elastic.recurrent import decoded_together, is_recurrent
 from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -231,8 +231,7 @@ def answers(
     order of the examples; batched by length."""
     ids = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    # transformers mixes the states of sequences that it decodes together.
-    batch = 1 if is_recurrent(model.config) else batch
+    batch = decoded_together(model.config, batch)
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     found = [""] * len(examples)
     side = "right" if model.config.is_encoder_decoder else "left"

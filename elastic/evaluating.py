@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic import metrics, models, protocol
-from elastic.classifier import classes_of
-from elastic.config import SCORE
+from elastic.classifier import classes_of, is_number
 from elastic.errors import ConfigError
 from elastic.evaluate import Score, evaluate
 from elastic.evaluate_config import EvaluateConfig
@@ -119,7 +118,7 @@ def evaluate_run(
 
 def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]:
     classes = classes_of(model)
-    if list(classes) == SCORE:
+    if is_number(classes):
         expected, said = ([float(one) for one in each] for each in
                           ((example.answer for example in examples), score.said))  # fmt: skip
         return {"pearson": metrics.pearson(expected, said),

@@ -16,7 +16,7 @@ from elastic.evaluate_config import EvaluateConfig
 from elastic.files import read_json, write_json
 from elastic.progress import say, track
 from elastic.provenance import provenance
-from elastic.recurrent import is_recurrent
+from elastic.recurrent import decoded_together
 from elastic.run import Run
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
         name, chosen = run.resolve(config.sub_adapter, net.space, trained.seed)
         sub, device = chosen.as_dict(), str(base.model.device)
         with net.active(chosen) as active:
-            # transformers mixes the states of sequences that it decodes together.
-            batch = 1 if is_recurrent(active.config) else config.batch
+            batch = decoded_together(active.config, config.batch)
             model = HFLM(pretrained=active, tokenizer=base.tokenizer, batch_size=batch)
             found = _evaluate(lm_eval, model, config, tasks)
     results = {task: _metrics(values) for task, values in found["results"].items()}

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from elastic.config import SpaceImportConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
 from elastic.space import SearchSpace
+from elastic.space_config import SpaceImportConfig
 
 READERS = {
     "gate_proj": "down_proj",

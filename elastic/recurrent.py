@@ -30,6 +30,12 @@ def exact_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def decoded_together(config: PretrainedConfig, batch: int) -> int:
+    """How many sequences at most, of so many: transformers mixes the states of a batch that it
+    decodes."""
+    return 1 if is_recurrent(config) else batch
+
+
 def padded_behind(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A left-padded batch, all tensors (rows, length), with the padding on the right."""
     mask = batch["attention_mask"]

@@ -13,7 +13,7 @@ from elastic import models
 from elastic.classifier import classes_of
 from elastic.errors import ConfigError, MissingExtra
 from elastic.progress import say
-from elastic.recurrent import is_recurrent
+from elastic.recurrent import decoded_together, is_recurrent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +114,7 @@ def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
     """As configured, without decoding what a classifier does not decode; ConfigError for a batch of
     sequences whose states transformers would mix."""
     architecture = models.architecture_of(model)
-    if timing.batch > 1 and is_recurrent(architecture):
+    if decoded_together(architecture, timing.batch) < timing.batch:
         raise ConfigError(
             f"timing.batch {timing.batch}: transformers decodes one sequence at a time of "
             f"{architecture.model_type}; choose 1"

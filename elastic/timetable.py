@@ -22,6 +22,7 @@ from elastic.dims import DEPTH
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
 from elastic.latency import distrust
+from elastic.packaged import cache_directory
 from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.run import Run
@@ -330,4 +331,4 @@ def _version(runtime: str) -> str:
 
 
 def _cache_file(target: Target) -> Path:
-    return models.cache_directory() / "latency" / f"{target.digest[:16]}.json"
+    return cache_directory() / "latency" / f"{target.digest[:16]}.json"

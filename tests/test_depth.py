@@ -11,7 +11,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
-from elastic.cost import Counter, count
+from elastic.cost import Counter
 from elastic.errors import ConfigError, RunError
 from elastic.foreign import Update
 from elastic.formats import hf
@@ -20,7 +20,6 @@ from elastic.merging import combine, compact
 from elastic.proposals import AdditiveSampler
 from elastic.search_config import TimingConfig
 from elastic.sensitivity import sensitivity
-from elastic.slicing import sliced
 from elastic.space import SearchSpace, SubAdapter
 from elastic.supernet import Supernet, read_order
 from elastic.table import Table, least, pinned
@@ -29,7 +28,7 @@ from elastic.training import train
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_families import ROUNDED
-from tests.test_supernet import close, several
+from tests.test_supernet import close, one_function, several
 from tests.tiny_runs import space_file, train_config
 
 BLOCKS = "model.layers.*"
@@ -69,18 +68,12 @@ def test_active_sliced_merged_and_written_are_one_function(family, tmp_path):
         orders[net.space.depths[0].name] = torch.tensor([0, 4, 3, 1, 2])
     net.reorder(orders)
     tiny.randomize_(net)
-    counter = Counter(net.model, net.space)
     shallow = net.space.at({group.name: 2 * (group.dim == "depth") for group in net.space})
     precision = 1e-5 if family in ROUNDED else 1e-10
     with torch.no_grad():
         full = output(net.model)
         for number, sub in enumerate((net.space.minimal(), shallow, net.space.maximal())):
-            with net.active(sub):
-                expected = output(net.model)
-            close(output(sliced(net, sub)), expected, precision)
-            small = compact(net, sub)
-            close(output(small), expected, precision)
-            assert counter(sub) == count(small)
+            expected, small = one_function(net, sub, output, precision)
             folder = hf.write(small, None, tmp_path / str(number))
             close(output(hf.load(folder, torch.float64)), expected, precision)
             if sub != net.space.maximal():
@@ -105,11 +98,7 @@ def test_the_shipped_space_cuts_depth_heads_widths_and_ranks():
     assert {group.dim for group in net.space} == {"depth", "query_heads", "width", "rank"}
     assert all(len(group.choices) > 1 for group in net.space)
     for sub in several(net, draws=1):
-        with torch.no_grad(), net.active(sub):
-            expected = output(net.model)
-        small = compact(net, sub)
-        close(output(small), expected, 1e-10)
-        assert Counter(net.model, net.space)(sub) == count(small)
+        one_function(net, sub, output, 1e-10)
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

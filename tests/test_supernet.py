@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 import safetensors
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from elastic import models
 from elastic.adapters.attach import (
@@ -44,6 +46,21 @@ def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-12)
     torch.testing.assert_close(
         actual, expected, rtol=0, atol=relative * float(expected.abs().max())
     )
+
+
+def one_function(
+    net: Supernet, sub: SubAdapter, compute: Callable[[PreTrainedModel], torch.Tensor], precision
+) -> tuple[torch.Tensor, PreTrainedModel]:
+    """What `sub` computes, and its compact model: active, sliced and merged it is the same, and the
+    counter counts it."""
+    with torch.no_grad():
+        with net.active(sub):
+            expected = compute(net.model)
+        small = compact(net, sub)
+        close(compute(sliced(net, sub)), expected, precision)
+        close(compute(small), expected, precision)
+    assert Counter(net.model, net.space)(sub) == count(small)
+    return expected, small
 
 
 def several(net: Supernet, draws: int = 3) -> list[SubAdapter]:

@@ -38,6 +38,8 @@ from tests.benchmarks.quality import difference
 
 PLAIN = '--stages=[{"epochs": 3}]'
 RUNTIMES = ("torch", "onnx", "openvino")
+SMOLLM2 = ["--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", "--save_steps", "20",
+           "--space", "llama"]  # fmt: skip
 TASKS = {  # model, settings of the task, budget
     "sst2": (
         "minilm",
@@ -52,9 +54,7 @@ TASKS = {  # model, settings of the task, budget
         "smollm2",
         ["--task.name", "llm_adapters", "--task.train", "{runs}/commonsense.train.jsonl",
          "--task.test", "{runs}/commonsense.test.jsonl", "--task.train_examples", "600",
-         "--task.validation_examples", "200", "--task.test_examples", "1000",
-         "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", "--save_steps", "20",
-         "--space", "llama"],
+         "--task.validation_examples", "200", "--task.test_examples", "1000", *SMOLLM2],
         "80%",
     ),
     "math": (
@@ -62,9 +62,7 @@ TASKS = {  # model, settings of the task, budget
         ["--task.name", "jsonl", "--task.train", "{data}/math/train.jsonl",
          "--task.test", "{data}/math/mawps.test.jsonl", "--task.answer", "answer",
          "--task.prompt", "{{instruction}}\nAnswer:", "--task.train_examples", "1344",
-         "--task.validation_examples", "400", "--task.test_examples", "1000",
-         "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", "--save_steps", "20",
-         "--space", "llama"],
+         "--task.validation_examples", "400", "--task.test_examples", "1000", *SMOLLM2],
         "80%",
     ),
 }  # fmt: skip
