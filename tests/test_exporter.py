@@ -84,11 +84,12 @@ def active_logits(net, sub, ids) -> torch.Tensor:
 
 
 def mixed(net, seed: int = 0) -> SubAdapter:
-    """Every group on its own: layers of different sizes."""
+    """Every group on its own: layers of different sizes. None of 32: on CPUs with AMX, OpenVINO
+    2026.4 fuses MLPs of multiples of 32 channels at bfloat16 and ends the process at exactly 32."""
     for number in range(seed, seed + 100):
         sub = net.space.random(random.Random(number))
         widths = {c for name, c in sub.choices if name.endswith("mlp_width")}
-        if len(widths) > 1:
+        if len(widths) > 1 and 32 not in widths:
             return sub
     raise AssertionError("no such sub-adapter")
 
