@@ -210,11 +210,16 @@ def answer_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (batch, width, vocabulary) that predict the labels (batch, width), float32 or wider;
     width is the longest answer, read from the labels unless given. The answer of a classifier is
-    one token of a vocabulary of classes; a number has float labels and one logit."""
+    one token of a vocabulary of classes; a number has float labels and one logit. Of packed rows
+    width is every position at which some row has an answer; the others' labels are ignored."""
     labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "segments")}
     if labels.dim() == 1:
         logits, labels = model(**inputs).logits.unsqueeze(1), labels.unsqueeze(1)
+    elif "segments" in batch:
+        answered = (labels != IGNORED).any(0).nonzero()[:, 0]
+        logits = model(**inputs, logits_to_keep=answered - 1, use_cache=False).logits
+        labels = labels[:, answered]
     elif "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
         logits = model(**batch, use_cache=False).logits
     else:

@@ -255,6 +255,10 @@ class TrainConfig:
     """Sequences per micro-batch."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
+    packing: bool = False
+    """Put several short sequences of a micro-batch into one row, each seeing itself alone, instead
+    of taking sequences of similar length together. Pays where answers are long and lengths differ
+    much; decoders with a language head only."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False

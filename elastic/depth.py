@@ -181,6 +181,16 @@ def renamed(kept: Mapping[str, Sequence[int]], name: str) -> str | None:
     return name
 
 
+def original(kept: Mapping[str, Sequence[int]], name: str) -> str:
+    """What a module, or its tensor, was called before only these blocks were left: the inverse of
+    `renamed`."""
+    for blocks, left in kept.items():
+        if name.startswith(f"{blocks}."):
+            number, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
+            return f"{blocks}.{left[int(number)]}{dot}{rest}"
+    return name
+
+
 def states(inputs: tuple, given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
     """Hidden states (batch, ..., features) before and after a block, from what a forward hook is
     told."""

@@ -35,11 +35,16 @@ def merge_(model: PreTrainedModel) -> PreTrainedModel:
     is half a unit in the last place of the weight's type.
     """
     for site, layer in modules_of(model, FactorLinear):
-        wide = _wide(layer.weight)
-        merged = torch.addmm(layer.weight.to(wide), layer.B.to(wide), layer.A.to(wide))
+        merged = merged_weight(layer.weight, layer.A, layer.B)
         bias = None if layer.bias is None else layer.bias.data
-        replace_module(model, site, plain_linear(merged.to(layer.weight.dtype), bias))
+        replace_module(model, site, plain_linear(merged, bias))
     return model
+
+
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """weight + B A, (out, in), formed in float32 (float64 if it is) and rounded once."""
+    wide = _wide(weight)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
 
 
 def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:

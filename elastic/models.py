@@ -170,6 +170,19 @@ def require_training(config: ModelConfig) -> None:
         )
 
 
+def require_packing(config: ModelConfig) -> None:
+    """ConfigError for a model whose sequences cannot share a row; no weights are read."""
+    architecture, kind = architecture_of(config), None
+    if is_classifier(architecture, config.head):
+        kind = "a classification head, which answers once for every row"
+    elif architecture.is_encoder_decoder:
+        kind = "an encoder, whose rows answer in the decoder's"
+    elif is_recurrent(architecture):
+        kind = "a state, which one sequence would hand to the next"
+    if kind:
+        raise ConfigError(f"packing: {config.path} has {kind}; leave packing out")
+
+
 def load(config: ModelConfig, seed: int = 0) -> Base:
     """Weights, tokenizer and digest."""
     folder = locate(config.path)

@@ -19,6 +19,7 @@ from elastic.config import TrainConfig
 from elastic.errors import TrainingError
 from elastic.files import write_json
 from elastic.loss import answer_loss
+from elastic.packing import pack
 from elastic.progress import say
 from elastic.run import Run
 from elastic.sampler import visits
@@ -88,7 +89,8 @@ class ElasticTrainer(Trainer):
         inputs = dict(inputs)
         examples = inputs.pop("example")
         world = self.args.world_size
-        self.pace.add(world * len(examples), world * int(inputs["attention_mask"].sum()))
+        real = inputs["segments" if self.config.packing else "attention_mask"] > 0
+        self.pace.add(world * len(examples), world * int(real.sum()))
         self._visits = self._draw(number)
         self._teacher = None
         losses = []
@@ -205,7 +207,8 @@ class ElasticTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
         step = examples_per_step(self.config, self.args.world_size)
-        lengths = [sequence.length for _, sequence in self.train_dataset]
+        # Packed rows are full whatever stands in them: then the order is free.
+        lengths = [1 if self.config.packing else x.length for _, x in self.train_dataset]
 
         def epoch() -> int:
             return self.state.global_step // self.schedule.steps_per_epoch
@@ -342,7 +345,8 @@ def fit(
 
     def batch_of(numbered: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
         numbers, sequences = zip(*numbered, strict=True)
-        return {**collate(sequences, pad), "example": torch.tensor(numbers)}
+        made = pack if config.packing else collate
+        return {**made(sequences, pad), "example": torch.tensor(numbers)}
 
     trainer = ElasticTrainer(
         net,

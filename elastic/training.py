@@ -16,6 +16,7 @@ from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
+from elastic.packing import require_apart
 from elastic.progress import say
 from elastic.run import Run, predecessor
 from elastic.schedule import Schedule, examples_per_step
@@ -55,6 +56,8 @@ def train(config: TrainConfig) -> Run:
     _refuse_sharded(config)
     space = space_for(config)
     models.require_training(config.model)
+    if config.packing:
+        models.require_packing(config.model)
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
@@ -79,6 +82,8 @@ def train(config: TrainConfig) -> Run:
     if config.model.classes:
         _tell_what_is_cut(examples, most_tokens(base.model, base.tokenizer))
     watched = encode_all(base.tokenizer, task.validation[:WATCHED], base.model)
+    if config.packing:
+        require_apart(base.model, examples, pad)
     if before:
         net = continued(base, space, config, before)
     else:

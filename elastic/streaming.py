@@ -1,0 +1,94 @@
+"""Slices and merges one tensor at a time, from base weights that stay on disk.
+
+A model loaded in the type it was saved in is mapped into memory, not read: its pages come and go.
+What is cut of a tensor, permuted and merged exists from when it is asked for until it is written,
+so a compact model can be written by a machine that holds neither it nor its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from elastic.adapters.attach import (
+    ElasticLinear,
+    FactorLinear,
+    modules_of,
+    plain_linear,
+    replace_module,
+)
+from elastic.depth import original
+from elastic.merging import merged_weight
+from elastic.slicing import sliced
+from elastic.space import SubAdapter
+from elastic.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A compact model, each of whose tensors is made whenever it is asked for."""
+
+    model: PreTrainedModel
+    """Its modules and sizes, without data (meta)."""
+    tensors: Mapping[str, Callable[[], Tensor]]
+    """By the name that the state of the model has for it."""
+
+
+def streamed(
+    base: PreTrainedModel, net: Supernet, sub: SubAdapter, head: Mapping[str, Tensor] | None = None
+) -> Streamed:
+    """What `compact` would give, bit for bit.
+
+    `net` is the super-adapter's supernet over a model without data (meta), with its order and its
+    factors; `base` has the weights, in their own order; `head` what was trained of a classifier's.
+    """
+    head = head or {}
+    sub = net.space.check(sub)
+    model = sliced(net, sub)
+    updates = {}
+    for site, layer in modules_of(model, FactorLinear):
+        updates[site] = layer.A.data, layer.B.data
+        bias = None if layer.bias is None else layer.bias.data
+        replace_module(model, site, plain_linear(layer.weight.data, bias))
+    left, kept = _left(net, sub), net.kept(sub)
+
+    def made(name: str) -> Tensor:
+        site, _, leaf = name.rpartition(".")
+        source = original(kept, site)
+        tensor = head.get(name)
+        if tensor is None:
+            tensor = getattr(base.get_submodule(source), leaf)
+        rows, columns = left.get(source, (None, None))
+        if rows is not None:
+            tensor = tensor[rows]
+        if columns is not None and leaf == "weight":
+            tensor = tensor[:, columns]
+        if site in updates and leaf == "weight":
+            tensor = merged_weight(tensor, *updates[site])
+        return tensor.detach()
+
+    names = model.state_dict()
+    return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
+
+
+def _left(net: Supernet, sub: SubAdapter) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """By elastic layer, which rows and columns of the base weight are left, and in which order;
+    None where all are, as they stand."""
+    moved, found = net.permutations(), {}
+    with net.active(sub):
+        for site, layer in modules_of(net.model, ElasticLinear):
+            rows = moved.get((site, "out"))
+            columns = moved.get((site, "in"))
+            if rows is None and layer.size.rows != layer.base.out_features:
+                rows = torch.arange(layer.base.out_features)
+            if columns is None and layer.size.columns != layer.base.in_features:
+                columns = torch.arange(layer.base.in_features)
+            found[site] = (
+                None if rows is None else layer.size.leading(rows),
+                None if columns is None else layer.size.leading_columns(columns[None])[0],
+            )
+    return found

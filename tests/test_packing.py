@@ -1,0 +1,109 @@
+"""Sequences that share a row are, each of them, what they are alone."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.batching import IGNORED, Encoded, answer_logits, collate
+from elastic.config import ModelConfig, StageConfig
+from elastic.errors import ConfigError
+from elastic.loss import answer_loss
+from elastic.packing import in_rows, pack, require_apart, rows_of
+from elastic.space import SearchSpace
+from elastic.supernet import Supernet
+from elastic.training import train
+from tests import tiny
+from tests.families import FAMILIES, model_of
+from tests.test_families import ROUNDED
+from tests.test_supernet import close
+from tests.tiny_runs import factors, metrics, train_config
+
+LOOKS_BEYOND = ["bloom", "falcon", "falcon, one key", "opt"]
+APART = [
+    name
+    for name, (kind, *_) in FAMILIES.items()
+    if kind.endswith(("ForCausalLM", "LMHeadModel")) and name not in (*LOOKS_BEYOND, "rwkv")
+]
+LENGTHS = (3, 9, 4, 17, 5, 8, 3, 12)
+
+
+def sequences() -> list[Encoded]:
+    generator = random.Random(0)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        ids = tuple(generator.randrange(3, tiny.VOCABULARY) for _ in range(length))
+        made.append(Encoded(ids, 1 + number % 3 if length > 3 else 2))
+    return made
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 20))
+def test_rows_hold_every_sequence_once_and_never_too_much(lengths, spare):
+    room = max(lengths) + spare
+    rows = rows_of(lengths, room)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    filled = [sum(lengths[number] for number in row) for row in rows]
+    assert max(filled) <= room
+    assert sum(2 * each <= room for each in filled) <= 1  # two such would have shared one
+
+
+def test_a_row_says_where_each_sequence_begins():
+    batch = in_rows([Encoded((5, 6, 7), 1), Encoded((8, 9), 1)], [[0, 1]], 8, pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, 9, *[IGNORED] * 3]]
+
+
+@pytest.mark.parametrize("family", APART)
+def test_packed_and_padded_batches_have_one_loss_and_one_gradient(family):
+    found = []
+    for made in (pack, collate):
+        space = SearchSpace.load(FAMILIES[family][1])
+        net = tiny.randomize_(Supernet(model_of(family), space, tiny.ADAPTERS["lora"]))
+        batch = made(sequences(), tiny.PAD)
+        with net.active(net.space.minimal()):
+            loss = answer_loss(*answer_logits(net.model, batch))
+            loss.backward()
+        grads = [p.grad.flatten() for p in net.model.parameters() if p.grad is not None]
+        found.append((batch["input_ids"].shape, loss.detach(), torch.cat(grads)))
+    (rows, loss, gradient), (padded_rows, expected, expected_gradient) = found
+    assert rows[0] < padded_rows[0] and rows[1] == padded_rows[1]
+    precision = 1e-5 if family in ROUNDED else 1e-10
+    close(loss, expected, precision)
+    close(gradient, expected_gradient, precision)
+    assert expected_gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", LOOKS_BEYOND)
+def test_sequences_that_would_see_each_other_are_refused(family):
+    require_apart(model_of("llama"), sequences(), tiny.PAD)
+    with pytest.raises(ConfigError, match=r"packing: \w+ForCausalLM .* leave packing out"):
+        require_apart(model_of(family), sequences(), tiny.PAD)
+
+
+def test_a_packed_run_learns_what_a_padded_one_does(tiny_folder, tmp_path):
+    """Steps hold the same examples when an epoch is one step, in whatever order."""
+    settings = dict(batch_size=32, stages=[StageConfig(epochs=3)])
+    padded = train(train_config(tiny_folder, tmp_path / "padded", **settings))
+    packed = train(train_config(tiny_folder, tmp_path / "packed", packing=True, **settings))
+    for name, tensor in factors(padded).items():
+        torch.testing.assert_close(factors(packed)[name], tensor, rtol=1e-3, atol=2e-5)
+    before, after = metrics(padded), metrics(packed)
+    assert [round(one["loss"], 4) for one in before if "loss" in one] == [
+        round(one["loss"], 4) for one in after if "loss" in one
+    ]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"head": "classification", "classes": ["a", "b"]}, "packing: .* a classification head"),
+])  # fmt: skip
+def test_models_that_cannot_pack_are_refused_before_weights_load(
+    tiny_folder, tmp_path, settings, message
+):
+    model = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu", **settings)
+    with pytest.raises(ConfigError, match=message):
+        train(train_config(tiny_folder, tmp_path / "run", packing=True, model=model))
+    assert not (tmp_path / "run").exists()
