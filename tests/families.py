@@ -52,10 +52,11 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def model_of(
-    family: str, dtype: torch.dtype = torch.float64, layers: int | None = None
+    family: str, dtype: torch.dtype = torch.float64, layers: int | None = None, **overrides
 ) -> PreTrainedModel:
-    """Biases and norms moved away from where they start."""
+    """Biases and norms moved away from where they start; `overrides` are of its config."""
     name, _, settings = FAMILIES[family]
+    settings = settings | overrides
     if layers:
         settings = settings | {key: layers for key in LAYERS if key in settings}
     kind = getattr(transformers, name)

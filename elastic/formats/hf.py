@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CODE = "modeling_elastic.py"
+SHARD = "50GB"
+"""The largest file of weights, as transformers has it."""
 AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -86,10 +88,12 @@ def write(
     directory: Path,
     *,
     dtype: torch.dtype | None = None,
+    max_shard_size: int | str = SHARD,
 ) -> Path:
     """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer.
 
-    `model` is compact: plain linear layers, any sizes. It is left as it is.
+    `model` is compact: plain linear layers, any sizes. It is left as it is. Weights of more than
+    `max_shard_size` (bytes, or as in "5GB") become several files with an index.
     """
     config = described_config(model)
     state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
@@ -101,10 +105,17 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     # Names that transformers translates by the type of model are not known of a type of our own.
     original = not hasattr(config, "linear_sizes")
-    shell.save_pretrained(directory, state_dict=state, save_original_format=original)
+    shell.save_pretrained(
+        directory,
+        state_dict=state,
+        save_original_format=original,
+        max_shard_size=max_shard_size,
+    )
     # save_pretrained names the type and the class it saw, not those of the files in the folder.
     saved = directory / "config.json"
     values = json.loads(saved.read_text(encoding="utf-8"))
+    # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
+    values |= _older_words(config)
     values["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
@@ -115,19 +126,51 @@ def write(
         write_text(directory / CODE, code)
     write_text(saved, json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        write_tokenizer(tokenizer, directory)
     return directory
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Tokenizer and chat template, in words that transformers 4.x knows as well: its own name of
+    the class, and of the list of special tokens, for which it has another meaning."""
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def described_config(model: PreTrainedModel, *, code: bool = True) -> PretrainedConfig:
     """A new config that says the compact model's sizes: the family's own where they are uniform,
     else one with `linear_sizes`, of the class that reads them if `code` comes with it."""
-    config = copy.deepcopy(model.config)
-    # transformers 4.x reads the base of rotary embeddings at the top level only, and without it
-    # falls back to another one silently.
+    config = _sized_config(model, code)
+    if theta := _older_words(config).get("rope_theta"):
+        config.rope_theta = theta
+    return config
+
+
+def _older_words(config: PretrainedConfig) -> dict[str, Any]:
+    """Settings of rotary embeddings as transformers 4.x reads them, at the top level only: without
+    them it falls back to others silently."""
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, Mapping) and "rope_theta" in rope:
-        config.rope_theta = rope["rope_theta"]
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return {}
+    base, part = rope["rope_theta"], rope.get("partial_rotary_factor")
+    words = {"rope_theta": base}
+    if "gpt_neox" in config.model_type:
+        words = {"rotary_emb_base": base, "rotary_pct": 1.0 if part is None else part}
+    elif part is not None:
+        words["partial_rotary_factor"] = part
+    if rope.get("rope_type", "default") != "default":
+        words["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return words
+
+
+def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
+    config = copy.deepcopy(model.config)
     plain = linear_(_meta(type(model), model.config))
     expected, groups = _shapes_of(plain), _query_groups(plain)
     changed = {name: size for name, size in _shapes_of(model).items() if size != expected[name]}
@@ -136,9 +179,11 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
         for name, size in uniform.items():
             setattr(config, name, size)
         return config
-    grouped = {
+    grouped: dict[str, dict[str, int]] = {
         name: {QUERIES: own} for name, own in _query_groups(model).items() if own != groups[name]
     }
+    for name, counted in _counted_heads(model, expected).items():
+        grouped[name] = grouped.get(name, {}) | counted
     if not code:
         config.linear_sizes = changed
         if grouped:
@@ -155,6 +200,11 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
         auto_class(model): f"{stem}.Elastic{base}",
     }
     return described
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether the family's own class, with a config of its own, has the sizes of this model."""
+    return not hasattr(described_config(model, code=False), "linear_sizes")
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -229,6 +279,22 @@ def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, in
             found["num_key_value_heads"] = heads // groups.pop()
         return found
     return {}
+
+
+def _counted_heads(
+    model: PreTrainedModel, expected: Mapping[str, list[int]]
+) -> dict[str, dict[str, int]]:
+    """By attention module, attributes of which transformers 4.x reshapes by; 5.x asks the
+    projections. Of modules that have other heads than their class expects."""
+    found = {}
+    for name, module in model.named_modules():
+        query = getattr(module, "query", None)
+        if hasattr(module, "all_head_size") and isinstance(query, nn.Linear):
+            size = query.out_features
+            if size != expected[f"{name}.query"][0]:
+                heads = size // module.attention_head_size
+                found[name] = {"num_attention_heads": heads, "all_head_size": size}
+    return found
 
 
 def _query_groups(model: PreTrainedModel) -> dict[str, int]:

@@ -1,0 +1,80 @@
+"""Layers of different sizes as layers of one size: the smaller ones filled up with zeros.
+
+A channel of an MLP, or a head, whose column in the layer that reads it is zero adds exactly
+nothing, whatever the activation makes of it. The model is of the family's own class and computes
+the same, at the cost of the widest layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic.adapters.attach import plain_linear, replace_module
+from elastic.depth import renamed
+from elastic.dims import Cut, numbers
+from elastic.formats import hf
+from elastic.slicing import module_tree
+from elastic.space import BoundSpace, SubAdapter
+from elastic.uniform import covering
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def padded(model: PreTrainedModel, space: BoundSpace, sub: SubAdapter) -> PreTrainedModel:
+    """A model of the same function whose layers have sizes that the class's own config can say.
+
+    `model` is compact with the sizes of `sub`; it is left as it is, and what needs no padding is
+    shared with it. Every kind of size becomes the largest that a layer has, or the full one
+    where the family's config knows no other.
+    """
+    sub = space.check(sub)
+    for larger in covering(space, sub):
+        wider = _padded(model, space, sub, larger)
+        if hf.is_plain(wider):
+            return wider
+    raise AssertionError("the base model's own sizes are those of its class")
+
+
+def _padded(
+    model: PreTrainedModel, space: BoundSpace, sub: SubAdapter, larger: SubAdapter
+) -> PreTrainedModel:
+    wider = module_tree(model)
+    kept = _running(space, sub)
+    for group in space:
+        if group.dim == "rank" or sub[group.name] == larger[group.name]:
+            continue
+        for cut in group.cuts:
+            site = renamed(kept, cut.site)
+            layer = wider.get_submodule(site)
+            weight, bias = layer.weight, layer.bias
+            weight = _spread(weight, int(cut.axis == "in"), cut, sub[group.name], larger[group.name])
+            if bias is not None and cut.axis == "out":
+                bias = _spread(bias, 0, cut, sub[group.name], larger[group.name])
+            replace_module(wider, site, plain_linear(weight, bias))
+        for module, name in group.counted:
+            setattr(wider.get_submodule(renamed(kept, module)), name, larger[group.name])
+    return wider
+
+
+def _spread(tensor: Tensor, axis: int, cut: Cut, size: int, larger: int) -> Tensor:
+    """The parts of an axis of `size`, each where it starts in one of `larger`; zeros between."""
+    shape = list(tensor.shape)
+    shape[axis] = larger * cut.unit
+    wide = tensor.new_zeros(shape)
+    places = zip(cut.kept(size, size), cut.kept(size, larger), strict=True)
+    for (start, length), (target, _) in places:
+        wide.narrow(axis, target, length).copy_(tensor.narrow(axis, start, length))
+    return wide
+
+
+def _running(space: BoundSpace, sub: SubAdapter) -> dict[str, list[int]]:
+    """By list of blocks, the places of those that run."""
+    return {
+        group.blocks[0].rpartition(".")[0]: sorted(numbers(group.blocks[: sub[group.name]]))
+        for group in space.depths
+    }

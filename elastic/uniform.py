@@ -1,0 +1,90 @@
+"""Sub-adapters of one size for all layers, which a model family's own class can say.
+
+Runtimes that know nothing of layers of different sizes (vLLM, llama.cpp's `llama`, every older
+transformers) take those without code of ours. How near such a sub-adapter comes to the one that the
+search chose is a question of its choices alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from elastic.dims import DEPTH
+from elastic.space import BoundSpace, Group, SubAdapter
+
+Kind = tuple[str, int]
+"""Dimension and full size: what one entry of a model's configuration says for all layers."""
+
+
+def kinds(space: BoundSpace) -> dict[Kind, list[Group]]:
+    """Groups of one size that a configuration says once: a T5's MLPs in encoder and decoder are of
+    one kind. Ranks are of none, since merging leaves nothing of them, nor is depth."""
+    found: dict[Kind, list[Group]] = {}
+    for group in space:
+        if group.dim not in ("rank", DEPTH):
+            found.setdefault((group.dim, group.choices[0]), []).append(group)
+    return found
+
+
+def with_sizes(space: BoundSpace, sub: SubAdapter, sizes: dict[Kind, int]) -> SubAdapter:
+    """`sub` with these sizes in every layer that runs; its ranks and its depth stay."""
+    chosen = sub.as_dict()
+    for kind, groups in kinds(space).items():
+        for group in groups:
+            if chosen[group.name]:
+                chosen[group.name] = sizes[kind]
+    return SubAdapter(tuple(chosen.items()))
+
+
+def is_uniform(space: BoundSpace, sub: SubAdapter) -> bool:
+    """Whether all layers that run have one size of every kind."""
+    return all(
+        len({sub[group.name] for group in groups} - {0}) <= 1 for groups in kinds(space).values()
+    )
+
+
+def nearest_uniform(
+    space: BoundSpace, sub: SubAdapter, fits: Callable[[SubAdapter], bool] | None = None
+) -> SubAdapter:
+    """The sub-adapter of one size per kind whose multiply-accumulates are nearest.
+
+    Of every kind the choice is taken whose total over all layers that run is nearest to the total
+    chosen, counting what its layers multiply per token: each cut row or column meets the residual
+    stream, so that a size k costs k times the units of its cuts. Of two as near the larger is
+    taken. Where `fits` refuses (a family whose configuration cannot say such a size), the next
+    nearest is tried: kinds in sum.
+    """
+    sub = space.check(sub)
+    found = kinds(space)
+    options = [_by_distance(groups, sub) for groups in found.values()]
+    ranked = sorted(itertools.product(*options), key=lambda each: sum(gap for gap, _ in each))
+    for each in ranked:
+        sizes = {kind: size for kind, (_, size) in zip(found, each, strict=True)}
+        uniform = with_sizes(space, sub, sizes)
+        if fits is None or fits(uniform):
+            return uniform
+    return with_sizes(space, sub, {kind: kind[1] for kind in found})
+
+
+def _by_distance(groups: list[Group], sub: SubAdapter) -> list[tuple[float, int]]:
+    """(distance of totals, size), nearest first, of the sizes that all these groups may have."""
+    running = [group for group in groups if sub[group.name]]
+    units = {group.name: sum(cut.unit for cut in group.cuts) for group in running}
+    total = sum(sub[name] * unit for name, unit in units.items())
+    common = set.intersection(*(set(group.choices) for group in groups))
+    gaps = [(abs(size * sum(units.values()) - total), size) for size in common]
+    return sorted(gaps, key=lambda each: (each[0], -each[1]))
+
+
+def covering(space: BoundSpace, sub: SubAdapter) -> Iterator[SubAdapter]:
+    """Uniform sub-adapters that contain `sub`, smallest first: of every kind its largest size, then
+    some kinds and at last all at their full size, which every configuration can say."""
+    found = kinds(space)
+    largest = {
+        kind: max((sub[group.name] for group in groups), default=kind[1]) or kind[1]
+        for kind, groups in found.items()
+    }
+    for count in range(len(found) + 1):
+        for full in itertools.combinations(found, count):
+            yield with_sizes(space, sub, largest | {kind: kind[1] for kind in full})
