@@ -52,7 +52,9 @@ def _padded(
             site = renamed(kept, cut.site)
             layer = wider.get_submodule(site)
             weight, bias = layer.weight, layer.bias
-            weight = _spread(weight, int(cut.axis == "in"), cut, sub[group.name], larger[group.name])
+            weight = _spread(
+                weight, int(cut.axis == "in"), cut, sub[group.name], larger[group.name]
+            )
             if bias is not None and cut.axis == "out":
                 bias = _spread(bias, 0, cut, sub[group.name], larger[group.name])
             replace_module(wider, site, plain_linear(weight, bias))

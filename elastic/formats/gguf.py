@@ -1,0 +1,231 @@
+"""A compact model as one GGUF file, which llama.cpp and what is built on it run.
+
+Layers of one size are written as the family's own architecture. Where sizes differ from layer to
+layer, the loader of `llama` refuses: it creates every layer with the sizes of the first. That of
+`deci` (Llama-Nemotron, whose blocks were searched too) asks for head counts and the width of the
+MLP layer by layer and computes what Llama does, so those files say `deci`.
+
+Keys are of the GGUF specification; what the loaders read is in llama.cpp's src/models/llama.cpp,
+deci.cpp, qwen2.cpp and qwen3.cpp, and llama-model.cpp for what all share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from elastic.errors import ExportError
+from elastic.formats import bpe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FILE = "model.gguf"
+Type = Literal["f32", "f16", "bf16", "q8_0"]
+
+
+@dataclass(frozen=True)
+class Family:
+    uniform: str
+    """llama.cpp's name of the architecture, one size for all layers."""
+    mixed: str | None
+    """The one whose loader reads a size per layer and which computes the same; None: there is
+    none."""
+    interleaved: bool
+    """Whether `uniform` rotates neighbouring channels of a head, as `deci` does, instead of its
+    halves, as transformers does: rows of queries and keys then go in another order."""
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", "deci", True),
+    "MistralForCausalLM": Family("llama", "deci", True),
+    "Qwen2ForCausalLM": Family("qwen2", "deci", False),
+    "Qwen3ForCausalLM": Family("qwen3", None, False),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of every layer."""
+
+    heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def uniform(self) -> bool:
+        return all(len(set(each)) == 1 for each in (self.heads, self.key_heads, self.widths))
+
+
+def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+    """What llama.cpp lacks for this compact model or tokenizer; None if it has all."""
+    name, config = type(model).__name__, model.config
+    family = FAMILIES.get(name)
+    if family is None:
+        return f"{name} is not written as GGUF; of {', '.join(FAMILIES)} it is"
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        return f"rotary embeddings of type {kind!r}; default, linear and llama3 are written"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only a part of each head is rotated, and these architectures rotate all of it"
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if windows or (name.startswith("Mistral") and config.sliding_window):
+        return "attention with a sliding window, which these architectures do not have"
+    if config.hidden_act != "silu":
+        return f"the activation {config.hidden_act!r}; these architectures compute silu"
+    mixed = not _sizes(model).uniform
+    if mixed and family.mixed is None:
+        return (
+            f"no architecture of llama.cpp computes {name} with sizes of its own in every layer "
+            f"({family.uniform} has one for all); choose --hf.uniform or --hf.padded"
+        )
+    if kind == "llama3" and _architecture(model)[0] not in ("llama", "deci"):
+        return f"{_architecture(model)[0]} has no rotary embeddings of type 'llama3'"
+    return None if tokenizer is None else bpe.why_not(tokenizer)
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    type: Type = "f16",
+    name: str | None = None,
+) -> Path:
+    """Write DIRECTORY/model.gguf and return its path.
+
+    Matrices are in `type`; norms and biases float32, which llama.cpp demands. q8_0 keeps blocks of
+    32 columns, so matrices of other widths stay f16. A tied head is not written a second time.
+    ExportError if llama.cpp could not run it.
+    """
+    from gguf import GGUFWriter
+
+    if reason := why_not(model, tokenizer):
+        raise ExportError(f"gguf: {reason}")
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / FILE
+    # Tensors wait in a file of their own, so that a large model is not held twice.
+    writer = GGUFWriter(file, _architecture(model)[0], use_temp_file=True)
+    _settings(writer, model, type, name)
+    bpe.write(writer, tokenizer, model.config.vocab_size)
+    for tensor_name, tensor in _tensors(model):
+        values, kind = _stored(tensor, type)
+        writer.add_tensor(tensor_name, values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _architecture(model: PreTrainedModel) -> tuple[str, bool]:
+    """Its name, and whether it rotates neighbouring channels."""
+    family = FAMILIES[type(model).__name__]
+    if _sizes(model).uniform:
+        return family.uniform, family.interleaved
+    return family.mixed, True
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    return model.model.layers[0].self_attn.head_dim
+
+
+def _sizes(model: PreTrainedModel) -> Sizes:
+    head_size, layers = _head_size(model), model.model.layers
+    return Sizes(
+        tuple(layer.self_attn.q_proj.out_features // head_size for layer in layers),
+        tuple(layer.self_attn.k_proj.out_features // head_size for layer in layers),
+        tuple(layer.mlp.down_proj.in_features for layer in layers),
+    )
+
+
+def _settings(writer: GGUFWriter, model: PreTrainedModel, type: Type, name: str | None) -> None:
+    from gguf import LlamaFileType, RopeScalingType
+
+    config, sizes, head_size = model.config, _sizes(model), _head_size(model)
+
+    def one_or_all(values: Sequence[int]) -> int | list[int]:
+        return values[0] if sizes.uniform else list(values)
+
+    types = {
+        "f32": LlamaFileType.ALL_F32,
+        "f16": LlamaFileType.MOSTLY_F16,
+        "bf16": LlamaFileType.MOSTLY_BF16,
+        "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    }
+    if name is not None:
+        writer.add_name(name)
+    writer.add_file_type(types[type])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(model.model.layers))
+    writer.add_feed_forward_length(one_or_all(sizes.widths))
+    writer.add_head_count(one_or_all(sizes.heads))
+    writer.add_head_count_kv(one_or_all(sizes.key_heads))
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Name in GGUF and tensor, (rows, columns) or (channels,)."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture, interleaved = _architecture(model)
+    number = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    names = get_tensor_name_map(number, len(model.model.layers))
+    sizes, seen = _sizes(model), set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:  # a tied head
+            continue
+        seen.add(tensor.data_ptr())
+        short = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if short is None:
+            raise ExportError(f"gguf: {architecture} of llama.cpp has no place for {name}")
+        parts = name.split(".")
+        if interleaved and parts[-2] in ("q_proj", "k_proj"):
+            heads = sizes.heads if parts[-2] == "q_proj" else sizes.key_heads
+            tensor = _neighbours(tensor, heads[int(parts[2])])
+        yield short, tensor
+    if model.config.rope_parameters.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _frequency_factors(model)
+
+
+def _neighbours(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of every head in another order: transformers rotates channel i with i + half, these
+    architectures 2 i with 2 i + 1."""
+    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _frequency_factors(model: PreTrainedModel) -> Tensor:
+    """What llama.cpp divides the plain frequencies by: (head_size / 2,)."""
+    size, base = _head_size(model), model.config.rope_parameters["rope_theta"]
+    plain = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return plain / model.model.rotary_emb.inv_freq.double().cpu()
+
+
+def _stored(tensor: Tensor, type: Type) -> tuple[np.ndarray, int]:
+    """Values as they lie in the file, and GGML's number of their type."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[type.upper()]
+    if tensor.dim() == 1:
+        kind = GGMLQuantizationType.F32
+    elif type == "q8_0" and tensor.shape[1] % 32:
+        kind = GGMLQuantizationType.F16
+    return quants.quantize(tensor.detach().float().cpu().contiguous().numpy(), kind), kind
