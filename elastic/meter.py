@@ -61,7 +61,7 @@ class Meter(TorchDispatchMode):
         if formula := FLOPS.get(getattr(operator, "overloadpacket", None)):
             self.flops += formula(*arguments, **settings, out_val=result)
         for tensor in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:  # which takes no memory at all
                 self._hold(tensor.untyped_storage())
         return result
 

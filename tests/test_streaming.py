@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from elastic.adapters.attach import linear_
+from elastic.formats import hf
 from elastic.merging import compact
+from elastic.meter import Meter
 from elastic.space import SearchSpace
 from elastic.streaming import streamed
 from elastic.supernet import Supernet
@@ -75,3 +77,33 @@ def test_tensors_that_nobody_changed_are_the_base_models_own():
     found = streamed(base, bare, net.space.minimal())
     embeddings = "model.embed_tokens.weight"
     assert found.tensors[embeddings]().data_ptr() == base.get_parameter(embeddings).data_ptr()
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "gpt2", "gpt-neox", "t5"])
+@pytest.mark.parametrize("shard", ["50GB", 40_000])
+def test_the_folder_is_the_same_to_the_byte(family, shard, tmp_path):
+    base, net, bare = pair(family)
+    for number, sub in enumerate((net.space.maximal(), net.space.minimal())):
+        found = streamed(base, bare, sub)
+        at_once, in_turn = tmp_path / f"at-once-{number}", tmp_path / f"in-turn-{number}"
+        hf.write(compact(net, sub), None, at_once, max_shard_size=shard)
+        hf.write(found.model, None, in_turn, max_shard_size=shard, tensors=found.tensors)
+        names = sorted(file.name for file in at_once.iterdir())
+        assert names == sorted(file.name for file in in_turn.iterdir())
+        assert ("model.safetensors.index.json" in names) is (shard != "50GB")
+        for name in names:
+            assert (at_once / name).read_bytes() == (in_turn / name).read_bytes(), name
+
+
+def test_no_more_than_a_shard_is_in_memory(tmp_path):
+    """Beside it, the tensor that is being made: what is cut of it, and twice in a wider type."""
+    base, net, bare = pair("llama")
+    sub = net.space.uniform(0.75)
+    found, shard = streamed(base, bare, sub), 100_000
+    largest = max(tensor.nbytes for tensor in base.state_dict().values())
+    total = sum(tensor.nbytes for tensor in found.model.state_dict().values())
+    assert total > 5 * shard
+    held = [*base.state_dict().values(), *net.factor_state().values()]
+    with Meter([*held, *bare.model.parameters()]).recording() as meter:
+        hf.write(found.model, None, tmp_path, max_shard_size=shard, tensors=found.tensors)
+    assert meter.peak <= shard + 3 * largest

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
 from elastic.adapters.attach import linear_, modules_of
 from elastic.dims import QUERIES
 from elastic.errors import ExportError
 from elastic.files import write_text
+from elastic.formats import shards
+from elastic.formats.shards import Tensors, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -89,29 +92,33 @@ def write(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD,
+    tensors: Tensors | None = None,
 ) -> Path:
     """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer.
 
     `model` is compact: plain linear layers, any sizes. It is left as it is. Weights of more than
-    `max_shard_size` (bytes, or as in "5GB") become several files with an index.
+    `max_shard_size` (bytes, or as in "5GB") become several files with an index; no more than one of
+    them is copied at a time. Where `tensors` come beside it, the model needs no data.
     """
     config = described_config(model)
-    state = {name: t if dtype is None else t.to(dtype) for name, t in model.state_dict().items()}
-    for name, _ in modules_of(_meta(type(model), model.config), Conv1D):
-        state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
-    # A shell of the same class around the same tensors: the caller's config is not touched.
-    shell = copy.copy(model)
-    shell.config = config
+    layers = modules_of(_meta(type(model), model.config), Conv1D)
     directory.mkdir(parents=True, exist_ok=True)
-    # Names that transformers translates by the type of model are not known of a type of our own.
-    original = not hasattr(config, "linear_sizes")
-    shell.save_pretrained(
+    shards.write(
+        model,
+        tensors_of(model) if tensors is None else tensors,
         directory,
-        state_dict=state,
-        save_original_format=original,
+        dtype=dtype or model.dtype,
+        # Names that transformers translates by the type of model are unknown of a type of our own.
+        original=not hasattr(config, "linear_sizes"),
         max_shard_size=max_shard_size,
+        transposed=frozenset(f"{name}.weight" for name, _ in layers),
     )
-    # save_pretrained names the type and the class it saw, not those of the files in the folder.
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    if model.is_remote_code():  # of the base model's, which its user has allowed
+        custom_object_save(model, directory, config=config)
     saved = directory / "config.json"
     values = json.loads(saved.read_text(encoding="utf-8"))
     # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
