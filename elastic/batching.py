@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from elastic.behind import answers_of, padding_is_seen
 from elastic.classifier import classes_of, has_types, is_number, longest_text, number_in
 from elastic.errors import DataError
-from elastic.recurrent import answers_of, is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from elastic.prefix import Prefix
     from elastic.tasks.base import Example
 
 IGNORED = -100
@@ -206,12 +207,16 @@ def collated(
 
 
 def answer_logits(
-    model: torch.nn.Module, batch: dict[str, Tensor], width: int | None = None
+    model: torch.nn.Module,
+    batch: dict[str, Tensor],
+    width: int | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (batch, width, vocabulary) that predict the labels (batch, width), float32 or wider;
     width is the longest answer, read from the labels unless given. The answer of a classifier is
     one token of a vocabulary of classes; a number has float labels and one logit. Of packed rows
-    width is every position at which some row has an answer; the others' labels are ignored."""
+    width is every position at which some row has an answer; the others' labels are ignored. With a
+    prefix the sequences go on from it."""
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "segments")}
     if labels.dim() == 1:
@@ -225,8 +230,8 @@ def answer_logits(
     else:
         width = answer_width(labels) if width is None else width
         labels = labels[:, -width:]
-        if is_recurrent(getattr(model, "module", model).config):  # DDP and DeepSpeed wrap it
-            logits = answers_of(model, batch, width)
+        if prefix or padding_is_seen(getattr(model, "module", model)):  # DDP and DeepSpeed wrap it
+            logits = answers_of(model, batch, width, prefix)
         else:
             logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels

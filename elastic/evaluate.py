@@ -21,9 +21,10 @@ from elastic.batching import (
     length_sorted,
     prompt_ids,
 )
+from elastic.behind import padding_is_seen
 from elastic.classifier import classes_of
 from elastic.progress import track
-from elastic.recurrent import decoded_together, is_recurrent
+from elastic.recurrent import is_recurrent
 from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -231,10 +232,11 @@ def answers(
     order of the examples; batched by length."""
     ids = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batch = decoded_together(model.config, batch)
+    side = "right" if model.config.is_encoder_decoder else "left"
+    if side == "left" and padding_is_seen(model):
+        batch = 1
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
     found = [""] * len(examples)
-    side = "right" if model.config.is_encoder_decoder else "left"
     for rows in track(groups, label, quiet=quiet):
         padded = tokenizer.pad(
             {"input_ids": [ids[row] for row in rows]}, padding_side=side, return_tensors="pt"

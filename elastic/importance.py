@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from elastic.adapters.attach import modules_of
 from elastic.batching import IGNORED
+from elastic.behind import padded_behind, padding_is_seen
 from elastic.classifier import classes_of
 from elastic.depth import states
 from elastic.dims import Cut, numbers
-from elastic.recurrent import is_recurrent, padded_behind
 from elastic.space import BoundSpace, Group
 
 
@@ -101,10 +101,13 @@ def _activation_scores(
     handles = [watch(site) for site in sites] + [watch_block(block) for block in changes]
     try:
         for batch in batches:
-            if is_recurrent(model.config):
+            behind = "position_ids" in batch and padding_is_seen(model)
+            if behind:
                 batch = padded_behind(batch)
             prompt = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
             inputs = {key: value for key, value in batch.items() if key != "labels"}
+            if behind:  # no token sees what stands behind it
+                inputs["attention_mask"] = torch.ones_like(batch["attention_mask"])
             if model.config.is_encoder_decoder:
                 answer = batch["labels"].flatten() != IGNORED
                 model(**batch, use_cache=False)

@@ -7,12 +7,12 @@ import yaml
 
 from elastic import bench, models
 from elastic.batching import answer_logits, collate, encode
+from elastic.behind import padded_behind
 from elastic.config import AdapterConfig, ExportConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
-from elastic.recurrent import padded_behind
 from elastic.runners import runner_of
 from elastic.search_config import BudgetConfig, SearchConfig, TimingConfig
 from elastic.space import SearchSpace
