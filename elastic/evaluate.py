@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic import protocol
 from elastic.batching import (
@@ -23,6 +23,7 @@ from elastic.batching import (
 )
 from elastic.behind import padding_is_seen
 from elastic.classifier import classes_of
+from elastic.prefix import read
 from elastic.progress import track
 from elastic.recurrent import is_recurrent
 from elastic.tasks.base import Example
@@ -80,12 +81,23 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence through the model, and the examples' answers that its logits tell of."""
+    """One sequence through the model, and the answers to an example that its logits tell of."""
 
+    index: int
+    """Of the example."""
     encoded: Encoded
-    candidates: Sequence[tuple[int, bool, tuple[int, ...]]]
-    """Index of the example, whether this one is its answer, and its tokens; no tokens where there
-    is nothing to choose among."""
+    options: Sequence[tuple[bool, tuple[int, ...]]] = ()
+    """Whether this one is the answer, and its tokens; empty where there is nothing to choose
+    among."""
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Of several on one example the first of the greatest value holds."""
+
+    value: float
+    right: bool = False
+    said: str | None = None
 
 
 def evaluate(
@@ -149,48 +161,54 @@ def _scored(
     log-likelihood among them, the end of the sequence left out (`acc` of lm-eval, so an option that
     begins with another never beats it); options that differ in their last token alone share one
     sequence. A classifier is right when the answer is its likeliest class, a regression head when
-    its number is within the example's tolerance. Batched and sorted by
-    length; the result does not depend on `batch_tokens`.
+    its number is within the example's tolerance. Batched and sorted by length, what all begin with
+    read once; the result does not depend on `batch_tokens`.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
     rows = [
         row
         for index, example in enumerate(examples)
         for row in _rows(tokenizer, model, index, example)
     ]
-    classes = classes_of(model)
-    correct = [False] * len(examples)
-    chosen: list[str | None] = [None] * len(examples)
-    best = [-math.inf] * len(examples)
-    batches = list(length_sorted([row.encoded for row in rows], batch_tokens))
-    for numbers, sequences in track(batches, label, quiet=quiet):
-        batch = {key: value.to(device) for key, value in collate(sequences, pad).items()}
-        logits, labels = answer_logits(model, batch)
-        likeliest = logits.argmax(-1)
-        if labels.is_floating_point():
-            allowed = [examples[rows[number].candidates[0][0]].tolerance for number in numbers]
-            numbers_said = logits[:, 0, 0]
-            off = (numbers_said - labels[:, 0]).abs()
-            exact = (off <= torch.tensor(allowed, device=device)).tolist()
-            said = [f"{value:.6g}" for value in numbers_said.tolist()]
-        else:
-            exact = ((likeliest == labels) | (labels == IGNORED)).all(1).tolist()
-            said = [classes[best] if classes else None for best in likeliest[:, 0].tolist()]
-        for place, number in enumerate(numbers):
-            row = rows[number]
-            predictions = None
-            for index, is_answer, tokens in row.candidates:
-                if not tokens:
-                    correct[index] = exact[place]
-                    chosen[index] = said[place]
-                    continue
-                if predictions is None:
-                    predictions = logits[place, labels[place] != IGNORED].log_softmax(-1)
-                value = float(predictions[torch.arange(len(tokens)), list(tokens)].sum())
-                if value > best[index]:
-                    best[index], correct[index] = value, is_answer
-    return list(zip(correct, chosen, strict=True))
+    sequences = [row.encoded for row in rows]
+    prefix = read(model, sequences)
+    if prefix:
+        sequences = [prefix.without(sequence) for sequence in sequences]
+    found = [_Verdict(-math.inf)] * len(examples)
+    batches = list(length_sorted(sequences, batch_tokens))
+    for numbers, together in track(batches, label, quiet=quiet):
+        batch = collate(together, tokenizer.pad_token_id)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        logits, labels = answer_logits(model, batch, prefix=prefix)
+        for number, *told in zip(numbers, logits, labels, strict=True):
+            index = rows[number].index
+            verdict = _judged(rows[number].options, examples[index], classes_of(model), *told)
+            found[index] = max(found[index], verdict, key=lambda each: each.value)
+    return [(verdict.right, verdict.said) for verdict in found]
+
+
+def _judged(
+    options: Sequence[tuple[bool, tuple[int, ...]]],
+    example: Example,
+    classes: Sequence[str],
+    logits: Tensor,
+    labels: Tensor,
+) -> _Verdict:
+    """What the logits (width, vocabulary) that predict one row's labels (width,) say of it."""
+    if options:
+        predictions = logits[labels != IGNORED].log_softmax(-1)
+        values = [
+            predictions[torch.arange(len(tokens)), list(tokens)].sum() for _, tokens in options
+        ]
+        value, best = torch.stack(values).max(0)
+        return _Verdict(float(value), options[int(best)][0])
+    if labels.is_floating_point():
+        number = float(logits[0, 0])
+        off = abs(number - float(labels[0]))
+        return _Verdict(0.0, off <= example.tolerance, f"{number:.6g}")
+    likeliest = logits.argmax(-1)
+    said = classes[int(likeliest[0])] if classes else None
+    return _Verdict(0.0, bool(((likeliest == labels) | (labels == IGNORED)).all()), said)
 
 
 def _rows(
@@ -203,17 +221,15 @@ def _rows(
         options = (example.answer,)
     encoded = [encode_example(tokenizer, model, example, option) for option in options]
     if len(options) == 1:
-        return [_Row(encoded[0], [(index, True, ())])]
+        return [_Row(index, encoded[0])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
-    candidates: dict[int, list[tuple[int, bool, tuple[int, ...]]]] = {}
+    told: dict[int, list[tuple[bool, tuple[int, ...]]]] = {}
     longest = sorted(range(len(options)), key=lambda option: -len(tokens[option]))
     for option in longest:
         start = tokens[option][:-1]
-        host = next((h for h in candidates if tokens[h][: len(start)] == start), option)
-        candidates.setdefault(host, []).append(
-            (index, options[option] == example.answer, tokens[option])
-        )
-    return [_Row(encoded[host], each) for host, each in candidates.items()]
+        host = next((h for h in told if tokens[h][: len(start)] == start), option)
+        told.setdefault(host, []).append((options[option] == example.answer, tokens[option]))
+    return [_Row(index, encoded[host], each) for host, each in told.items()]
 
 
 @torch.inference_mode()
