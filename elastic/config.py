@@ -361,6 +361,23 @@ class MergeConfig:
         require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HfConfig:
+    """Folders that load without code of ours, where layers differ in size."""
+
+    padded: bool = False
+    """Fill smaller layers up with zeros to the largest: the family's own class and the same
+    outputs, but neither smaller nor faster than the largest layer makes it."""
+    uniform: bool = False
+    """Write the sub-adapter of one size for all layers that is nearest in operations instead."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.padded and self.uniform),
+            "hf.padded and hf.uniform: one size for all layers needs no padding; choose one",
+        )
+
+
 _FORMATS = ("hf", "peft", "onnx", "openvino")
 
 
@@ -380,6 +397,7 @@ class ExportConfig:
     logits: Literal["last", "all"] = "last"
     """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
     merge: MergeConfig = field(default_factory=MergeConfig)
+    hf: HfConfig = field(default_factory=HfConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
     accuracy: bool = True
     """Score the compact model on the test split, unless the search already has."""

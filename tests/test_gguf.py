@@ -18,7 +18,7 @@ from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 from elastic.uniform import is_uniform, nearest_uniform
 from tests import tiny
-from tests.families import FAMILIES, model_of
+from tests.families import model_of
 
 TEXT = "Tom's 12 apples, and 345 pears; he said: \"I'll eat them all!\"  Ça va?\n\n"
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
@@ -48,9 +48,10 @@ TOKENIZER = byte_level()
 
 
 def net_of(family: str, heads: bool = True, **overrides) -> Supernet:
-    overrides = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4,
-                 "head_dim": 16, "vocab_size": 330, "bos_token_id": 0, "eos_token_id": 1,
-                 "pad_token_id": 1} | overrides  # fmt: skip
+    sizes = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "head_dim": 16}  # fmt: skip
+    tokens = {"vocab_size": 330, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    overrides = sizes | tokens | overrides
     model = model_of(family, torch.float32, **overrides)
     declared = SearchSpace.load("llama").as_dict()
     if heads:
@@ -161,7 +162,7 @@ def test_transformers_reads_uniform_files(family, tmp_path):
 def test_what_llama_cpp_lacks_is_said(family, overrides, reason, tmp_path):
     model = model_of(family, torch.float32, **overrides)
     assert reason in gguf.why_not(model)
-    with pytest.raises(ExportError, match="^gguf: "):
+    with pytest.raises(ExportError, match=r"^gguf: "):
         gguf.write(model, TOKENIZER, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -262,7 +263,9 @@ def test_llama_cpp_goes_on_as_the_real_model_does(tmp_path):
     sub = net.space.random(random.Random(1))
     assert not is_uniform(net.space, sub)
     small = compact(net, sub)
-    for type in ("f32", "f16", "q8_0"):
+    # Not q8_0: with AMX, llama.cpp as of llama-cpp-python 0.3.36 ends the process on any quantised
+    # model, published ones too, unless its `use_extra_bufts` is off.
+    for type in ("f32", "f16"):
         file = gguf.write(small, tokenizer, tmp_path / type, type=type)
         llm = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, n_threads=2)
         assert llm.tokenize(TEXT.encode(), add_bos=False) == tokenizer(TEXT)["input_ids"]
@@ -281,5 +284,4 @@ def test_llama_cpp_goes_on_as_the_real_model_does(tmp_path):
             found.append(token)
             if len(found) == len(expected):
                 break
-        print(type, file.stat().st_size, tokenizer.decode(found))
-        assert type == "q8_0" or found == expected
+        assert found == expected, tokenizer.decode(found)

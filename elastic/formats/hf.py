@@ -219,7 +219,7 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    auto = getattr(transformers, _auto_name(config["architectures"][0]))
+    auto = getattr(transformers, auto_of(config["architectures"][0]))
     # The only remote code this ever runs is the class above, from a folder just written here.
     code = (directory / CODE).is_file()
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=code)
@@ -228,10 +228,11 @@ def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def auto_class(model: PreTrainedModel) -> str:
     """The name of transformers' auto class that loads a model of this kind."""
-    return _auto_name(type(model).__name__)
+    return auto_of(type(model).__name__)
 
 
-def _auto_name(architecture: str) -> str:
+def auto_of(architecture: str) -> str:
+    """The same for the name of a class."""
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto

@@ -1,0 +1,89 @@
+"""What lies in a Hugging Face folder, beside what loading it shows."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from elastic.formats import hf
+from elastic.formats.padding import padded
+from elastic.merging import compact
+from tests import tiny
+from tests.families import model_of
+from tests.test_families import net_of
+from tests.test_gguf import LLAMA3
+
+
+def stored(folder) -> dict[str, str]:
+    """File by name of tensor, in all files of weights."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                assert name not in found
+                found[name] = file.name
+    return found
+
+
+@pytest.mark.parametrize("form", ["mixed", "padded"])
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_weights_are_there_once_in_one_file_or_several(form, size, tmp_path):
+    """Of a model whose head is its embedding."""
+    net = net_of("llama, tied")
+    chosen = net.space.minimal().as_dict()
+    chosen[next(group.name for group in net.space if group.dim == "width")] = 128
+    sub = net.space.check(type(net.space.minimal())(tuple(chosen.items())))
+    model = compact(net, sub)
+    if form == "padded":
+        model = padded(model, net.space, sub)
+    hf.write(model, tiny.tokenizer(), tmp_path, max_shard_size=size)
+    names = stored(tmp_path)
+    own = {name for name, _ in model.named_parameters()}  # a tie has one name
+    assert names.keys() == own and "lm_head.weight" not in own
+    files = {file.name for file in tmp_path.glob("*.safetensors")}
+    bytes_ = sum((tmp_path / file).stat().st_size for file in files)
+    assert bytes_ < sum(p.nbytes for p in model.parameters()) + 4000 * len(files)
+    if size == "20KB":
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == names and len(files) > 3
+    else:
+        assert files == {"model.safetensors"}
+    again = hf.load(tmp_path, torch.float64)
+    ids = tiny.tokens()
+    assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
+    assert (tmp_path / "generation_config.json").is_file()
+
+
+def test_a_tokenizer_is_written_in_words_of_transformers_4(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    hf.write_tokenizer(tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == ["<|turn|>"]
+    assert "extra_special_tokens" not in saved
+
+
+@pytest.mark.parametrize(
+    "family, rope, words",
+    [
+        ("llama", {"rope_type": "default", "rope_theta": 500.0}, {"rope_theta": 500.0}),
+        ("llama", LLAMA3, {"rope_theta": 500.0, "rope_scaling": {
+            key: value for key, value in LLAMA3.items() if key != "rope_theta"}}),
+        ("gpt-neox", {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+         {"rotary_emb_base": 500.0, "rotary_pct": 0.5}),
+    ],
+)  # fmt: skip
+def test_rotary_settings_are_where_transformers_4_looks(family, rope, words, tmp_path):
+    """And transformers 5 reads the same from both."""
+    model = model_of(family, torch.float32, rope_parameters=dict(rope))
+    hf.write(model, None, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {key: saved[key] for key in words} == words
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    kept = again.config.rope_parameters
+    assert {key: kept[key] for key in rope} == rope
+    ids = tiny.tokens()
+    assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
