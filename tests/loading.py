@@ -1,6 +1,6 @@
 """Written folders in other versions of transformers, which load them and compute the same.
 
-    python -m tests.loading 4.57.6 5.5.0        (minutes: each makes an environment of its own)
+    python -m tests.loading 4.57.6 5.5.4        (minutes: each makes an environment of its own)
 
 The folders are written here; `read` runs in the other environment, as a file, where nothing of
 this project is installed.
@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-VERSIONS = ("4.57.6", "5.5.0", "5.23.0")
+VERSIONS = ("4.57.6", "5.5.4", "5.23.0")
 FAMILIES = (
     "llama", "llama, tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "bloom",
     "falcon", "gpt-neox", "gpt2", "opt", "bert, classes", "roberta", "minilm",
