@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import tempfile
+import typing
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from elastic import __main__, exporter, models
+from elastic import __main__, exporter, models, verify, writers
 from elastic.config import ExportConfig, ModelConfig, StageConfig
 from elastic.errors import BaseMismatch, ExportError, RunError
 from elastic.evaluate import evaluate
-from elastic.exporter import NEW_TOKENS, Agreement, Probe, agreement, export
+from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.merging import compact
@@ -26,6 +27,7 @@ from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
 from elastic.tasks import load_task
 from elastic.training import train
+from elastic.verify import NEW_TOKENS, Agreement, Probe, agreement
 from tests import tiny
 from tests.tiny_runs import (
     ONE_ROUND,
@@ -530,13 +532,11 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
 
     before = snapshot(exported.path)
     real = exporter.probe
-    monkeypatch.setattr(exporter, "runner_of", Nan)
+    monkeypatch.setattr(writers, "runner_of", Nan)
     probes = []
 
     def honest(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(exporter, "runner_of", TorchRunner)
-            probes.append(real(*args))
+        probes.append(real(*args))
         return probes[-1]
 
     monkeypatch.setattr(exporter, "probe", honest)
@@ -560,7 +560,7 @@ def test_probes_are_the_supernets_own_greedy_continuation(nets):
     sub = mixed(net)
     prompt = tiny.tokens(1, 5)
     with net.active(sub) as model:
-        found = exporter.probe(model, prompt.numpy())
+        found = verify.probe(model, prompt.numpy())
     ids = prompt
     for step in range(NEW_TOKENS):
         logits = active_logits(net, sub, ids)[0, -1]
@@ -568,3 +568,8 @@ def test_probes_are_the_supernets_own_greedy_continuation(nets):
         assert found.tokens[0, step] == int(logits.argmax())
         ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
     assert net.current == net.space.maximal()
+
+
+def test_every_format_of_the_settings_can_be_written():
+    [kinds] = typing.get_args(typing.get_type_hints(ExportConfig)["formats"])
+    assert list(typing.get_args(kinds)) == list(writers.FORMATS)

@@ -10,7 +10,6 @@ from elastic import models
 from elastic.batching import collate, encode
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig
 from elastic.errors import ModelError
-from elastic.exporter import agreement, probe
 from elastic.formats import hf, onnx, openvino
 from elastic.importance import channel_order
 from elastic.merging import compact
@@ -19,6 +18,7 @@ from elastic.sampler import generator_for
 from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 from elastic.tasks import load_task
+from elastic.verify import agreement, probe
 from tests.tiny import randomize_
 
 pytestmark = pytest.mark.slow

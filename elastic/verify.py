@@ -1,0 +1,110 @@
+"""Whether a written model computes what the supernet does, on a few prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elastic.batching import encode_text, prompt_ids
+from elastic.classifier import classes_of
+from elastic.errors import ExportError
+from elastic.runners import Runner, runner_of
+from elastic.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEW_TOKENS = 8
+"""Greedy tokens compared per probe prompt."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the supernet computes for one prompt with the sub-adapter active."""
+
+    prompt: np.ndarray
+    """(1, prompt) int64."""
+    tokens: np.ndarray
+    """(1, NEW_TOKENS) its greedy continuation, or (1, 1) its class."""
+    logits: np.ndarray
+    """(NEW_TOKENS, vocab) behind each of those tokens, or (1, classes)."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a written model is from the supernet over all probes."""
+
+    max_abs_diff: float
+    largest_logit: float
+    greedy_tokens_equal: bool
+    decided: bool
+    """Whether a differing token was no mere tie: the two candidates were further apart than
+    rounding explains."""
+
+
+def inputs_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example
+) -> np.ndarray:
+    """What is fed before an answer, (1, length) int64."""
+    if classes_of(model):
+        ids = encode_text(tokenizer, model, example).ids
+    else:
+        ids = prompt_ids(tokenizer, example)
+    return np.array([ids], dtype=np.int64)
+
+
+def probe(model: PreTrainedModel, prompt: np.ndarray) -> Probe:
+    """A classifier's has one token: the class."""
+    runner = runner_of(model)
+    logits = [runner.prefill(prompt)]
+    tokens = [logits[0].argmax(-1)]
+    for _ in range(0 if classes_of(model) else NEW_TOKENS - 1):
+        logits.append(runner.decode(tokens[-1][:, None]))
+        tokens.append(logits[-1].argmax(-1))
+    return Probe(prompt, np.stack(tokens, axis=1), np.concatenate(logits))
+
+
+def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
+    """Feed every probe's prompt and greedy tokens to `runner`, compare logits and choices."""
+    difference = largest = 0.0
+    equal, decided = True, False
+    for probe in probes:
+        for step, expected in enumerate(probe.logits):
+            if step == 0:
+                found = runner.prefill(probe.prompt)[0]
+            else:
+                found = runner.decode(probe.tokens[:, step - 1 : step])[0]
+            gap = float(np.abs(found - expected).max())
+            # NaN compares false with everything; it must not pass as a small difference.
+            difference = float("nan") if np.isnan(gap) else max(difference, gap)
+            largest = max(largest, float(np.abs(expected).max()))
+            mine, theirs = int(found.argmax()), int(probe.tokens[0, step])
+            if mine != theirs:
+                equal = False
+                decided = decided or expected[theirs] - expected[mine] > 2 * gap
+            if np.isnan(difference):
+                return Agreement(difference, largest, False, True)
+    return Agreement(difference, largest, equal, decided)
+
+
+def require_agreement(kind: str, found: Agreement, limit: float | None) -> None:
+    """ExportError when logits are no numbers, differ by more than `limit` times the largest one, or
+    a greedy token differs that was no tie. Without a limit any difference will do."""
+    if np.isnan(found.max_abs_diff):
+        raise ExportError(f"{kind}: its logits are not numbers (NaN); nothing was kept")
+    if limit is None:
+        return
+    allowed = limit * found.largest_logit
+    if not found.max_abs_diff <= allowed:
+        raise ExportError(
+            f"{kind}: logits differ from the supernet by up to {found.max_abs_diff:.3g}, more "
+            f"than the {allowed:.3g} that rounding explains; nothing was kept"
+        )
+    if found.decided:
+        raise ExportError(
+            f"{kind}: greedy tokens differ from the supernet's although logits agree to "
+            f"{found.max_abs_diff:.3g}; nothing was kept"
+        )

@@ -1,0 +1,225 @@
+"""Every format in one shape: a model is written into a folder, and runs from there.
+
+The compact model goes to its place; the full one, beside which it is judged, to a scratch folder. A
+format that is made from another one (OpenVINO from the ONNX graph) asks for that one's folder.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from elastic import foreign, models
+from elastic.adapters.attach import dequantise_
+from elastic.config import ExportConfig, ModelConfig
+from elastic.errors import ExportError
+from elastic.files import read_json
+from elastic.formats import hf, onnx, openvino, peft
+from elastic.runners import Runner, runner_of, timed_runner
+from elastic.space import SubAdapter
+from elastic.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Which = Literal["compact", "full"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is written, and where each of it is by now."""
+
+    config: ExportConfig
+    net: Supernet
+    sub: SubAdapter
+    models: dict[Which, PreTrainedModel]
+    """Merged: the sub-adapter cut out, and the maximal one."""
+    base: models.Base
+    trained: ModelConfig
+    scratch: Path
+    """For what is not kept."""
+    folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
+
+    def folder(self, kind: str, which: Which) -> Path:
+        """Where this model is written in this format; written now if it is not."""
+        if (kind, which) not in self.folders:
+            self.write(kind, which, self.scratch / f"{which}-{kind}")
+        return self.folders[kind, which]
+
+    def write(self, kind: str, which: Which, directory: Path) -> None:
+        FORMATS[kind].write(self, which, directory)
+        self.folders[kind, which] = directory
+
+
+class Format:
+    """One way to write models; the contract, and what most keep."""
+
+    def require(self) -> None:
+        """MissingExtra unless this can be written and run here; asked before anything slow."""
+
+    def why_not(self, source: Source) -> str | None:
+        """Why this sub-adapter is not written; None if it is."""
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        """A new folder with this model in it."""
+        raise NotImplementedError
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        """The model that was written there, loaded in its runtime, as a user would run it."""
+        raise NotImplementedError
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        """The compact one at the precision at which it has to be the supernet: `runner`, unless its
+        runtime rounds."""
+        return runner
+
+    def limit(self, source: Source) -> float | None:
+        """How far its logits may be off, in parts of the largest; None where it rounds on
+        purpose."""
+        return 2e-4
+
+    def full(self, source: Source, kind: str) -> Runner:
+        """The full model in the same runtime."""
+        return self.open(source, "full", source.folder(kind, "full"))
+
+    def timed(self, source: Source, runner: Runner) -> Runner:
+        """The one that is timed, of an opened one."""
+        return runner
+
+    def device(self, source: Source) -> str:
+        return "cpu"
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        """What the report says of this format alone."""
+        return {}
+
+
+class _Torch(Format):
+    """Runs in transformers, on the device of the run."""
+
+    def limit(self, source: Source) -> float | None:
+        return 1e-9 if source.models["compact"].dtype == torch.float64 else 1e-4
+
+    def timed(self, source: Source, runner: Runner) -> Runner:
+        return timed_runner(runner.model, source.config.timing)
+
+    def device(self, source: Source) -> str:
+        return str(source.models["compact"].device)
+
+
+class Hf(_Torch):
+    """In the type the base model was saved in; reloading is bit for bit at that type."""
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        tokenizer = source.base.tokenizer
+        hf.write(source.models[which], tokenizer, directory, dtype=self._stored(source))
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        stored, model = self._stored(source), source.models[which]
+        loaded = hf.load(directory, stored)
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
+                raise ExportError(f"hf: {name} is not the same bit for bit after reloading")
+        return runner_of(loaded.to(model.device))
+
+    def limit(self, source: Source) -> float | None:
+        # Rounding to a narrower stored type is the user's choice of base, not a fault.
+        narrow = self._stored(source) not in (torch.float32, torch.float64)
+        return None if narrow else super().limit(source)
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return runner_of(source.models["full"])
+
+    @staticmethod
+    def _stored(source: Source) -> torch.dtype:
+        dtype = source.models["compact"].dtype
+        return dtype if dtype == torch.float64 else models.stored_dtype(source.trained) or dtype
+
+
+class Peft(_Torch):
+    """On the untouched base model."""
+
+    def why_not(self, source: Source) -> str | None:
+        if source.config.merge.adapters:
+            return "merged with other adapters, whose sum need not have a low rank"
+        return peft.why_not(source.net, source.sub)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        peft.write(
+            source.net, source.sub, directory,
+            base_model=source.trained.path, base_digest=source.base.digest,
+        )  # fmt: skip
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        from peft import PeftModel
+
+        # Dense like the full model it is timed against.
+        folder = models.locate(source.trained.path)
+        plain = dequantise_(models.load_model(folder, source.trained))
+        adapted = PeftModel.from_pretrained(plain, str(directory)).eval()
+        return runner_of(adapted.get_base_model())
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return runner_of(source.models["full"])
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"rank": read_json(directory / foreign.PEFT_CONFIG)["r"]}
+
+
+class Onnx(Format):
+    def require(self) -> None:
+        onnx.require()
+
+    def why_not(self, source: Source) -> str | None:
+        return models.no_graph(source.models["compact"].config)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        model = source.models[which]
+        wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        onnx.write(wide, directory, logits=source.config.logits)
+        _companions(source, which, directory)
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return onnx.OnnxRunner(directory / onnx.FILE)
+
+
+class Openvino(Format):
+    """Compared in float32, run at the precision that the device chooses."""
+
+    def require(self) -> None:
+        onnx.require()
+        openvino.require()
+
+    def why_not(self, source: Source) -> str | None:
+        return models.no_graph(source.models["compact"].config)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        openvino.write(source.folder("onnx", which) / onnx.FILE, directory)
+        _companions(source, which, directory)
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return openvino.OpenVINORunner(directory / openvino.FILE, precision=None)
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        return openvino.OpenVINORunner(directory / openvino.FILE)
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Hf(),
+    "peft": Peft(),
+    "onnx": Onnx(),
+    "openvino": Openvino(),
+}
+
+
+def _companions(source: Source, which: Which, directory: Path) -> None:
+    """Config and tokenizer beside a graph, so that its folder is all a server needs."""
+    model = source.models[which]
+    hf.described_config(model, code=False).save_pretrained(directory)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(directory)
+    source.base.tokenizer.save_pretrained(directory)
