@@ -6,6 +6,7 @@ neither torch nor transformers, so that `--help` is quick.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -401,10 +402,22 @@ class ExportConfig:
     timing: TimingConfig = field(default_factory=TimingConfig)
     accuracy: bool = True
     """Score the compact model on the test split, unless the search already has."""
+    runtime_examples: int = 100
+    """Score every written model in its own runtime, too, on at most so many of them: one at a time,
+    so this takes a while. 0 does not."""
+    weigh: bool = True
+    """Load every written model, and the full one, once more in a process of its own: how long that
+    takes and how much memory."""
     batch_tokens: int = 2048
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(self.runtime_examples >= 0, f"runtime_examples is {self.runtime_examples}")
+        require(
+            self.name is None or re.fullmatch(r"[^./\\][^/\\]*", self.name) is not None,
+            f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
+            "without slashes that does not begin with a dot",
+        )
         require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
         require(
             self.timing.runtime == "torch" and self.timing.merged,

@@ -9,7 +9,7 @@
     │   ├── BaseMismatch     a super-adapter met another base model than its own
     │   └── TrainingError    the loss or a factor became infinite or NaN
     ├── BudgetError          no sub-adapter meets the budget
-    ├── ExportError          a written model does not compute what the supernet computes
+    ├── ExportError          a model that cannot be written as asked, or was not written right
     └── MissingExtra         an optional dependency is not installed
 
 Every message says what failed, where, what came and what would work. `BudgetError` ends a command

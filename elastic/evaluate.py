@@ -26,7 +26,7 @@ from elastic.classifier import classes_of
 from elastic.prefix import read
 from elastic.progress import track
 from elastic.recurrent import is_recurrent
-from elastic.tasks.base import Example
+from elastic.tasks.base import Example, Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One sequence through the model, and the answers to an example that its logits tell of."""
 
     index: int
@@ -136,11 +136,9 @@ def evaluate(
             beams=beams or 1, batch=batch, label=label, quiet=quiet,
         )  # fmt: skip
         for number, text in zip(asked, texts, strict=True):
-            judge = examples[number].judge
-            answer = protocol.extract(judge.kind, text)
-            correct[number] = protocol.matches(judge.kind, answer, judge.expected)
+            correct[number], found = judged(examples[number].judge, text)
             said[number] = text
-            unanswered += answer is None
+            unanswered += not found
     return Score(tuple(correct), tuple(said) if any(said) else (), unanswered)
 
 
@@ -168,7 +166,7 @@ def _scored(
     rows = [
         row
         for index, example in enumerate(examples)
-        for row in _rows(tokenizer, model, index, example)
+        for row in rows_of(tokenizer, model, index, example)
     ]
     sequences = [row.encoded for row in rows]
     prefix = read(model, sequences)
@@ -182,12 +180,12 @@ def _scored(
         logits, labels = answer_logits(model, batch, prefix=prefix)
         for number, *told in zip(numbers, logits, labels, strict=True):
             index = rows[number].index
-            verdict = _judged(rows[number].options, examples[index], classes_of(model), *told)
+            verdict = _verdict(rows[number].options, examples[index], classes_of(model), *told)
             found[index] = max(found[index], verdict, key=lambda each: each.value)
     return [(verdict.right, verdict.said) for verdict in found]
 
 
-def _judged(
+def _verdict(
     options: Sequence[tuple[bool, tuple[int, ...]]],
     example: Example,
     classes: Sequence[str],
@@ -211,9 +209,9 @@ def _judged(
     return _Verdict(0.0, bool(((likeliest == labels) | (labels == IGNORED)).all()), said)
 
 
-def _rows(
+def rows_of(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, index: int, example: Example
-) -> list[_Row]:
+) -> list[Row]:
     """The fewest sequences whose logits tell of all options: one does for every option whose
     tokens but the last begin its own."""
     options = example.options
@@ -221,7 +219,7 @@ def _rows(
         options = (example.answer,)
     encoded = [encode_example(tokenizer, model, example, option) for option in options]
     if len(options) == 1:
-        return [_Row(index, encoded[0])]
+        return [Row(index, encoded[0])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
     told: dict[int, list[tuple[bool, tuple[int, ...]]]] = {}
     longest = sorted(range(len(options)), key=lambda option: -len(tokens[option]))
@@ -229,7 +227,7 @@ def _rows(
         start = tokens[option][:-1]
         host = next((h for h in told if tokens[h][: len(start)] == start), option)
         told.setdefault(host, []).append((options[option] == example.answer, tokens[option]))
-    return [_Row(index, encoded[host], each) for host, each in told.items()]
+    return [Row(index, encoded[host], each) for host, each in told.items()]
 
 
 @torch.inference_mode()
@@ -272,6 +270,12 @@ def answers(
         for row, text in zip(rows, texts, strict=True):
             found[row] = text.strip()
     return found
+
+
+def judged(judge: Judge, text: str) -> tuple[bool, bool]:
+    """Whether a generated text is right, and whether an answer was found in it."""
+    answer = protocol.extract(judge.kind, text)
+    return protocol.matches(judge.kind, answer, judge.expected), answer is not None
 
 
 def same_text(found: str, expected: str) -> bool:

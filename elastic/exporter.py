@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from elastic import foreign
 from elastic.config import ExportConfig
 from elastic.cost import Counter, count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
-from elastic.files import new_directory, read_json, write_json
-from elastic.latency import REFERENCE, clock_of, distrust, measure
+from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.merging import combine, compact
 from elastic.progress import say
+from elastic.proof import NO_SCORE, prove, samples
 from elastic.provenance import provenance
-from elastic.report import Report
+from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
 from elastic.runners import timing_of
 from elastic.space import SubAdapter
 from elastic.supernet import ABOUT, Supernet
 from elastic.tasks import load_task
-from elastic.verify import Probe, agreement, inputs_of, probe, require_agreement
+from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS, Source, Which
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CANDIDATE = "compact"
 
 
 def export(config: ExportConfig) -> Report:
@@ -75,68 +70,43 @@ def export(config: ExportConfig) -> Report:
         "compact": model, "full": compact(net, net.space.maximal())
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
-    warnings: dict[str, None] = {}
-    with new_directory(directory) as building, tempfile.TemporaryDirectory() as scratch:
-        source = Source(config, net, sub, both, base, wanted, Path(scratch))
-        for kind in dict.fromkeys(config.formats):
-            if reason := FORMATS[kind].why_not(source):
-                found[kind] = {"skipped": reason}
-                continue
-            say(f"Writing and checking {kind}")
-            source.write(kind, "compact", building / kind)
-            # The final place: the directory is renamed when everything is done.
-            proof = prove(kind, source, building / kind, probes)
-            found[kind] = {"path": str(directory / kind), **proof}
-            if not proof["trusted"]:
-                warning = distrust(proof["control"], config.timing.tolerance)
-                warnings[f"Latency: {warning}"] = None
+    with new_directory(directory) as building:
+        # Beside what is kept: large, and gone with it when this process is killed.
+        with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
+            source = Source(config, net, sub, both, base, wanted, Path(scratch))
+            asked = samples(source, task.test)
+            for kind in dict.fromkeys(config.formats):
+                if reason := FORMATS[kind].why_not(source):
+                    found[kind] = {"skipped": reason}
+                    continue
+                say(f"Writing and checking {kind}")
+                source.write(kind, "compact", building / kind)
+                proof = prove(kind, source, building / kind, probes, task.test)
+                # The final place: the directory is renamed when everything is done.
+                found[kind] = {"path": str(directory / kind), **proof}
+        accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, task.test)
+        for proof in found.values():
+            if proof.pop("as_torch", False):
+                proof |= accuracy
         contents = {
+            "verdict": verdict(found),
             "name": name,
             "sub_adapter": sub.as_dict(),
             **extra,
-            **_accuracy(run, config, name, sub, model, base.tokenizer, task.test),
+            **accuracy,
             **_costs(net, sub, model),
             "timing": as_plain(config.timing),
             "formats": found,
+            "samples": asked,
             "base_model": trained.model.path,
             "base_digest": base.digest,
             "seed": config.seed,
             **provenance(str(model.device)),
         }
+        report = Report(directory, contents)
         write_json(building / "report.json", contents)
-    return Report(directory, contents, tuple(warnings))
-
-
-def prove(kind: str, source: Source, directory: Path, probes: Sequence[Probe]) -> dict[str, Any]:
-    """What was written into this folder, loaded again, compared and timed, as the report has it."""
-    format = FORMATS[kind]
-    runner = format.open(source, "compact", directory)
-    found = agreement(format.exact(source, directory, runner), probes)
-    require_agreement(kind, found, format.limit(source))
-    timing = measure(
-        {
-            REFERENCE: format.timed(source, format.full(source, kind)),
-            CANDIDATE: format.timed(source, runner),
-        },
-        source.config.timing,
-        vocabulary=source.models["compact"].config.vocab_size,
-        seed=source.config.seed,
-        clock=clock_of(torch.device(format.device(source))),
-    )
-    own, full = timing.latencies[CANDIDATE], timing.full
-    return {
-        **format.about(source, directory),
-        "bytes": sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()),
-        "max_abs_diff": found.max_abs_diff,
-        "largest_logit": found.largest_logit,
-        "greedy_tokens_equal": found.greedy_tokens_equal,
-        "prefill_ms": own.prefill_ms,
-        "decode_ms": own.decode_ms,
-        "full_prefill_ms": full.prefill_ms,
-        "full_decode_ms": full.decode_ms,
-        "control": timing.control,
-        "trusted": timing.trusted,
-    }
+        write_text(building / "report.md", report.markdown())
+    return report
 
 
 def _accuracy(
@@ -147,9 +117,9 @@ def _accuracy(
     if file.is_file():
         found = read_json(file)
         if found.get("sub_adapter") == sub.as_dict():
-            return {key: found[key] for key in ("accuracy", "accuracy_n", "accuracy_interval")}
+            return {key: found[key] for key in NO_SCORE}
     if not config.accuracy:
-        return dict.fromkeys(("accuracy", "accuracy_n", "accuracy_interval"))
+        return dict(NO_SCORE)
     return evaluate(
         model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring"
     ).as_dict()

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from elastic.errors import ConfigError, RunError, unknown
 
 _PACKAGE = Path(__file__).parent
+BUILDING, ASIDE = ".elastic-building", ".elastic-aside"
+"""How hidden directories end that are being filled, or hold what is being replaced."""
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -74,18 +76,71 @@ def digest(path: Path | str) -> str:
 def new_directory(path: Path | str) -> Iterator[Path]:
     """A directory to fill; it takes the place of `path` only when the block ends well.
 
-    An earlier `path` stays as it is until then, and for good when the block raises.
+    An earlier `path` stays as it is until then, and for good when the block raises. What processes
+    that were killed left in the middle of such a block, in the same folder, is cleared away first.
     """
     path = Path(path)
     with named_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
+        clear_leftovers(path.parent)
+        with _held_directory(path, BUILDING) as building:
             yield building
             _make_shareable(building)
             _replace_directory(building, path)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what `new_directory` was at when its process was killed; a directory that it had moved
+    aside for a new one that never came goes back to its place."""
+    for left in folder.glob(f".*{BUILDING}"):
+        with _lock(left) as alone:
+            if alone:
+                shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(f".*{ASIDE}"):
+        with _lock(left) as alone:
+            if not alone:
+                continue
+            for old in left.iterdir():
+                if not (folder / old.name).exists():
+                    os.rename(old, folder / old.name)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_directory(path: Path, ending: str) -> Iterator[Path]:
+    """A hidden directory beside `path`, locked while the block lasts and removed after it."""
+    while True:
+        held = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ending))
+        with _lock(held, wait=True):
+            if not held.exists():  # cleared away as a leftover in the moment before it was locked
+                continue
+            try:
+                yield held
+            finally:
+                shutil.rmtree(held, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone has the directory, while the block lasts; a lock ends with its
+    process. Where directories cannot be locked nobody ever has one alone."""
+    try:
+        import fcntl
+
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _make_shareable(target: Path) -> None:
@@ -100,15 +155,13 @@ def _replace_directory(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    os.rename(path, aside / "old")
-    try:
-        os.rename(new, path)
-    except BaseException:
-        os.rename(aside / "old", path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _held_directory(path, ASIDE) as aside:
+        os.rename(path, aside / path.name)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(aside / path.name, path)
+            raise
 
 
 @contextlib.contextmanager
@@ -118,7 +171,7 @@ def named_failure(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         code = _code(error)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise RunError(
                 f"{path}: cannot be written ({os.strerror(code)}); "
                 "what was there before is unchanged"

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluate_config import EvaluateConfig
 from elastic.files import read_json, write_json
@@ -18,6 +16,7 @@ from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.recurrent import decoded_together
 from elastic.run import Run
+from elastic.scoring import continued, likelihood
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -222,51 +221,24 @@ def runner_model(
 
         def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False):
             return [
-                continued(runner, tokenizer, self.tok_encode(text), settings, ends)
+                _generated(runner, tokenizer, self.tok_encode(text), settings, ends)
                 for text, settings in track([request.args for request in requests], "answering")
             ]
 
     return RunnerModel()
 
 
-def likelihood(
-    runner: Runner, context: Sequence[int], continuation: Sequence[int]
-) -> tuple[float, bool]:
-    """Log-likelihood of the continuation, and whether greedy generation would say it."""
-    total, greedy = 0.0, True
-    logits = runner.prefill(np.array([context], np.int64))[0]
-    for place, token in enumerate(continuation):
-        if place:
-            logits = runner.decode(np.array([[continuation[place - 1]]], np.int64))[0]
-        logits = logits.astype(np.float64)
-        top = logits.max()
-        total += logits[token] - top - np.log(np.exp(logits - top).sum())
-        greedy = greedy and int(logits.argmax()) == token
-    return float(total), greedy
-
-
-def continued(
+def _generated(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     settings: Mapping[str, Any],
     ends: Collection[int],
 ) -> str:
-    """The greedy continuation up to a stop string, a token of `ends` or `max_gen_toks`."""
+    """A greedy answer up to a stop string, a token of `ends` or `max_gen_toks`."""
     if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
         raise ConfigError("harness: exported models answer greedily; this task wants samples")
     stops = settings.get("until") or []
     stops = [stops] if isinstance(stops, str) else stops
-    said: list[int] = []
-    logits = runner.prefill(np.array([ids], np.int64))[0]
-    for _ in range(int(settings.get("max_gen_toks", 256))):
-        token = int(logits.argmax())
-        if token in ends:
-            break
-        said.append(token)
-        text = tokenizer.decode(said, skip_special_tokens=True)
-        if any(stop in text for stop in stops):
-            break
-        logits = runner.decode(np.array([[token]], np.int64))[0]
-    text = tokenizer.decode(said, skip_special_tokens=True)
-    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
+    most = int(settings.get("max_gen_toks", 256))
+    return continued(runner, tokenizer, ids, most, ends, stops)

@@ -1,14 +1,53 @@
-"""The report of an export, as a table and as one line of JSON."""
+"""The report of an export: that what was written is what was trained, and what it is worth beside
+the full model. As tables, as Markdown and as one line of JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_TIMES = ("prefill_ms", "full_prefill_ms"), ("decode_ms", "full_decode_ms")
+from elastic.latency import distrust
+
+LONGEST = 160
+"""Characters of a prompt that are shown, its last ones."""
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def rich(self) -> Any:
+        from rich.table import Table as Rich
+
+        table = Rich(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join([f"{self.title}:", "", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+@dataclass(frozen=True)
+class Said:
+    """A prompt, and below it who says what: one line for all that say the same."""
+
+    asked: str
+    lines: Sequence[str]
+
+    def rich(self) -> str:
+        return "\n  ".join([self.asked, *self.lines])
+
+    def markdown(self) -> str:
+        return "\n".join([self.asked, "", *(f"- {line}" for line in self.lines)])
 
 
 @dataclass(frozen=True)
@@ -17,68 +56,162 @@ class Report:
 
     directory: Path
     contents: Mapping[str, Any]
-    warnings: Sequence[str] = ()
 
     def show(self) -> None:
         from rich.console import Console
-        from rich.table import Table
 
-        c, console = self.contents, Console(width=max(110, Console().width))
-        low, high = c["accuracy_interval"] or (float("nan"),) * 2
-        console.print(
-            f"Sub-adapter [bold]{c['name']}[/]: {c['params'] / 1e6:.1f} M of "
-            f"{c['full_params'] / 1e6:.1f} M parameters, {c['macs'] / c['full_macs']:.0%} of the "
-            f"operations per token"
-        )
-        if c["accuracy"] is not None:
-            console.print(
-                f"Accuracy {c['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) "
-                f"on {c['accuracy_n']} test examples the search never saw"
-            )
-        if "merge" in c:
-            _show_merge(console, c["merge"])
-        table = Table()
-        decodes = any(found.get("full_decode_ms") for found in c["formats"].values())
-        times = [name for pair in _TIMES[: 1 + decodes] for name in pair]
-        columns = ["prefill ms", "full model", "decode ms", "full model"][: len(times)]
-        answer = "greedy" if decodes else "class"
-        for column in ("", "size", *columns, "max logit diff", answer):
-            table.add_column(column, justify="right" if column else "left")
-        skipped = []
-        for name, found in c["formats"].items():
-            if "skipped" in found:
-                skipped.append(f"{name}: not written: {found['skipped']}")
-                continue
-            table.add_row(
-                name,
-                f"{found['bytes'] / 1e6:.0f} MB",
-                *(f"{found[kind]:.1f}" for kind in times),
-                f"{found['max_abs_diff']:.1e}",
-                "equal" if found["greedy_tokens_equal"] else "DIFFERS",
-            )
-        console.print(table)
-        for line in (*skipped, *self.warnings):
-            console.print(line, markup=False)
-        for found in c["formats"].values():
+        console = Console(width=max(110, Console().width))
+        for part in self._parts():
+            shown = part if isinstance(part, str) else part.rich()
+            console.print(shown, markup=False, highlight=False)
+        for found in self.contents["formats"].values():
             if "path" in found:
                 print(found["path"])
         print(json.dumps({"report": str(self.directory / "report.json")}))
 
+    def markdown(self) -> str:
+        parts = (part if isinstance(part, str) else part.markdown() for part in self._parts())
+        return "\n\n".join(parts) + "\n"
 
-def _show_merge(console: Any, merge: Mapping[str, Any]) -> None:
-    from rich.table import Table
+    def _parts(self) -> Iterator[str | Table | Said]:
+        """Lines and tables, in order."""
+        c = self.contents
+        yield c["verdict"]
+        yield (
+            f"Sub-adapter {c['name']}: {c['params'] / 1e6:.1f} M of {c['full_params'] / 1e6:.1f} M "
+            f"parameters, {c['macs'] / c['full_macs']:.0%} of the operations per token"
+        )
+        if c["accuracy"] is not None:
+            low, high = c["accuracy_interval"]
+            yield (
+                f"Accuracy {c['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+                f"{c['accuracy_n']} test examples the search never saw"
+            )
+        if "merge" in c:
+            yield from _merge(c["merge"])
+        written = {name: found for name, found in c["formats"].items() if "skipped" not in found}
+        if written:
+            yield _agreement(written)
+            yield _cost(written, c["timing"])
+            for number, sample in enumerate(c["samples"]):
+                yield _said(sample, {name: each["texts"][number] for name, each in written.items()})
+        for name, found in c["formats"].items():
+            if "skipped" in found:
+                yield f"{name}: not written: {found['skipped']}"
+        controls = [found["control"] for found in written.values() if not found["trusted"]]
+        if controls:
+            yield f"Latency: {distrust(max(controls), c['timing']['tolerance'])}"
 
-    table = Table(title=f"Merged, strategy {merge['strategy']}")
-    for column in ("adapter", "method", "weight", "norm of update", "lost by cutting"):
-        table.add_column(column, justify="left" if column in ("adapter", "method") else "right")
-    for entry in merge["adapters"]:
-        table.add_row(
+
+def verdict(formats: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether the compact model is faster than the full one, in which format and by how much: more
+    than the full model differs from itself, at prefill and at decode."""
+    kinds: dict[str, list[str]] = {"slower": [], "unknown": [], "faster": []}
+    for name, found in formats.items():
+        if "skipped" in found:
+            continue
+        steps = {"prefill": found["prefill_ratio"]}
+        if found["full_decode_ms"]:
+            steps["decode"] = found["decode_ratio"]
+        if not found["trusted"]:
+            kinds["unknown"].append(f"{name} (it differs from itself by {found['control']:.1%})")
+            continue
+        faster = all(ratio < 1 - found["control"] for ratio in steps.values())
+        speeds = ", ".join(f"{step} {1 / ratio:.2f}x as fast" for step, ratio in steps.items())
+        kinds["faster" if faster else "slower"].append(f"{name} ({speeds})")
+    beginnings = {
+        "slower": "NOT FASTER than the full model",
+        "unknown": "Not known to be faster than the full model, which timed twice disagrees",
+        "faster": "Faster than the full model",
+    }
+    told = [f"{beginnings[kind]}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    return ". ".join(told) or "Nothing was written"
+
+
+def _agreement(formats: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for name, found in formats.items():
+        deployed = found["deployed"]
+        off = deployed["max_abs_diff"]
+        rows.append([
+            name,
+            f"{found['max_abs_diff']:.1e} of {found['largest_logit']:.3g}",
+            "equal" if found["greedy_tokens_equal"] else "DIFFERS",
+            deployed["precision"],
+            f"{deployed['tokens_equal']} of {deployed['tokens']}",
+            "not a number" if off is None else f"{off:.1e}",
+            "" if found["accuracy"] is None else
+            f"{found['accuracy']:.1%} of {found['accuracy_n']}",
+        ])  # fmt: skip
+    answer = "greedy" if _decodes(formats) else "class"
+    columns = [
+        "",
+        "max logit diff",
+        answer,
+        "runs in",
+        "equal tokens",
+        "max logit diff",
+        "accuracy",
+    ]
+    return Table(
+        "Against the supernet at full precision, then as it runs in its own runtime", columns, rows
+    )
+
+
+def _cost(formats: Mapping[str, Mapping[str, Any]], timing: Mapping[str, Any]) -> Table:
+    figures = {
+        "size MB": ("bytes", 1e-6, ".0f"),
+        "load s": ("load_s", 1, ".2f"),
+        "memory MB": ("memory_mb", 1, ".0f"),
+        "prefill ms": ("prefill_ms", 1, ".1f"),
+    }
+    if _decodes(formats):
+        figures["decode ms"] = ("decode_ms", 1, ".1f")
+    rows = []
+    for name, found in formats.items():
+        pairs = []
+        for key, scale, form in figures.values():
+            pair = (found.get(key), found.get(f"full_{key}"))
+            pairs.append(" / ".join("-" if v is None else f"{v * scale:{form}}" for v in pair))
+        rows.append([name, *pairs, f"{found['control']:.1%}"])
+    return Table(
+        f"Compact / full model in the same runtime, batch {timing['batch']}, prompt "
+        f"{timing['prompt_tokens']} tokens",
+        ["", *figures, "A/A control"],
+        rows,
+    )
+
+
+def _said(sample: Mapping[str, str], said: Mapping[str, str]) -> Said:
+    prompt = sample["prompt"]
+    shown = prompt if len(prompt) <= LONGEST else f"...{prompt[-LONGEST:]}"
+    texts: dict[str, list[str]] = {}
+    for name, text in {"full model": sample["full"], **said}.items():
+        texts.setdefault(text, []).append(name)
+    lines = [f"{', '.join(names)}: {_quoted(text)}" for text, names in texts.items()]
+    return Said(f"Asked: {_quoted(shown)}", [f"wanted: {_quoted(sample['answer'])}", *lines])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _decodes(formats: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(found["full_decode_ms"] for found in formats.values())
+
+
+def _merge(merge: Mapping[str, Any]) -> Iterator[str | Table]:
+    rows = [
+        [
             entry["name"],
             entry["kind"],
             f"{entry['weight']:g}",
             f"{entry['norm']:.3g}",
             f"{entry['lost_by_cutting']:.1%}",
-        )
-    console.print(table)
+        ]
+        for entry in merge["adapters"]
+    ]
+    columns = ["adapter", "method", "weight", "norm of update", "lost by cutting"]
+    yield Table(f"Merged, strategy {merge['strategy']}", columns, rows)
     for pair, cosine in merge["cosine"].items():
-        console.print(f"cosine of {pair}: {cosine:+.3f}", markup=False)
+        yield f"cosine of {pair}: {cosine:+.3f}"

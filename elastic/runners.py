@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """A deployed model with its KV cache; a classifier only prefills."""
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         """(batch, prompt) int64 -> logits of the first token of an answer (batch, vocab), or of the
-        classes (batch, classes); forgets the past."""
+        classes (batch, classes); forgets the past. `types`, of the same shape, tell the sentences
+        of a pair apart, to classifiers that do so; all are of the first unless given."""
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """(batch, 1) int64 -> logits (batch, vocab), continuing from what came before."""
@@ -70,8 +71,10 @@ class TorchRunner:
 class TorchClassifier(TorchRunner):
     """A transformers model that answers with a class."""
 
-    def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids).logits
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        given = {} if types is None else {"token_type_ids": self._tensor(types)}
+        with torch.inference_mode():
+            return self._fetch(self.model(input_ids=self._tensor(input_ids), **given).logits)
 
 
 class TorchRecurrent(TorchRunner):

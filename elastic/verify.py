@@ -39,10 +39,17 @@ class Agreement:
 
     max_abs_diff: float
     largest_logit: float
-    greedy_tokens_equal: bool
+    tokens: int
+    """Compared, each after the supernet's own."""
+    equal: int
+    """How many of them were the supernet's choice."""
     decided: bool
     """Whether a differing token was no mere tie: the two candidates were further apart than
     rounding explains."""
+
+    @property
+    def greedy_tokens_equal(self) -> bool:
+        return self.equal == self.tokens
 
 
 def inputs_of(
@@ -70,7 +77,8 @@ def probe(model: PreTrainedModel, prompt: np.ndarray) -> Probe:
 def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
     """Feed every probe's prompt and greedy tokens to `runner`, compare logits and choices."""
     difference = largest = 0.0
-    equal, decided = True, False
+    tokens = sum(len(probe.logits) for probe in probes)
+    equal, decided = 0, False
     for probe in probes:
         for step, expected in enumerate(probe.logits):
             if step == 0:
@@ -82,12 +90,11 @@ def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
             difference = float("nan") if np.isnan(gap) else max(difference, gap)
             largest = max(largest, float(np.abs(expected).max()))
             mine, theirs = int(found.argmax()), int(probe.tokens[0, step])
-            if mine != theirs:
-                equal = False
-                decided = decided or expected[theirs] - expected[mine] > 2 * gap
+            equal += mine == theirs
+            decided = decided or bool(expected[theirs] - expected[mine] > 2 * gap)
             if np.isnan(difference):
-                return Agreement(difference, largest, False, True)
-    return Agreement(difference, largest, equal, decided)
+                return Agreement(difference, largest, tokens, 0, True)
+    return Agreement(difference, largest, tokens, equal, decided)
 
 
 def require_agreement(kind: str, found: Agreement, limit: float | None) -> None:

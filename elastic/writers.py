@@ -7,6 +7,9 @@ format that is made from another one (OpenVINO from the ONNX graph) asks for tha
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +19,17 @@ import torch
 from elastic import foreign, models
 from elastic.adapters.attach import dequantise_
 from elastic.config import ExportConfig, ModelConfig
-from elastic.errors import ExportError
+from elastic.errors import ExportError, MissingExtra
+from elastic.evaluate import Score, evaluate
 from elastic.files import read_json
 from elastic.formats import hf, onnx, openvino, peft
+from elastic.formats.weigh import Load
+from elastic.run import as_plain
 from elastic.runners import Runner, runner_of, timed_runner
+from elastic.scoring import score
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
+from elastic.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +66,9 @@ class Source:
 class Format:
     """One way to write models; the contract, and what most keep."""
 
+    runtime: str
+    """What runs them (`elastic.formats.weigh.RUNTIMES`)."""
+
     def require(self) -> None:
         """MissingExtra unless this can be written and run here; asked before anything slow."""
 
@@ -93,6 +104,32 @@ class Format:
     def device(self, source: Source) -> str:
         return "cpu"
 
+    def precision(self, source: Source, runner: Runner) -> str:
+        """In which it computes when it is deployed."""
+        return "float32"
+
+    def as_torch(self, source: Source, runner: Runner) -> bool:
+        """Whether it computes what the compact model in memory does, with the same operations."""
+        return False
+
+    def score(self, source: Source, runner: Runner, examples: Sequence[Example]) -> Score:
+        """How often it is right, asked in its runtime."""
+        model, tokenizer = source.models["compact"], source.base.tokenizer
+        return score(runner, model, tokenizer, examples, label=f"scoring in {self.runtime}")
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        """The written model and the full one, as they are weighed."""
+        return tuple(
+            self._load(source, folder) for folder in (directory, source.folder(kind, "full"))
+        )
+
+    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+        timing = source.config.timing
+        return Load(
+            runtime=runtime or self.runtime, folder=str(folder), batch=timing.batch,
+            prompt_tokens=timing.prompt_tokens, settings=settings,
+        )  # fmt: skip
+
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         """What the report says of this format alone."""
         return {}
@@ -110,16 +147,30 @@ class _Torch(Format):
     def device(self, source: Source) -> str:
         return str(source.models["compact"].device)
 
+    def precision(self, source: Source, runner: Runner) -> str:
+        return str(runner.model.dtype).removeprefix("torch.")
+
+    def as_torch(self, source: Source, runner: Runner) -> bool:
+        return runner.model.dtype == source.models["compact"].dtype
+
+    def score(self, source: Source, runner: Runner, examples: Sequence[Example]) -> Score:
+        return evaluate(
+            runner.model, source.base.tokenizer, examples,
+            batch_tokens=source.config.batch_tokens, label=f"scoring in {self.runtime}",
+        )  # fmt: skip
+
 
 class Hf(_Torch):
     """In the type the base model was saved in; reloading is bit for bit at that type."""
 
+    runtime = "hf"
+
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer
-        hf.write(source.models[which], tokenizer, directory, dtype=self._stored(source))
+        hf.write(source.models[which], tokenizer, directory, dtype=_stored(source))
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        stored, model = self._stored(source), source.models[which]
+        stored, model = _stored(source), source.models[which]
         loaded = hf.load(directory, stored)
         for name, tensor in model.state_dict().items():
             if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
@@ -128,20 +179,22 @@ class Hf(_Torch):
 
     def limit(self, source: Source) -> float | None:
         # Rounding to a narrower stored type is the user's choice of base, not a fault.
-        narrow = self._stored(source) not in (torch.float32, torch.float64)
+        narrow = _stored(source) not in (torch.float32, torch.float64)
         return None if narrow else super().limit(source)
 
     def full(self, source: Source, kind: str) -> Runner:
-        return runner_of(source.models["full"])
+        full = source.models["full"]
+        return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
 
-    @staticmethod
-    def _stored(source: Source) -> torch.dtype:
-        dtype = source.models["compact"].dtype
-        return dtype if dtype == torch.float64 else models.stored_dtype(source.trained) or dtype
+    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+        dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
+        return super()._load(source, folder, dtype=dtype, device=device)
 
 
 class Peft(_Torch):
-    """On the untouched base model."""
+    """On the untouched base model, in memory as on disk."""
+
+    runtime = "peft"
 
     def why_not(self, source: Source) -> str | None:
         if source.config.merge.adapters:
@@ -166,13 +219,26 @@ class Peft(_Torch):
     def full(self, source: Source, kind: str) -> Runner:
         return runner_of(source.models["full"])
 
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        _, full = FORMATS["hf"].loads(source, "hf", directory)
+        dtype = source.trained.dtype
+        settings = {**full.settings, "dtype": dtype}
+        own = self._load(
+            source, directory, model=as_plain(dataclasses.replace(source.trained, quantise="none"))
+        )
+        return own, dataclasses.replace(full, settings=settings)
+
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         return {"rank": read_json(directory / foreign.PEFT_CONFIG)["r"]}
 
 
 class Onnx(Format):
+    runtime = "onnx"
+
     def require(self) -> None:
         onnx.require()
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
 
     def why_not(self, source: Source) -> str | None:
         return models.no_graph(source.models["compact"].config)
@@ -190,6 +256,8 @@ class Onnx(Format):
 class Openvino(Format):
     """Compared in float32, run at the precision that the device chooses."""
 
+    runtime = "openvino"
+
     def require(self) -> None:
         onnx.require()
         openvino.require()
@@ -198,7 +266,11 @@ class Openvino(Format):
         return models.no_graph(source.models["compact"].config)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        openvino.write(source.folder("onnx", which) / onnx.FILE, directory)
+        try:
+            graph = source.folder("onnx", which)
+        except ExportError as error:
+            raise ExportError(f"openvino, by way of {error}") from error
+        openvino.write(graph / onnx.FILE, directory)
         _companions(source, which, directory)
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
@@ -207,6 +279,9 @@ class Openvino(Format):
     def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
         return openvino.OpenVINORunner(directory / openvino.FILE)
 
+    def precision(self, source: Source, runner: Runner) -> str:
+        return runner.precision
+
 
 FORMATS: dict[str, Format] = {
     "hf": Hf(),
@@ -214,6 +289,12 @@ FORMATS: dict[str, Format] = {
     "onnx": Onnx(),
     "openvino": Openvino(),
 }
+
+
+def _stored(source: Source) -> torch.dtype:
+    """The type that Hugging Face folders are written in."""
+    dtype = source.models["compact"].dtype
+    return dtype if dtype == torch.float64 else models.stored_dtype(source.trained) or dtype
 
 
 def _companions(source: Source, which: Which, directory: Path) -> None:

@@ -30,6 +30,15 @@ def tiny_folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def no_weighing(monkeypatch):
+    """Exports do not start processes, which import torch for seconds: tests/test_weigh.py does."""
+    from elastic.formats import weigh
+
+    canned = [weigh.Weight(0.125, 10.0), weigh.Weight(0.25, 20.0)]
+    monkeypatch.setattr(weigh, "weigh", lambda loads: canned)
+
+
 @pytest.fixture
 def tiny_llama():
     from tests.tiny import llama

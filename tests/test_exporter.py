@@ -1,8 +1,13 @@
 """What is written computes what was trained, and whatever does not is never kept."""
 
+import contextlib
 import json
+import os
 import random
+import resource
 import shutil
+import signal
+import sys
 import tempfile
 import typing
 
@@ -14,13 +19,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from elastic import __main__, exporter, models, verify, writers
+from elastic import __main__, exporter, models, proof, verify, writers
 from elastic.config import ExportConfig, ModelConfig, StageConfig
-from elastic.errors import BaseMismatch, ExportError, RunError
-from elastic.evaluate import evaluate
+from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
+from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
-from elastic.files import write_json
-from elastic.formats import hf, onnx, peft
+from elastic.evaluate_config import EvaluateConfig
+from elastic.evaluating import evaluate_run
+from elastic.files import new_directory, write_json
+from elastic.formats import hf, onnx, openvino, peft, weigh
+from elastic.latency import measure
 from elastic.merging import compact
 from elastic.run import Run
 from elastic.runners import TorchRunner
@@ -154,13 +162,25 @@ def test_hf_folder_is_the_active_sub_adapter(runs, nets, tmp_path, dtype, shape)
     assert tokenizer("Tom has 3")["input_ids"] == tiny.tokenizer()("Tom has 3")["input_ids"]
 
 
-def test_a_bfloat16_base_is_written_as_bfloat16(tmp_path):
+def test_a_bfloat16_base_is_written_as_bfloat16(tmp_path, monkeypatch):
     base = tiny.save_tiny(tmp_path / "base", dtype=torch.bfloat16)
     run = train(train_config(base, tmp_path / "run"))
+    timed = {}
+
+    def noted(runners, *args, **kwargs):
+        timed.update(runners)
+        return measure(runners, *args, **kwargs)
+
+    monkeypatch.setattr(proof, "measure", noted)
     report = export(config(run, sub_adapter="maximal"))
     state = load_file(report.directory / "hf" / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(report.directory / "hf").dtype == torch.bfloat16
+    # Timed and scored as it is, the full model beside it in the same type.
+    assert [runner.model.dtype for runner in timed.values()] == [torch.bfloat16] * 2
+    found = report.contents["formats"]["hf"]
+    assert found["deployed"]["precision"] == "bfloat16" and found["accuracy_n"] == 8
+    assert report.contents["accuracy"] is None
 
 
 # peft
@@ -259,6 +279,25 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
         assert found["greedy_tokens_equal"] is True
         assert 0 < found["max_abs_diff"] <= 2e-4 * found["largest_logit"]
         assert all(found[key] > 0 for key in FIELDS if key.endswith("_ms"))
+        assert found["deployed"]["tokens"] == 4 * NEW_TOKENS
+        assert (found["load_s"], found["full_memory_mb"]) == (0.125, 20.0)
+        assert found["full_bytes"] > 0 and found["accuracy_n"] == report["accuracy_n"] == 8
+        assert len(found["texts"]) == 3
+        if found["deployed"]["precision"] == "float32":
+            assert found["deployed"]["tokens_equal"] == 4 * NEW_TOKENS
+            assert found["accuracy"] == report["accuracy"]
+            # What torch says of the same prompts, token by token.
+            assert found["texts"] == report["formats"]["hf"]["texts"]
+    assert [
+        report["formats"][kind]["deployed"]["precision"] for kind in ("hf", "peft", "onnx")
+    ] == ["float32"] * 3
+    told = (directory / "report.md").read_text()
+    assert told.splitlines()[0] == report["verdict"]
+    test = load_task(run.config().task, run.config().seed).test
+    full = compact(net, net.space.maximal())
+    assert [sample["full"] for sample in report["samples"]] == answers(
+        full, tiny.tokenizer(), test[:3], new_tokens=proof.TEXT_TOKENS
+    )
     assert (directory / "onnx" / "model.onnx").is_file()
     assert (directory / "openvino" / "openvino_model.xml").is_file()
     for kind in ("onnx", "openvino"):
@@ -414,7 +453,7 @@ def test_a_good_export_takes_the_place_of_the_old_one(exported, tmp_path):
     (run.path / "export" / "kept" / "old.txt").write_text("old")
     export(config(run, sub_adapter="minimal", name="kept"))
     folder = run.path / "export" / "kept"
-    assert {f.name for f in folder.iterdir()} == {"report.json", "hf"}
+    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", "hf"}
     assert json.loads((folder / "report.json").read_text())["name"] == "minimal"
     assert not hidden(run.path)
 
@@ -464,6 +503,121 @@ def test_an_untrained_run_is_refused(tmp_path, capsys):
     assert __main__.main(["export", str(tmp_path)]) == 1
 
 
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_what_cannot_be_traced_is_named(exported, monkeypatch, kind, capsys):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+    monkeypatch.setattr(onnx, "_example", untraceable(onnx._example, monkeypatch, forward))
+    before = snapshot(exported.path)
+    arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
+                 "--formats", f"hf,{kind}", "--accuracy", "false", "--timing.rounds", "1",
+                 "--timing.max_rounds", "1"]  # fmt: skip
+    assert __main__.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"error: {kind}" in said and "LlamaForCausalLM cannot be traced" in said
+    assert "'aten::special_bessel_j0'" in said
+    assert snapshot(exported.path) == before
+
+
+def untraceable(example, monkeypatch, forward):
+    """Puts an operator that ONNX lacks into every MLP, once the sample arguments are there."""
+
+    def made(model):
+        found = example(model)
+        monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
+        return found
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "extra"),
+    [("onnx", "onnx", "onnx"), ("onnx", "onnxruntime", "onnx"), ("openvino", "onnx", "onnx"),
+     ("openvino", "openvino", "openvino")],
+)  # fmt: skip
+def test_a_missing_runtime_is_named_before_anything_slow(
+    exported, monkeypatch, kind, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(MissingExtra, match=rf"needs {package}, .*elastic-adapters\[{extra}\]"):
+        export(config(exported, sub_adapter="maximal", formats=["hf", kind]))
+
+
+@contextlib.contextmanager
+def small_files(most: int = 60_000):
+    """No file may grow beyond this: a real failure of whatever writes."""
+    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signals)
+
+
+@pytest.mark.parametrize("kind", ["hf", "onnx", "openvino"])
+def test_a_full_disk_is_named_and_nothing_is_kept(exported, monkeypatch, kind, capfd):
+    module = {"hf": hf, "onnx": onnx, "openvino": openvino}[kind]
+    write = module.write
+
+    def limited(*args, **kwargs):
+        with small_files():
+            return write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write", limited)
+    before = snapshot(exported.path)
+    arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
+                 "--formats", kind]  # fmt: skip
+    assert __main__.main(arguments) == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "cannot be written" in said and "kept" in said
+    assert ("disk full?" if kind == "openvino" else "File too large") in said
+    assert snapshot(exported.path) == before
+
+
+def test_what_a_killed_export_left_is_cleared_away(exported, tmp_path):
+    run = copy_run(exported, tmp_path / "run")
+    kept = snapshot(run.path / "export" / "kept")
+    child = os.fork()
+    if child == 0:
+        with new_directory(run.path / "export" / "big") as building:
+            (building / "hf").mkdir()
+            (building / "report.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    [left] = hidden(run.path)
+    assert left.startswith(".big.")
+    with pytest.raises(RunError, match="nothing was exported there; exported were: kept"):
+        evaluate_run(EvaluateConfig(
+            run=str(run.path), sub_adapter="big", exported="onnx", harness=["x"]))  # fmt: skip
+    export(config(run, sub_adapter="minimal", name="other"))
+    assert not hidden(run.path)
+    assert {path.name for path in (run.path / "export").iterdir()} == {"kept", "other"}
+    assert snapshot(run.path / "export" / "kept") == kept
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/tmp/x", ".hidden"])
+def test_a_name_is_one_directory(name):
+    with pytest.raises(ConfigError, match="without slashes"):
+        ExportConfig(name=name)
+
+
+def test_what_could_not_be_weighed_is_left_out(exported, monkeypatch, capsys):
+    def fails(loads):
+        raise RunError("hf: killed")
+
+    monkeypatch.setattr(weigh, "weigh", fails)
+    report = export(config(exported, sub_adapter="maximal", name="unweighed"))
+    found = report.contents["formats"]["hf"]
+    assert found["memory_mb"] is None and found["full_load_s"] is None
+    assert "hf: killed" in capsys.readouterr().err
+    report.show()
+    assert "- / -" in capsys.readouterr().out
+
+
 # The comparison itself.
 
 
@@ -493,7 +647,7 @@ EXPECTED = [[1.0, 2.0, 0.0], [0.0, 1.0, -4.0], [3.0, 0.0, 0.0]]
 
 def test_agreement_with_oneself():
     runner = Replay(EXPECTED)
-    assert agreement(runner, [probe(EXPECTED)]) == Agreement(0.0, 4.0, True, False)
+    assert agreement(runner, [probe(EXPECTED)]) == Agreement(0.0, 4.0, 3, 3, False)
     # The prompt, then the supernet's tokens: the last one is never fed.
     assert [ids.tolist() for ids in runner.fed] == [[[5, 6, 7]], [[1]], [[1]]]
 
@@ -511,7 +665,7 @@ def test_agreement_reports_the_largest_difference(step, which):
             self.logits = np.array(wrong if self.calls == which else EXPECTED)
             return super().prefill(input_ids)
 
-    assert agreement(Second(EXPECTED), probes) == Agreement(0.25, 4.0, True, False)
+    assert agreement(Second(EXPECTED), probes) == Agreement(0.25, 4.0, 6, 6, False)
 
 
 @pytest.mark.parametrize("step", range(3))

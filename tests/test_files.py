@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_reading_names_the_file_and_line(tmp_path):
         read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES]
+)
 def test_a_full_or_closed_disk_names_the_path(tmp_path, monkeypatch, code):
     file = write_text(tmp_path / "a.txt", "old")
 
@@ -163,3 +166,68 @@ def test_a_path_wins_over_a_name(tmp_path, monkeypatch):
     Path("llama.yaml").write_text(json.dumps({}))
     assert shipped("search_spaces", "llama.yaml") == Path("llama.yaml")
     assert shipped("search_spaces", "llama") != Path("llama.yaml")
+
+
+# Killed in the middle
+
+
+def killed_at(moment, folder: Path) -> None:
+    """A child process that fills a new `folder` and dies by SIGKILL when it calls `moment`, a
+    function of `os`."""
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def die(*arguments):
+            calls.append(arguments)
+            if len(calls) == moment[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        real = getattr(os, moment[0])
+        setattr(os, moment[0], die)
+        try:
+            with new_directory(folder) as building:
+                (building / "new").write_text("new")
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+MOMENTS = {"full": ("chmod", 1), "before": ("rename", 1), "between": ("rename", 2)}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("place", ["folder", "other"])
+def test_a_killed_process_leaves_the_old_directory_and_the_next_one_clears_up(
+    tmp_path, moment, place
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    killed_at(MOMENTS[moment], folder)
+    left = names(tmp_path)
+    assert any(name.endswith(files.BUILDING) for name in left)
+    assert ("folder" in left) == (moment != "between")
+    assert not folder.exists() or names(folder) == ["old"]
+    with new_directory(tmp_path / place) as building:
+        # Whatever happened between its two renames, the old one is back.
+        assert names(folder) == ["old"]
+        (building / "newer").write_text("newer")
+    assert names(tmp_path) == sorted({"folder", place})
+    assert names(tmp_path / place) == ["newer"]
+
+
+def test_what_another_process_is_filling_stays(tmp_path):
+    with new_directory(tmp_path / "one") as one:
+        (one / "a").write_text("1")
+        with new_directory(tmp_path / "other") as other:
+            (other / "b").write_text("2")
+        assert (one / "a").is_file()
+    assert names(tmp_path) == ["one", "other"]
+    mine = tmp_path / ".mine"
+    mine.mkdir()
+    with new_directory(tmp_path / "third"):
+        pass
+    assert mine.is_dir()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.classifier import classes_of, has_types
-from elastic.errors import ConfigError, MissingExtra, unknown
+from elastic.errors import ConfigError, ExportError, MissingExtra, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +59,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     past_key_values.N.key and .value (batch, kv_heads, past, head_dim), present.N.* the same with
     past + sequence; logits (batch, 1 or sequence, vocab). Of a classifier: input_ids,
     attention_mask and, where the model has them, token_type_ids (batch, sequence); logits
-    (batch, classes).
+    (batch, classes). ExportError names what cannot be traced.
     """
     import torch
 
@@ -105,18 +105,26 @@ def _traced(trace: _Trace, directory: Path) -> Path:
         with warnings.catch_warnings():
             # The exporter's own deprecation, and the tracer on branches over Python ints.
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                trace.module,
-                trace.example,
-                os.path.join(scratch, FILE),
-                input_names=trace.inputs,
-                output_names=trace.outputs,
-                dynamic_axes=trace.dynamic,
-                opset_version=OPSET,
-                dynamo=False,
-                # Folding would store each tied head a second time, transposed.
-                do_constant_folding=False,
-            )
+            try:
+                torch.onnx.export(
+                    trace.module,
+                    trace.example,
+                    os.path.join(scratch, FILE),
+                    input_names=trace.inputs,
+                    output_names=trace.outputs,
+                    dynamic_axes=trace.dynamic,
+                    opset_version=OPSET,
+                    dynamo=False,
+                    # Folding would store each tied head a second time, transposed.
+                    do_constant_folding=False,
+                )
+            except OSError:  # a full disk
+                raise
+            except Exception as error:  # what a model's own code raises is of any kind
+                raise ExportError(
+                    f"onnx: {type(trace.module.model).__name__} cannot be traced: "
+                    f"{' '.join(str(error).split())[:400] or type(error).__name__}"
+                ) from error
         return _settle(Path(scratch), directory)
 
 
@@ -256,18 +264,21 @@ class OnnxRunner:
         self._past: dict[str, onnxruntime.OrtValue] = {}
         self._length = 0
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
         batch, self._length = len(input_ids), 0
         self._past = {
             name: self._value(np.zeros((batch, heads, 0, head_dim), np.float32))
             for name, (_, heads, _, head_dim) in self._past_shapes.items()
         }
-        return self.decode(input_ids)
+        return self._step(input_ids, types)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        inputs = step_inputs(input_ids, self._length, self._inputs)
+        return self._step(input_ids)
+
+    def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        inputs = step_inputs(input_ids, self._length, self._inputs, types)
         feeds = {name: self._value(array) for name, array in inputs.items()} | self._past
         logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
         self._past = dict(zip(self._past_shapes, present, strict=True))
@@ -275,7 +286,9 @@ class OnnxRunner:
         return at_the_end(logits.numpy())
 
 
-def step_inputs(input_ids: np.ndarray, past: int, names: set[str]) -> dict[str, np.ndarray]:
+def step_inputs(
+    input_ids: np.ndarray, past: int, names: set[str], types: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """What the graph with these inputs reads beside its cache, for tokens (batch, sequence) after
     `past` others. A model without positions (ALiBi) has no input for them."""
     batch, sequence = input_ids.shape
@@ -284,7 +297,7 @@ def step_inputs(input_ids: np.ndarray, past: int, names: set[str]) -> dict[str, 
         "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
         "attention_mask": np.ones((batch, past + sequence), np.int64),
         "position_ids": np.tile(positions, (batch, 1)),
-        "token_type_ids": np.zeros((batch, sequence), np.int64),
+        "token_type_ids": np.zeros((batch, sequence), np.int64) if types is None else types,
     }
     return {name: array for name, array in found.items() if name in names}
 

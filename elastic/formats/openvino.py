@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from elastic.errors import MissingExtra
+from elastic.errors import ExportError, MissingExtra
 from elastic.formats.onnx import at_the_end, step_inputs
 
 FILE = "openvino_model.xml"
+PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def require() -> None:
@@ -30,12 +31,17 @@ def write(onnx_path: Path, directory: Path) -> Path:
 
     Shapes: those of `elastic.formats.onnx.write`; beam_idx (batch,) names, for every row, the row
     of the previous step whose past it continues. `arange(batch)` leaves the rows in place.
+    ExportError when OpenVINO cannot read the graph, or not write its own.
     """
     require()
     import openvino
     from openvino.passes import MakeStateful, Manager
 
-    model = openvino.convert_model(onnx_path)
+    try:
+        model = openvino.convert_model(onnx_path)
+    except Exception as error:  # of the frontend's own kinds, which name the operator
+        reason = " ".join(str(error).split())[:400]
+        raise ExportError(f"openvino: {onnx_path.name} cannot be converted: {reason}") from error
     past = [port.any_name for port in model.inputs if port.any_name.startswith("past_key_values.")]
     if past:
         shapes = {name: model.input(name).partial_shape for name in past}
@@ -49,7 +55,12 @@ def write(onnx_path: Path, directory: Path) -> Path:
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, directory / FILE, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, directory / FILE, compress_to_fp16=False)
+    except RuntimeError as error:  # it does not say why
+        raise ExportError(
+            f"openvino: {directory / FILE} cannot be written; is the disk full? ({error})"
+        ) from error
     return directory / FILE
 
 
@@ -102,19 +113,26 @@ class OpenVINORunner:
         if precision is not None:
             options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
         compiled = openvino.Core().compile_model(path, "CPU", options)
+        self.precision = PRECISIONS.get(
+            name := compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), name
+        )
+        """In which it computes, as torch calls it."""
         self._request = compiled.create_infer_request()
         self._inputs = {name for item in compiled.inputs for name in item.get_names()}
         self._length = 0
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
         self._request.reset_state()
         self._length = 0
-        return self.decode(input_ids)
+        return self._step(input_ids, types)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        inputs = step_inputs(input_ids, self._length, self._inputs)
+        return self._step(input_ids)
+
+    def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        inputs = step_inputs(input_ids, self._length, self._inputs, types)
         if "beam_idx" in self._inputs:
             inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
         logits = self._request.infer(inputs)["logits"]
