@@ -1,33 +1,22 @@
 """What is written computes what was trained, and whatever does not is never kept."""
 
-import contextlib
 import json
-import os
 import random
-import resource
-import shutil
-import signal
-import sys
-import tempfile
 import typing
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from elastic import __main__, exporter, models, proof, verify, writers
+from elastic import __main__, proof, writers
 from elastic.config import ExportConfig, ModelConfig, StageConfig
-from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
-from elastic.evaluate_config import EvaluateConfig
-from elastic.evaluating import evaluate_run
-from elastic.files import new_directory, write_json
-from elastic.formats import hf, onnx, openvino, peft, weigh
+from elastic.files import write_json
+from elastic.formats import hf, onnx, peft
 from elastic.latency import measure
 from elastic.merging import compact
 from elastic.run import Run
@@ -35,14 +24,12 @@ from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
 from elastic.tasks import load_task
 from elastic.training import train
-from elastic.verify import NEW_TOKENS, Agreement, Probe, agreement
+from elastic.verify import NEW_TOKENS
 from tests import tiny
 from tests.tiny_runs import (
     ONE_ROUND,
-    copy_run,
     move_factors,
     randomize_factors,
-    snapshot,
     train_config,
 )
 
@@ -353,375 +340,6 @@ def test_the_score_of_the_search_is_reported_again(run, nets):
     write_json(run.path / "elsewhere" / "other.json", maximal)
     config_ = config(run, sub_adapter=str(run.path / "elsewhere" / "other.json"))
     assert export(config_).contents["accuracy"] is None
-
-
-# What must not pass.
-
-
-def wrong_frequencies(write):
-    """hf.write, whose config then says another base of the rotary embeddings."""
-
-    def written(model, tokenizer, directory, **kwargs):
-        write(model, tokenizer, directory, **kwargs)
-        file = directory / "config.json"
-        saved = json.loads(file.read_text())
-        saved["rope_theta"] = saved["rope_parameters"]["rope_theta"] = 7.0
-        file.write_text(json.dumps(saved))
-        return directory
-
-    return written
-
-
-def wrong_weight(write):
-    """hf.write that changes one number by a little."""
-
-    def written(model, tokenizer, directory, **kwargs):
-        write(model, tokenizer, directory, **kwargs)
-        file = directory / "model.safetensors"
-        state = load_file(file)
-        state["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
-        save_file(state, file, metadata={"format": "pt"})
-        return directory
-
-    return written
-
-
-def wrong_factor(write):
-    """peft.write that forgets the scale of one layer."""
-
-    def written(net, sub, directory, **kwargs):
-        write(net, sub, directory, **kwargs)
-        file = directory / "adapter_model.safetensors"
-        state = load_file(file)
-        state["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"] /= 3
-        save_file(state, file, metadata={"format": "pt"})
-        return directory
-
-    return written
-
-
-def wrong_graph(write):
-    """onnx.write of a model with one weight off."""
-
-    def written(model, directory, **kwargs):
-        with torch.no_grad():
-            weight = model.model.layers[1].mlp.up_proj.weight
-            weight[0, 0] += 0.5
-            try:
-                return write(model, directory, **kwargs)
-            finally:
-                weight[0, 0] -= 0.5
-
-    return written
-
-
-DIFFERENCE = r"logits differ from the supernet by up to [\d.e+-]+, more than the [\d.e+-]+"
-FAULTS = {
-    "hf weight": (hf, wrong_weight, r"^hf: model\.layers\.1\.mlp\.up_proj\.weight is not the same"),
-    "hf config": (hf, wrong_frequencies, f"^hf: {DIFFERENCE}"),
-    "peft": (peft, wrong_factor, f"^peft: {DIFFERENCE}"),
-    "onnx": (onnx, wrong_graph, f"^onnx: {DIFFERENCE}"),
-}
-
-
-@pytest.fixture(scope="module")
-def exported(runs, tmp_path_factory):
-    """A copy of the run with an export called "kept"."""
-    run = copy_run(runs["float32"], tmp_path_factory.mktemp("exported") / "run")
-    shutil.rmtree(run.path / "export", ignore_errors=True)
-    export(config(run, sub_adapter="maximal", name="kept"))
-    return run
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_file_is_found_and_nothing_is_kept(exported, tmp_path, monkeypatch, fault, capsys):
-    module, corrupt, message = FAULTS[fault]
-    kind = fault.split()[0]
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(module, "write", corrupt(module.write))
-    before = snapshot(exported.path)
-    for name in ("kept", "new"):
-        with pytest.raises(ExportError, match=message):
-            export(config(exported, sub_adapter="maximal", name=name, formats=["hf", kind]))
-    assert snapshot(exported.path) == before
-    assert not (exported.path / "export" / "new").exists()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_good_export_takes_the_place_of_the_old_one(exported, tmp_path):
-    run = copy_run(exported, tmp_path / "run")
-    (run.path / "export" / "kept" / "old.txt").write_text("old")
-    export(config(run, sub_adapter="minimal", name="kept"))
-    folder = run.path / "export" / "kept"
-    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", "hf"}
-    assert json.loads((folder / "report.json").read_text())["name"] == "minimal"
-    assert not hidden(run.path)
-
-
-def test_another_base_is_refused_before_its_weights(exported, tmp_path, tiny_folder, monkeypatch):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_folder, base)
-    run = copy_run(exported, tmp_path / "run")
-    settings = yaml.safe_load(run.config_file.read_text())
-    settings["model"]["path"] = str(base)
-    run.config_file.write_text(yaml.safe_dump(settings))
-    run.load()  # the same weights in another folder are the same base
-    old = models.digest(base)
-    tiny.save_tiny(base, seed=1)
-    new = models.digest(base)
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    before = snapshot(run.path)
-    with pytest.raises(BaseMismatch) as caught:
-        export(config(run, sub_adapter="maximal"))
-    assert old != new and old in str(caught.value) and new in str(caught.value)
-    assert snapshot(run.path) == before
-
-
-def test_a_directory_that_is_no_export_is_refused(exported, tmp_path):
-    run = copy_run(exported, tmp_path / "run")
-    (run.path / "export" / "mine").mkdir()
-    (run.path / "export" / "mine" / "thesis.txt").write_text("years")
-    before = snapshot(run.path)
-    with pytest.raises(RunError, match="is no export"):
-        export(config(run, sub_adapter="maximal", name="mine"))
-    assert snapshot(run.path) == before
-
-
-def test_what_is_no_sub_adapter_is_refused(exported, tmp_path):
-    with pytest.raises(RunError, match=r"unknown sub-adapter 'maximl'; did you mean 'maximal'"):
-        export(config(exported, sub_adapter="maximl"))
-    with pytest.raises(RunError, match="elastic search"):
-        export(config(exported, sub_adapter="best"))
-    foreign = write_sub(SubAdapter((("model.layers.0.mlp_width", 64),)), tmp_path / "foreign.json")
-    with pytest.raises(RunError, match="differ in 7 groups"):
-        export(config(exported, sub_adapter=foreign))
-
-
-def test_an_untrained_run_is_refused(tmp_path, capsys):
-    with pytest.raises(RunError, match=f"elastic train --run {tmp_path}"):
-        export(ExportConfig(run=str(tmp_path)))
-    assert __main__.main(["export", str(tmp_path)]) == 1
-
-
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_what_cannot_be_traced_is_named(exported, monkeypatch, kind, capsys):
-    def forward(self, x):
-        return torch.special.bessel_j0(x)
-
-    monkeypatch.setattr(onnx, "_example", untraceable(onnx._example, monkeypatch, forward))
-    before = snapshot(exported.path)
-    arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
-                 "--formats", f"hf,{kind}", "--accuracy", "false", "--timing.rounds", "1",
-                 "--timing.max_rounds", "1"]  # fmt: skip
-    assert __main__.main(arguments) == 1
-    said = capsys.readouterr().err
-    assert f"error: {kind}" in said and "LlamaForCausalLM cannot be traced" in said
-    assert "'aten::special_bessel_j0'" in said
-    assert snapshot(exported.path) == before
-
-
-def untraceable(example, monkeypatch, forward):
-    """Puts an operator that ONNX lacks into every MLP, once the sample arguments are there."""
-
-    def made(model):
-        found = example(model)
-        monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
-        return found
-
-    return made
-
-
-@pytest.mark.parametrize(
-    ("kind", "package", "extra"),
-    [("onnx", "onnx", "onnx"), ("onnx", "onnxruntime", "onnx"), ("openvino", "onnx", "onnx"),
-     ("openvino", "openvino", "openvino")],
-)  # fmt: skip
-def test_a_missing_runtime_is_named_before_anything_slow(
-    exported, monkeypatch, kind, package, extra
-):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(MissingExtra, match=rf"needs {package}, .*elastic-adapters\[{extra}\]"):
-        export(config(exported, sub_adapter="maximal", formats=["hf", kind]))
-
-
-@contextlib.contextmanager
-def small_files(most: int = 60_000):
-    """No file may grow beyond this: a real failure of whatever writes."""
-    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, signals)
-
-
-@pytest.mark.parametrize("kind", ["hf", "onnx", "openvino"])
-def test_a_full_disk_is_named_and_nothing_is_kept(exported, monkeypatch, kind, capfd):
-    module = {"hf": hf, "onnx": onnx, "openvino": openvino}[kind]
-    write = module.write
-
-    def limited(*args, **kwargs):
-        with small_files():
-            return write(*args, **kwargs)
-
-    monkeypatch.setattr(module, "write", limited)
-    before = snapshot(exported.path)
-    arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
-                 "--formats", kind]  # fmt: skip
-    assert __main__.main(arguments) == 1
-    said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "cannot be written" in said and "kept" in said
-    assert ("disk full?" if kind == "openvino" else "File too large") in said
-    assert snapshot(exported.path) == before
-
-
-def test_what_a_killed_export_left_is_cleared_away(exported, tmp_path):
-    run = copy_run(exported, tmp_path / "run")
-    kept = snapshot(run.path / "export" / "kept")
-    child = os.fork()
-    if child == 0:
-        with new_directory(run.path / "export" / "big") as building:
-            (building / "hf").mkdir()
-            (building / "report.json").write_text("{}")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    [left] = hidden(run.path)
-    assert left.startswith(".big.")
-    with pytest.raises(RunError, match="nothing was exported there; exported were: kept"):
-        evaluate_run(EvaluateConfig(
-            run=str(run.path), sub_adapter="big", exported="onnx", harness=["x"]))  # fmt: skip
-    export(config(run, sub_adapter="minimal", name="other"))
-    assert not hidden(run.path)
-    assert {path.name for path in (run.path / "export").iterdir()} == {"kept", "other"}
-    assert snapshot(run.path / "export" / "kept") == kept
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/tmp/x", ".hidden"])
-def test_a_name_is_one_directory(name):
-    with pytest.raises(ConfigError, match="without slashes"):
-        ExportConfig(name=name)
-
-
-def test_what_could_not_be_weighed_is_left_out(exported, monkeypatch, capsys):
-    def fails(loads):
-        raise RunError("hf: killed")
-
-    monkeypatch.setattr(weigh, "weigh", fails)
-    report = export(config(exported, sub_adapter="maximal", name="unweighed"))
-    found = report.contents["formats"]["hf"]
-    assert found["memory_mb"] is None and found["full_load_s"] is None
-    assert "hf: killed" in capsys.readouterr().err
-    report.show()
-    assert "- / -" in capsys.readouterr().out
-
-
-# The comparison itself.
-
-
-class Replay:
-    """A runner that says the logits it was given, one row after another."""
-
-    def __init__(self, logits):
-        self.logits = np.array(logits, dtype=float)
-
-    def prefill(self, input_ids):
-        self.fed, self.step = [input_ids], 0
-        return self.logits[None, 0]
-
-    def decode(self, input_ids):
-        self.fed.append(input_ids)
-        self.step += 1
-        return self.logits[None, self.step]
-
-
-def probe(logits) -> Probe:
-    logits = np.array(logits, dtype=float)
-    return Probe(np.array([[5, 6, 7]]), logits.argmax(-1)[None], logits)
-
-
-EXPECTED = [[1.0, 2.0, 0.0], [0.0, 1.0, -4.0], [3.0, 0.0, 0.0]]
-
-
-def test_agreement_with_oneself():
-    runner = Replay(EXPECTED)
-    assert agreement(runner, [probe(EXPECTED)]) == Agreement(0.0, 4.0, 3, 3, False)
-    # The prompt, then the supernet's tokens: the last one is never fed.
-    assert [ids.tolist() for ids in runner.fed] == [[[5, 6, 7]], [[1]], [[1]]]
-
-
-@pytest.mark.parametrize("step", range(3))
-@pytest.mark.parametrize("which", range(2))
-def test_agreement_reports_the_largest_difference(step, which):
-    wrong = np.array(EXPECTED)
-    wrong[step, 2] -= 0.25
-    probes = [probe(EXPECTED), probe(EXPECTED)]
-
-    class Second(Replay):
-        def prefill(self, input_ids):
-            self.calls = getattr(self, "calls", -1) + 1
-            self.logits = np.array(wrong if self.calls == which else EXPECTED)
-            return super().prefill(input_ids)
-
-    assert agreement(Second(EXPECTED), probes) == Agreement(0.25, 4.0, 6, 6, False)
-
-
-@pytest.mark.parametrize("step", range(3))
-@pytest.mark.parametrize("side", ["found", "expected"])
-def test_agreement_flags_nan(step, side):
-    broken = np.array(EXPECTED)
-    broken[step, 1] = np.nan
-    mine, theirs = (broken, EXPECTED) if side == "found" else (EXPECTED, broken)
-    found = agreement(Replay(mine), [probe(theirs), probe(theirs)])
-    assert np.isnan(found.max_abs_diff)
-    assert not found.greedy_tokens_equal and found.decided
-
-
-def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
-    class Nan(TorchRunner):
-        def decode(self, input_ids):
-            return super().decode(input_ids) * np.nan
-
-    before = snapshot(exported.path)
-    real = exporter.probe
-    monkeypatch.setattr(writers, "runner_of", Nan)
-    probes = []
-
-    def honest(*args):
-        probes.append(real(*args))
-        return probes[-1]
-
-    monkeypatch.setattr(exporter, "probe", honest)
-    with pytest.raises(ExportError, match=r"^hf: its logits are not numbers"):
-        export(config(exported, sub_adapter="maximal"))
-    assert len(probes) == 4 and all(len(p.logits) == NEW_TOKENS for p in probes)
-    assert snapshot(exported.path) == before
-
-
-def test_a_tie_may_fall_either_way_but_a_decided_token_may_not():
-    tie = probe([[1.0, 1.001, 0.0]])
-    other = agreement(Replay([[1.001, 1.0, 0.0]]), [tie])
-    assert not other.greedy_tokens_equal and not other.decided
-    clear = probe([[1.0, 2.0, 0.0]])
-    shifted = agreement(Replay([[2.4, 2.3, 0.0]]), [clear])  # 1.4 off explains a gap of 1
-    assert not shifted.greedy_tokens_equal and not shifted.decided
-
-
-def test_probes_are_the_supernets_own_greedy_continuation(nets):
-    net = nets["float64"]
-    sub = mixed(net)
-    prompt = tiny.tokens(1, 5)
-    with net.active(sub) as model:
-        found = verify.probe(model, prompt.numpy())
-    ids = prompt
-    for step in range(NEW_TOKENS):
-        logits = active_logits(net, sub, ids)[0, -1]
-        np.testing.assert_allclose(found.logits[step], logits.numpy(), rtol=0, atol=1e-9)
-        assert found.tokens[0, step] == int(logits.argmax())
-        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
-    assert net.current == net.space.maximal()
 
 
 def test_every_format_of_the_settings_can_be_written():
