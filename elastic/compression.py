@@ -1,0 +1,239 @@
+"""Fewer bits per weight of a written graph: NNCF chooses the codes, the runtimes compute with them.
+
+Every product with a weight and every embedding is compressed. In 4-bit modes neighbours in a row
+share a scale; the embedding and the head get 8 bits, since most of what 4 bits cost is lost there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.calibration import completed
+from elastic.errors import ConfigError, MissingExtra, require, unknown
+from elastic.formats import onnx, openvino, stored
+from elastic.formats.onnx_weights import expose, lower
+from elastic.formats.stored import Weight
+
+GROUP = 64
+"""Channels that share a scale in 4-bit modes. Layers whose number of channels it does not divide
+get the largest power of two that does; below `SMALLEST_GROUP` a layer gets 8 bits."""
+SMALLEST_GROUP = 32
+KINDS = {".onnx": "onnx", ".xml": "openvino"}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What NNCF is asked for."""
+
+    weights: str
+    """A member of nncf.CompressWeightsMode."""
+    bits: int
+    options: Mapping[str, bool] = field(default_factory=dict)
+    calibrated: bool = False
+    """Whether it looks at activations of examples."""
+    formats: tuple[str, ...] = ("onnx", "openvino")
+
+
+MODES = {
+    "int8": Mode("INT8_ASYM", 8),
+    "int8_sym": Mode("INT8_SYM", 8),
+    "int4": Mode("INT4_ASYM", 4),
+    "int4_sym": Mode("INT4_SYM", 4),
+    "int4_awq": Mode("INT4_ASYM", 4, {"awq": True}, calibrated=True),
+    "int4_scale": Mode("INT4_ASYM", 4, {"scale_estimation": True}, calibrated=True),
+    "int4_gptq": Mode("INT4_ASYM", 4, {"gptq": True}, calibrated=True, formats=("openvino",)),
+    "nf4": Mode("NF4", 4, formats=("openvino",)),
+}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What was written, as the written file says."""
+
+    path: Path
+    mode: str
+    weights: Mapping[str, Weight]
+    """By the name of their layer, those of tied layers once."""
+    exceptions: Mapping[str, str]
+    """Layers with more bits than the mode has, and why."""
+    bytes_before: int
+    bytes: int
+    """Of graph and weights."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a report: the layers counted by precision and group, the exceptions by name."""
+        counted: dict[str, int] = {}
+        for weight in self.weights.values():
+            name = weight.precision if weight.group is None else (
+                f"{weight.precision}, groups of {weight.group}")  # fmt: skip
+            counted[name] = counted.get(name, 0) + 1
+        return {
+            "mode": self.mode, "layers": counted,
+            "exceptions": {name: {**asdict(self.weights[name]), "reason": reason}
+                           for name, reason in self.exceptions.items()},
+            "bytes_before": self.bytes_before, "bytes": self.bytes,
+        }  # fmt: skip
+
+
+def check(mode: str, kind: str, calibration: Sequence | None = None) -> Mode:
+    """The mode, or an error before anything is loaded: ConfigError if `kind` (onnx, openvino) has
+    no such mode or it lacks examples (None: they come later), MissingExtra without NNCF."""
+    if mode not in MODES:
+        raise ConfigError(unknown("compression", mode, MODES))
+    found = MODES[mode]
+    if kind not in found.formats:
+        known = ", ".join(name for name, each in MODES.items() if kind in each.formats)
+        raise ConfigError(
+            f"compression {mode!r}: NNCF has it for {' and '.join(found.formats)} alone, not for "
+            f"{kind}; there: {known}"
+        )
+    require(
+        calibration is None or bool(calibration) or not found.calibrated,
+        f"compression {mode!r} looks at activations and got no examples to compute them from",
+    )
+    if find_spec("nncf") is None:
+        raise MissingExtra("nncf", "compress", "compressing weights")
+    {"onnx": onnx, "openvino": openvino}[kind].require()
+    return found
+
+
+def compress(
+    graph: Path,
+    directory: Path,
+    mode: str,
+    calibration: Sequence[Mapping[str, np.ndarray]] = (),
+    *,
+    group: int = GROUP,
+) -> Compressed:
+    """Write the compressed `graph` under its own name into `directory`, which may be its own.
+
+    `graph` is `openvino_model.xml` or `model.onnx` as `elastic.formats` writes them; `calibration`
+    are the inputs of `elastic.calibration.calibration_inputs`. The runners read the result.
+    ConfigError and MissingExtra as `check` raises them.
+    """
+    graph, directory = Path(graph), Path(directory)
+    if graph.suffix not in KINDS:
+        raise ConfigError(f"{graph}: wanted a file that ends in {' or '.join(KINDS)}")
+    kind = KINDS[graph.suffix]
+    found = check(mode, kind, calibration)
+    require(
+        group >= SMALLEST_GROUP and group & (group - 1) == 0,
+        f"compression {mode!r}: group {group} is no power of two from {SMALLEST_GROUP} upwards",
+    )
+    before = _size(graph)
+    directory.mkdir(parents=True, exist_ok=True)
+    samples = calibration if found.calibrated else ()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        written = Path(scratch) / graph.name
+        weights = {"onnx": _onnx, "openvino": _openvino}[kind](
+            graph, written, found, samples, group
+        )
+        for stale in _files(directory / graph.name):
+            stale.unlink(missing_ok=True)
+        for file in Path(scratch).iterdir():
+            os.replace(file, directory / file.name)
+    path = directory / graph.name
+    return Compressed(path, mode, weights, _exceptions(weights, found), before, _size(path))
+
+
+def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(graph)
+    shapes = {
+        port.any_name: [axis.get_length() if axis.is_static else -1 for axis in port.partial_shape]
+        for port in model.inputs
+    }
+    model = _compressed(model, mode, [completed(each, shapes) for each in samples], group)
+    openvino.save_model(model, written, compress_to_fp16=False)
+    return stored.in_openvino(core.read_model(written))
+
+
+def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
+    import onnx as library
+
+    if mode.calibrated and _size(graph) > onnx.SINGLE_FILE_BYTES:
+        raise ConfigError(
+            f"{graph}: NNCF runs no ONNX graph above 2 GiB, and this mode has to be shown what it "
+            "computes; int4 needs no examples, and OpenVINO has no such limit"
+        )
+    model = library.load(graph)
+    shapes = {
+        item.name: [axis.dim_value for axis in item.type.tensor_type.shape.dim]
+        for item in model.graph.input
+    }
+    tied = expose(model)
+    model = _compressed(model, mode, [completed(each, shapes) for each in samples], group, tied)
+    lower(model)
+    outside = model.ByteSize() > onnx.SINGLE_FILE_BYTES
+    library.save(model, written, save_as_external_data=outside, location=f"{written.name}.data")
+    return stored.in_onnx(library.load(written))
+
+
+def _compressed(model, mode: Mode, samples: list, group: int, ignored: Sequence[str] = ()):
+    """The model as NNCF leaves it."""
+    import nncf
+
+    options: dict[str, Any] = dict(mode.options)
+    if mode.bits < 8:
+        options["group_size"] = group
+        options["advanced_parameters"] = nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST,
+            min_adjusted_group_size=SMALLEST_GROUP,
+        )
+    if samples:
+        options |= {"dataset": nncf.Dataset(samples), "subset_size": len(samples)}
+    if ignored:
+        options["ignored_scope"] = nncf.IgnoredScope(names=list(ignored))
+    with _quiet():
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode.weights], **options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Bars on stderr if somebody watches, tables nowhere: NNCF would write both to stdout."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _exceptions(weights: Mapping[str, Weight], mode: Mode) -> dict[str, str]:
+    found = {}
+    for name, weight in weights.items():
+        channels = weight.shape[-1]
+        if weight.bits <= mode.bits:
+            continue
+        if weight.precision.startswith("float"):
+            found[name] = "NNCF does not see it as a weight"
+        elif channels & -channels < SMALLEST_GROUP:
+            found[name] = f"no group of {SMALLEST_GROUP} or more divides its {channels} channels"
+        else:
+            found[name] = "an embedding or the head"
+    return found
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    """The graph and what may lie beside it."""
+    return path, path.with_suffix(".bin") if path.suffix == ".xml" else Path(f"{path}.data")
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path) if file.is_file())

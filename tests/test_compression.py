@@ -1,0 +1,302 @@
+"""A compressed graph computes with the rounded weights that it says it has, and has them all."""
+
+import shutil
+import sys
+
+import numpy as np
+import onnx as onnx_library
+import openvino as openvino_library
+import pytest
+import torch
+from onnx import numpy_helper
+
+from elastic import compression
+from elastic.calibration import calibration_inputs
+from elastic.compression import MODES, check, compress
+from elastic.errors import ConfigError, MissingExtra
+from elastic.formats import onnx, onnx_weights, openvino
+from elastic.runners import TorchRunner
+from elastic.tasks import Example
+from tests import tiny
+from tests.families import model_of
+from tests.test_formats_runtime import run, sliced_llama, tokens
+
+KINDS = ["onnx", "openvino"]
+PAIRS = [(kind, mode) for mode, each in MODES.items() for kind in each.formats]
+UNIFORM = [pair for pair in PAIRS if pair[1] in ("int8", "int8_sym", "int4", "int4_sym")]
+TOLERANCE = 3e-4
+"""Of the largest logit: float32 sums in another order."""
+PROMPT, STEPS = tokens(3, 5) % tiny.VOCABULARY, tokens(3, 3, seed=1) % tiny.VOCABULARY
+EXAMPLES = [Example(f"{a} + {b} =", str(a + b)) for a in range(4) for b in range(2)]
+
+
+class Written:
+    """A model and its graphs."""
+
+    def __init__(self, model, folder):
+        self.model = model
+        self.paths = {"onnx": onnx.write(model, folder)}
+        self.paths["openvino"] = openvino.write(self.paths["onnx"], folder)
+        self.steps = STEPS[:, :0] if hasattr(model, "num_labels") else STEPS
+
+    def logits(self, runner) -> np.ndarray:
+        return run(runner, PROMPT, self.steps)
+
+
+def runner_of(path, *, exact: bool = False):
+    """Exact: activations stay in float32, which the kernels of OpenVINO need to be told."""
+    if path.suffix == ".onnx":
+        return onnx.OnnxRunner(path, threads=1)
+    runner = openvino.OpenVINORunner(path, threads=1)
+    if exact:
+        options = dict.fromkeys(("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"), "f32")
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+        compiled = openvino_library.Core().compile_model(path, "CPU", options)
+        runner._request = compiled.create_infer_request()
+    return runner
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """Two layers of widths 96 and 48, the second no multiple of the smallest group."""
+    return Written(sliced_llama(tied=True), tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """Queries, keys and values have biases; the head is its own."""
+    return Written(model_of("qwen2", torch.float32), tmp_path_factory.mktemp("biased"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return Written(model_of("bert, classes", torch.float32), tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return calibration_inputs(tiny.tokenizer(), sliced_llama(tied=True), EXAMPLES)
+
+
+def rounded(weight: torch.Tensor, bits: int, group: int | None, *, sym: bool, half: bool):
+    """(outputs, inputs) rounded to the nearest of 2^bits even steps per row or group: from the
+    smallest to the largest (both reach 0), or around 0 with the larger end at -2^(bits - 1)."""
+    flat = weight.reshape(len(weight), -1, group or weight.shape[1])
+    low, high = flat.amin(-1, keepdim=True).clamp(max=0), flat.amax(-1, keepdim=True).clamp(min=0)
+    if sym:
+        scale = torch.where(-low >= high, -low, -high) / 2 ** (bits - 1)
+        zero, first = torch.zeros_like(scale), -(2 ** (bits - 1))
+    else:
+        scale = (high - low) / (2**bits - 1)
+        zero, first = -(low / scale).round(), 0
+    codes = (flat / scale + zero).round().clamp(first, first + 2**bits - 1)
+    scale = scale.half().float() if half else scale  # OpenVINO keeps scales in float16
+    return ((codes - zero) * scale).reshape(weight.shape)
+
+
+@torch.no_grad()
+def simulated(written: Written, found: compression.Compressed):
+    """The logits of torch with the weights rounded as `found` says."""
+    model = written.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    half = found.path.suffix == ".xml"
+    for name, weight in found.weights.items():
+        # What falls back from 4 bits gets 8 with a zero point, whatever the mode.
+        sym = found.mode.endswith("_sym") and weight.bits == MODES[found.mode].bits
+        tensor = model.get_submodule(name).weight
+        tensor.copy_(rounded(tensor, weight.bits, weight.group, sym=sym, half=half))
+    logits = written.logits(TorchRunner(model))
+    model.load_state_dict(before)
+    return logits
+
+
+def layers(model) -> set[str]:
+    """Names of everything with a weight to compress, tied ones once."""
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    found = {module.weight: name for name, module in reversed(list(model.named_modules()))
+             if isinstance(module, kinds)}  # fmt: skip
+    return set(found.values())
+
+
+@pytest.mark.parametrize("fixture", ["tied", "biased", "classifier"])
+@pytest.mark.parametrize(("kind", "mode"), UNIFORM)
+def test_it_computes_with_the_weights_it_says_it_has(
+    fixture, kind, mode, request, tmp_path, monkeypatch
+):
+    """Prefill and decode, three rows; every linear layer and embedding is compressed."""
+    monkeypatch.setattr(onnx_weights, "ACCURACY_LEVEL", 0)
+    written = request.getfixturevalue(fixture)
+    found = compress(written.paths[kind], tmp_path, mode)
+    assert set(found.weights) == layers(written.model)
+    assert max(weight.bits for weight in found.weights.values()) == 8
+    expected = simulated(written, found)
+    logits = written.logits(runner_of(found.path, exact=True))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    assert abs(expected - written.logits(TorchRunner(written.model))).max() > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "mode"), PAIRS)
+def test_every_mode_stays_near_the_float_model(tied, samples, kind, mode, tmp_path):
+    """As it is deployed, activations rounded too. Random weights of two layers are the worst case
+    for 4 bits: nothing about them is redundant."""
+    found = compress(tied.paths[kind], tmp_path, mode, samples)
+    expected = tied.logits(TorchRunner(tied.model))
+    logits = tied.logits(runner_of(found.path))
+    correlation = np.corrcoef(logits.ravel(), expected.ravel())[0, 1]
+    assert correlation > (0.998 if MODES[mode].bits == 8 else 0.88)
+    assert correlation < 0.99999
+    assert found.path == tmp_path / tied.paths[kind].name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_fit_the_width_and_what_has_none_gets_eight_bits(tied, kind, tmp_path):
+    found = compress(tied.paths[kind], tmp_path, "int4")
+    down = "model.layers.{}.mlp.down_proj"
+    groups = {name: weight.group for name, weight in found.weights.items() if weight.bits == 4}
+    assert groups.pop(down.format(0)) == 32
+    assert groups.pop("model.layers.1.self_attn.o_proj") == 32
+    assert len(groups) == 11 and set(groups.values()) == {64}
+    assert found.exceptions == {
+        "model.embed_tokens": "an embedding or the head",
+        down.format(1): "no group of 32 or more divides its 48 channels",
+    }
+    assert found.weights[down.format(1)].shape == (64, 48)
+    report = found.as_dict()
+    assert report["layers"] == {"int8": 2, "int4, groups of 64": 11, "int4, groups of 32": 2}
+    assert report["exceptions"][down.format(1)]["precision"] == "int8"
+
+
+@pytest.mark.parametrize(("kind", "mode"), UNIFORM)
+def test_the_size_is_that_of_codes_and_scales(tied, kind, mode, tmp_path):
+    found = compress(tied.paths[kind], tmp_path, mode)
+    expected = floats = 0
+    for weight in found.weights.values():
+        rows, columns = weight.shape
+        # OpenVINO: scales in float16, zero points in as many bits as the codes. ONNX Runtime's
+        # kernel wants a float32 scale per block, and 8-bit zero points even where they are equal.
+        block = weight.group or (columns if kind == "openvino" else max(columns & -columns, 32))
+        scales, wide = rows * -(-columns // block), weight.bits == 8
+        has_zero = not (mode.endswith("_sym") and weight.bits == MODES[mode].bits)
+        zero = has_zero or (wide and kind == "onnx")
+        expected += weight.bits * rows * -(-columns // block) * block / 8
+        expected += scales * ((2 if kind == "openvino" else 4) + zero * weight.bits / 8)
+        floats += 4 * rows * columns
+    before, after = (stored_bytes(path) for path in (tied.paths[kind], found.path))
+    assert after - (before - floats) == pytest.approx(expected, rel=0.02)
+    assert found.bytes < found.bytes_before
+
+
+def stored_bytes(path) -> int:
+    """Of all constants, without the graph."""
+    if path.suffix == ".xml":
+        return path.with_suffix(".bin").stat().st_size
+    tensors = onnx_library.load(path).graph.initializer
+    return sum(numpy_helper.to_array(tensor).nbytes for tensor in tensors)
+
+
+def test_openvino_stays_stateful(tied, tmp_path):
+    found = compress(tied.paths["openvino"], tmp_path, "int8")
+    model = openvino_library.Core().read_model(found.path)
+    assert len(model.get_variables()) == 4
+    names = {port.any_name for port in model.inputs}
+    assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+
+
+def test_onnx_products_run_on_codes(tied, tmp_path):
+    """None is dequantised whole, and what remains of MatMul has no weight: attention and rotary
+    angles."""
+    graph = onnx_library.load(compress(tied.paths["onnx"], tmp_path, "int4").path)
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("MatMulNBits") == 15 and "DequantizeLinear" not in kinds
+    constant = {tensor.name for tensor in graph.graph.initializer}
+    for node in graph.graph.node:
+        assert node.op_type != "MatMul" or constant.isdisjoint(node.input)
+    assert {item.domain for item in graph.opset_import} == {"", "com.microsoft"}
+
+
+def test_scale_estimation_uses_the_examples(tied, samples, tmp_path):
+    """Better on what it was shown than rounding to the nearest."""
+    errors = {}
+    for mode in ("int4", "int4_scale"):
+        found = compress(tied.paths["openvino"], tmp_path / mode, mode, samples)
+        exact, runner = TorchRunner(tied.model), runner_of(found.path, exact=True)
+        errors[mode] = np.mean([
+            abs(runner.prefill(each["input_ids"]) - exact.prefill(each["input_ids"])).mean()
+            for each in samples
+        ])  # fmt: skip
+    assert errors["int4_scale"] < 0.9 * errors["int4"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_are_calibrated_with_their_texts(classifier, kind, tmp_path):
+    classifier.model.config.id2label = {0: "no", 1: "yes", 2: "perhaps"}
+    examples = [Example("a b", "no", second="c"), Example("b", "yes", second="a a")]
+    inputs = calibration_inputs(tiny.tokenizer(), classifier.model, examples)
+    assert set(inputs[0]) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert inputs[0]["token_type_ids"].tolist() == [[0] * 5 + [1]]
+    found = compress(classifier.paths[kind], tmp_path, "int4_scale", inputs)
+    logits = classifier.logits(runner_of(found.path))
+    expected = classifier.logits(TorchRunner(classifier.model))
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.9
+
+
+def test_examples_are_prompt_and_answer(samples):
+    ids = tiny.tokenizer()("1 + 1 = 2")["input_ids"]
+    assert samples[3]["input_ids"].tolist() == [ids]
+    assert samples[3]["attention_mask"].tolist() == [[1] * len(ids)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_may_take_the_place_of_what_it_read(tied, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "SINGLE_FILE_BYTES", 0)
+    for file in tied.paths[kind].parent.iterdir():
+        shutil.copy(file, tmp_path)
+    graph = tmp_path / tied.paths[kind].name
+    names = sorted(file.name for file in tmp_path.iterdir())
+    found = compress(graph, tmp_path, "int8")
+    extra = ["model.onnx.data"] if kind == "onnx" else []
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names, *extra])
+    assert found.path == graph and found.bytes < found.bytes_before
+    (tmp_path / "moved").mkdir()
+    for file in compression._files(graph):
+        file.rename(tmp_path / "moved" / file.name)
+    expected = tied.logits(TorchRunner(tied.model))
+    logits = tied.logits(runner_of(tmp_path / "moved" / graph.name))
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.998
+
+
+def test_nothing_is_printed(tied, tmp_path, capfd):
+    compress(tied.paths["openvino"], tmp_path, "int4")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_gemma_casts_a_constant(tmp_path):
+    written = Written(model_of("gemma", torch.float32), tmp_path)
+    found = compress(written.paths["onnx"], tmp_path / "small", "int8")
+    assert set(found.weights) == layers(written.model)
+
+
+@pytest.mark.parametrize(
+    ("graph", "mode", "group", "message"),
+    [
+        ("a.onnx", "int4_akw", 64, "unknown compression 'int4_akw'; did you mean 'int4_awq'"),
+        ("a.onnx", "nf4", 64, "NNCF has it for openvino alone, not for onnx; there: int8, "),
+        ("a.xml", "int4_awq", 64, "'int4_awq' looks at activations and got no examples"),
+        ("a.xml", "int4", 48, "group 48 is no power of two from 32"),
+        ("a.bin", "int4", 64, r"wanted a file that ends in \.onnx or \.xml"),
+    ],
+)
+def test_refused_before_anything_is_read(graph, mode, group, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        compress(tmp_path / graph, tmp_path / "out", mode, group=group)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_nncf_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingExtra, match=r"elastic-adapters\[compress\]"):
+        check("int8", "onnx")
+
+
+def test_examples_may_come_later():
+    assert check("int4_awq", "onnx").calibrated
