@@ -43,15 +43,18 @@ def expose(model: ModelProto) -> list[str]:
     for name, tensor in weights.items():
         turns = [node for node in readers[name] if _turns(node)]
         products = [node for turn in turns for node in readers[turn.output[0]]]
-        if not turns or any(node.op_type != "MatMul" for node in products):
+        gemms = [node for node in readers[name] if _turned_gemm(node, name)]
+        if not turns + gemms or any(node.op_type != "MatMul" for node in products):
             continue
-        if len(turns) < len(readers[name]):
-            tied += [node.name for node in products]
+        if len(turns + gemms) < len(readers[name]):
+            tied += [node.name for node in products + gemms]
             continue
         turned = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
         tensor.CopyFrom(numpy_helper.from_array(turned, name))
         for node in products:
             node.input[1] = name
+        for node in gemms:
+            _set(node, "transB", 0)
         folded += turns
     for node in folded:
         graph.node.remove(node)
@@ -78,7 +81,7 @@ def lower(model: ModelProto) -> None:
     fresh: dict[str, np.ndarray] = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
-            _settle(node)
+            _set(node, "accuracy_level", ACCURACY_LEVEL)
             for name in node.input[3:4]:
                 fresh |= {name: _packed(numpy_helper.to_array(tensors[name]))} if name else {}
         if node.op_type != "DequantizeLinear" or not node.input[0].endswith(CODES):
@@ -182,12 +185,13 @@ class _Rows:
             last = constant([-1])
             rows |= {part: step("Unsqueeze", rows[part], last) for part in (SCALE, ZERO)}
         codes, zero = (step("Cast", rows[part], to=TensorProto.FLOAT) for part in (CODES, ZERO))
-        step("Mul", step("Sub", codes, zero), rows[SCALE])
+        found = step("Mul", step("Sub", codes, zero), rows[SCALE])
         if blocked:
-            step("Reshape", nodes[-1].output[0], constant([0, 0, -1]))
-            if self.columns < self.blocks * self.block:
-                ends = [constant([value]) for value in (0, self.columns, -1)]
-                step("Slice", nodes[-1].output[0], *ends)
+            shape = constant([0, 0, -1])
+            found = step("Reshape", found, shape)
+        if blocked and self.columns < self.blocks * self.block:
+            ends = [constant([value]) for value in (0, self.columns, -1)]
+            step("Slice", found, *ends)
         nodes[-1].output[0] = node.output[0]
         return nodes
 
@@ -249,7 +253,7 @@ def _users(node: NodeProto, readers) -> tuple[list, list, list] | None:
 
 
 def _gemm(attributes: dict, by_row: bool) -> bool:
-    """Whether it is x Wᵀ + bias and the scales belong to outputs."""
+    """Whether it is x W + bias, W turned or not, and the scales belong to outputs."""
     has = {"alpha": 1, "beta": 1, "transA": 0, "transB": 0} | attributes
     return has["alpha"] == has["beta"] == 1 and not has["transA"] and has["transB"] == by_row
 
@@ -259,10 +263,15 @@ _READS = {"Gemm": _gemm, "MatMul": lambda attributes, by_row: not by_row}
 has a scale per output."""
 
 
-def _settle(product: NodeProto) -> None:
-    for item in product.attribute:
-        if item.name == "accuracy_level":
-            item.i = ACCURACY_LEVEL
+def _turned_gemm(node: NodeProto, name: str) -> bool:
+    """Of one that turns its weight NNCF mixes up the axes once it has looked at activations."""
+    return node.op_type == "Gemm" and node.input[1] == name and attributes_of(node).get("transB")
+
+
+def _set(node: NodeProto, attribute: str, value: int) -> None:
+    for item in node.attribute:
+        if item.name == attribute:
+            item.i = value
 
 
 def _packed(zeros: np.ndarray) -> np.ndarray:
