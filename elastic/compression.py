@@ -165,35 +165,42 @@ def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> di
 def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
     import onnx as library
 
-    if mode.calibrated and _size(graph) > onnx.SINGLE_FILE_BYTES:
-        raise ConfigError(
-            f"{graph}: NNCF runs no ONNX graph above 2 GiB, and this mode has to be shown what it "
-            "computes; int4 needs no examples, and OpenVINO has no such limit"
-        )
     model = library.load(graph)
     shapes = {
         item.name: [axis.dim_value for axis in item.type.tensor_type.shape.dim]
         for item in model.graph.input
     }
     tied = expose(model)
-    model = _compressed(model, mode, [completed(each, shapes) for each in samples], group, tied)
+    inputs = [completed(each, shapes) for each in samples]
+    with tempfile.TemporaryDirectory() as outside:
+        if large := _size(graph) > onnx.SINGLE_FILE_BYTES:  # no graph with its weights then
+            library.save(
+                model, f"{outside}/{graph.name}", save_as_external_data=True, location="weights"
+            )
+            model = library.load(f"{outside}/{graph.name}", load_external_data=False)
+        model = _compressed(model, mode, inputs, group, tied, outside if large else None)
     lower(model)
-    outside = model.ByteSize() > onnx.SINGLE_FILE_BYTES
-    library.save(model, written, save_as_external_data=outside, location=f"{written.name}.data")
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > onnx.SINGLE_FILE_BYTES
+    library.save(model, written, save_as_external_data=large, location=f"{written.name}.data")
     return stored.in_onnx(library.load(written))
 
 
-def _compressed(model, mode: Mode, samples: list, group: int, ignored: Sequence[str] = ()):
-    """The model as NNCF leaves it."""
+def _compressed(
+    model, mode: Mode, samples: list, group: int, ignored: Sequence[str] = (),
+    outside: str | None = None,
+):  # fmt: skip
+    """The model as NNCF leaves it; `outside` is the folder of an ONNX graph's weights."""
     import nncf
 
     options: dict[str, Any] = dict(mode.options)
+    advanced = nncf.AdvancedCompressionParameters(
+        group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST,
+        min_adjusted_group_size=SMALLEST_GROUP,
+        backend_params={"external_data_dir": outside} if outside else {},
+    )
+    options["advanced_parameters"] = advanced
     if mode.bits < 8:
         options["group_size"] = group
-        options["advanced_parameters"] = nncf.AdvancedCompressionParameters(
-            group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST,
-            min_adjusted_group_size=SMALLEST_GROUP,
-        )
     if samples:
         options |= {"dataset": nncf.Dataset(samples), "subset_size": len(samples)}
     if ignored:
