@@ -14,7 +14,7 @@ import importlib
 _WHERE = {
     "TrainConfig": "config",
     "SearchConfig": "search_config",
-    "ExportConfig": "config",
+    "ExportConfig": "export_config",
     "EvaluateConfig": "evaluate_config",
     "LatencyConfig": "search_config",
     "BudgetConfig": "search_config",

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic import config, evaluate_config, search_config, space_config
+from elastic import config, evaluate_config, export_config, search_config, space_config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
     "search": (search_config.SearchConfig, "elastic.study", "search"),
-    "export": (config.ExportConfig, "elastic.exporter", "export"),
+    "export": (export_config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (evaluate_config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
     "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
     "space show": (space_config.SpaceShowConfig, "elastic.dry", "show_space"),

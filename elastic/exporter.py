@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic import foreign
-from elastic.config import ExportConfig
 from elastic.cost import Counter, count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
+from elastic.export_config import ExportConfig
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.merging import combine, compact
 from elastic.progress import say

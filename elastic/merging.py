@@ -18,9 +18,9 @@ from elastic.adapters.attach import (
     plain_linear,
     replace_module,
 )
-from elastic.config import MergeConfig
 from elastic.depth import renamed
 from elastic.errors import RunError
+from elastic.export_config import MergeConfig
 from elastic.foreign import Update
 from elastic.slicing import sliced
 from elastic.space import SubAdapter

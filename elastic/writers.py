@@ -18,9 +18,10 @@ import torch
 
 from elastic import foreign, models
 from elastic.adapters.attach import dequantise_
-from elastic.config import ExportConfig, ModelConfig
+from elastic.config import ModelConfig
 from elastic.errors import ExportError, MissingExtra
 from elastic.evaluate import Score, evaluate
+from elastic.export_config import ExportConfig
 from elastic.files import read_json
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.formats.weigh import Load

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elastic import bench, models
 from elastic.classifier import classes_of
-from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig
+from elastic.export_config import ExportConfig, MergeAdapterConfig, MergeConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format

@@ -16,16 +16,10 @@ import elastic
 from elastic.__main__ import COMMANDS, main
 from elastic.adapters import METHODS
 from elastic.cli import from_dict, parse
-from elastic.config import (
-    AdapterConfig,
-    ExportConfig,
-    ScheduleConfig,
-    StageConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from elastic.config import AdapterConfig, ScheduleConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
+from elastic.export_config import ExportConfig
 from elastic.run import Run, as_plain
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.tasks import TASKS

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
-from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
+from elastic.config import StageConfig
 from elastic.cost import Counter
 from elastic.errors import ConfigError, RunError
+from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.importance import channel_order

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 
 from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
-from elastic.config import AdapterConfig, ExportConfig, StageConfig
+from elastic.config import AdapterConfig, StageConfig
 from elastic.errors import ModelError
 from elastic.evaluate import answers, evaluate
+from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.merging import compact

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from elastic import bench
-from elastic.config import AdapterConfig, ExportConfig, StageConfig
+from elastic.config import AdapterConfig, StageConfig
+from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.merging import compact

@@ -11,14 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from elastic import foreign, models, quantised
 from elastic.adapters.attach import dequantise_, modules_of
-from elastic.config import (
-    ExportConfig,
-    MergeAdapterConfig,
-    MergeConfig,
-    ModelConfig,
-)
+from elastic.config import ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
+from elastic.export_config import ExportConfig, MergeAdapterConfig, MergeConfig
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf

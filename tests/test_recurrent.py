@@ -8,9 +8,10 @@ import yaml
 from elastic import bench, models
 from elastic.batching import answer_logits, collate, encode
 from elastic.behind import padded_behind
-from elastic.config import AdapterConfig, ExportConfig, ModelConfig, StageConfig
+from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
+from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.runners import runner_of

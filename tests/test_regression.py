@@ -10,11 +10,12 @@ from transformers import AutoModelForSequenceClassification
 
 from elastic import bench, metrics, models
 from elastic.batching import encode_example
-from elastic.config import ExportConfig, ModelConfig, TrainConfig
+from elastic.config import ModelConfig, TrainConfig
 from elastic.errors import ConfigError, DataError
 from elastic.evaluate import evaluate
 from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import evaluate_run
+from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.loss import answer_loss
 from elastic.run import Run

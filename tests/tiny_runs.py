@@ -12,13 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from elastic.config import (
-    AdapterConfig,
-    ModelConfig,
-    StageConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.cost import count
 from elastic.latency import Latency, Measurement
 from elastic.run import Run

@@ -1,0 +1,106 @@
+"""Settings of `elastic export`: what is written, merged into it and measured.
+
+As in `config`, a bad value is refused in `__post_init__`, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elastic.errors import require
+from elastic.search_config import TimingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeAdapterConfig:
+    """Another adapter on the same base model."""
+
+    path: str
+    """A run of ours, or a PEFT adapter's directory."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Other adapters to fold in with the sub-adapter, permuted and cut to its widths."""
+
+    adapters: list[MergeAdapterConfig] = field(default_factory=list)
+    weight: float = 1.0
+    """The sub-adapter's own weight."""
+    strategy: Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"] = "linear"
+    """How updates combine (PEFT's functions of these names): weighted sum; the same of the largest
+    entries; with a vote on signs (TIES, arXiv 2306.01708); of random entries (DARE, arXiv
+    2311.03099)."""
+    density: float = 0.5
+    """Share of entries kept, by all but linear."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    """ties, dare_ties: signs vote with their size or one each."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfConfig:
+    """Folders that load without code of ours, where layers differ in size."""
+
+    padded: bool = False
+    """Fill smaller layers up with zeros to the largest: the family's own class and the same
+    outputs, but neither smaller nor faster than the largest layer makes it."""
+    uniform: bool = False
+    """Write the sub-adapter of one size for all layers that is nearest in operations instead."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.padded and self.uniform),
+            "hf.padded and hf.uniform: one size for all layers needs no padding; choose one",
+        )
+
+
+_FORMATS = ("hf", "peft", "onnx", "openvino")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Slices one sub-adapter out, merges it and writes it for a runtime; each written model is
+    loaded again and compared with the supernet."""
+
+    run: str = "runs/default"
+    sub_adapter: str = "best"
+    """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
+    name: str | None = None
+    """Directory below RUN/export; unset is the sub-adapter's name."""
+    formats: list[Literal["hf", "peft", "onnx", "openvino"]] = field(
+        default_factory=lambda: list(_FORMATS)
+    )
+    logits: Literal["last", "all"] = "last"
+    """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    hf: HfConfig = field(default_factory=HfConfig)
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    accuracy: bool = True
+    """Score the compact model on the test split, unless the search already has."""
+    runtime_examples: int = 100
+    """Score every written model in its own runtime, too, on at most so many of them: one at a time,
+    so this takes a while. 0 does not."""
+    weigh: bool = True
+    """Load every written model, and the full one, once more in a process of its own: how long that
+    takes and how much memory."""
+    batch_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.runtime_examples >= 0, f"runtime_examples is {self.runtime_examples}")
+        require(
+            self.name is None or re.fullmatch(r"[^./\\][^/\\]*", self.name) is not None,
+            f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
+            "without slashes that does not begin with a dot",
+        )
+        require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
+        require(
+            self.timing.runtime == "torch" and self.timing.merged,
+            "timing.runtime and timing.merged: every written format is timed in its own runtime; "
+            "choose with formats",
+        )
