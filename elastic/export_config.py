@@ -60,6 +60,8 @@ class HfConfig:
 
 
 _FORMATS = ("hf", "peft", "onnx", "openvino")
+GRAPHS = ("onnx", "openvino")
+"""Formats whose weights can be compressed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,18 @@ class ExportConfig:
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
-    formats: list[Literal["hf", "peft", "onnx", "openvino"]] = field(
+    formats: list[Literal["hf", "peft", "onnx", "openvino", "gguf"]] = field(
         default_factory=lambda: list(_FORMATS)
     )
+    """gguf, for llama.cpp, only when asked for."""
+    compress: list[
+        Literal[
+            "int8", "int8_sym", "int4", "int4_sym", "int4_awq", "int4_scale", "int4_gptq", "nf4"
+        ]
+    ] = field(default_factory=list)
+    """Write onnx and openvino with weights of so few bits as well, by NNCF (extra `compress`)."""
+    compress_examples: int = 64
+    """Training examples that int4_awq, int4_scale and int4_gptq look at."""
     logits: Literal["last", "all"] = "last"
     """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
     merge: MergeConfig = field(default_factory=MergeConfig)
@@ -98,9 +109,24 @@ class ExportConfig:
             f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
             "without slashes that does not begin with a dot",
         )
+        require(self.compress_examples >= 1, f"compress_examples is {self.compress_examples}")
+        require(
+            not self.compress or bool(set(self.formats) & set(GRAPHS)),
+            f"compress {', '.join(self.compress)}: it is graphs whose weights are compressed; add "
+            f"{' or '.join(GRAPHS)} to formats",
+        )
         require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
         require(
             self.timing.runtime == "torch" and self.timing.merged,
             "timing.runtime and timing.merged: every written format is timed in its own runtime; "
             "choose with formats",
         )
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is written, in order: the formats, each followed by itself compressed."""
+        found = []
+        for kind in dict.fromkeys(self.formats):
+            modes = self.compress if kind in GRAPHS else []
+            found += [kind, *(f"{kind}-{mode}" for mode in dict.fromkeys(modes))]
+        return found

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import foreign
+from elastic import foreign, models
+from elastic.config import TrainConfig
 from elastic.cost import Counter, count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, read_json, write_json, write_text
+from elastic.formats import card, hf
 from elastic.merging import combine, compact
 from elastic.progress import say
-from elastic.proof import NO_SCORE, prove, samples
+from elastic.proof import NO_SCORE, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
 from elastic.runners import timing_of
 from elastic.space import SubAdapter
 from elastic.supernet import ABOUT, Supernet
-from elastic.tasks import load_task
+from elastic.tasks import Example, load_task
+from elastic.uniform import nearest_uniform
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS, Source, Which
 
@@ -39,7 +43,7 @@ def export(config: ExportConfig) -> Report:
     """
     run = Run(config.run)
     trained = run.config()
-    for kind in config.formats:
+    for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
     # The base itself is hashed, and held against this, when the run is loaded.
@@ -51,6 +55,11 @@ def export(config: ExportConfig) -> Report:
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = run.load(dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    extra: dict[str, Any] = {}
+    if config.hf.uniform:
+        extra["instead_of"] = _instead_of(run, config, base, net, name, sub, task.test)
+        sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
+        name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
     directory = run.path / "export" / (config.name or name)
     if directory.exists() and not (directory / "report.json").is_file():
@@ -60,10 +69,10 @@ def export(config: ExportConfig) -> Report:
     if others:
         updates = [foreign.read(folder, wanted, digest) for folder in others]
         merged = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
-        model, extra = merged.model, {"merge": merged.report}
+        model, extra = merged.model, {**extra, "merge": merged.report}
         probes = [probe(model, ids) for ids in inputs]
     else:
-        model, extra = compact(net, sub), {}
+        model = compact(net, sub)
         with net.active(sub) as active:
             probes = [probe(active, ids) for ids in inputs]
     both: dict[Which, PreTrainedModel] = {
@@ -73,9 +82,9 @@ def export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
-            source = Source(config, net, sub, both, base, wanted, Path(scratch))
+            source = Source(config, net, sub, both, base, wanted, Path(scratch), task.train)
             asked = samples(source, task.test)
-            for kind in dict.fromkeys(config.formats):
+            for kind in config.kinds:
                 if reason := FORMATS[kind].why_not(source):
                     found[kind] = {"skipped": reason}
                     continue
@@ -98,15 +107,47 @@ def export(config: ExportConfig) -> Report:
             "timing": as_plain(config.timing),
             "formats": found,
             "samples": asked,
-            "base_model": trained.model.path,
+            **_origin(run, trained),
             "base_digest": base.digest,
             "seed": config.seed,
             **provenance(str(model.device)),
         }
+        if (building / "hf").is_dir():
+            card.write(contents, building / "hf")
+            found["hf"]["bytes"] = size_of(building / "hf")
         report = Report(directory, contents)
         write_json(building / "report.json", contents)
         write_text(building / "report.md", report.markdown())
     return report
+
+
+def _origin(run: Run, trained: TrainConfig) -> dict[str, Any]:
+    """What the sub-adapter was made from."""
+    license = card.license_of(Path(models.locate(trained.model.path)))
+    about, budget = run.search / "about.json", None
+    if about.is_file():
+        asked = read_json(about)["settings"]["budget"]
+        budget = {name: limit for name, limit in asked.items() if limit is not None}
+    return {
+        "base_model": trained.model.path, "license": license,
+        "method": trained.adapter.resolved_method, "space": trained.space,
+        "task": trained.task.train or trained.task.dataset or trained.task.name, "budget": budget,
+    }  # fmt: skip
+
+
+def _instead_of(
+    run: Run,
+    config: ExportConfig,
+    base: models.Base,
+    net: Supernet,
+    name: str,
+    sub: SubAdapter,
+    test: Sequence[Example],
+) -> dict[str, Any]:
+    """Costs and accuracy of the sub-adapter that a uniform one takes the place of."""
+    model = compact(net, sub)
+    accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, test)
+    return {"name": name, "sub_adapter": sub.as_dict(), **accuracy, **_costs(net, sub, model)}
 
 
 def _accuracy(

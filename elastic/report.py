@@ -87,9 +87,11 @@ class Report:
                 f"Accuracy {c['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
                 f"{c['accuracy_n']} test examples the search never saw"
             )
+        if "instead_of" in c:
+            yield _instead_of(c)
         if "merge" in c:
             yield from _merge(c["merge"])
-        written = {name: found for name, found in c["formats"].items() if "skipped" not in found}
+        written = {name: found for name, found in c["formats"].items() if _runs(found)}
         if written:
             yield _agreement(written)
             yield _cost(written, c["timing"])
@@ -98,6 +100,8 @@ class Report:
         for name, found in c["formats"].items():
             if "skipped" in found:
                 yield f"{name}: not written: {found['skipped']}"
+            elif "unproved" in found:
+                yield f"{name}: {found['bytes'] / 1e6:.0f} MB, {found['unproved']}"
         controls = [found["control"] for found in written.values() if not found["trusted"]]
         if controls:
             yield f"Latency: {distrust(max(controls), c['timing']['tolerance'])}"
@@ -108,7 +112,7 @@ def verdict(formats: Mapping[str, Mapping[str, Any]]) -> str:
     than the full model differs from itself, at prefill and at decode."""
     kinds: dict[str, list[str]] = {"slower": [], "unknown": [], "faster": []}
     for name, found in formats.items():
-        if "skipped" in found:
+        if not _runs(found):
             continue
         steps = {"prefill": found["prefill_ratio"]}
         if found["full_decode_ms"]:
@@ -125,7 +129,24 @@ def verdict(formats: Mapping[str, Mapping[str, Any]]) -> str:
         "faster": "Faster than the full model",
     }
     told = [f"{beginnings[kind]}: {', '.join(names)}" for kind, names in kinds.items() if names]
-    return ". ".join(told) or "Nothing was written"
+    return ". ".join(told) or "Nothing was written that runs here"
+
+
+def _runs(found: Mapping[str, Any]) -> bool:
+    """Whether it was written, and run here."""
+    return "skipped" not in found and "unproved" not in found
+
+
+def _instead_of(c: Mapping[str, Any]) -> str:
+    """What one size for all layers costs."""
+    chosen = c["instead_of"]
+    told = [
+        f"{chosen[key] / 1e6:.1f} M {name} instead of {c[key] / 1e6:.1f} M"
+        for key, name in (("params", "parameters"), ("macs", "operations per token"))
+    ]
+    if chosen["accuracy"] is not None:
+        told.append(f"accuracy {chosen['accuracy']:.1%} instead of {c['accuracy']:.1%}")
+    return f"One size for all layers; {chosen['name']}, with its own, has {', '.join(told)}"
 
 
 def _agreement(formats: Mapping[str, Mapping[str, Any]]) -> Table:

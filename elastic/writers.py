@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from elastic import foreign, models
+from elastic import compression, foreign, models
 from elastic.adapters.attach import dequantise_
+from elastic.calibration import calibration_inputs
 from elastic.config import ModelConfig
 from elastic.errors import ExportError, MissingExtra
 from elastic.evaluate import Score, evaluate
-from elastic.export_config import ExportConfig
-from elastic.files import read_json
-from elastic.formats import hf, onnx, openvino, peft
+from elastic.export_config import GRAPHS, ExportConfig
+from elastic.files import read_json, write_json
+from elastic.formats import gguf, hf, onnx, openvino, peft
+from elastic.formats.padding import padded
 from elastic.formats.weigh import Load
 from elastic.run import as_plain
 from elastic.runners import Runner, runner_of, timed_runner
@@ -51,6 +53,8 @@ class Source:
     trained: ModelConfig
     scratch: Path
     """For what is not kept."""
+    train: Sequence[Example] = ()
+    """Training examples, for what looks at activations."""
     folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
 
     def folder(self, kind: str, which: Which) -> Path:
@@ -67,8 +71,8 @@ class Source:
 class Format:
     """One way to write models; the contract, and what most keep."""
 
-    runtime: str
-    """What runs them (`elastic.formats.weigh.RUNTIMES`)."""
+    runtime: str | None = None
+    """What runs them (`elastic.formats.weigh.RUNTIMES`); None where nothing here does."""
 
     def require(self) -> None:
         """MissingExtra unless this can be written and run here; asked before anything slow."""
@@ -168,10 +172,16 @@ class Hf(_Torch):
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer
-        hf.write(source.models[which], tokenizer, directory, dtype=_stored(source))
+        hf.write(self._model(source, which), tokenizer, directory, dtype=_stored(source))
+
+    def _model(self, source: Source, which: Which) -> PreTrainedModel:
+        model = source.models[which]
+        if which == "compact" and source.config.hf.padded:
+            return padded(model, source.net.space, source.sub)
+        return model
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        stored, model = _stored(source), source.models[which]
+        stored, model = _stored(source), self._model(source, which)
         loaded = hf.load(directory, stored)
         for name, tensor in model.state_dict().items():
             if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
@@ -284,11 +294,80 @@ class Openvino(Format):
         return runner.precision
 
 
+class Gguf(Format):
+    """For llama.cpp, in half precision; nothing here runs it, so what was written is read back."""
+
+    def why_not(self, source: Source) -> str | None:
+        return gguf.why_not(source.models["compact"], source.base.tokenizer)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        model = source.models[which]
+        file = gguf.write(model, source.base.tokenizer, directory, name=source.config.sub_adapter)
+        gguf.check(file, model)
+
+
+class Compressed(Format):
+    """A graph whose weights have fewer bits, beside the full model's graph as it is."""
+
+    def __init__(self, kind: str, mode: str) -> None:
+        self.kind, self.mode, self.whole = kind, mode, FORMATS[kind]
+        self.runtime = self.whole.runtime
+
+    def require(self) -> None:
+        self.whole.require()
+        if self.kind in compression.MODES[self.mode].formats:
+            compression.check(self.mode, self.kind)
+
+    def why_not(self, source: Source) -> str | None:
+        known = compression.MODES[self.mode].formats
+        if self.kind not in known:
+            return f"NNCF has {self.mode} for {' and '.join(known)} alone"
+        if source.models["compact"].config.is_encoder_decoder:
+            return "the two graphs of encoder-decoder models are not compressed yet"
+        return self.whole.why_not(source)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        file = {"onnx": onnx.FILE, "openvino": openvino.FILE}[self.kind]
+        examples = []
+        if compression.MODES[self.mode].calibrated:
+            chosen = source.train[: source.config.compress_examples]
+            examples = calibration_inputs(source.base.tokenizer, source.models[which], chosen)
+        graph = source.folder(self.kind, which) / file
+        made = compression.compress(graph, directory, self.mode, examples)
+        write_json(directory / "compression.json", made.as_dict())
+        _companions(source, which, directory)
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return self.whole.open(source, which, directory)
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        return self.whole.exact(source, directory, runner)
+
+    def limit(self, source: Source) -> float | None:
+        return None  # it rounds on purpose
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return self.whole.full(source, self.kind)
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        return f"{self.mode}, {self.whole.precision(source, runner)}"
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        return self.whole.loads(source, self.kind, directory)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"compression": read_json(directory / "compression.json")}
+
+
 FORMATS: dict[str, Format] = {
     "hf": Hf(),
     "peft": Peft(),
     "onnx": Onnx(),
     "openvino": Openvino(),
+    "gguf": Gguf(),
+}
+FORMATS |= {
+    f"{kind}-{mode}": Compressed(kind, mode) for kind in GRAPHS for mode in compression.MODES
 }
 
 
@@ -304,4 +383,4 @@ def _companions(source: Source, which: Which, directory: Path) -> None:
     hf.described_config(model, code=False).save_pretrained(directory)
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(directory)
-    source.base.tokenizer.save_pretrained(directory)
+    hf.write_tokenizer(source.base.tokenizer, directory)

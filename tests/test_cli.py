@@ -16,6 +16,7 @@ import elastic
 from elastic.__main__ import COMMANDS, main
 from elastic.adapters import METHODS
 from elastic.cli import from_dict, parse
+from elastic.compression import MODES
 from elastic.config import AdapterConfig, ScheduleConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
@@ -23,6 +24,7 @@ from elastic.export_config import ExportConfig
 from elastic.run import Run, as_plain
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.tasks import TASKS
+from elastic.writers import FORMATS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))  # test_distributed.py loads accelerate/
@@ -215,7 +217,11 @@ def test_literals_equal_registries():
     dims = {*DIMS, DEPTH}
     assert literal(StageConfig, "train_dims") == dims == set(TrainConfig().progressivity)
     assert literal(TrainConfig, "progressivity") == dims
-    assert literal(ExportConfig, "formats") == set(ExportConfig().formats)
+    assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf"}
+    assert literal(ExportConfig, "compress") == set(MODES)
+    assert set(FORMATS) == set(
+        ExportConfig(formats=list(literal(ExportConfig, "formats")), compress=list(MODES)).kinds
+    )
 
 
 def test_public_names_are_where_they_are_said_to_be():

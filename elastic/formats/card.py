@@ -231,7 +231,8 @@ def _origin(c: Mapping[str, Any]) -> str:
         if c.get(key) is not None:
             lines.append(f"{title}: {_code(c[key]) if key != 'device' else _plain(c[key])}")
     for name, limit in (c.get("budget") or {}).items():
-        lines.append(f"Budget: {_plain(LIMITS.get(name, name))} {_plain(f'{limit:g}')}")
+        amount = limit if isinstance(limit, str) else f"{limit:g}"
+        lines.append(f"Budget: {_plain(LIMITS.get(name, name))} {_plain(amount)}")
     if "merge" in c:
         names = ", ".join(_code(entry["name"]) for entry in c["merge"]["adapters"])
         lines.append(f"Merged adapters: {names} ({_code(c['merge']['strategy'])})")

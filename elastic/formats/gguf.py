@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 Type = Literal["f32", "f16", "bf16", "q8_0"]
+FILE_TYPES = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"
+}  # fmt: skip
+"""What a file says of most of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,20 @@ def write(
     return file
 
 
+def check(file: Path, model: PreTrainedModel) -> None:
+    """ExportError unless the file, read again, holds every tensor of the model to the bit."""
+    from gguf import GGUFReader, LlamaFileType
+
+    reader = GGUFReader(file)
+    kinds = {int(getattr(LlamaFileType, name)): kind for kind, name in FILE_TYPES.items()}
+    type = kinds[int(reader.fields["general.file_type"].contents())]
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    for name, tensor in _tensors(model):
+        values, _ = _stored(tensor, type)
+        if name not in found or found[name].data.tobytes() != values.tobytes():
+            raise ExportError(f"gguf: {name} is not what was written after reading {file} again")
+
+
 def _architecture(model: PreTrainedModel) -> tuple[str, bool]:
     """Its name, and whether it rotates neighbouring channels."""
     family = FAMILIES[type(model).__name__]
@@ -155,15 +173,9 @@ def _settings(writer: GGUFWriter, model: PreTrainedModel, type: Type, name: str 
     def one_or_all(values: Sequence[int]) -> int | list[int]:
         return values[0] if sizes.uniform else list(values)
 
-    types = {
-        "f32": LlamaFileType.ALL_F32,
-        "f16": LlamaFileType.MOSTLY_F16,
-        "bf16": LlamaFileType.MOSTLY_BF16,
-        "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    }
     if name is not None:
         writer.add_name(name)
-    writer.add_file_type(types[type])
+    writer.add_file_type(getattr(LlamaFileType, FILE_TYPES[type]))
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -1,0 +1,127 @@
+"""What the export command writes beside the plain formats: fewer bits, llama.cpp's files, one size
+for all layers."""
+
+import json
+
+import pytest
+import torch
+
+from elastic import __main__
+from elastic.errors import ConfigError
+from elastic.export_config import ExportConfig, HfConfig
+from elastic.exporter import export
+from elastic.files import write_json
+from elastic.formats import hf
+from elastic.run import Run
+from elastic.space import SubAdapter
+from elastic.training import train
+from elastic.uniform import is_uniform
+from tests import tiny
+from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folder) -> Run:
+    made = train(train_config(tiny_folder, tmp_path_factory.mktemp("writers") / "run"))
+    randomize_factors(made)
+    return made
+
+
+def config(run: Run, **overrides) -> ExportConfig:
+    settings = dict(formats=["hf"], accuracy=False, timing=ONE_ROUND, runtime_examples=4)
+    return ExportConfig(run=str(run.path), **(settings | overrides))
+
+
+def uneven(run: Run, file) -> str:
+    """Full ranks, and MLPs of two widths."""
+    net = run.load()[2]
+    widths = iter((48, 16))
+    chosen = {
+        group.name: next(widths) if group.dim == "width" else group.choices[0]
+        for group in net.space
+    }
+    write_json(file, chosen)
+    return str(file)
+
+
+def test_graphs_with_fewer_bits_beside_themselves(run, tmp_path, capsys):
+    pytest.importorskip("nncf")
+    asked = config(run, sub_adapter=uneven(run, tmp_path / "u.json"), name="compressed",
+                   formats=["onnx", "openvino"], compress=["int8", "nf4"])  # fmt: skip
+    report = export(asked)
+    formats = report.contents["formats"]
+    assert list(formats) == ["onnx", "onnx-int8", "onnx-nf4", "openvino", "openvino-int8",
+                             "openvino-nf4"]  # fmt: skip
+    assert "for openvino alone" in formats["onnx-nf4"]["skipped"]
+    for name in ("onnx-int8", "openvino-int8", "openvino-nf4"):
+        found, whole = formats[name], formats[name.partition("-")[0]]
+        about = found["compression"]
+        assert about["mode"] == name.partition("-")[2] and about["bytes"] < about["bytes_before"]
+        # Random weights are what 4 bits fit worst.
+        limit = 0.3 if name.endswith("int8") else 1.0
+        assert 0 < found["max_abs_diff"] < limit * found["largest_logit"], name
+        assert found["max_abs_diff"] > 10 * whole["max_abs_diff"]  # it did round
+        assert found["accuracy_n"] == 4 and len(found["texts"]) == 3
+        assert found["deployed"]["precision"].startswith(about["mode"])
+        assert (report.directory / name / "tokenizer.json").is_file()
+        assert json.loads((report.directory / name / "compression.json").read_text()) == about
+    report.show()
+    assert "openvino-int8" in capsys.readouterr().out
+    assert "openvino-int8" in (report.directory / "report.md").read_text()
+
+
+def test_compressing_needs_a_graph_and_a_known_mode(run, capsys):
+    with pytest.raises(ConfigError, match="compress int8: .* add onnx or openvino to formats"):
+        config(run, compress=["int8"])
+    assert __main__.main(["export", str(run.path), "--compress", "int9"]) != 0
+    assert "did you mean 'int8'" in capsys.readouterr().err
+
+
+def test_a_file_for_llama_cpp_is_read_back_and_said_to_be_unproved(run, tmp_path, capsys):
+    asked = config(run, sub_adapter=uneven(run, tmp_path / "u.json"), formats=["gguf"], name="gguf")
+    report = export(asked)
+    found = report.contents["formats"]["gguf"]
+    if "skipped" in found:  # the tiny tokenizer is none of llama.cpp's
+        assert "tokenizer" in found["skipped"]
+    report.show()
+    assert "gguf: " in capsys.readouterr().out
+
+
+def test_a_padded_folder_is_plain_and_the_same_function(run, tmp_path):
+    file = uneven(run, tmp_path / "u.json")
+    own = export(config(run, sub_adapter=file, name="own"))
+    padded = export(config(run, sub_adapter=file, name="padded", hf=HfConfig(padded=True)))
+    assert (own.directory / "hf" / hf.CODE).is_file()
+    assert not (padded.directory / "hf" / hf.CODE).exists()
+    assert padded.contents["formats"]["hf"]["bytes"] > own.contents["formats"]["hf"]["bytes"]
+    ids = tiny.tokens()
+    one, other = (hf.load(each.directory / "hf", torch.float32) for each in (own, padded))
+    torch.testing.assert_close(tiny.logits(one, ids), tiny.logits(other, ids), atol=1e-4, rtol=0)
+
+
+def test_the_nearest_uniform_sub_adapter_says_what_it_costs(run, tmp_path, capsys):
+    file = uneven(run, tmp_path / "uneven.json")
+    asked = config(run, sub_adapter=file, hf=HfConfig(uniform=True), accuracy=True)
+    report = export(asked)
+    contents = report.contents
+    space = run.load()[2].space
+    written = SubAdapter(tuple(contents["sub_adapter"].items()))
+    assert report.directory.name == "uneven-uniform" and is_uniform(space, written)
+    assert not is_uniform(space, SubAdapter.read(file))
+    before = contents["instead_of"]
+    assert before["sub_adapter"] == SubAdapter.read(file).as_dict()
+    assert before["params"] == contents["params"]  # 48 + 16 = 32 + 32
+    assert before["accuracy_n"] == contents["accuracy_n"] == 8
+    assert not (report.directory / "hf" / hf.CODE).exists()
+    report.show()
+    assert "One size for all layers; uneven" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_folder_has_a_card_that_says_how_to_load_it(run):
+    report = export(config(run, sub_adapter="minimal"))
+    text = (report.directory / "hf" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
+    assert f"{report.contents['params'] / 1e6:.1f} M of" in text
+    files = [file for file in (report.directory / "hf").rglob("*") if file.is_file()]
+    assert report.contents["formats"]["hf"]["bytes"] == sum(f.stat().st_size for f in files)
