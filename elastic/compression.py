@@ -56,6 +56,8 @@ MODES = {
     "int4_gptq": Mode("INT4_ASYM", 4, {"gptq": True}, calibrated=True, formats=("openvino",)),
     "nf4": Mode("NF4", 4, formats=("openvino",)),
 }
+"""4 bits have a zero point unless the name says sym: SmolLM2 then keeps 73 to 74 % of its greedy
+tokens, without 67 %, for 1 % more bytes."""
 
 
 @dataclass(frozen=True)
