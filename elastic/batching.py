@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from elastic.tasks.base import Example
 
 IGNORED = -100
+_WORTH_A_PASS = 512
+"""Tokens that a batch should have before short sequences are kept out of it."""
 
 
 def padded(length: int) -> int:
@@ -241,12 +243,16 @@ def length_sorted(
     sequences: Sequence[Encoded], batch_tokens: int
 ) -> Iterator[tuple[list[int], list[Encoded]]]:
     """Indices and sequences in batches of at most `batch_tokens` padded tokens (at least one
-    sequence), longest first: memory runs out at once or not at all."""
+    sequence), longest first: memory runs out at once or not at all. What would be padding to more
+    than an eighth waits for the next batch, once this one is worth a forward pass."""
     order = sorted(range(len(sequences)), key=lambda i: -sequences[i].length)
     start = 0
     while start < len(order):
         length = padded(sequences[order[start]].length)
         rows = order[start : start + max(1, batch_tokens // length)]
+        least = -(-_WORTH_A_PASS // length)
+        similar = [row for row in rows[least:] if sequences[row].length >= length * 7 / 8]
+        rows = rows[:least] + similar
         yield rows, [sequences[row] for row in rows]
         start += len(rows)
 

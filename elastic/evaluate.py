@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from elastic.batching import (
 )
 from elastic.behind import padding_is_seen
 from elastic.classifier import classes_of
-from elastic.prefix import read
+from elastic.prefix import common_start, read
 from elastic.progress import track
 from elastic.recurrent import is_recurrent
 from elastic.tasks.base import Example, Judge
@@ -221,13 +221,20 @@ def rows_of(
     if len(options) == 1:
         return [Row(index, encoded[0])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
+    alike = 0
+    if not model.config.is_encoder_decoder:
+        # What all options begin with decides nothing: it counts as prompt.
+        alike = min(common_start(tokens), max(map(len, tokens)) - 1)
     told: dict[int, list[tuple[bool, tuple[int, ...]]]] = {}
     longest = sorted(range(len(options)), key=lambda option: -len(tokens[option]))
     for option in longest:
-        start = tokens[option][:-1]
+        start, is_answer = tokens[option][:-1], options[option] == example.answer
         host = next((h for h in told if tokens[h][: len(start)] == start), option)
-        told.setdefault(host, []).append((options[option] == example.answer, tokens[option]))
-    return [Row(index, encoded[host], each) for host, each in told.items()]
+        told.setdefault(host, []).append((is_answer, tokens[option][alike:]))
+    return [
+        Row(index, replace(encoded[host], answer=encoded[host].answer - alike), each)
+        for host, each in told.items()
+    ]
 
 
 @torch.inference_mode()

@@ -55,12 +55,16 @@ def read(model: PreTrainedModel, sequences: Sequence[Encoded]) -> Prefix | None:
 
 def shared(sequences: Sequence[Encoded]) -> int:
     """How many tokens all sequences begin with; every one keeps at least one before its answer."""
-    ids = [sequence.ids for sequence in sequences]
     most = min((len(each.ids) - each.answer - 1 for each in sequences), default=0)
+    return max(0, min(common_start([each.ids for each in sequences]), most))
+
+
+def common_start(rows: Sequence[tuple[int, ...]]) -> int:
+    """How many numbers all rows begin with."""
     # What the first and the last in order share, all in between share too.
-    pairs = zip(min(ids, default=()), max(ids, default=()), strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), most)
-    return max(0, min(same, most))
+    first, last = min(rows, default=()), max(rows, default=())
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
 def _goes_on(model: PreTrainedModel) -> bool:

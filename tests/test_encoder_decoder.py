@@ -115,20 +115,29 @@ def test_scores_and_answers_do_not_depend_on_the_batch(folder):
     assert 0 < score.accuracy < 1
 
 
-def test_likelihood_is_the_decoders(folder):
-    """The option whose summed log-probability, computed by hand, is largest."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("b", "another one", "?!"),
+        ("one a", "one z", "one of"),
+        ("it is 51", "it is g6", "it is 784"),
+        ("it is ag", "it is d8", "it is ba"),
+    ],
+)
+def test_likelihood_is_the_decoders(folder, options):
+    """The option whose summed log-probability, computed by hand without its end, is largest."""
     model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = ("b", "another one", "?!")
-    sums = []
-    for option in options:
-        target = torch.tensor([encode(tokenizer, "ab", option, encoder_decoder=True).ids])
-        source = torch.tensor([tokenizer("ab")["input_ids"]])
-        logits = outputs(model, source, target).log_softmax(-1)
-        sums.append(float(logits.gather(-1, target[..., None]).sum()))
-    best = options[max(range(3), key=sums.__getitem__)]
-    found = {o: evaluate(model, tokenizer, [Example("ab", o, options)]).accuracy for o in options}
-    assert found == {option: float(option == best) for option in options}
+    for prompt in ("ab", "x", "what?", "a longer prompt"):
+        sums = []
+        for option in options:
+            target = torch.tensor([encode(tokenizer, prompt, option, encoder_decoder=True).ids])
+            source = torch.tensor([tokenizer(prompt)["input_ids"]])
+            logits = outputs(model, source, target).log_softmax(-1)
+            sums.append(float(logits.gather(-1, target[..., None])[:, :-1].sum()))
+        best = options[max(range(3), key=sums.__getitem__)]
+        asked = [Example(prompt, option, options) for option in options]
+        assert evaluate(model, tokenizer, asked).correct == tuple(o == best for o in options)
 
 
 def test_padding_does_not_count_in_the_order_of_channels(folder):
