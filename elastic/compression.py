@@ -22,7 +22,7 @@ import numpy as np
 
 from elastic.calibration import completed
 from elastic.errors import ConfigError, MissingExtra, require, unknown
-from elastic.formats import onnx, openvino, stored
+from elastic.formats import onnx, openvino, stored, tracing
 from elastic.formats.onnx_weights import expose, lower
 from elastic.formats.stored import Weight
 
@@ -175,14 +175,16 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
     tied = expose(model)
     inputs = [completed(each, shapes) for each in samples]
     with tempfile.TemporaryDirectory() as outside:
-        if large := _size(graph) > onnx.SINGLE_FILE_BYTES:  # no graph with its weights then
+        if large := _size(graph) > tracing.SINGLE_FILE_BYTES:  # no graph with its weights then
             library.save(
                 model, f"{outside}/{graph.name}", save_as_external_data=True, location="weights"
             )
             model = library.load(f"{outside}/{graph.name}", load_external_data=False)
         model = _compressed(model, mode, inputs, group, tied, outside if large else None)
     lower(model)
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > onnx.SINGLE_FILE_BYTES
+    large = (
+        sum(len(tensor.raw_data) for tensor in model.graph.initializer) > tracing.SINGLE_FILE_BYTES
+    )
     library.save(model, written, save_as_external_data=large, location=f"{written.name}.data")
     return stored.in_onnx(library.load(written))
 

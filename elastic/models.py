@@ -119,8 +119,6 @@ def _kind(architecture: PretrainedConfig, config: ModelConfig):
 
 def no_graph(architecture: PretrainedConfig) -> str | None:
     """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
-    if architecture.is_encoder_decoder:
-        return "encoder-decoder models are not yet written as graphs"
     if is_recurrent(architecture):
         return "recurrent models are not written as graphs: tracing would fix the length"
     return None

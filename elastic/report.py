@@ -100,7 +100,9 @@ class Report:
         for name, found in c["formats"].items():
             if "skipped" in found:
                 yield f"{name}: not written: {found['skipped']}"
-            elif "unproved" in found:
+            for package, reason in found.get("pipelines", {}).items():
+                yield f"{name} in {package}: {reason}"
+            if "unproved" in found:
                 yield f"{name}: {found['bytes'] / 1e6:.0f} MB, {found['unproved']}"
         controls = [found["control"] for found in written.values() if not found["trusted"]]
         if controls:

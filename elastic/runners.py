@@ -164,15 +164,13 @@ def open_runner(timing: TimingConfig, model: PreTrainedModel, directory: Path | 
     from elastic.formats import onnx, openvino
 
     graph = onnx.write(model, directory)
-    if timing.runtime == "openvino":
-        openvino.write(graph, directory)
-    return open_written(directory, timing.runtime)
+    if timing.runtime == "onnx":
+        return onnx.open_runner(graph)
+    return openvino.open_runner(openvino.write(graph, directory))
 
 
 def open_written(directory: Path, runtime: str) -> Runner:
     """Of a model that was written into `directory` for onnx or openvino."""
     from elastic.formats import onnx, openvino
 
-    if runtime == "onnx":
-        return onnx.OnnxRunner(directory / onnx.FILE)
-    return openvino.OpenVINORunner(directory / openvino.FILE)
+    return {"onnx": onnx, "openvino": openvino}[runtime].open_folder(directory)

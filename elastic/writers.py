@@ -24,7 +24,7 @@ from elastic.errors import ExportError, MissingExtra
 from elastic.evaluate import Score, evaluate
 from elastic.export_config import GRAPHS, ExportConfig
 from elastic.files import read_json, write_json
-from elastic.formats import gguf, hf, onnx, openvino, peft
+from elastic.formats import genai, gguf, hf, onnx, openvino, peft
 from elastic.formats.padding import padded
 from elastic.formats.weigh import Load
 from elastic.run import as_plain
@@ -56,6 +56,8 @@ class Source:
     train: Sequence[Example] = ()
     """Training examples, for what looks at activations."""
     folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
+    pipelines: dict[Path, dict[str, str]] = field(default_factory=dict)
+    """By folder, what a runtime's own pipeline cannot do with it."""
 
     def folder(self, kind: str, which: Which) -> Path:
         """Where this model is written in this format; written now if it is not."""
@@ -66,6 +68,13 @@ class Source:
     def write(self, kind: str, which: Which, directory: Path) -> None:
         FORMATS[kind].write(self, which, directory)
         self.folders[kind, which] = directory
+
+    def accompany(self, which: Which, directory: Path, runtime: str) -> None:
+        """What stands beside a graph, so that its folder is all that a pipeline needs."""
+        model, tokenizer = self.models[which], self.base.tokenizer
+        self.pipelines[directory] = genai.companions(
+            model, tokenizer, directory, runtime, logits=self.config.logits
+        )
 
 
 class Format:
@@ -258,10 +267,13 @@ class Onnx(Format):
         model = source.models[which]
         wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
         onnx.write(wide, directory, logits=source.config.logits)
-        _companions(source, which, directory)
+        source.accompany(which, directory, "onnx")
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        return onnx.OnnxRunner(directory / onnx.FILE)
+        return onnx.open_folder(directory)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"pipelines": source.pipelines[directory]}
 
 
 class Openvino(Format):
@@ -281,17 +293,20 @@ class Openvino(Format):
             graph = source.folder("onnx", which)
         except ExportError as error:
             raise ExportError(f"openvino, by way of {error}") from error
-        openvino.write(graph / onnx.FILE, directory)
-        _companions(source, which, directory)
+        openvino.write(onnx.graph_in(graph), directory)
+        source.accompany(which, directory, "openvino")
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        return openvino.OpenVINORunner(directory / openvino.FILE, precision=None)
+        return openvino.open_folder(directory, precision=None)
 
     def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
-        return openvino.OpenVINORunner(directory / openvino.FILE)
+        return openvino.open_folder(directory)
 
     def precision(self, source: Source, runner: Runner) -> str:
         return runner.precision
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"pipelines": source.pipelines[directory]}
 
 
 class Gguf(Format):
@@ -335,7 +350,7 @@ class Compressed(Format):
         graph = source.folder(self.kind, which) / file
         made = compression.compress(graph, directory, self.mode, examples)
         write_json(directory / "compression.json", made.as_dict())
-        _companions(source, which, directory)
+        source.accompany(which, directory, self.kind)
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         return self.whole.open(source, which, directory)
@@ -356,7 +371,8 @@ class Compressed(Format):
         return self.whole.loads(source, self.kind, directory)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"compression": read_json(directory / "compression.json")}
+        compressed = read_json(directory / "compression.json")
+        return {"compression": compressed, **self.whole.about(source, directory)}
 
 
 FORMATS: dict[str, Format] = {
@@ -375,12 +391,3 @@ def _stored(source: Source) -> torch.dtype:
     """The type that Hugging Face folders are written in."""
     dtype = source.models["compact"].dtype
     return dtype if dtype == torch.float64 else models.stored_dtype(source.trained) or dtype
-
-
-def _companions(source: Source, which: Which, directory: Path) -> None:
-    """Config and tokenizer beside a graph, so that its folder is all a server needs."""
-    model = source.models[which]
-    hf.described_config(model, code=False).save_pretrained(directory)
-    if (generation := getattr(model, "generation_config", None)) is not None:
-        generation.save_pretrained(directory)
-    hf.write_tokenizer(source.base.tokenizer, directory)

@@ -273,7 +273,7 @@ def test_it_may_take_the_place_of_what_it_read(tied, kind, tmp_path):
 def test_large_graphs_keep_their_weights_beside_them(tied, samples, mode, tmp_path, monkeypatch):
     """Read and written: the same codes as from a graph in one file."""
     whole = compress(tied.paths["onnx"], tmp_path / "whole", mode, samples)
-    monkeypatch.setattr(onnx, "SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr(tracing, "SINGLE_FILE_BYTES", 0)
     large = tmp_path / "large"
     model = onnx_library.load(tied.paths["onnx"])
     large.mkdir()

@@ -1,4 +1,4 @@
-"""Encoder-decoder models go the way of decoders, but for graphs."""
+"""Encoder-decoder models go the way of decoders."""
 
 import json
 
@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
 from elastic.config import AdapterConfig, StageConfig
-from elastic.errors import ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.export_config import ExportConfig
 from elastic.exporter import export
@@ -56,7 +55,8 @@ SPACE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save_t5(tmp_path_factory.mktemp("t5"))
+    # MLPs of 96, 48 and 24: OpenVINO ends the process at 32 (see `tests.test_exporter.mixed`).
+    return tiny.save_t5(tmp_path_factory.mktemp("t5"), d_ff=96)
 
 
 def net_of(method: str = "lora") -> Supernet:
@@ -191,8 +191,8 @@ def test_searched_and_written(run, monkeypatch):
     report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND))
     written = report.contents["formats"]
     assert written["hf"]["greedy_tokens_equal"] and written["hf"]["decode_ms"] > 0
-    assert all("not yet written as graphs" in written[kind]["skipped"]
-               for kind in ("onnx", "openvino"))  # fmt: skip
+    for kind in ("onnx", "openvino"):
+        assert written[kind]["greedy_tokens_equal"] and written[kind]["decode_ms"] > 0
     whole = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["peft"],
                                 timing=ONE_ROUND))  # fmt: skip
     assert whole.contents["formats"]["peft"]["greedy_tokens_equal"]
@@ -200,14 +200,12 @@ def test_searched_and_written(run, monkeypatch):
     assert config["task_type"] == "SEQ_2_SEQ_LM"
 
 
-def test_a_runtime_that_cannot_is_refused_before_weights_load(run, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    path, timing = str(run.path), TimingConfig(runtime="onnx")
-    for command, config in (
-        (search, SearchConfig(run=path, timing=timing)),
-        (time_run, LatencyConfig(run=path, timing=timing)),
-    ):
-        with pytest.raises(
-            ModelError, match=r"timing\.runtime onnx: .*encoder-decoder models are not yet"
-        ):
-            command(config)
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_other_runtimes_are_timed(run, runtime):
+    report = time_run(LatencyConfig(
+        run=str(run.path), sub_adapter="minimal",
+        timing=TimingConfig(runtime=runtime, prompt_tokens=4, new_tokens=2, rounds=2, max_rounds=2,
+                            tolerance=1e9),
+    ))  # fmt: skip
+    told = report.as_dict()
+    assert told["prefill_ms"] > 0 and told["decode_ms"] > 0

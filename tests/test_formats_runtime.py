@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic.errors import ConfigError
-from elastic.formats import onnx, openvino
+from elastic.formats import onnx, openvino, tracing
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -193,7 +193,7 @@ def test_untied_head_equals_torch(tmp_path):
 
 
 def test_external_weights_move_with_their_directory(model, onnx_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr(tracing, "SINGLE_FILE_BYTES", 0)
     for _ in range(2):  # the second write replaces the first, it does not append
         onnx.write(model, tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")

@@ -179,7 +179,7 @@ def _older_words(config: PretrainedConfig) -> dict[str, Any]:
 def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     config = copy.deepcopy(model.config)
     plain = linear_(_meta(type(model), model.config))
-    expected, groups = _shapes_of(plain), _query_groups(plain)
+    expected, groups = _shapes_of(plain), query_groups(plain)
     changed = {name: size for name, size in _shapes_of(model).items() if size != expected[name]}
     uniform = _uniform_sizes(model, changed, expected)
     if uniform is not None:
@@ -187,7 +187,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
             setattr(config, name, size)
         return config
     grouped: dict[str, dict[str, int]] = {
-        name: {QUERIES: own} for name, own in _query_groups(model).items() if own != groups[name]
+        name: {QUERIES: own} for name, own in query_groups(model).items() if own != groups[name]
     }
     for name, counted in _counted_heads(model, expected).items():
         grouped[name] = grouped.get(name, {}) | counted
@@ -270,7 +270,7 @@ def _uniform_sizes(
     # Where layers differ in size, no one value fits them all.
     plain = linear_(_meta(type(model), config))
     alike = _shapes_of(plain) == _shapes_of(model)
-    return found if alike and _query_groups(plain) == _query_groups(model) else None
+    return found if alike and query_groups(plain) == query_groups(model) else None
 
 
 def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, int]:
@@ -281,7 +281,7 @@ def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, in
             return {name: after}
     head_size = getattr(config, "head_dim", None)
     if head_size and config.num_attention_heads * head_size == before:
-        heads, groups = after // head_size, set(_query_groups(model).values())
+        heads, groups = after // head_size, set(query_groups(model).values())
         found = {"num_attention_heads": heads}
         if len(groups) == 1:
             found["num_key_value_heads"] = heads // groups.pop()
@@ -305,7 +305,7 @@ def _counted_heads(
     return found
 
 
-def _query_groups(model: PreTrainedModel) -> dict[str, int]:
+def query_groups(model: PreTrainedModel) -> dict[str, int]:
     """By attention module, how many query heads share a key-value head."""
     modules = model.named_modules()
     return {name: getattr(module, QUERIES) for name, module in modules if hasattr(module, QUERIES)}

@@ -1,47 +1,39 @@
-"""Write a causal language model as one ONNX graph with a KV cache, or a classifier as one
-without, and run it.
+"""Write a language model as ONNX with a KV cache, or a classifier without one, and run it.
 
-The same graph does prefill (past of length 0) and decode: batch, sequence and past are all
-dynamic. KV heads may differ from layer to layer, as they do in a slice.
-
-The graph is traced by PyTorch's TorchScript exporter, the older of its two, on purpose: the
-symbolic shapes of the newer one cost 160 s on SmolLM2's 30 layers, tracing costs 10 to 17 s. What
-a trace cannot follow are rotary embeddings whose frequencies depend on the prompt length
-(`dynamic` and `longrope` scaling).
+Of a decoder the same graph does prefill (past of length 0) and decode: batch, sequence and past are
+all dynamic. KV heads may differ from layer to layer, as they do in a slice. Encoder-decoder models
+are two graphs, of `elastic.formats.seq2seq`.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic.classifier import classes_of, has_types
-from elastic.errors import ConfigError, ExportError, MissingExtra, unknown
+from elastic.errors import ConfigError, MissingExtra, unknown
+from elastic.formats.tracing import (
+    Trace,
+    filled,
+    flattened,
+    require,
+    require_float32,
+    traceable,
+    write_traced,
+)
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from elastic.runners import Runner
+
+__all__ = ["FILE", "OnnxRunner", "open_runner", "require", "write"]
+
 FILE = "model.onnx"
-OPSET = 18
-SINGLE_FILE_BYTES = 2**31 - 2**24
-"""Weights above this go to `model.onnx.data`: protobuf ends at 2 GiB, graph included."""
-
-
-def require() -> None:
-    """MissingExtra unless ONNX can be written here; asked before anything slow begins."""
-    try:
-        import onnx  # noqa: F401  the exporter fails without it, but only after the trace
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnx", "writing ONNX") from error
 
 
 def cache_names(side: str, layers: int) -> list[str]:
@@ -59,76 +51,25 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     past_key_values.N.key and .value (batch, kv_heads, past, head_dim), present.N.* the same with
     past + sequence; logits (batch, 1 or sequence, vocab). Of a classifier: input_ids,
     attention_mask and, where the model has them, token_type_ids (batch, sequence); logits
-    (batch, classes). ExportError names what cannot be traced.
+    (batch, classes). Of an encoder-decoder model: see `elastic.formats.seq2seq.write`.
+    ExportError names what cannot be traced.
     """
-    import torch
-
     require()
     if logits not in ("last", "all"):
         raise ConfigError(unknown("logits", logits, ("all", "last")))
-    if model.dtype != torch.float32:
-        raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
+    require_float32(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if model.config.is_encoder_decoder:
+        from elastic.formats import seq2seq
 
-    with _traced_attention(model), torch.no_grad():
-        if classes_of(model):
-            return _traced(_classifier(model), directory)
-        names, example = _example(model)
-        layers = len(names) // 2
-        outputs = ["logits", *cache_names("present", layers)]
-        inputs = ["input_ids", "attention_mask", "position_ids", *names]
-        dynamic = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "position_ids")}
-        dynamic |= {"attention_mask": {0: "batch", 1: "total"}}
-        dynamic |= {name: {0: "batch", 2: "past"} for name in names}
-        dynamic |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
-        dynamic |= {"logits": {0: "batch"} if logits == "last" else {0: "batch", 1: "sequence"}}
-        flat = _flat(model, logits)
-        return _traced(_Trace(flat, example, inputs, outputs, dynamic), directory)
+        return seq2seq.write(model, directory, logits=logits)
+    with traceable(model):
+        trace = _classifier(model) if classes_of(model) else _decoder(model, logits)
+        return write_traced(trace, directory / FILE)
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """What is traced, with what, and what the graph calls it."""
-
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    inputs: Sequence[str]
-    outputs: Sequence[str]
-    dynamic: Mapping[str, Mapping[int, str]]
-
-
-def _traced(trace: _Trace, directory: Path) -> Path:
-    import torch
-
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        with warnings.catch_warnings():
-            # The exporter's own deprecation, and the tracer on branches over Python ints.
-            warnings.simplefilter("ignore")
-            try:
-                torch.onnx.export(
-                    trace.module,
-                    trace.example,
-                    os.path.join(scratch, FILE),
-                    input_names=trace.inputs,
-                    output_names=trace.outputs,
-                    dynamic_axes=trace.dynamic,
-                    opset_version=OPSET,
-                    dynamo=False,
-                    # Folding would store each tied head a second time, transposed.
-                    do_constant_folding=False,
-                )
-            except OSError:  # a full disk
-                raise
-            except Exception as error:  # what a model's own code raises is of any kind
-                raise ExportError(
-                    f"onnx: {type(trace.module.model).__name__} cannot be traced: "
-                    f"{' '.join(str(error).split())[:400] or type(error).__name__}"
-                ) from error
-        return _settle(Path(scratch), directory)
-
-
-def _classifier(model: PreTrainedModel) -> _Trace:
+def _classifier(model: PreTrainedModel) -> Trace:
     import torch
 
     class Flat(torch.nn.Module):
@@ -145,24 +86,19 @@ def _classifier(model: PreTrainedModel) -> _Trace:
     # Neither axis 1: the tracer would take that for a constant.
     example = tuple(torch.ones(2, 3, dtype=torch.long, device=model.device) for _ in inputs)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs} | {"logits": {0: "batch"}}
-    return _Trace(Flat(), example, inputs, ["logits"], dynamic)
+    return Trace(Flat(), example, inputs, ["logits"], dynamic)
 
 
-@contextmanager
-def _traced_attention(model: PreTrainedModel):
-    """Eager attention in evaluation mode, restored on exit.
-
-    OpenVINO recognises the eager form and fuses it with the cached past; the exporter's rendering
-    of fused attention it does not (SmolLM2 after 256 tokens: decode 21 ms against 36).
-    """
-    implementation, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.set_attn_implementation(implementation)
+def _decoder(model: PreTrainedModel, logits: str) -> Trace:
+    names, example = _example(model)
+    outputs = ["logits", *cache_names("present", len(names) // 2)]
+    inputs = ["input_ids", "attention_mask", "position_ids", *names]
+    dynamic = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "position_ids")}
+    dynamic |= {"attention_mask": {0: "batch", 1: "total"}}
+    dynamic |= {name: {0: "batch", 2: "past"} for name in names}
+    dynamic |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
+    dynamic |= {"logits": {0: "batch"} if logits == "last" else {0: "batch", 1: "sequence"}}
+    return Trace(_flat(model, logits), example, inputs, outputs, dynamic)
 
 
 def _example(model: PreTrainedModel):
@@ -171,11 +107,7 @@ def _example(model: PreTrainedModel):
 
     batch, sequence = 2, 3
     ids = torch.ones(batch, sequence, dtype=torch.long, device=model.device)
-    past = [
-        tensor
-        for layer in model(input_ids=ids, use_cache=True).past_key_values.layers
-        for tensor in (layer.keys, layer.values)
-    ]
+    past = flattened(model(input_ids=ids, use_cache=True).past_key_values)
     length = past[0].shape[2]
     mask = torch.ones(batch, length + sequence, dtype=torch.long, device=model.device)
     positions = torch.arange(length, length + sequence, device=model.device).repeat(batch, 1)
@@ -185,14 +117,6 @@ def _example(model: PreTrainedModel):
 def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
     """The model as a function of tensors alone: no cache object enters or leaves."""
     import torch
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    def filled(keys, values):
-        # Not `update`: it would concatenate to an untyped empty tensor, which OpenVINO refuses.
-        layer = DynamicLayer()
-        layer.keys, layer.values, layer.is_initialized = keys, values, True
-        layer.dtype, layer.device = keys.dtype, keys.device
-        return layer
 
     class Flat(torch.nn.Module):
         def __init__(self):
@@ -200,39 +124,57 @@ def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
             self.model = model
 
         def forward(self, input_ids, attention_mask, position_ids, *past):
-            cache = Cache(
-                layers=[filled(*pair) for pair in zip(past[0::2], past[1::2], strict=True)]
-            )
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
+                past_key_values=filled(past),
                 use_cache=True,
-                logits_to_keep=1 if logits == "last" else 0,
+                logits_to_keep=_last(input_ids) if logits == "last" else 0,
             )
-            pairs = ((layer.keys, layer.values) for layer in output.past_key_values.layers)
-            return output.logits, *(tensor for pair in pairs for tensor in pair)
+            return output.logits, *flattened(output.past_key_values)
 
     return Flat()
 
 
-def _settle(scratch: Path, directory: Path) -> Path:
-    """Move the exported file to `directory`, its weights beside it where protobuf cannot hold them.
+def _last(input_ids: Tensor) -> Tensor:
+    """The last position by its index, not as a slice: then the graph says that it is one, which is
+    how onnxruntime-genai knows."""
+    import torch
 
-    The location inside the file is relative, so the directory may be renamed afterwards.
-    """
-    path, data = directory / FILE, directory / f"{FILE}.data"
-    data.unlink(missing_ok=True)
-    if sum(file.stat().st_size for file in scratch.iterdir()) <= SINGLE_FILE_BYTES:
-        os.replace(scratch / FILE, path)
-        return path
-    import onnx
+    return torch.tensor([-1], device=input_ids.device)
 
-    graph = onnx.load(scratch / FILE)
-    path.unlink(missing_ok=True)
-    onnx.save(graph, path, save_as_external_data=True, location=data.name)
-    return path
+
+def open_runner(path: Path, threads: int | None = None) -> Runner:
+    """The runner for what `write` returned."""
+    from elastic.formats.seq2seq import DECODER, OnnxEncoderDecoder
+
+    return (OnnxEncoderDecoder if Path(path).name == DECODER else OnnxRunner)(path, threads)
+
+
+def session_of(path: Path, threads: int | None = None) -> InferenceSession:
+    """The graph, ready to run on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "onnx", "running ONNX models") from error
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0: one per physical core
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def graph_in(directory: Path) -> Path:
+    """What `write` returned for this folder."""
+    from elastic.formats.seq2seq import DECODER
+
+    there = (directory / DECODER).is_file()
+    return directory / (DECODER if there else FILE)
+
+
+def open_folder(directory: Path, threads: int | None = None) -> Runner:
+    """The runner for what `write` left in a folder."""
+    return open_runner(graph_in(directory), threads)
 
 
 class OnnxRunner:
@@ -243,17 +185,10 @@ class OnnxRunner:
     """
 
     def __init__(self, path: Path, threads: int | None = None):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtra("onnxruntime", "onnx", "running ONNX models") from error
+        self._session = session_of(path, threads)
+        from onnxruntime import OrtValue
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0: one per physical core
-        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._value = OrtValue.ortvalue_from_numpy
         self._past_shapes = {
             item.name: item.shape
             for item in self._session.get_inputs()
@@ -261,7 +196,7 @@ class OnnxRunner:
         }
         self._inputs = {item.name for item in self._session.get_inputs()}
         self._outputs = [item.name for item in self._session.get_outputs()]
-        self._past: dict[str, onnxruntime.OrtValue] = {}
+        self._past: dict[str, OrtValue] = {}
         self._length = 0
 
     def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:

@@ -1,20 +1,26 @@
-"""Turn the ONNX file into an OpenVINO model, stateful if it generates, and run it.
+"""Turn ONNX files into OpenVINO models, stateful if they generate, and run them.
 
 Stateful: the KV cache lives inside the model as variables and never passes through its inputs.
 Inputs are input_ids, attention_mask, position_ids and beam_idx, the only output is logits: what
-openvino-genai's LLMPipeline expects.
+openvino-genai's LLMPipeline expects. Encoder-decoder models are two files, of
+`elastic.formats.openvino_seq2seq`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats.onnx import at_the_end, step_inputs
 
+if TYPE_CHECKING:
+    from elastic.runners import Runner
+
 FILE = "openvino_model.xml"
+PAST, PRESENT = "past_key_values.", "present."
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -27,41 +33,64 @@ def require() -> None:
 
 
 def write(onnx_path: Path, directory: Path) -> Path:
-    """Convert `onnx_path` and write `directory/openvino_model.xml` and `.bin` in float32.
+    """Convert `onnx_path` and write `directory/openvino_model.xml` and `.bin` in float32; of an
+    encoder-decoder model, see `elastic.formats.openvino_seq2seq.write`.
 
     Shapes: those of `elastic.formats.onnx.write`; beam_idx (batch,) names, for every row, the row
     of the previous step whose past it continues. `arange(batch)` leaves the rows in place.
-    ExportError when OpenVINO cannot read the graph, or not write its own.
     """
     require()
-    import openvino
-    from openvino.passes import MakeStateful, Manager
 
-    try:
-        model = openvino.convert_model(onnx_path)
-    except Exception as error:  # of the frontend's own kinds, which name the operator
-        reason = " ".join(str(error).split())[:400]
-        raise ExportError(f"openvino: {onnx_path.name} cannot be converted: {reason}") from error
-    past = [port.any_name for port in model.inputs if port.any_name.startswith("past_key_values.")]
-    if past:
-        shapes = {name: model.input(name).partial_shape for name in past}
-        _reorder(model, past)
-        pairs = {name: name.replace("past_key_values.", "present.") for name in past}
-        stateful = Manager()
-        stateful.register_pass(MakeStateful(pairs))
-        stateful.run_passes(model)
-        # The pass names each variable by joining the two names.
-        _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
+    from elastic.formats import openvino_seq2seq, seq2seq
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if Path(onnx_path).name == seq2seq.DECODER:
+        return openvino_seq2seq.write(Path(onnx_path), directory)
+    model = converted(onnx_path)
+    stateful_(model, [p.any_name for p in model.inputs if p.any_name.startswith(PAST)])
+    return save(model, directory / FILE)
+
+
+def converted(graph):
+    """An ONNX graph (a file, or one in memory) as OpenVINO's; ExportError names an operator that it
+    does not know."""
+    import openvino
+
     try:
-        openvino.save_model(model, directory / FILE, compress_to_fp16=False)
+        return openvino.convert_model(graph)
+    except Exception as error:  # of the frontend's own kinds
+        reason = " ".join(str(error).split())[:400]
+        raise ExportError(f"openvino: the graph cannot be converted: {reason}") from error
+
+
+def save(model, path: Path) -> Path:
+    """In float32, weights beside it; ExportError where that fails."""
+    import openvino
+
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as error:  # it does not say why
         raise ExportError(
-            f"openvino: {directory / FILE} cannot be written; is the disk full? ({error})"
+            f"openvino: {path} cannot be written; is the disk full? ({error})"
         ) from error
-    return directory / FILE
+    return path
+
+
+def stateful_(model, past: list[str]) -> None:
+    """Keep these inputs, of which every call says what they are next, inside the model."""
+    if not past:
+        return
+    from openvino.passes import MakeStateful, Manager
+
+    shapes = {name: model.input(name).partial_shape for name in past}
+    _reorder(model, past)
+    pairs = {name: name.replace(PAST, PRESENT) for name in past}
+    manager = Manager()
+    manager.register_pass(MakeStateful(pairs))
+    manager.run_passes(model)
+    # The pass names each variable by joining the two names.
+    _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
 
 
 def _reorder(model, past: list[str]) -> None:
@@ -96,26 +125,54 @@ def _start_empty(model, shapes: dict) -> None:
     model.validate_nodes_and_infer_types()
 
 
-class OpenVINORunner:
-    """Prefill and decode with OpenVINO on the CPU, the cache kept between calls.
+def compiled_on_cpu(path: Path, threads: int | None = None, precision: str | None = "f32"):
+    """The model, ready to run.
 
     `precision` is that of arithmetic and cache ("f32", "bf16"); None leaves both to the device,
     which rounds whatever the file holds: to bfloat16 on CPUs with AMX, and the cache to 8 bits.
     """
+    require()
+    import openvino
+
+    options: dict[str, str | int] = {}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    if precision is not None:
+        options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
+    return openvino.Core().compile_model(path, "CPU", options)
+
+
+def precision_of(compiled) -> str:
+    """In which a model computes, as torch calls it."""
+    name = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return PRECISIONS.get(name, name)
+
+
+def open_runner(path: Path, threads: int | None = None, precision: str | None = "f32") -> Runner:
+    """The runner for what `write` returned."""
+    from elastic.formats.openvino_seq2seq import DECODER, OpenVINOEncoderDecoder
+
+    kind = OpenVINOEncoderDecoder if Path(path).name == DECODER else OpenVINORunner
+    return kind(path, threads, precision)
+
+
+def open_folder(
+    directory: Path, threads: int | None = None, precision: str | None = "f32"
+) -> Runner:
+    """The runner for what `write` left in a folder."""
+    from elastic.formats.openvino_seq2seq import DECODER
+
+    there = (directory / DECODER).is_file()
+    return open_runner(directory / (DECODER if there else FILE), threads, precision)
+
+
+class OpenVINORunner:
+    """Prefill and decode with OpenVINO on the CPU, the cache kept between calls, at a `precision`
+    of `compiled_on_cpu`."""
 
     def __init__(self, path: Path, threads: int | None = None, precision: str | None = "f32"):
-        require()
-        import openvino
-
-        options: dict[str, str | int] = {}
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
-        if precision is not None:
-            options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
-        compiled = openvino.Core().compile_model(path, "CPU", options)
-        self.precision = PRECISIONS.get(
-            name := compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), name
-        )
+        compiled = compiled_on_cpu(path, threads, precision)
+        self.precision = precision_of(compiled)
         """In which it computes, as torch calls it."""
         self._request = compiled.create_infer_request()
         self._inputs = {name for item in compiled.inputs for name in item.get_names()}

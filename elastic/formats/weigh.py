@@ -109,7 +109,7 @@ def _onnx(load: Load) -> Callable[[], Runner]:
 
     from elastic.formats import onnx
 
-    return lambda: onnx.OnnxRunner(Path(load.folder) / onnx.FILE)
+    return lambda: onnx.open_folder(Path(load.folder))
 
 
 def _openvino(load: Load) -> Callable[[], Runner]:
@@ -117,9 +117,8 @@ def _openvino(load: Load) -> Callable[[], Runner]:
 
     from elastic.formats import openvino
 
-    file = Path(load.folder) / openvino.FILE
     runtime.Core().get_property("CPU", "FULL_DEVICE_NAME")  # lets the plugin be loaded
-    return lambda: openvino.OpenVINORunner(file, precision=None)
+    return lambda: openvino.open_folder(Path(load.folder), precision=None)
 
 
 RUNTIMES: dict[str, Callable[[Load], Callable[[], Runner]]] = {

@@ -1,0 +1,344 @@
+"""Write an encoder-decoder model as two ONNX graphs, and run them.
+
+The files and their names are those of optimum, which transformers.js reads, too: `encoder_model`
+and `decoder_model_merged`. The decoder is one file for the first token and all later ones: an `If`
+on `use_cache_branch` holds the decoder twice and its weights once. The first branch computes the
+keys and values of cross-attention from what the encoder said and starts with an empty past, the
+second is given both. (One branch for all, with the `If` around cross-attention's keys and values
+alone, would copy them at every token.) Embeddings that encoder and decoder share are in both files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elastic.formats.onnx import session_of
+from elastic.formats.tracing import Trace, filled, flattened, save, traceable, traced, write_traced
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+    from torch import Tensor
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import EncoderDecoderCache
+
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
+START = "decoder_start_token_id"
+"""Under which the graphs keep it in their metadata, so that a runner needs nothing but them."""
+BRANCH = "use_cache_branch"
+CROSS, FIRST, NEXT = "cross", "first", "next"
+"""Parts of the decoder, after which their values are named: cross-attention's keys and values from
+what the encoder said, the first token, later ones."""
+
+
+def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> Path:
+    """Write `directory/encoder_model.onnx` and `decoder_model_merged.onnx`; return the latter.
+
+    Of a decoder that reads one token at a time every position is the last: there is no choice of
+    `logits`.
+
+    Shapes: of the encoder input_ids, attention_mask (batch, prompt) and last_hidden_state (batch,
+    prompt, hidden); of the decoder input_ids (batch, sequence), encoder_attention_mask (batch,
+    prompt), encoder_hidden_states as the encoder says, past_key_values.N.decoder.key and .value
+    (batch, heads, past, head_dim), past_key_values.N.encoder.* (batch, heads, prompt, head_dim),
+    use_cache_branch (1,); present.N.decoder.* with past + sequence; present.N.encoder.* of the
+    first branch alone, empty in the other; logits (batch, sequence, vocab).
+    """
+    with traceable(model):
+        write_traced(_encoder(model), directory / ENCODER)
+        cross, step = traced(_cross(model)), traced(_step(model))
+    merged = _merged(cross, step)
+    merged.metadata_props.add(key=START, value=str(model.config.decoder_start_token_id))
+    return save(merged, directory / DECODER)
+
+
+def cache_names(side: str, kind: str, layers: int) -> list[str]:
+    """`side.0.kind.key, side.0.kind.value, side.1.kind.key, ...`, as optimum calls them; `kind` is
+    decoder (self-attention) or encoder (cross-attention)."""
+    return [f"{side}.{n}.{kind}.{leaf}" for n in range(layers) for leaf in ("key", "value")]
+
+
+def _encoder(model: PreTrainedModel) -> Trace:
+    import torch
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = model.get_encoder()
+
+        def forward(self, input_ids, attention_mask):
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+    example = (_ones(model, 2, 3), _ones(model, 2, 3))
+    inputs, outputs = ["input_ids", "attention_mask"], ["last_hidden_state"]
+    dynamic = {name: {0: "batch", 1: "prompt"} for name in (*inputs, *outputs)}
+    return Trace(Flat(), example, inputs, outputs, dynamic)
+
+
+def _cross(model: PreTrainedModel) -> Trace:
+    """From what the encoder said to the keys and values of cross-attention."""
+    import torch
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, hidden):
+            ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+            return tuple(flattened(_called(self.model, hidden, ids)[1].cross_attention_cache))
+
+    hidden = model.get_encoder()(input_ids=_ones(model, 2, 3))[0]
+    outputs = cache_names("present", "encoder", len(Flat()(hidden)) // 2)
+    dynamic = {"encoder_hidden_states": {0: "batch", 1: "prompt"}}
+    dynamic |= {name: {0: "batch", 2: "prompt"} for name in outputs}
+    return Trace(Flat(), (hidden,), ["encoder_hidden_states"], outputs, dynamic)
+
+
+def _step(model: PreTrainedModel) -> Trace:
+    """One or more tokens after others, of which all keys and values are given."""
+    import torch
+    from transformers.cache_utils import EncoderDecoderCache
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, mask, hidden, *past):
+            half = len(past) // 2
+            cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
+            logits, cache = _called(self.model, hidden, input_ids, mask=mask, past=cache)
+            return logits, *flattened(cache.self_attention_cache)
+
+    ids, mask = _ones(model, 2, 3), _ones(model, 2, 4)
+    hidden = model.get_encoder()(input_ids=mask)[0]
+    _, cache = _called(model, hidden, ids)
+    past = [*flattened(cache.self_attention_cache), *flattened(cache.cross_attention_cache)]
+    layers = len(past) // 4
+    own = cache_names("past_key_values", "decoder", layers)
+    cross = cache_names("past_key_values", "encoder", layers)
+    present = cache_names("present", "decoder", layers)
+    inputs = ["input_ids", "encoder_attention_mask", "encoder_hidden_states", *own, *cross]
+    dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "logits": {0: "batch", 1: "sequence"}}
+    dynamic |= {name: {0: "batch", 1: "prompt"} for name in inputs[1:3]}
+    dynamic |= {name: {0: "batch", 2: "past"} for name in own}
+    dynamic |= {name: {0: "batch", 2: "prompt"} for name in cross}
+    dynamic |= {name: {0: "batch", 2: "total"} for name in present}
+    return Trace(Flat(), (ids, mask, hidden, *past), inputs, ["logits", *present], dynamic)
+
+
+def _called(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    past: EncoderDecoderCache | None = None,
+) -> tuple[Tensor, EncoderDecoderCache]:
+    output = model(
+        encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids,
+        past_key_values=past, use_cache=True,
+    )  # fmt: skip
+    return output.logits, output.past_key_values
+
+
+def _ones(model: PreTrainedModel, *shape: int) -> Tensor:
+    import torch
+
+    return torch.ones(*shape, dtype=torch.long, device=model.device)
+
+
+def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
+    """The decoder as one graph with two branches around one set of weights."""
+    from onnx import TensorProto, helper
+
+    own = [value.name for value in step.graph.input if ".decoder." in value.name]
+    given = [value.name for value in step.graph.input if ".encoder." in value.name]
+    computed = [value.name for value in cross.graph.output]
+    outputs = [*step.graph.output, *cross.graph.output]
+    weights = {w.name: w for graph in (step.graph, cross.graph) for w in graph.initializer}
+    # What is done to a weight alone is done once, outside of both branches.
+    alone = {
+        node.output[0]: node
+        for graph in (step.graph, cross.graph)
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in weights
+    }
+    shared = {*weights, *alone, *(value.name for value in step.graph.input)}
+
+    # The first token: a past of length 0, and cross-attention from what the encoder said.
+    crossed = dict(zip(given, (f"{CROSS}/{name}" for name in computed), strict=True))
+    nothing = {name: f"{FIRST}/{name}" for name in own}
+    first = [
+        *_emptied(FIRST, own, nothing.values()),
+        *_renamed(cross.graph, CROSS, shared),
+        *_renamed(step.graph, FIRST, shared, crossed | nothing),
+    ]
+    # Later ones: cross-attention is as it was, and nothing is said of it.
+    later = [
+        *_renamed(step.graph, NEXT, shared),
+        *_emptied(NEXT, given, [f"{NEXT}/{name}" for name in computed]),
+    ]
+
+    def branch(name: str, nodes: list[NodeProto], place: str) -> GraphProto:
+        parts = ((name, step.graph.output), (place, cross.graph.output))
+        said = [_value(value, f"{part}/{value.name}") for part, values in parts for value in values]
+        return helper.make_graph(nodes, name, [], said)
+
+    choice = helper.make_node(
+        "If", [BRANCH], [value.name for value in outputs], name=BRANCH,
+        then_branch=branch(NEXT, later, NEXT), else_branch=branch(FIRST, first, CROSS),
+    )  # fmt: skip
+    inputs = [*step.graph.input, helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])]
+    nodes = [*alone.values(), choice]
+    return _model(step, nodes, inputs, outputs, weights.values())
+
+
+def unmerged(path: Path) -> ModelProto:
+    """The decoder as one graph without branches: that of later tokens and, beside it, what computes
+    the keys and values of cross-attention as outputs `present.N.encoder.*`."""
+    import onnx
+
+    merged = onnx.load(path)
+    *alone, choice = merged.graph.node
+    branches = {attribute.name: attribute.g for attribute in choice.attribute}
+    place = {
+        f"{CROSS if '.encoder.' in value.name else NEXT}/{value.name}": value.name
+        for value in merged.graph.output
+    }
+    nodes = [
+        _copied(node, lambda name: place.get(name, name))
+        for branch in (branches["then_branch"], branches["else_branch"])
+        for node in _needed(branch.node, place)
+    ]
+    inputs = [value for value in merged.graph.input if value.name != BRANCH]
+    found = _model(merged, [*alone, *nodes], inputs, merged.graph.output, merged.graph.initializer)
+    found.metadata_props.extend(merged.metadata_props)
+    return found
+
+
+def _model(like: ModelProto, nodes, inputs, outputs, weights) -> ModelProto:
+    from onnx import helper
+
+    graph = helper.make_graph(nodes, "decoder", inputs, outputs, initializer=weights)
+    return helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+
+
+def _emptied(part: str, sources: Iterable[str], targets: Iterable[str]) -> list[NodeProto]:
+    """Nodes that cut (batch, heads, length, head_dim) down to no length."""
+    from onnx import helper
+
+    zero, axis = f"{part}/zero", f"{part}/axis"
+    return [
+        helper.make_node("Constant", [], [zero], value_ints=[0]),
+        helper.make_node("Constant", [], [axis], value_ints=[2]),
+        *(
+            helper.make_node("Slice", [source, zero, zero, axis], [target])
+            for source, target in zip(sources, targets, strict=True)
+        ),
+    ]
+
+
+def _needed(nodes: Sequence[NodeProto], results: Iterable[str]) -> list[NodeProto]:
+    """Those that the results are computed from, in their order."""
+    wanted, found = set(results), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.append(node)
+    return found[::-1]
+
+
+def _renamed(
+    graph: GraphProto, part: str, shared: set[str], instead: Mapping[str, str] | None = None
+) -> list[NodeProto]:
+    """Its nodes, but for those that are shared, with the names of a part of their own."""
+
+    def rename(name: str) -> str:
+        if not name or name in (instead or {}):  # empty: an optional input that is not given
+            return (instead or {}).get(name, name)
+        return name if name in shared else f"{part}/{name}"
+
+    return [_copied(node, rename) for node in graph.node if node.output[0] not in shared]
+
+
+def _copied(node: NodeProto, rename: Callable[[str], str]) -> NodeProto:
+    from onnx import NodeProto
+
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.name = rename(node.name)
+    copy.input[:] = [rename(name) for name in node.input]
+    copy.output[:] = [rename(name) for name in node.output]
+    return copy
+
+
+def _value(value: ValueInfoProto, name: str) -> ValueInfoProto:
+    from onnx import ValueInfoProto
+
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
+
+
+def prompt_inputs(
+    input_ids: np.ndarray, attention_mask: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What an encoder reads, both (batch, prompt)."""
+    mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    found = {"input_ids": input_ids, "attention_mask": mask}
+    return {name: np.ascontiguousarray(array, dtype=np.int64) for name, array in found.items()}
+
+
+class OnnxEncoderDecoder:
+    """Prefill and decode with ONNX Runtime on the CPU: the prompt goes to the encoder, and the
+    decoder begins with its start token. The caches are kept between calls."""
+
+    def __init__(self, path: Path, threads: int | None = None):
+        self._encoder = session_of(Path(path).with_name(ENCODER), threads)
+        self._decoder = session_of(path, threads)
+        from onnxruntime import OrtValue
+
+        self._value = OrtValue.ortvalue_from_numpy
+        self._start = int(self._decoder.get_modelmeta().custom_metadata_map[START])
+        inputs = {item.name: item.shape for item in self._decoder.get_inputs()}
+        self._shapes = {n: s for n, s in inputs.items() if n.startswith("past_key_values.")}
+        self._outputs = [item.name for item in self._decoder.get_outputs()]
+        self._given: dict[str, OrtValue] = {}
+        self._past: dict[str, OrtValue] = {}
+
+    def prefill(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits (batch, vocab) of the first token after the prompts (batch, prompt), of which
+        those positions count whose mask is 1; forgets what came before."""
+        batch = len(input_ids)
+        feeds = {k: self._value(v) for k, v in prompt_inputs(input_ids, attention_mask).items()}
+        (hidden,) = self._encoder.run_with_ort_values(["last_hidden_state"], feeds)
+        self._given = {
+            "encoder_hidden_states": hidden, "encoder_attention_mask": feeds["attention_mask"]
+        }  # fmt: skip
+        self._past = {
+            name: self._value(np.zeros((batch, heads, 0, size), np.float32))
+            for name, (_, heads, _, size) in self._shapes.items()
+        }
+        return self._run(np.full((batch, 1), self._start, np.int64), first=True)
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        """Logits (batch, vocab) after one more token each, (batch, 1)."""
+        return self._run(np.ascontiguousarray(input_ids, dtype=np.int64), first=False)
+
+    def _run(self, input_ids: np.ndarray, *, first: bool) -> np.ndarray:
+        feeds = {"input_ids": self._value(input_ids), BRANCH: self._value(np.array([not first]))}
+        wanted = [name for name in self._outputs if first or ".encoder." not in name]
+        found = self._decoder.run_with_ort_values(wanted, feeds | self._given | self._past)
+        present = dict(zip(wanted, found, strict=True))
+        logits = present.pop("logits")
+        self._past |= {
+            name.replace("present.", "past_key_values."): value for name, value in present.items()
+        }
+        return logits.numpy()[:, -1]

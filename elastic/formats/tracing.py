@@ -1,0 +1,169 @@
+"""How a graph is traced and stored: the TorchScript exporter, eager attention, one file or two.
+
+`torch.onnx` has an older and a newer exporter. The older one is taken on purpose: the symbolic
+shapes of the newer one, and of `transformers.exporters`, which is built upon it, cost 160 s on
+SmolLM2's 30 layers; tracing costs 10 to 17 s. What a trace cannot follow are rotary embeddings
+whose frequencies depend on the prompt length (`dynamic` and `longrope` scaling).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elastic.errors import ConfigError, ExportError, MissingExtra
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+OPSET = 18
+SINGLE_FILE_BYTES = 2**31 - 2**24
+"""Weights above this go to a file of their own: protobuf ends at 2 GiB, graph included."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is traced, with what, and what the graph calls it."""
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+
+def require() -> None:
+    """MissingExtra unless ONNX can be written here; asked before anything slow begins."""
+    try:
+        import onnx  # noqa: F401  the exporter fails without it, but only after the trace
+    except ImportError as error:
+        raise MissingExtra("onnx", "onnx", "writing ONNX") from error
+
+
+def require_float32(model: PreTrainedModel) -> None:
+    import torch
+
+    if model.dtype != torch.float32:
+        raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
+
+
+@contextmanager
+def traceable(model: PreTrainedModel):
+    """Eager attention in evaluation mode without gradients, restored on exit.
+
+    OpenVINO recognises the eager form and fuses it with the cached past; the exporter's rendering
+    of fused attention it does not (SmolLM2 after 256 tokens: decode 21 ms against 36).
+    """
+    import torch
+
+    implementation, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation("eager")
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(implementation)
+
+
+def write_traced(trace: Trace, path: Path) -> Path:
+    """Trace into `path` (and `path.data` past 2 GB)."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        _export(trace, Path(scratch) / path.name)
+        return _settle(Path(scratch), path)
+
+
+def traced(trace: Trace) -> ModelProto:
+    """Trace into memory, weights included."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        _export(trace, Path(scratch) / "model.onnx")
+        return onnx.load(Path(scratch) / "model.onnx")
+
+
+def _export(trace: Trace, path: Path) -> None:
+    import torch
+
+    with warnings.catch_warnings():
+        # The exporter's own deprecation, and the tracer on branches over Python ints.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                trace.module,
+                trace.example,
+                str(path),
+                input_names=trace.inputs,
+                output_names=trace.outputs,
+                dynamic_axes=trace.dynamic,
+                opset_version=OPSET,
+                dynamo=False,
+                # Folding would store each tied head a second time, transposed.
+                do_constant_folding=False,
+            )
+        except OSError:  # a full disk
+            raise
+        except Exception as error:  # what a model's own code raises is of any kind
+            raise ExportError(
+                f"onnx: {type(trace.module.model).__name__} cannot be traced: "
+                f"{' '.join(str(error).split())[:400] or type(error).__name__}"
+            ) from error
+
+
+def _settle(scratch: Path, path: Path) -> Path:
+    """Move the exported file to `path`, its weights beside it where protobuf cannot hold them."""
+    _data_of(path).unlink(missing_ok=True)
+    if sum(file.stat().st_size for file in scratch.iterdir()) <= SINGLE_FILE_BYTES:
+        os.replace(scratch / path.name, path)
+        return path
+    import onnx
+
+    return save(onnx.load(scratch / path.name), path)
+
+
+def save(graph: ModelProto, path: Path) -> Path:
+    """Write a graph with its weights; those past 2 GB beside it.
+
+    The location inside the file is relative, so the directory may be renamed afterwards.
+    """
+    import onnx
+
+    data = _data_of(path)
+    for file in (path, data):
+        file.unlink(missing_ok=True)
+    apart = graph.ByteSize() > SINGLE_FILE_BYTES
+    onnx.save(graph, path, save_as_external_data=apart, location=data.name if apart else None)
+    return path
+
+
+def _data_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def filled(tensors: Sequence[Tensor]) -> Cache:
+    """A cache that holds these keys and values, `key, value` for every layer."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    layers = []
+    for keys, values in zip(tensors[0::2], tensors[1::2], strict=True):
+        # Not `update`: it would concatenate to an untyped empty tensor, which OpenVINO refuses.
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layers.append(layer)
+    return Cache(layers=layers)
+
+
+def flattened(cache: Cache) -> list[Tensor]:
+    """`key, value` of every layer."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
