@@ -182,9 +182,8 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
             model = library.load(f"{outside}/{graph.name}", load_external_data=False)
         model = _compressed(model, mode, inputs, group, tied, outside if large else None)
     lower(model)
-    large = (
-        sum(len(tensor.raw_data) for tensor in model.graph.initializer) > tracing.SINGLE_FILE_BYTES
-    )
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    large = size > tracing.SINGLE_FILE_BYTES
     library.save(model, written, save_as_external_data=large, location=f"{written.name}.data")
     return stored.in_onnx(library.load(written))
 

@@ -14,7 +14,7 @@ from elastic import compression
 from elastic.calibration import calibration_inputs
 from elastic.compression import MODES, check, compress
 from elastic.errors import ConfigError, MissingExtra
-from elastic.formats import onnx, onnx_weights, openvino
+from elastic.formats import onnx, onnx_weights, openvino, tracing
 from elastic.runners import runner_of
 from elastic.tasks import Example
 from tests import tiny

@@ -2,7 +2,6 @@
 
 import json
 import random
-import typing
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from elastic import __main__, proof, writers
+from elastic import __main__, proof
 from elastic.config import ModelConfig, StageConfig
 from elastic.evaluate import answers, evaluate
 from elastic.export_config import ExportConfig
@@ -341,8 +340,3 @@ def test_the_score_of_the_search_is_reported_again(run, nets):
     write_json(run.path / "elsewhere" / "other.json", maximal)
     config_ = config(run, sub_adapter=str(run.path / "elsewhere" / "other.json"))
     assert export(config_).contents["accuracy"] is None
-
-
-def test_every_format_of_the_settings_can_be_written():
-    [kinds] = typing.get_args(typing.get_type_hints(ExportConfig)["formats"])
-    assert list(typing.get_args(kinds)) == list(writers.FORMATS)

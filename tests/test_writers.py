@@ -71,7 +71,7 @@ def test_graphs_with_fewer_bits_beside_themselves(run, tmp_path, capsys):
 
 
 def test_compressing_needs_a_graph_and_a_known_mode(run, capsys):
-    with pytest.raises(ConfigError, match="compress int8: .* add onnx or openvino to formats"):
+    with pytest.raises(ConfigError, match=r"compress int8: .* add onnx or openvino to formats"):
         config(run, compress=["int8"])
     assert __main__.main(["export", str(run.path), "--compress", "int9"]) != 0
     assert "did you mean 'int8'" in capsys.readouterr().err
