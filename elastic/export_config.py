@@ -49,6 +49,8 @@ class HfConfig:
     padded: bool = False
     """Fill smaller layers up with zeros to the largest: the family's own class and the same
     outputs, but neither smaller nor faster than the largest layer makes it."""
+    max_shard_size: str = "50GB"
+    """The largest file of weights."""
     uniform: bool = False
     """Write the sub-adapter of one size for all layers that is nearest in operations instead."""
 
@@ -91,6 +93,9 @@ class ExportConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
     hf: HfConfig = field(default_factory=HfConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
+    prove: bool = True
+    """false only writes, tensor by tensor, what is larger than memory: hf alone, which is neither
+    loaded again nor compared nor timed."""
     accuracy: bool = True
     """Score the compact model on the test split, unless the search already has."""
     runtime_examples: int = 100
@@ -108,6 +113,18 @@ class ExportConfig:
             self.name is None or re.fullmatch(r"[^./\\][^/\\]*", self.name) is not None,
             f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
             "without slashes that does not begin with a dot",
+        )
+        plain = self.formats == ["hf"] and not (
+            self.merge.adapters or self.hf.padded or self.hf.uniform
+        )
+        require(
+            self.prove or plain,
+            "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and nothing "
+            "to merge, to pad or to make uniform",
+        )
+        require(
+            re.fullmatch(r"[1-9]\d*[KMGT]?B", self.hf.max_shard_size) is not None,
+            f"hf.max_shard_size {self.hf.max_shard_size!r}: give a size such as 5GB",
         )
         require(self.compress_examples >= 1, f"compress_examples is {self.compress_examples}")
         require(

@@ -29,6 +29,7 @@ from elastic.tasks import Example, load_task
 from elastic.uniform import nearest_uniform
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS, Source, Which
+from elastic.writing import write_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ def export(config: ExportConfig) -> Report:
     loaded in its own runtime and agreed; an earlier export of the same name stays otherwise.
     ExportError names the format and the largest difference.
     """
+    if not config.prove:
+        return write_only(config)
     run = Run(config.run)
     trained = run.config()
     for kind in config.kinds:
@@ -107,7 +110,8 @@ def export(config: ExportConfig) -> Report:
             "timing": as_plain(config.timing),
             "formats": found,
             "samples": asked,
-            **_origin(run, trained),
+            **run.origin(),
+            "license": card.license_of(Path(models.locate(trained.model.path))),
             "base_digest": base.digest,
             "seed": config.seed,
             **provenance(str(model.device)),
@@ -119,20 +123,6 @@ def export(config: ExportConfig) -> Report:
         write_json(building / "report.json", contents)
         write_text(building / "report.md", report.markdown())
     return report
-
-
-def _origin(run: Run, trained: TrainConfig) -> dict[str, Any]:
-    """What the sub-adapter was made from."""
-    license = card.license_of(Path(models.locate(trained.model.path)))
-    about, budget = run.search / "about.json", None
-    if about.is_file():
-        asked = read_json(about)["settings"]["budget"]
-        budget = {name: limit for name, limit in asked.items() if limit is not None}
-    return {
-        "base_model": trained.model.path, "license": license,
-        "method": trained.adapter.resolved_method, "space": trained.space,
-        "task": trained.task.train or trained.task.dataset or trained.task.name, "budget": budget,
-    }  # fmt: skip
 
 
 def _instead_of(

@@ -12,7 +12,7 @@ import yaml
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, RunError
-from elastic.files import write_text
+from elastic.files import read_json, write_text
 from elastic.space import BoundSpace, SearchSpace, SubAdapter
 
 if TYPE_CHECKING:
@@ -110,6 +110,20 @@ class Run:
         if name == "best":
             raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
         return name, space.named(name, seed)
+
+    def origin(self) -> dict[str, Any]:
+        """What a sub-adapter of it was made from and, if it was searched, within which budget."""
+        trained, about, budget = self.config(), self.search / "about.json", None
+        if about.is_file():
+            asked = read_json(about)["settings"]["budget"]
+            budget = {name: limit for name, limit in asked.items() if limit is not None}
+        return {
+            "base_model": trained.model.path,
+            "method": trained.adapter.resolved_method,
+            "space": trained.space,
+            "task": trained.task.train or trained.task.dataset or trained.task.name,
+            "budget": budget,
+        }
 
     def show(self) -> None:
         """What training left, and what to do next."""

@@ -181,7 +181,10 @@ class Hf(_Torch):
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer
-        hf.write(self._model(source, which), tokenizer, directory, dtype=_stored(source))
+        hf.write(
+            self._model(source, which), tokenizer, directory, dtype=_stored(source),
+            max_shard_size=source.config.hf.max_shard_size,
+        )  # fmt: skip
 
     def _model(self, source: Source, which: Which) -> PreTrainedModel:
         model = source.models[which]

@@ -125,3 +125,31 @@ def test_a_folder_has_a_card_that_says_how_to_load_it(run):
     assert f"{report.contents['params'] / 1e6:.1f} M of" in text
     files = [file for file in (report.directory / "hf").rglob("*") if file.is_file()]
     assert report.contents["formats"]["hf"]["bytes"] == sum(f.stat().st_size for f in files)
+
+
+def test_what_is_only_written_is_what_is_proved(run, tmp_path):
+    file = uneven(run, tmp_path / "uneven.json")
+    shards = HfConfig(max_shard_size="40KB")
+    proved = export(config(run, sub_adapter=file, name="proved", hf=shards))
+    only = export(config(run, sub_adapter=file, name="only", hf=shards, prove=False))
+    for name in ("params", "macs", "full_params", "full_macs", "sub_adapter", "base_digest"):
+        assert only.contents[name] == proved.contents[name], name
+    files = {file.name for file in (proved.directory / "hf").iterdir()}
+    assert files == {file.name for file in (only.directory / "hf").iterdir()}
+    assert sum(name.endswith(".safetensors") for name in files) > 2
+    for name in files - {"README.md"}:
+        assert (proved.directory / "hf" / name).read_bytes() == (
+            only.directory / "hf" / name
+        ).read_bytes(), name
+    assert "neither loaded again" in (only.directory / "report.md").read_text()
+    assert "accuracy" not in (only.directory / "hf" / "README.md").read_text().lower()
+
+
+@pytest.mark.parametrize("settings", [
+    {"formats": ["hf", "onnx"]}, {"hf": HfConfig(padded=True)}, {"hf": HfConfig(uniform=True)},
+])  # fmt: skip
+def test_only_a_plain_folder_is_written_unproved(run, settings):
+    with pytest.raises(ConfigError, match="prove false writes .* --formats hf"):
+        config(run, prove=False, **settings)
+    with pytest.raises(ConfigError, match=r"hf.max_shard_size '5 GB'.* such as 5GB"):
+        config(run, hf=HfConfig(max_shard_size="5 GB"))
