@@ -22,6 +22,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(request, tmp_path_factory):
+    """Latency tables of tiny models are none of the user's. With -m slow the real base models are
+    wanted, whose unpacking takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.option.markexpr != "slow":
+            patch.setenv("ELASTIC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A saved tiny model with its tokenizer; do not write into it."""
