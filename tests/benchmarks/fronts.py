@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.fronts RUN TABLE STUDIES [--name agnews] [--save]
 
-RUN is a trained run, TABLE its latency table (`elastic latency RUN --save TABLE`), so that latency
-is the same for both. `additive` begins with the ladder and chooses by its estimates; `NSGA-II` is
+RUN is a trained run, TABLE its latency table (`elastic latency RUN --save TABLE`, of any runtime),
+so that latency is the same for both. `additive` begins with the ladder and chooses by its estimates; `NSGA-II` is
 the published search: a population of 8, chosen by raw validation accuracy. Both
 fronts, thinned to eight, are then scored on the same test examples, which neither has seen. A
 figure is the hypervolume of those test accuracies, the full latency and the least test accuracy
@@ -23,7 +23,7 @@ from elastic.merging import compact
 from elastic.pareto import hypervolume, non_dominated, thin
 from elastic.progress import track
 from elastic.run import Run
-from elastic.search_config import SearchConfig, TableConfig
+from elastic.search_config import SearchConfig, TableConfig, TimingConfig
 from elastic.study import search
 from elastic.tasks import load_task
 from tests.benchmarks.common import report
@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--name", default="agnews")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    device = read_json(given.table)["target"]["device"]
+    target = read_json(given.table)["target"]
+    device = target["device"]
+    names = ("runtime", "merged", "batch", "prompt_tokens", "new_tokens")
+    timing = TimingConfig(**{name: target[name] for name in names})
     found = {}
     for name, settings in SEARCHES.items():
         file = given.studies / f"{given.name}-{settings['sampler']}.json"
@@ -64,7 +67,7 @@ def main() -> None:
                 shutil.copytree(given.run, copy.path, ignore=shutil.ignore_patterns("search"))
             config = SearchConfig(
                 run=str(copy.path), objectives=["accuracy", "prefill_ms"], test_front=1,
-                table=TableConfig(file=given.table, target=device), **settings,
+                table=TableConfig(file=given.table, target=device), timing=timing, **settings,
             )  # fmt: skip
             front = search(config)
             trained, base, net = copy.load()
