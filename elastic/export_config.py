@@ -119,8 +119,8 @@ class ExportConfig:
         )
         require(
             self.prove or plain,
-            "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and nothing "
-            "to merge, to pad or to make uniform",
+            "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and "
+            "nothing to merge, to pad or to make uniform",
         )
         require(
             re.fullmatch(r"[1-9]\d*[KMGT]?B", self.hf.max_shard_size) is not None,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic import foreign, models
-from elastic.config import TrainConfig
 from elastic.cost import Counter, count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate

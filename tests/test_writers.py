@@ -149,7 +149,7 @@ def test_what_is_only_written_is_what_is_proved(run, tmp_path):
     {"formats": ["hf", "onnx"]}, {"hf": HfConfig(padded=True)}, {"hf": HfConfig(uniform=True)},
 ])  # fmt: skip
 def test_only_a_plain_folder_is_written_unproved(run, settings):
-    with pytest.raises(ConfigError, match="prove false writes .* --formats hf"):
+    with pytest.raises(ConfigError, match=r"prove false writes .* --formats hf"):
         config(run, prove=False, **settings)
     with pytest.raises(ConfigError, match=r"hf.max_shard_size '5 GB'.* such as 5GB"):
         config(run, hf=HfConfig(max_shard_size="5 GB"))

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.fronts RUN TABLE STUDIES [--name agnews] [--save]
 
 RUN is a trained run, TABLE its latency table (`elastic latency RUN --save TABLE`, of any runtime),
-so that latency is the same for both. `additive` begins with the ladder and chooses by its estimates; `NSGA-II` is
-the published search: a population of 8, chosen by raw validation accuracy. Both
-fronts, thinned to eight, are then scored on the same test examples, which neither has seen. A
+so that latency is the same for both. `additive` begins with the ladder and chooses by its
+estimates; `NSGA-II` is the published search: a population of 8, chosen by raw validation accuracy.
+Both fronts, thinned to eight, are then scored on the same test examples, which neither has seen. A
 figure is the hypervolume of those test accuracies, the full latency and the least test accuracy
 being the reference. Studies are kept below STUDIES, so hours may be interrupted.
 """
