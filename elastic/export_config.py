@@ -123,7 +123,7 @@ class ExportConfig:
             "nothing to merge, to pad or to make uniform",
         )
         require(
-            re.fullmatch(r"[1-9]\d*[KMGT]?B", self.hf.max_shard_size) is not None,
+            re.fullmatch(r"[1-9]\d*[KMGT]B", self.hf.max_shard_size) is not None,
             f"hf.max_shard_size {self.hf.max_shard_size!r}: give a size such as 5GB",
         )
         require(self.compress_examples >= 1, f"compress_examples is {self.compress_examples}")

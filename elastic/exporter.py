@@ -84,7 +84,7 @@ def export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
-            source = Source(config, net, sub, both, base, wanted, Path(scratch), task.train)
+            source = Source(config, net, sub, both, base, wanted, Path(scratch), name, task.train)
             asked = samples(source, task.test)
             for kind in config.kinds:
                 if reason := FORMATS[kind].why_not(source):
@@ -133,9 +133,11 @@ def _instead_of(
     sub: SubAdapter,
     test: Sequence[Example],
 ) -> dict[str, Any]:
-    """Costs and accuracy of the sub-adapter that a uniform one takes the place of."""
-    model = compact(net, sub)
-    accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, test)
+    """Costs and accuracy of the sub-adapter that a uniform one takes the place of; with others to
+    be merged, its accuracy alone would say nothing."""
+    model, accuracy = compact(net, sub), dict(NO_SCORE)
+    if not config.merge.adapters:
+        accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, test)
     return {"name": name, "sub_adapter": sub.as_dict(), **accuracy, **_costs(net, sub, model)}
 
 

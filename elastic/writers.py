@@ -53,6 +53,8 @@ class Source:
     trained: ModelConfig
     scratch: Path
     """For what is not kept."""
+    name: str = ""
+    """Of the sub-adapter."""
     train: Sequence[Example] = ()
     """Training examples, for what looks at activations."""
     folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
@@ -194,7 +196,7 @@ class Hf(_Torch):
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         stored, model = _stored(source), self._model(source, which)
-        loaded = hf.load(directory, stored)
+        loaded = hf.load(directory, stored, source.trained.trust_remote_code)
         for name, tensor in model.state_dict().items():
             if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
                 raise ExportError(f"hf: {name} is not the same bit for bit after reloading")
@@ -211,7 +213,8 @@ class Hf(_Torch):
 
     def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
         dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
-        return super()._load(source, folder, dtype=dtype, device=device)
+        trusted = source.trained.trust_remote_code
+        return super()._load(source, folder, dtype=dtype, device=device, trust_remote_code=trusted)
 
 
 class Peft(_Torch):
@@ -247,8 +250,9 @@ class Peft(_Torch):
         dtype = source.trained.dtype
         settings = {**full.settings, "dtype": dtype}
         own = self._load(
-            source, directory, model=as_plain(dataclasses.replace(source.trained, quantise="none"))
-        )
+            source, directory, device=self.device(source),
+            model=as_plain(dataclasses.replace(source.trained, quantise="none")),
+        )  # fmt: skip
         return own, dataclasses.replace(full, settings=settings)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
@@ -320,7 +324,7 @@ class Gguf(Format):
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         model = source.models[which]
-        file = gguf.write(model, source.base.tokenizer, directory, name=source.config.sub_adapter)
+        file = gguf.write(model, source.base.tokenizer, directory, name=source.name)
         gguf.check(file, model)
 
 

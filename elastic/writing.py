@@ -13,7 +13,7 @@ import torch
 
 from elastic import models
 from elastic.cost import Counter, count
-from elastic.errors import RunError
+from elastic.errors import RunError, require
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
@@ -39,6 +39,11 @@ def write_only(config: ExportConfig) -> Report:
     folder = models.locate(trained.model.path)
     digest = models.digest(folder)
     read_super_adapter(run.super_adapter, digest)
+    require(
+        trained.model.quantise == "none" and trained.model.dtype != "float64",
+        f"prove false: {run.path} was trained with quantised or float64 weights, which are merged "
+        "in another type than they are stored in; leave it out",
+    )
     dtype = models.stored_dtype(trained.model) or torch.float32
     stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
     skeleton = models.skeleton(trained.model, dtype)
@@ -49,6 +54,9 @@ def write_only(config: ExportConfig) -> Report:
     if directory.exists() and not (directory / "report.json").is_file():
         raise RunError(f"{directory} exists and is no export; choose another --name")
     base = models.load_model(folder, dataclasses.replace(stored, device="cpu"))
+    net.model.config.pad_token_id = base.config.pad_token_id
+    if base.can_generate():
+        net.model.generation_config = base.generation_config
     factors = read_factors(run.super_adapter)
     found = streamed(base, net, sub, {key: factors[key] for key in net.head})
     with new_directory(directory) as building:

@@ -170,7 +170,7 @@ def test_what_llama_cpp_lacks_is_said(family, overrides, reason, tmp_path):
 def test_qwen3_of_many_sizes_is_refused():
     uniform, mixed = models_of("qwen3")
     assert gguf.why_not(uniform, TOKENIZER) is None
-    assert "--hf.uniform or --hf.padded" in gguf.why_not(mixed)
+    assert "--hf.uniform, or let llama.cpp" in gguf.why_not(mixed)
 
 
 SPLIT = {name: Split(Regex(pattern), "isolated") for pattern, name in bpe.SPLITS.items()}

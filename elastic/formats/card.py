@@ -48,7 +48,7 @@ def write(contents: Mapping[str, Any], directory: Path, **settings: Any) -> Path
 
     known = {
         "auto": hf.auto_of(config["architectures"][0]),
-        "code": (directory / hf.CODE).is_file(),
+        "code": (directory / hf.CODE).is_file() or "auto_map" in config,
     }
     write_text(directory / FILE, text(contents, **(known | settings)))
     return directory / FILE

@@ -89,7 +89,8 @@ def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
     if mixed and family.mixed is None:
         return (
             f"no architecture of llama.cpp computes {name} with sizes of its own in every layer "
-            f"({family.uniform} has one for all); choose --hf.uniform or --hf.padded"
+            f"({family.uniform} has one for all); choose --hf.uniform, or let llama.cpp's own "
+            "converter read a folder that --hf.padded wrote"
         )
     if kind == "llama3" and _architecture(model)[0] not in ("llama", "deci"):
         return f"{_architecture(model)[0]} has no rotary embeddings of type 'llama3'"

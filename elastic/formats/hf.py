@@ -214,14 +214,15 @@ def is_plain(model: PreTrainedModel) -> bool:
     return not hasattr(described_config(model, code=False), "linear_sizes")
 
 
-def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The folder again, through transformers' auto class as a user would."""
+def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The folder again, through transformers' auto class as a user would; `trust_remote_code` where
+    the user trusted the base model's."""
     import transformers
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     auto = getattr(transformers, auto_of(config["architectures"][0]))
-    # The only remote code this ever runs is the class above, from a folder just written here.
-    code = (directory / CODE).is_file()
+    # Else the only code this ever runs is the class above, from a folder just written here.
+    code = trust_remote_code or (directory / CODE).is_file()
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=code)
     return linear_(model).eval()
 

@@ -52,7 +52,14 @@ def write(
         state[name] = torch.empty(tuple(shape), dtype=kind, device="meta")
     source = {id(tensor): name for name, tensor in state.items()}
     on_disk = revert_weight_conversion(model, dict(state)) if original else state
-    names = {name: source[id(tensor)] for name, tensor in on_disk.items()}
+    if any(id(tensor) not in source for tensor in on_disk.values()):
+        # Some are joined or split on disk, as the experts of a mixture: that takes all of them.
+        made = {name: tensors[name]().detach().to("cpu", state[name].dtype) for name in state}
+        on_disk = revert_weight_conversion(model, made)
+        tensors = {name: lambda tensor=tensor: tensor for name, tensor in on_disk.items()}
+        names = {name: name for name in on_disk}
+    else:
+        names = {name: source[id(tensor)] for name, tensor in on_disk.items()}
     plan = split_torch_state_dict_into_shards(on_disk, max_shard_size=max_shard_size)
     for file, members in plan.filename_to_tensors.items():
         shard = {}

@@ -83,7 +83,8 @@ def _hf(load: Load) -> Callable[[], Runner]:
     getattr(transformers, config["architectures"][0].removeprefix("Elastic"), None)
     dtype = getattr(torch, load.settings["dtype"])
     device = load.settings["device"]
-    return lambda: runner_of(hf.load(Path(load.folder), dtype).to(device))
+    trusted = load.settings.get("trust_remote_code", False)
+    return lambda: runner_of(hf.load(Path(load.folder), dtype, trusted).to(device))
 
 
 def _peft(load: Load) -> Callable[[], Runner]:
