@@ -114,6 +114,7 @@ class Run:
     def origin(self) -> dict[str, Any]:
         """What a sub-adapter of it was made from and, if it was searched, within which budget."""
         trained, about, budget = self.config(), self.search / "about.json", None
+        task = trained.task
         if about.is_file():
             asked = read_json(about)["settings"]["budget"]
             budget = {name: limit for name, limit in asked.items() if limit is not None}
@@ -121,7 +122,8 @@ class Run:
             "base_model": trained.model.path,
             "method": trained.adapter.resolved_method,
             "space": trained.space,
-            "task": trained.task.train or trained.task.dataset or trained.task.name,
+            # A file by its name alone: its folder is nobody else's business.
+            "task": task.dataset or (Path(task.train).name if task.train else task.name),
             "budget": budget,
         }
 
