@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from elastic import foreign, models
 from elastic.cost import Counter, count
-from elastic.errors import RunError
 from elastic.evaluate import evaluate
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, read_json, write_json, write_text
@@ -63,9 +62,7 @@ def export(config: ExportConfig) -> Report:
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
-    directory = run.path / "export" / (config.name or name)
-    if directory.exists() and not (directory / "report.json").is_file():
-        raise RunError(f"{directory} exists and is no export; choose another --name")
+    directory = run.export(config.name or name)
 
     inputs = [inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     if others:

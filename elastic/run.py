@@ -111,6 +111,13 @@ class Run:
             raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
         return name, space.named(name, seed)
 
+    def export(self, name: str) -> Path:
+        """The directory of an export; RunError if something else stands there."""
+        directory = self.path / "export" / name
+        if directory.exists() and not (directory / "report.json").is_file():
+            raise RunError(f"{directory} exists and is no export; choose another --name")
+        return directory
+
     def origin(self) -> dict[str, Any]:
         """What a sub-adapter of it was made from and, if it was searched, within which budget."""
         trained, about, budget = self.config(), self.search / "about.json", None

@@ -193,6 +193,14 @@ class BoundSpace:
     def depths(self) -> tuple[Group, ...]:
         return tuple(group for group in self.groups if group.dim == DEPTH)
 
+    def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
+        """By the name of every list of blocks of which some can be left out, places of those that
+        `sub` runs."""
+        return {
+            group.blocks[0].rpartition(".")[0]: sorted(numbers(group.blocks[: sub[group.name]]))
+            for group in self.depths
+        }
+
     @cached_property
     def _inside(self) -> dict[str, list[str]]:
         """By block that may be left out, the groups that cut it alone."""

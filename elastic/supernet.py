@@ -173,12 +173,8 @@ class Supernet:
         return sorted(numbers(group.blocks[:choice]))
 
     def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
-        """By the name of every list of blocks of which some can be left out, places of those that
-        `sub` runs."""
-        return {
-            group.blocks[0].rpartition(".")[0]: self._blocks(group.name, sub[group.name])
-            for group in self.space.depths
-        }
+        """As the space says it, in its order of blocks."""
+        return self.space.kept(sub)
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:

@@ -13,7 +13,7 @@ import torch
 
 from elastic import models
 from elastic.cost import Counter, count
-from elastic.errors import RunError, require
+from elastic.errors import require
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
@@ -50,9 +50,7 @@ def write_only(config: ExportConfig) -> Report:
     full = count(skeleton)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
-    directory = run.path / "export" / (config.name or name)
-    if directory.exists() and not (directory / "report.json").is_file():
-        raise RunError(f"{directory} exists and is no export; choose another --name")
+    directory = run.export(config.name or name)
     base = models.load_model(folder, dataclasses.replace(stored, device="cpu"))
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():

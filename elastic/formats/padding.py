@@ -13,7 +13,7 @@ import torch
 
 from elastic.adapters.attach import plain_linear, replace_module
 from elastic.depth import renamed
-from elastic.dims import Cut, numbers
+from elastic.dims import Cut
 from elastic.formats import hf
 from elastic.slicing import module_tree
 from elastic.space import BoundSpace, SubAdapter
@@ -44,7 +44,7 @@ def _padded(
     model: PreTrainedModel, space: BoundSpace, sub: SubAdapter, larger: SubAdapter
 ) -> PreTrainedModel:
     wider = module_tree(model)
-    kept = _running(space, sub)
+    kept = space.kept(sub)
     for group in space:
         if group.dim == "rank" or sub[group.name] == larger[group.name]:
             continue
@@ -72,11 +72,3 @@ def _spread(tensor: Tensor, axis: int, cut: Cut, size: int, larger: int) -> Tens
     for (start, length), (target, _) in places:
         wide.narrow(axis, target, length).copy_(tensor.narrow(axis, start, length))
     return wide
-
-
-def _running(space: BoundSpace, sub: SubAdapter) -> dict[str, list[int]]:
-    """By list of blocks, the places of those that run."""
-    return {
-        group.blocks[0].rpartition(".")[0]: sorted(numbers(group.blocks[: sub[group.name]]))
-        for group in space.depths
-    }
