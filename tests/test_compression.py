@@ -15,6 +15,7 @@ from elastic.calibration import calibration_inputs
 from elastic.compression import MODES, check, compress
 from elastic.errors import ConfigError, MissingExtra
 from elastic.formats import onnx, onnx_weights, openvino, tracing
+from elastic.rounding import Grid, rounded
 from elastic.runners import runner_of
 from elastic.tasks import Example
 from tests import tiny
@@ -78,22 +79,6 @@ def samples():
     return calibration_inputs(tiny.tokenizer(), sliced_llama(tied=True), EXAMPLES)
 
 
-def rounded(weight: torch.Tensor, bits: int, group: int | None, *, sym: bool, half: bool):
-    """(outputs, inputs) rounded to the nearest of 2^bits even steps per row or group: from the
-    smallest to the largest (both reach 0), or around 0 with the larger end at -2^(bits - 1)."""
-    flat = weight.reshape(len(weight), -1, group or weight.shape[1])
-    low, high = flat.amin(-1, keepdim=True).clamp(max=0), flat.amax(-1, keepdim=True).clamp(min=0)
-    if sym:
-        scale = torch.where(-low >= high, -low, -high) / 2 ** (bits - 1)
-        zero, first = torch.zeros_like(scale), -(2 ** (bits - 1))
-    else:
-        scale = (high - low) / (2**bits - 1)
-        zero, first = -(low / scale).round(), 0
-    codes = (flat / scale + zero).round().clamp(first, first + 2**bits - 1)
-    scale = scale.half().float() if half else scale  # OpenVINO keeps scales in float16
-    return ((codes - zero) * scale).reshape(weight.shape)
-
-
 @torch.no_grad()
 def simulated(written: Written, found: compression.Compressed):
     """The logits of torch with the weights rounded as `found` says."""
@@ -104,7 +89,7 @@ def simulated(written: Written, found: compression.Compressed):
         # What falls back from 4 bits gets 8 with a zero point, whatever the mode.
         sym = found.mode.endswith("_sym") and weight.bits == MODES[found.mode].bits
         tensor = model.get_submodule(name).weight
-        tensor.copy_(rounded(tensor, weight.bits, weight.group, sym=sym, half=half))
+        tensor.copy_(rounded(tensor, Grid(weight.bits, weight.group, sym), half=half))
     logits = written.logits(runner_of(model))
     model.load_state_dict(before)
     return logits
@@ -317,7 +302,7 @@ def test_a_tied_head_of_odd_width_beside_a_constant_that_is_cast(tmp_path, monke
     onnx_library.save(model, tmp_path / "model.onnx")
     found = compress(tmp_path / "model.onnx", tmp_path / "small", "int8")
     assert {name: each.shape for name, each in found.weights.items()} == {"embed": (16, 40)}
-    near = rounded(torch.tensor(weight), 8, None, sym=False, half=False)
+    near = rounded(torch.tensor(weight), Grid(8))
     ids = tokens(2, 5) % 16
     expected = (near[torch.tensor(ids)][:, -1] / 2) @ near.T
     logits = onnx.OnnxRunner(found.path, threads=1).prefill(ids)
