@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.merging import compact
 from elastic.meter import Meter
+from elastic.rounding import saved_bytes
 from elastic.runners import Runner, open_runner, runner_of
 from elastic.search_config import TimingConfig
 from elastic.slicing import sliced
@@ -39,8 +41,8 @@ class Bench:
         self.net = net
         self.timing = timing
         self.seed = seed
-        self._found: dict[tuple[int, ...], Measurement] = {}
-        self._memory: dict[tuple[int, ...], float] = {}
+        self._found: dict[Hashable, Measurement] = {}
+        self._memory: dict[Hashable, float] = {}
         self._files = contextlib.ExitStack()
         self._full: Runner | None = None
         # The other runtimes run on the CPU, wherever the supernet is.
@@ -56,14 +58,15 @@ class Bench:
         self._full = None
         self._files.__exit__(*error)
 
-    def __call__(self, sub: SubAdapter) -> Measurement:
-        """The full model's latencies and, as CANDIDATE, those of `sub`."""
-        key = self._key(sub)
+    def __call__(self, sub: SubAdapter, compress: str | None = None) -> Measurement:
+        """The full model's latencies and, as CANDIDATE, those of `sub`, its graph compressed if a
+        mode is named."""
+        key = self._key(sub, compress)
         if key not in self._found:
             if self._full is None:
                 self._full = self._open(self.net.space.maximal(), self._files)
             with contextlib.ExitStack() as files:
-                runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files)}
+                runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files, compress)}
                 vocabulary = self.net.model.config.vocab_size
                 for _ in range(ATTEMPTS):
                     found = measure(
@@ -77,18 +80,20 @@ class Bench:
                 self.state = state_of(self.device)
         return self._found[key]
 
-    def memory_mb(self, sub: SubAdapter) -> float:
+    def memory_mb(self, sub: SubAdapter, compress: str | None = None) -> float:
         """Weights and, at its peak, what a prefill holds beside them: 1e6 bytes, as torch allocates
-        them, whatever the runtime."""
-        key = self._key(sub)
+        them, whatever the runtime; of compressed weights, their codes and scales."""
+        key = self._key(sub, compress)
         if key not in self._memory:
-            self._memory[key] = self._peak(self._model(sub))
+            with contextlib.ExitStack() as files:
+                self._open(sub, files, compress)
         return self._memory[key]
 
-    def _key(self, sub: SubAdapter) -> tuple[int, ...]:
-        return shape_of(self.net.space, sub, merged=self.timing.merged)
+    def _key(self, sub: SubAdapter, compress: str | None = None) -> Hashable:
+        return shape_of(self.net.space, sub, merged=self.timing.merged), compress
 
-    def _peak(self, model: PreTrainedModel) -> float:
+    def _peak(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Bytes of weights, and beside them."""
         held = [*model.parameters(), *model.buffers()]
         weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
         shape = (self.timing.batch, self.timing.prompt_tokens)
@@ -96,7 +101,7 @@ class Bench:
         with Meter(weights.values()).recording() as meter:
             runner_of(model).prefill(prompt)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
-        return (kept + meter.peak) / 1e6
+        return kept, meter.peak
 
     def _model(self, sub: SubAdapter) -> PreTrainedModel:
         model = (compact if self.timing.merged else sliced)(self.net, sub)
@@ -104,13 +109,19 @@ class Bench:
             return model
         return copy.deepcopy(model).float()  # what was not cut is shared with the supernet
 
-    def _open(self, sub: SubAdapter, files: contextlib.ExitStack) -> Runner:
+    def _open(
+        self, sub: SubAdapter, files: contextlib.ExitStack, compress: str | None = None
+    ) -> Runner:
         folder = None
         if self.timing.runtime != "torch":
             folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
         model = self._model(sub)
-        self._memory[self._key(sub)] = self._peak(model)  # while it is at hand
-        return open_runner(self.timing, model, folder)
+        kept, beside = self._peak(model)
+        runner = open_runner(self.timing, model, folder, compress)
+        if compress:
+            kept -= saved_bytes(model, compress)
+        self._memory[self._key(sub, compress)] = (kept + beside) / 1e6
+        return runner
 
 
 def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from elastic import models
 from elastic.config import TrainConfig
@@ -11,7 +12,7 @@ from elastic.errors import BudgetError, ConfigError
 from elastic.objective import Figures, Objective
 from elastic.run import Run
 from elastic.search_config import BudgetConfig, SearchConfig
-from elastic.space import BoundSpace, SubAdapter
+from elastic.space import SubAdapter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""
@@ -39,8 +40,10 @@ def met(figures: Figures, limits: Mapping[str, float]) -> bool:
 def room(limits: Mapping[str, float], objective: Objective) -> float | None:
     """All limits on costs as one: the part of the way from the minimal to the full model at which
     the tightest would be met if all costs shrank alike. None without limits."""
-    space, parts, limits = objective.net.space, [], dict(limits)
-    full, least = (objective.costs(sub) for sub in (space.maximal(), space.minimal()))
+    parts, limits = [], dict(limits)
+    full = objective.costs(objective.space.maximal())
+    small = objective.smallest()
+    least = {name: min(each[name] for each in small) for name in full}
     if "tokens_per_second" in limits:
         slowest = 1000 * objective.config.timing.batch / limits.pop("tokens_per_second")
         limits["decode_ms"] = min(slowest, limits.get("decode_ms", slowest))
@@ -82,19 +85,19 @@ def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> 
 
 
 def refuse_by_extremes(
-    results: Mapping[SubAdapter, Figures], space: BoundSpace, limits: Mapping[str, float]
+    results: Mapping[SubAdapter, Figures], objective: Objective, limits: Mapping[str, float]
 ) -> None:
-    """BudgetError as soon as both extremes are known and the minimal one is over the budget."""
+    """BudgetError as soon as both extremes are known and even the smallest ones, at any precision,
+    are over the budget."""
+    space = objective.space
     if not {space.minimal(), space.maximal()} <= results.keys():
         return
-    fastest = results[space.minimal()]
-    over = {
-        name: amount
-        for name, amount in violations(fastest, limits).items()
-        if name != "min_accuracy" and amount > 0.1 * limits[name]
-    }
-    if over:
-        raise BudgetError(impossible(limits, results))
+    for costs in objective.smallest():
+        figures = replace(results[space.minimal()], **costs)
+        over = violations(figures, limits).items()
+        if not any(name != "min_accuracy" and past > 0.1 * limits[name] for name, past in over):
+            return
+    raise BudgetError(impossible(limits, results))
 
 
 def impossible(limits: Mapping[str, float], results: Mapping[SubAdapter, Figures]) -> str:

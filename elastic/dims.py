@@ -176,6 +176,8 @@ DIMS = {"rank": rank, "width": width, "heads": heads, "query_heads": query_heads
 """Those of one block."""
 DEPTH = "depth"
 """A choice counts the blocks that run."""
+BITS = "bits"
+"""A choice is that of every weight of the model: it cuts nothing, and training knows none."""
 
 
 def _attention(model: nn.Module, block: str, spec: GroupSpec) -> tuple[str, nn.Module, int]:

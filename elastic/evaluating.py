@@ -16,6 +16,7 @@ from elastic.evaluate_config import EvaluateConfig
 from elastic.files import write_json
 from elastic.harness import HarnessReport, run_harness
 from elastic.perplexity import Perplexity, perplexity_of
+from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.tasks import Example, llm_adapters, load_task
@@ -90,6 +91,9 @@ def evaluate_run(
         sets = {config.split: getattr(load_task(trained.task, trained.seed), config.split)}
     _, base, net = run.load()
     name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
+    if mode := run.compression(config.sub_adapter):
+        say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "
+            "has the accuracy of its compressed graph")  # fmt: skip
     beams = config.beams if config.tasks and config.protocol == "published" else None
     scores = {}
     with net.active(sub) as model:

@@ -44,6 +44,12 @@ def export(config: ExportConfig) -> Report:
         return write_only(config)
     run = Run(config.run)
     trained = run.config()
+    if (
+        config.compress is None
+        and config.has_graphs
+        and (mode := run.compression(config.sub_adapter))
+    ):
+        config = dataclasses.replace(config, compress=[mode])
     for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
@@ -145,7 +151,7 @@ def _accuracy(
     file = run.sub_adapters / f"{name}.json"
     if file.is_file():
         found = read_json(file)
-        if found.get("sub_adapter") == sub.as_dict():
+        if found.get("sub_adapter") == sub.as_dict() and not found.get("compress"):
             return {key: found[key] for key in NO_SCORE}
     if not config.accuracy:
         return dict(NO_SCORE)

@@ -12,7 +12,6 @@ from elastic.errors import BudgetError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
 from elastic.front import Evaluated, Front, Measured, Member
-from elastic.merging import compact
 from elastic.objective import Figures, Objective
 from elastic.page import write_page
 from elastic.pareto import non_dominated, thin
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     import optuna
 
 SCORES, TIMES = "test scores", "measured"
-"""What a study keeps of its finalists, by sub-adapter."""
+"""What a study keeps of its finalists, by sub-adapter and compression."""
 
 
 def finish(
@@ -46,18 +45,18 @@ def finish(
     """Non-dominated sub-adapters within the budget, scored on the test split, timed for real where
     this is the target, and saved. The study keeps scores and times, so that nothing is asked twice
     and a worker elsewhere loses no measurement."""
-    net, timetable = objective.net, objective.timetable
+    space, timetables = objective.space, objective.timetables
     accuracies = {sub: figures.accuracy for sub, figures in results.items()}
-    belief = learn(net.space, accuracies, len(objective.examples), importance)
+    belief = learn(space, accuracies, len(objective.examples), importance)
     estimated = {
         sub: replace(figures, accuracy=estimate)
         for (sub, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
     }
-    full = estimated.get(net.space.maximal(), objective.full)
+    full = estimated.get(space.maximal(), objective.full)
     limits = config.budget.resolved(full.budget_values())
     trials = [
-        Evaluated(sub, results[sub], figures.accuracy, met(figures, limits))
-        for sub, figures in estimated.items()
+        Evaluated(*objective.split(point), results[point], figures.accuracy, met(figures, limits))
+        for point, figures in estimated.items()
     ]
     feasible = [one for one in trials if one.feasible]
     if not feasible:
@@ -69,7 +68,8 @@ def finish(
     keep = min(indices, key=lambda index: preference(feasible[index], config.costs[0], limits))
     chosen = [feasible[index] for index in thin(indices, config.test_front, keep=keep)]
     scores = _scores(study, chosen, objective, test)
-    measured = _times(study, chosen, objective, measure=timetable.target.device == here.device)
+    here_too = timetables[None].target.device == here.device
+    measured = _times(study, chosen, objective, measure=here_too)
     best = best_of(chosen, measured, config.costs[0], limits)
     members = [
         Member(
@@ -81,10 +81,11 @@ def finish(
         )
         for number, (one, score, timing) in enumerate(zip(chosen, scores, measured, strict=True), 1)
     ]
-    front = Front(run, members, objective.full, trials, config.costs, limits, timetable)
+    front = Front(run, members, objective.full, trials, config.costs, limits, timetables)
     front.save()
-    write_page(front, net.space, belief.effects, run.report)
-    device = str(net.model.device)
+    cut = objective.net.space
+    write_page(front, cut, belief.effects[: len(cut.groups)], run.report)
+    device = str(objective.net.model.device)
     about = {"settings": as_plain(config), "importance_trust": belief.trust, **provenance(device)}
     write_json(run.search / "about.json", about)
     return front
@@ -120,16 +121,20 @@ def _scores(
 ) -> list[dict[str, Any]]:
     """On the test split."""
     known = study.user_attrs.get(SCORES, {})
-    asked = [one for one in chosen if str(one.sub_adapter) not in known]
+    asked = [one for one in chosen if _key(one) not in known]
     say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
     for one in track(asked, "test split"):
-        model = compact(objective.net, one.sub_adapter)
+        model = objective.model(*one.point)
         score = evaluate(
             model, objective.tokenizer, test, batch_tokens=objective.config.batch_tokens, quiet=True
         )
-        known[str(one.sub_adapter)] = score.as_dict()
+        known[_key(one)] = score.as_dict()
     study.set_user_attr(SCORES, known)
-    return [known[str(one.sub_adapter)] for one in chosen]
+    return [known[_key(one)] for one in chosen]
+
+
+def _key(one: Evaluated) -> str:
+    return f"{one.sub_adapter} {one.compress or ''}".strip()
 
 
 def _times(
@@ -139,12 +144,11 @@ def _times(
     measured again."""
     known = {sub: Measured(**each) for sub, each in study.user_attrs.get(TIMES, {}).items()}
     trusted = {sub for sub, each in known.items() if each.trusted}
-    asked = [one for one in chosen if measure and str(one.sub_adapter) not in trusted]
+    asked = [one for one in chosen if measure and _key(one) not in trusted]
     if asked:
         say(f"Timing {len(asked)} of the front")
         with Bench(objective.net, objective.config.timing, objective.config.seed) as bench:
             for one in track(asked, "timing"):
-                found = Measured.of(bench(one.sub_adapter), objective.full)
-                known[str(one.sub_adapter)] = found
+                known[_key(one)] = Measured.of(bench(*one.point), objective.full)
         study.set_user_attr(TIMES, {sub: asdict(each) for sub, each in known.items()})
-    return [known.get(str(one.sub_adapter)) for one in chosen]
+    return [known.get(_key(one)) for one in chosen]

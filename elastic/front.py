@@ -49,12 +49,19 @@ class Evaluated:
     """One sub-adapter that the search measured."""
 
     sub_adapter: SubAdapter
+    compress: str | None
+    """Mode of its graph's weights; None: as they are."""
     figures: Figures
     """As the search measured them; accuracy on validation."""
     estimate: float
     """Accuracy on validation less its noise, as far as the other sub-adapters' tell it."""
     feasible: bool
     """Whether figures and estimate meet the budget."""
+
+    @property
+    def point(self) -> tuple[SubAdapter, str | None]:
+        """What tells it from others."""
+        return self.sub_adapter, self.compress
 
     @property
     def judged(self) -> Figures:
@@ -122,6 +129,7 @@ class Member(Evaluated):
             "memory_mb": self.figures.memory_mb,
             "params": self.figures.params,
             "macs": self.figures.macs,
+            "compress": self.compress,
             "sub_adapter": self.sub_adapter.as_dict(),
         }
 
@@ -140,8 +148,8 @@ class Front:
     """What accuracy is traded against; the first is drawn."""
     limits: Mapping[str, float]
     """The budget, absolute."""
-    timetable: Timetable
-    """What the latencies come from."""
+    timetables: Mapping[str | None, Timetable]
+    """What the latencies come from, by compression."""
 
     @property
     def best(self) -> Member:
@@ -163,10 +171,13 @@ class Front:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         names = list(self.full.as_dict())
-        writer.writerow(["trial", "feasible", *names, "accuracy_estimate", "sub_adapter"])
+        writer.writerow(
+            ["trial", "feasible", *names, "accuracy_estimate", "compress", "sub_adapter"]
+        )
         for number, one in enumerate(self.trials):
             figures = one.figures.as_dict().values()
-            writer.writerow([number, one.feasible, *figures, one.estimate, str(one.sub_adapter)])
+            chosen = one.compress or "", str(one.sub_adapter)
+            writer.writerow([number, one.feasible, *figures, one.estimate, *chosen])
         return file.getvalue()
 
     def table(self):
@@ -175,7 +186,9 @@ class Front:
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
         more = [cost for cost in self.costs if cost in ("memory_mb", "macs")]
         decoding = ["decode ms"] if self.full.decode_ms else []
-        columns = ["", "test accuracy", "95 % interval", "prefill ms", *decoding, "params"]
+        weights = ["weights"] if len(self.timetables) > 1 else []
+        columns = ["", *weights, "test accuracy", "95 % interval", "prefill ms", *decoding]
+        columns += ["params"]
         columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
         for column in columns:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -184,6 +197,7 @@ class Front:
             f, full, measured = member.figures, self.full, member.measured
             table.add_row(
                 f"{member.name} (best)" if member.best else member.name,
+                *(self.weights(member) for _ in weights),
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
                 _ms(f.prefill_ms, measured and measured.prefill_ms, full.prefill_ms),
@@ -196,6 +210,10 @@ class Front:
                 style="bold" if member.best else None,
             )
         return table
+
+    def weights(self, one: Evaluated) -> str:
+        """In what they are stored."""
+        return one.compress or self.timetables[None].target.dtype
 
     def _share(self, figures: Figures, cost: str) -> str:
         amount, whole = getattr(figures, cost), getattr(self.full, cost)
@@ -213,12 +231,13 @@ class Front:
             f"Accuracy on {n} test examples the search never saw. Latency: predicted, measured "
             f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
-        console.print(self.timetable.describe(), markup=False)
+        for timetable in self.timetables.values():
+            console.print(timetable.describe(), markup=False)
         if over := self._over_as_measured():
             console.print(f"[bold red]None meets the budget as measured; {over}[/]")
         timed = [member.measured for member in self.members if member.measured]
         if not timed:
-            console.print(f"Not measured: this is not {self.timetable.target.device}")
+            console.print(f"Not measured: this is not {self.timetables[None].target.device}")
         elif noisy := [each for each in timed if not each.trusted]:
             console.print(
                 f"[bold red]{len(noisy)} of {len(timed)} measurements cannot be trusted: the full "

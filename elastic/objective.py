@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 from elastic.cost import Counter
 from elastic.evaluate import evaluate
 from elastic.merging import compact
+from elastic.precision import bits_of, smallest, split, with_bits
+from elastic.rounding import round_
 from elastic.sampler import generator_for
 from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
-from elastic.table import Table
+from elastic.table import Table, Tables
 from elastic.tasks import Example
 from elastic.timetable import Timetable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOOKS = (0.25, 0.5, 0.75)
 """Parts of the examples after which a sub-adapter may be stopped."""
@@ -62,7 +64,8 @@ class Figures:
 
 
 class Objective:
-    """Scores sub-adapters of one supernet and looks up what they cost."""
+    """Scores sub-adapters of one supernet and looks up what they cost. With `config.compress` they
+    are points of a space that has bits to choose, too."""
 
     def __init__(
         self,
@@ -70,12 +73,14 @@ class Objective:
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         config: SearchConfig,
-        timetable: Timetable,
+        timetables: Mapping[str | None, Timetable],
     ) -> None:
+        """`timetables` by compression; None: as it is."""
         self.net = net
+        self.space = with_bits(net.space, config.compress)
         self.tokenizer = tokenizer
         self.config = config
-        self.timetable = timetable
+        self.timetables = timetables
         self.cost = Counter(net.model, net.space)
         self.full: Figures | None = None
         """Those of the maximal sub-adapter, when known."""
@@ -84,7 +89,7 @@ class Objective:
 
     def score_full(self) -> Figures:
         """The maximal sub-adapter."""
-        self.full = self._figures(self.net.space.maximal(), {})
+        self.full = self._figures(self.space.maximal(), {})
         return self.full
 
     def __call__(
@@ -92,27 +97,43 @@ class Objective:
     ) -> Figures:
         """Slice, merge, score on validation; of the `rivals`, the most accurate one that costs no
         more may end that early."""
-        if sub == self.net.space.maximal() and self.full is not None:
+        if sub == self.space.maximal() and self.full is not None:
             return self.full
         return self._figures(sub, rivals or {})
 
     def _figures(self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures]) -> Figures:
         costs = self.costs(sub)
-        correct, accuracy = self._race(compact(self.net, sub), self._rivals(costs, rivals))
+        model = self.model(*self.split(sub))
+        correct, accuracy = self._race(model, self._rivals(costs, rivals))
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
-    def costs(self, sub: SubAdapter) -> dict[str, float]:
+    def split(self, point: SubAdapter) -> tuple[SubAdapter, str | None]:
+        """The sub-adapter of the supernet, and how its graph is compressed."""
+        return split(point, self.config.compress)
+
+    def model(self, sub: SubAdapter, compress: str | None) -> PreTrainedModel:
+        """What it is scored as: sliced, merged and rounded."""
+        model = compact(self.net, sub)
+        return round_(model, compress, self.config.timing.runtime) if compress else model
+
+    def costs(self, point: SubAdapter) -> dict[str, float]:
         """All figures but accuracy."""
-        predicted, counted = self.timetable(sub), self.cost(sub)
+        sub, mode = self.split(point)
+        predicted, counted = self.timetables[mode](sub), self.cost(sub)
         speed = per_second(self.config.timing.batch, predicted["decode_ms"])
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
-    def table(self, cost: str) -> Table:
+    def smallest(self) -> list[dict[str, float]]:
+        """`costs` of everything at its smallest, at every precision."""
+        return [self.costs(point) for point in smallest(self.space)]
+
+    def table(self, cost: str) -> Table | Tables:
         """What every choice saves of a cost."""
-        known = self.timetable.tables
-        if cost in known:
-            return known[cost]
-        return Table.counted(self.net.space, lambda sub: getattr(self.cost(sub), cost))
+        known = {bits_of(mode): each.tables for mode, each in self.timetables.items()}
+        if cost not in self.timetables[None].tables:
+            return Table.counted(self.space, lambda at: getattr(self.cost(self.split(at)[0]), cost))
+        by_bits = {bits: tables[cost] for bits, tables in known.items()}
+        return Tables(self.space, by_bits) if len(by_bits) > 1 else by_bits.popitem()[1]
 
     def _rivals(
         self, costs: Mapping[str, float], rivals: Mapping[SubAdapter, Figures]

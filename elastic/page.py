@@ -35,8 +35,8 @@ def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path)
 
 
 def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any]:
-    numbers = {one.sub_adapter: number for number, one in enumerate(front.trials)}
-    names = {member.sub_adapter: member.name for member in front.members}
+    numbers = {one.point: number for number, one in enumerate(front.trials)}
+    names = {member.point: member.name for member in front.members}
     of_kind = dict.fromkeys(kinds(space))
     blocks = dict.fromkeys(_block(group.name) for group in space)
     full = front.full
@@ -48,7 +48,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             + (f", decode {full.decode_ms:.1f} ms. " if full.decode_ms else ". ")
             + "Points are "
             "estimates: measured accuracies less their noise. Hover or click to see one. "
-            f"{front.timetable.describe()}."
+            + " ".join(f"{timetable.describe()}." for timetable in front.timetables.values())
         ),
         "decodes": full.decode_ms > 0,
         "cost": front.costs[0],
@@ -66,7 +66,9 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
                 **one.figures.numbers(),
                 "estimate": one.estimate,
                 "feasible": one.feasible,
-                "name": names.get(one.sub_adapter),
+                "name": names.get(one.point),
+                "compress": one.compress,
+                "weights": front.weights(one) if len(front.timetables) > 1 else "",
                 "sub_adapter": one.sub_adapter.as_dict(),
             }
             for one in front.trials
@@ -75,7 +77,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             {
                 "name": member.name,
                 "best": member.best,
-                "trial": numbers[member.sub_adapter],
+                "trial": numbers[member.point],
                 "accuracy": member.test["accuracy"],
                 "interval": list(member.test["accuracy_interval"]),
                 "measured": member.measured and asdict(member.measured),
@@ -109,9 +111,10 @@ def _checks(front: Front) -> Iterator[tuple[str, float, float]]:
     """What the table was not told: sub-adapters kept from it, and the front as it was measured. Of
     the latency that is traded, else of prefill."""
     metric = next((cost for cost in front.costs if cost in LATENCIES), LATENCIES[0])
-    for timed in front.timetable.unseen:
-        predicted = front.timetable(timed.sub_adapter)[metric]
-        yield "kept from the table", predicted, timed.values[metric]
+    for timetable in front.timetables.values():
+        for timed in timetable.unseen:
+            predicted = timetable(timed.sub_adapter)[metric]
+            yield "kept from the table", predicted, timed.values[metric]
     for member in front.members:
         if member.measured:
             yield member.name, getattr(member.figures, metric), getattr(member.measured, metric)

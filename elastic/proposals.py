@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from elastic.sampler import generator_for
 from elastic.space import BoundSpace, SubAdapter
 from elastic.surrogate import Additive, Posterior, cheapest
-from elastic.table import Table, kinds, least, pinned, places, shares
+from elastic.table import Table, Tables, kinds, least, places, shares
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)
@@ -43,7 +43,7 @@ class AdditiveSampler(BaseSampler):
         *,
         examples: int,
         room: float | None = None,
-        tables: Sequence[Table] = (),
+        tables: Sequence[Table | Tables] = (),
         tradeoff: bool = True,
         importance: Mapping[str, float] | None = None,
         seed: int = 0,
@@ -98,7 +98,7 @@ class AdditiveSampler(BaseSampler):
         belief = self._model.fit(at, accuracies, sampling_variance(accuracies, self.examples))
         generator = np.random.default_rng([self.seed, number])
         costs = self._costs(done, generator)
-        low = least(self.space, costs)
+        low = least(costs)
         most = 0.0 if self.room is None else min(0.0, (1 - self.room) * low)
         low = min(low, most)
         for attempt in range(ATTEMPTS):
@@ -113,20 +113,26 @@ class AdditiveSampler(BaseSampler):
                 return chosen
         return _neighbour(self.space, chosen, costs, most, known, generator)
 
-    def _best(self, gains: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-        """`cheapest`, for every depth anew: what is left out neither gains nor costs."""
+    def _best(
+        self, gains: np.ndarray, alternatives: Sequence[np.ndarray], budget: float
+    ) -> np.ndarray:
+        """`cheapest` of every alternative, and the best of those."""
 
-        def value(chosen: np.ndarray) -> tuple[bool, float]:
+        def value(found: tuple[np.ndarray, np.ndarray]) -> tuple[bool, float]:
+            chosen, costs = found
             rows = np.arange(len(chosen))
             total = costs[rows, chosen].sum()
             fits = total <= budget + 1e-12
             return fits, gains[rows, chosen].sum() if fits else -total
 
-        found = (cheapest(gains, own, budget) for own in pinned(self.space, costs))
-        return max(found, key=value)
+        found = ((cheapest(gains, costs, budget), costs) for costs in alternatives)
+        return max(found, key=value)[0]
 
-    def _costs(self, done: Sequence[FrozenTrial], generator: np.random.Generator) -> np.ndarray:
-        """(groups, choices), at most 0, infinite where no choice is: all costs as one."""
+    def _costs(
+        self, done: Sequence[FrozenTrial], generator: np.random.Generator
+    ) -> list[np.ndarray]:
+        """(groups, choices), infinite where no choice is: all costs as one, for every precision and
+        depth anew; what is left out neither gains nor costs."""
         tables = self.tables or [
             Table.fit(
                 self.space,
@@ -139,8 +145,11 @@ class AdditiveSampler(BaseSampler):
             for objective in range(1, len(done[0].values))
         ]
         weights = generator.dirichlet(np.ones(len(tables))) if len(tables) > 1 else [1.0]
-        parts = zip(weights, tables, strict=True)
-        return sum(weight * table.effects / max(table.span, 1e-12) for weight, table in parts)
+        scales = [w / max(t.span, 1e-12) for w, t in zip(weights, tables, strict=True)]
+        return [
+            sum(scale * effects for scale, effects in zip(scales, each, strict=True))
+            for each in zip(*(table.alternatives() for table in tables), strict=True)
+        ]
 
 
 def _settled(space: BoundSpace, at: Sequence[int]) -> tuple[int, ...]:
@@ -155,7 +164,7 @@ def _settled(space: BoundSpace, at: Sequence[int]) -> tuple[int, ...]:
 def _neighbour(
     space: BoundSpace,
     chosen: np.ndarray,
-    costs: np.ndarray,
+    alternatives: Sequence[np.ndarray],
     most: float,
     known: set[tuple[int, ...]],
     generator: np.random.Generator,
@@ -163,13 +172,17 @@ def _neighbour(
     """A sub-adapter a few steps away that is not known, and costs no more than `most` if `chosen`
     does not; None after many steps."""
     rows = np.arange(len(chosen))
-    most = max(most, costs[rows, chosen].sum())
+
+    def cost(at: np.ndarray) -> float:
+        return min(costs[rows, at].sum() for costs in alternatives)
+
+    most = max(most, cost(chosen))
     for _ in range(20 * len(chosen)):
         group = generator.integers(len(chosen))
         moved = chosen.copy()
-        moved[group] = generator.integers(np.isfinite(costs[group]).sum())
+        moved[group] = generator.integers(len(space.groups[group].choices))
         moved = np.array(_settled(space, moved))
-        if costs[rows, moved].sum() <= most + 1e-12:
+        if cost(moved) <= most + 1e-12:
             chosen = moved
         if tuple(chosen) not in known:
             return chosen

@@ -111,6 +111,12 @@ class Run:
             raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
         return name, space.named(name, seed)
 
+    def compression(self, name: str) -> str | None:
+        """How the search compressed what `--sub_adapter` means."""
+        file = Path(name) if Path(name).suffix == ".json" else self.sub_adapters / f"{name}.json"
+        value = read_json(file) if file.is_file() else None
+        return value.get("compress") if isinstance(value, dict) else None
+
     def export(self, name: str) -> Path:
         """The directory of an export; RunError if something else stands there."""
         directory = self.path / "export" / name

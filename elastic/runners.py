@@ -156,17 +156,35 @@ def require_runtime(runtime: str, model: ModelConfig) -> None:
         raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
 
 
-def open_runner(timing: TimingConfig, model: PreTrainedModel, directory: Path | None) -> Runner:
+def require_compression(mode: str, runtime: str, model: ModelConfig) -> None:
+    """MissingExtra without NNCF, ConfigError where such graphs are not compressed."""
+    from elastic import compression
+
+    compression.check(mode, runtime)
+    if models.architecture_of(model).is_encoder_decoder:
+        raise ConfigError(f"compress {mode}: the two graphs of encoder-decoder models are not "
+                          "compressed yet; leave it out")  # fmt: skip
+
+
+def open_runner(
+    timing: TimingConfig,
+    model: PreTrainedModel,
+    directory: Path | None,
+    compress: str | None = None,
+) -> Runner:
     """A runner for `model` in the runtime to be timed; onnx and openvino write it into `directory`
-    first (float32)."""
+    first (float32, then with compressed weights if asked)."""
     if timing.runtime == "torch":
         return timed_runner(model, timing)
+    from elastic import compression
     from elastic.formats import onnx, openvino
 
     graph = onnx.write(model, directory)
-    if timing.runtime == "onnx":
-        return onnx.open_runner(graph)
-    return openvino.open_runner(openvino.write(graph, directory))
+    if timing.runtime == "openvino":
+        graph = openvino.write(graph, directory)
+    if compress:
+        graph = compression.compress(graph, directory / compress, compress).path
+    return {"onnx": onnx, "openvino": openvino}[timing.runtime].open_runner(graph)
 
 
 def open_written(directory: Path, runtime: str) -> Runner:

@@ -6,7 +6,7 @@ As in `config`, a bad value is refused in `__post_init__`, and nothing heavy is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,10 @@ _LATENCIES = {
 }
 """Limits that name a latency, and which."""
 _COSTS = {**_LATENCIES, "memory_mb": "memory_mb", "params": "params", "macs": "macs"}
+
+RoundedTo = Literal["int8", "int8_sym", "int4", "int4_sym"]
+"""Compressions whose codes follow from the weights alone, so that accuracy is known without a
+graph."""
 
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
@@ -120,9 +124,9 @@ class TimingConfig:
 class TableConfig:
     """The latency table: what every choice costs on the target, learnt from a few whole models."""
 
-    file: str | None = None
-    """A table written by `elastic latency --save`; unset, one is measured here, once for a model,
-    device, runtime and shapes."""
+    file: list[str] = field(default_factory=list)
+    """Tables written by `elastic latency --save`, of one device, one for every precision; where
+    there is none, one is measured here, once for a model, device, runtime and shapes."""
     target: str | None = None
     """The device `file` was recorded on, when it is not this one."""
     seen: int = 9
@@ -134,7 +138,7 @@ class TableConfig:
         require(self.seen >= 2, f"table.seen is {self.seen}; at least 2")
         require(self.unseen >= 0, f"table.unseen is {self.unseen}; at least 0")
         require(
-            self.target is None or self.file is not None,
+            self.target is None or bool(self.file),
             f"table.target {self.target!r}: say which file was recorded there, table.file",
         )
 
@@ -175,6 +179,10 @@ class SearchConfig:
     race: float = 0.05
     """Stop evaluating a sub-adapter that loses to a cheaper one on the same examples; the largest
     probability of stopping one that is as accurate as all those. 0 evaluates all to the end."""
+    compress: list[RoundedTo] = field(default_factory=list)
+    """Weights of so few bits as one more choice, at most one mode of every number of bits. Accuracy
+    is that of the rounded weights, latency and memory those of compressed graphs: give
+    timing.runtime onnx or openvino (extra `compress`)."""
     timing: TimingConfig = field(default_factory=TimingConfig)
     table: TableConfig = field(default_factory=TableConfig)
     test_front: int = 8
@@ -190,6 +198,13 @@ class SearchConfig:
         require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")
         require(0 <= self.race < 0.5, f"race is {self.race}; choose from [0, 0.5)")
+        require_graph(self.compress, self.timing)
+        bits = [mode.partition("_")[0] for mode in self.compress]
+        require(
+            len(set(bits)) == len(bits),
+            f"compress {', '.join(self.compress)}: the number of bits is what is chosen; give one "
+            "mode for each",
+        )
         given = self.objectives
         require(
             not given or ACCURACY in given,
@@ -213,6 +228,15 @@ class SearchConfig:
         return self.chosen_objectives[1:] or list(dict.fromkeys(limited)) or ["prefill_ms"]
 
 
+def require_graph(compress: Collection[str], timing: TimingConfig) -> None:
+    """ConfigError for compressed weights in a runtime that has none."""
+    require(
+        not compress or timing.runtime != "torch",
+        f"compress {', '.join(compress)}: it is graphs whose weights are compressed; give "
+        "timing.runtime onnx or openvino",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig:
     """Times one sub-adapter, as it would be deployed, against the full model; with `save`, records
@@ -220,8 +244,14 @@ class LatencyConfig:
 
     run: str = "runs/default"
     sub_adapter: str = "best"
+    compress: RoundedTo | None = None
+    """The sub-adapter's weights have so few bits, the full model's not; unset, as the search chose
+    for it."""
     save: str | None = None
     """Where to write the table, for `elastic search RUN --table.file FILE`."""
     timing: TimingConfig = field(default_factory=lambda: TimingConfig(rounds=10))
     table: TableConfig = field(default_factory=TableConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_graph([self.compress] if self.compress else [], self.timing)

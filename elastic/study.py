@@ -25,6 +25,7 @@ from elastic.budget import (
     room,
     violations,
 )
+from elastic.dims import BITS
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
@@ -33,14 +34,21 @@ from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
-from elastic.runners import require_runtime, timing_of
+from elastic.runners import require_compression, require_runtime, timing_of
 from elastic.sampler import generator_for
 from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import FACTORS, Supernet
 from elastic.tasks import Example, load_task
-from elastic.timetable import Target, Timetable, known_timetable, read_timetable, record
+from elastic.timetable import (
+    Target,
+    Timetable,
+    compression_in,
+    known_timetable,
+    read_timetable,
+    record,
+)
 from elastic.workers import Worker, open_storage
 
 if TYPE_CHECKING:
@@ -75,42 +83,47 @@ def search(config: SearchConfig) -> Front:
         raise MissingExtra("scipy", "gp", "sampler gp")
     require_runtime(config.timing.runtime, trained.model)
     refuse_by_counting(run, config.budget, trained)
-    target = Target.of(run, config.timing)
-    given = None
-    if config.table.file:
-        given = read_timetable(config.table.file, target, config.table.target)
+    for mode in config.compress:
+        require_compression(mode, config.timing.runtime, trained.model)
+    targets = {mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)}
+    given = _given(config, targets)
     task = load_task(trained.task, trained.seed)
     study, config = _open_study(run, config)
-    if given and study.user_attrs.get("timetable", given) != given:
-        raise RunError(
-            f"table.file {config.table.file} is not the latency table that this study was begun "
-            "with; give another study.name, or leave table.file out"
-        )
+    for mode, (file, value) in given.items():
+        if study.user_attrs.get(_attribute(mode), value) != value:
+            raise RunError(
+                f"table.file {file} is not the latency table that this study was begun with; give "
+                "another study.name, or leave table.file out"
+            )
     with Worker(study) as worker:
         _, base, net = run.load()
-        if net.space.size == 1:
+        if net.space.size == 1 and not config.compress:
             raise RunError(
                 f"{run.path}: its space has one sub-adapter; there is nothing to search. Run: "
                 f"elastic export {run.path} --sub_adapter maximal"
             )
-        timetable = _timetable(study, worker, net, target, given, config)
-        objective = Objective(net, base.tokenizer, task.validation, config, timetable)
+        timetables: dict[str | None, Timetable] = {}
+        for mode, target in targets.items():
+            _, value = given.get(mode, (None, None))
+            own = _timetable(study, worker, net, target, value, config)
+            timetables[mode] = own.beside(timetables[None]) if timetables else own
+        objective = Objective(net, base.tokenizer, task.validation, config, timetables)
         importance = None
         if config.sampler == "additive":
             measured = functools.partial(_importance, net, base.tokenizer, task.train)
-            importance = _once(study, worker, "importance", measured)
+            importance = {BITS: 1.0, **_once(study, worker, "importance", measured)}
         _prepare(study, worker, objective, config)
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(config, objective, limits, importance, done)
         write = functools.partial(
-            finish, run, config, objective, study, test=task.test, here=target,
+            finish, run, config, objective, study, test=task.test, here=targets[None],
             importance=importance,
         )  # fmt: skip
         try:
             results = _evaluate(study, worker, objective, limits, config)
         except KeyboardInterrupt:
-            results = _seen(study, net.space)
+            results = _seen(study, objective.space)
             if results:
                 say(f"Interrupted: writing the front of {len(results)} sub-adapters")
                 with contextlib.suppress(BudgetError):
@@ -120,6 +133,32 @@ def search(config: SearchConfig) -> Front:
         while not worker.leads():
             time.sleep(POLL)
         return write(results)
+
+
+def _given(config: SearchConfig, targets: Mapping[str | None, Target]) -> dict[str | None, Any]:
+    """By compression, the file of a table and its contents; RunError for one of something else."""
+    found: dict[str | None, Any] = {}
+    for file in config.table.file:
+        mode = compression_in(file)
+        if mode in found or mode not in targets:
+            known = ", ".join(each or "none" for each in targets)
+            raise RunError(
+                f"table.file {file} was recorded with compress {mode or 'none'}; give one table "
+                f"for each of: {known}"
+            )
+        found[mode] = file, read_timetable(file, targets[mode], config.table.target)
+    if config.table.target and (missing := [mode for mode in targets if mode not in found]):
+        raise RunError(
+            f"table.target {config.table.target!r}: without a table of it for compress "
+            f"{', '.join(each or 'none' for each in missing)}; record one there: elastic latency "
+            f"RUN --compress {missing[-1]} --save FILE"
+        )
+    return found
+
+
+def _attribute(mode: str | None) -> str:
+    """Under which a study keeps its latency table."""
+    return f"timetable {mode}" if mode else "timetable"
 
 
 def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
@@ -189,7 +228,7 @@ def _timetable(
             return known
         return record(net, target, config.timing, config.table, config.seed).as_dict()
 
-    stored = _once(study, worker, "timetable", made)
+    stored = _once(study, worker, _attribute(target.compress), made)
     timetable = Timetable.from_dict(stored, net.space)
     say(timetable.describe())
     if not timetable.trusted:
@@ -215,7 +254,7 @@ def _prepare(
     def begun() -> dict[str, Any]:
         say("Scoring the full model")
         full = objective.score_full().as_dict()
-        _enqueue_starts(study, objective.net.space, config)
+        _enqueue_starts(study, objective.space, config)
         return full
 
     objective.full = Figures(**_once(study, worker, "full", begun))
@@ -239,7 +278,7 @@ def _evaluate(
     config: SearchConfig,
 ) -> dict[SubAdapter, Figures]:
     """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
-    space = objective.net.space
+    space = objective.space
     wanted = min(config.trials, space.size)
     results = _seen(study, space)
     if results:
@@ -249,7 +288,7 @@ def _evaluate(
         while repeats < PATIENCE:
             others = len(worker.running())
             results = _seen(study, space)
-            refuse_by_extremes(results, space, limits)
+            refuse_by_extremes(results, objective, limits)
             if len(results) >= wanted:
                 break
             if len(results) + others >= wanted:
@@ -290,7 +329,7 @@ def _sampler(
     match config.sampler:
         case "additive":
             return AdditiveSampler(
-                objective.net.space,
+                objective.space,
                 examples=len(objective.examples),
                 room=room(limits, objective),
                 tables=[objective.table(cost) for cost in config.costs],

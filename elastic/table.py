@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from elastic.dims import BITS
+from elastic.precision import WHOLE
 from elastic.space import BoundSpace, SubAdapter
 from elastic.surrogate import Additive
 
@@ -20,15 +22,21 @@ def kinds(space: BoundSpace) -> list[str]:
     names = [
         [part for part in group.name.split(".") if not (part.isdigit() or part == "*")]
         for group in space
+        if group.dim != BITS
     ]
     columns = zip(*(name[:-1] for name in names), strict=False)
     shared = len(list(itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)))
-    return [".".join(name[shared:]) for name in names]
+    bits = [group.name for group in space if group.dim == BITS]
+    return [".".join(name[shared:]) for name in names] + bits
 
 
 def shares(space: BoundSpace) -> list[list[float]]:
-    """The choices of every group as parts of its full size."""
-    return [[choice / group.choices[0] for choice in group.choices] for group in space]
+    """The choices of every group as parts of its full size; of bits, what rounding leaves exact."""
+    return [
+        [1 - 2.0**-choice if group.dim == BITS else choice / group.choices[0]
+         for choice in group.choices]
+        for group in space
+    ]  # fmt: skip
 
 
 def places(space: BoundSpace, subs: Sequence[SubAdapter]) -> np.ndarray:
@@ -50,9 +58,9 @@ def pinned(space: BoundSpace, costs: np.ndarray) -> Iterator[np.ndarray]:
         yield own
 
 
-def least(space: BoundSpace, costs: np.ndarray) -> float:
-    """The lowest sum of what a sub-adapter chooses of (groups, choices)."""
-    return min(float(own.min(1).sum()) for own in pinned(space, costs))
+def least(alternatives: Iterable[np.ndarray]) -> float:
+    """The lowest sum of what a sub-adapter chooses of any of these (groups, choices)."""
+    return min(float(own.min(1).sum()) for own in alternatives)
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,43 @@ class Table:
                 row[choice] = cost(space.at({**at, group.name: choice})) - full
         return cls(space, full, effects)
 
+    def alternatives(self) -> Iterator[np.ndarray]:
+        """`pinned` effects: within one of these, every group can choose on its own."""
+        return pinned(self.space, self.effects)
+
     @property
     def span(self) -> float:
-        """From the minimal sub-adapter to the full model."""
-        return -least(self.space, self.effects)
+        """From the cheapest sub-adapter to the full model."""
+        return -least(self.alternatives())
 
     def __call__(self, sub: SubAdapter) -> float:
         """Milliseconds, or whatever else it was told."""
         at = places(self.space, [sub])[0]
         return self.full + float(self.effects[np.arange(len(at)), at].sum())
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One table per number of bits, as one of the space that has them to choose from: what a choice
+    saves differs with the precision."""
+
+    space: BoundSpace
+    by_bits: Mapping[int, Table]
+    """Of the space without them."""
+
+    def alternatives(self) -> Iterator[np.ndarray]:
+        """(groups, choices) less the full, uncompressed model's, for one precision after another:
+        infinite where a choice is another one."""
+        [bits] = (group for group in self.space if group.dim == BITS)
+        width = max(len(group.choices) for group in self.space)
+        for index, choice in enumerate(bits.choices):
+            table = self.by_bits[choice]
+            costs = np.full((len(self.space.groups), width), np.inf)
+            costs[:-1, : table.effects.shape[1]] = table.effects
+            costs[-1, index] = table.full - self.by_bits[WHOLE].full
+            yield from pinned(self.space, costs)
+
+    @property
+    def span(self) -> float:
+        """From the cheapest sub-adapter to the full model."""
+        return -least(self.alternatives())

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ from elastic.table import Table
 if TYPE_CHECKING:
     from elastic.supernet import Supernet
 
-METRICS = ("prefill_ms", "decode_ms", "memory_mb")
+LATENCIES = ("prefill_ms", "decode_ms")
+METRICS = (*LATENCIES, "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ class Target:
     batch: int
     prompt_tokens: int
     new_tokens: int
+    compress: str | None = None
+    """How weights are compressed."""
 
     @classmethod
-    def of(cls, run: Run, timing: TimingConfig) -> Target:
+    def of(cls, run: Run, timing: TimingConfig, compress: str | None = None) -> Target:
         """Here, of this run's sub-adapters; reads no weights."""
         trained = run.config()
         architecture = models.architecture_of(trained.model).to_dict()
@@ -81,11 +84,13 @@ class Target:
             timing.batch,
             timing.prompt_tokens,
             timing.new_tokens,
+            compress,
         )
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Timetable:
     target: Target
     space: BoundSpace
     seen: Sequence[Timed]
-    """What the tables are learnt from; the full model is the first."""
+    """What the tables are learnt from; the maximal sub-adapter is the first."""
     unseen: Sequence[Timed]
     asked: tuple[int, int]
     """How many to see and to keep unseen were asked for; a small space has fewer."""
@@ -130,6 +135,8 @@ class Timetable:
     """How much the full model differed from itself: the median over the measurements."""
     tolerance: float
     about: Mapping[str, Any]
+    full: Mapping[str, float]
+    """Latencies of the full model, not compressed, in the same rounds."""
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
@@ -167,7 +174,7 @@ class Timetable:
         """One line: of what, how good."""
         target = self.target
         what = (
-            f"{target.runtime}, {target.dtype}, batch {target.batch}, prompt "
+            f"{target.runtime}, {target.compress or target.dtype}, batch {target.batch}, prompt "
             f"{target.prompt_tokens} tokens on {target.device}"
         )
         n = len(self.unseen)
@@ -177,6 +184,20 @@ class Timetable:
         good = f"; mean error on {n} sub-adapters it never saw: {errors}" if n else ""
         noisy = "" if self.trusted else f"; {distrust(self.control, self.tolerance)}"
         return f"Latency table of {len(self.seen)} sub-adapters ({what}){good}{noisy}"
+
+    def beside(self, other: Timetable) -> Timetable:
+        """In the unit of `other`, by what the full model took then and now."""
+        unit = {name: other.full[name] / took if took else 1.0 for name, took in self.full.items()}
+
+        def scaled(rows: Sequence[Timed]) -> list[Timed]:
+            return [
+                replace(row, values={k: v * unit.get(k, 1.0) for k, v in row.values.items()})
+                for row in rows
+            ]
+
+        return replace(
+            self, seen=scaled(self.seen), unseen=scaled(self.unseen), full=dict(other.full)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -188,6 +209,7 @@ class Timetable:
             "control": self.control,
             "tolerance": self.tolerance,
             "about": dict(self.about),
+            "full": dict(self.full),
         }
 
     @classmethod
@@ -201,10 +223,19 @@ class Timetable:
                 for row in rows
             ]
 
+        seen = timed(value["seen"])
         return cls(
-            Target(**value["target"]), space, timed(value["seen"]), timed(value["unseen"]),
-            tuple(value["asked"]), value["control"], value["tolerance"], value["about"],
+            Target(**value["target"]), space, seen, timed(value["unseen"]), tuple(value["asked"]),
+            value["control"], value["tolerance"], value["about"],
+            value.get("full") or {name: seen[0].values[name] for name in LATENCIES},
         )  # fmt: skip
+
+
+def compression_in(file: Path | str) -> str | None:
+    """In which mode the table of a file was recorded; None too where it is no table."""
+    value = read_json(file)
+    target = value.get("target") if isinstance(value, dict) else None
+    return target.get("compress") if isinstance(target, dict) else None
 
 
 def read_timetable(file: Path | str, here: Target, device: str | None = None) -> dict[str, Any]:
@@ -232,8 +263,8 @@ def read_timetable(file: Path | str, here: Target, device: str | None = None) ->
                 f"{file} was recorded on {a!r}, this is {b!r}; to search for that device, add "
                 f"--table.target {a!r}"
             )
-        setting = "model" if field.name == "dtype" else "timing"
-        raise RunError(f"{file} was recorded with {setting}.{field.name} {a}, this is {b}")
+        setting = {"dtype": "model.", "compress": ""}.get(field.name, "timing.")
+        raise RunError(f"{file} was recorded with {setting}{field.name} {a}, this is {b}")
     return value
 
 
@@ -252,19 +283,22 @@ def record(
 ) -> Timetable:
     """Measure whole models, the full one beside every other, and keep what they say for the next
     search of such a model on this device, unless the machine was busy."""
-    space = net.space
+    space, mode = net.space, target.compress
+    maximal = space.maximal()
     chosen = _chosen(space, table.seen + table.unseen, seed, merged=timing.merged)
-    say(f"Timing {len(chosen)} sub-adapters for the latency table")
+    asked = [maximal, *chosen] if mode else chosen  # as it is, the maximal one is the full model
+    what = f" in {mode}" if mode else ""
+    say(f"Timing {len(asked)} sub-adapters for the latency table{what}")
     with Bench(net, timing, seed) as bench:
-        found = [(sub, bench(sub)) for sub in track(chosen, "timing sub-adapters")]
-        memory = {sub: bench.memory_mb(sub) for sub in (space.maximal(), *chosen)}
+        found = [(sub, bench(sub, mode)) for sub in track(asked, "timing sub-adapters")]
+        memory = {sub: bench.memory_mb(sub, mode) for sub in (maximal, *chosen)}
         clocks = bench.state
     # Ratios of times taken in the same rounds, in the unit of the full model over all rounds.
     full = {
         metric: float(np.median([getattr(each.full, metric) for _, each in found]))
-        for metric in ("prefill_ms", "decode_ms")
+        for metric in LATENCIES
     }
-    rows = [Timed(space.maximal(), {**full, "memory_mb": memory[space.maximal()]})]
+    rows = [] if mode else [Timed(maximal, {**full, "memory_mb": memory[maximal]})]
     for sub, each in found:
         ratio = each.ratio(CANDIDATE)
         values = {metric: getattr(ratio, metric) * full[metric] for metric in full}
@@ -272,7 +306,7 @@ def record(
     made = Timetable(
         target, space, rows[: table.seen + 1], rows[table.seen + 1 :], (table.seen, table.unseen),
         float(np.median([each.control for _, each in found])), timing.tolerance,
-        {**provenance(str(net.model.device)), "clocks": clocks},
+        {**provenance(str(net.model.device)), "clocks": clocks}, full,
     )  # fmt: skip
     if made.trusted:
         write_json(_cache_file(target), made.as_dict())

@@ -16,7 +16,7 @@ from elastic.objective import per_second
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.runners import require_runtime, timing_of
+from elastic.runners import require_compression, require_runtime, timing_of
 from elastic.search_config import LatencyConfig
 from elastic.timetable import Target, Timetable, record
 
@@ -61,7 +61,8 @@ class LatencyReport:
 
         target, console = self.target, Console(width=max(100, Console().width))
         table = Table(
-            title=f"{target.runtime}, {target.dtype}, {'' if target.merged else 'un'}merged, batch "
+            title=f"{target.runtime}, {target.compress or target.dtype}, "
+            f"{'' if target.merged else 'un'}merged, batch "
             f"{target.batch}, prompt {target.prompt_tokens} tokens"
         )
         columns = ["", "prefill ms", "decode ms", "tokens / s", "memory MB", "IQR / median"]
@@ -104,8 +105,12 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     run = Run(config.run)
     trained = run.config()
     require_runtime(config.timing.runtime, trained.model)
+    graph = config.timing.runtime != "torch" and not config.save
+    mode = config.compress or (run.compression(config.sub_adapter) if graph else None)
+    if mode:
+        require_compression(mode, config.timing.runtime, trained.model)
     config = replace(config, timing=timing_of(config.timing, trained.model))
-    target = Target.of(run, config.timing)
+    target = Target.of(run, config.timing, mode)
     if config.table.file:
         raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")
     _, _, net = run.load()
@@ -118,11 +123,11 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     if config.timing.runtime != "torch":
         say(f"Writing both models for {config.timing.runtime}")
     with Bench(net, config.timing, config.seed) as bench:
-        found = bench(sub)
+        found = bench(sub, mode)
         _refuse_noise(found.control, config)
         memory = {
             REFERENCE: bench.memory_mb(net.space.maximal()),
-            CANDIDATE: bench.memory_mb(sub),
+            CANDIDATE: bench.memory_mb(sub, mode),
         }
         about = {**provenance(str(net.model.device)), "clocks": bench.state}
     return LatencyReport(name, target, found, memory, about)

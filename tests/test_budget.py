@@ -102,10 +102,10 @@ def test_the_room_limit_says_how_much_room_there_is(limits, expected):
         "least": {"prefill_ms": 40.0, "decode_ms": 20.0, "tokens_per_second": 50.0},
     }
     costs["full"]["params"], costs["least"]["params"] = 15.0, 5.0
-    space = SimpleNamespace(maximal=lambda: "full", minimal=lambda: "least")
     objective = SimpleNamespace(
-        net=SimpleNamespace(space=space), costs=costs.get, config=SearchConfig()
-    )
+        space=SimpleNamespace(maximal=lambda: "full"), costs=costs.get,
+        smallest=lambda: [costs["least"]], config=SearchConfig(),
+    )  # fmt: skip
     assert room(limits, objective) == (expected and pytest.approx(expected))
 
 
@@ -224,7 +224,7 @@ def evaluated(estimate: float, prefill_ms: float) -> Evaluated:
         accuracy=0.1, accuracy_n=10, prefill_ms=prefill_ms, decode_ms=prefill_ms / 10,
         tokens_per_second=1e4 / prefill_ms, memory_mb=1.0, params=1, macs=1,
     )  # fmt: skip
-    return Evaluated(SubAdapter(()), figures, estimate, feasible=True)
+    return Evaluated(SubAdapter(()), None, figures, estimate, feasible=True)
 
 
 def timed(prefill_ms: float, *, trusted: bool = True) -> Measured:

@@ -15,7 +15,7 @@ from elastic.calibration import calibration_inputs
 from elastic.compression import MODES, check, compress
 from elastic.errors import ConfigError, MissingExtra
 from elastic.formats import onnx, onnx_weights, openvino, tracing
-from elastic.rounding import Grid, rounded
+from elastic.rounding import Grid, rounded, saved_bytes
 from elastic.runners import runner_of
 from elastic.tasks import Example
 from tests import tiny
@@ -172,6 +172,7 @@ def test_the_size_is_that_of_codes_and_scales(tied, kind, mode, tmp_path):
         floats += 4 * rows * columns
     before, after = (stored_bytes(path) for path in (tied.paths[kind], found.path))
     assert after - (before - floats) == pytest.approx(expected, rel=0.02)
+    assert saved_bytes(tied.model, mode) == pytest.approx(floats - expected, rel=0.04)
     assert found.bytes < found.bytes_before
 
 

@@ -42,7 +42,9 @@ def score(monkeypatch):
         monkeypatch.setattr(objective, "compact", lambda net, sub: answers)
         monkeypatch.setattr(objective, "Counter", lambda *_: lambda sub: Cost(1, 1))
         net = SimpleNamespace(model=None, space=SPACE)
-        ask = Objective(net, None, range(len(answers)), SearchConfig(race=race), lambda sub: COSTS)
+        ask = Objective(
+            net, None, range(len(answers)), SearchConfig(race=race), {None: lambda sub: COSTS}
+        )
         ask.examples = list(range(len(answers)))  # in order, as the strings are
         found = ask(SOMEBODY, {str(n): rival for n, rival in enumerate(rivals)})
         return found, len(looked)

@@ -281,8 +281,8 @@ def changed(file, **target):
 
 def test_a_saved_table_serves_a_search(trained, tmp_path, table_file, counted):  # noqa: F811
     run = copy_run(trained, tmp_path / "run")
-    front = search(config(run, trials=4, table=TableConfig(file=str(table_file))))
-    saved = Timetable.from_dict(json.loads(table_file.read_text()), front.timetable.space)
+    front = search(config(run, trials=4, table=TableConfig(file=[str(table_file)])))
+    saved = Timetable.from_dict(json.loads(table_file.read_text()), front.timetables[None].space)
     for one in front.trials:
         assert one.figures.prefill_ms == saved(one.sub_adapter)["prefill_ms"]
     assert len(counted) <= len(front.members)  # only they were timed
@@ -296,9 +296,9 @@ def test_a_table_of_another_device_is_used_only_when_named(
     with pytest.raises(
         RunError, match=r"recorded on 'a phone', this is .*--table\.target 'a phone'"
     ):
-        search(config(run, table=TableConfig(file=str(table_file))))
+        search(config(run, table=TableConfig(file=[str(table_file)])))
     counted.clear()
-    table = TableConfig(file=str(table_file), target="a phone")
+    table = TableConfig(file=[str(table_file)], target="a phone")
     front = search(config(run, trials=4, table=table))
     assert not counted and all(member.measured is None for member in front.members)
     front.show()
@@ -322,7 +322,7 @@ def test_a_table_of_something_else_is_refused_before_weights(
 ):  # fmt: skip
     changed(table_file, **target)
     run = copy_run(trained, tmp_path / "run")
-    table = TableConfig(file=str(table_file))
+    table = TableConfig(file=[str(table_file)])
     with pytest.raises(RunError, match=expected):
         search(config(run, table=table, timing=replace(ONE_ROUND, **timing)))
     assert not run.search.exists()
@@ -332,21 +332,20 @@ def test_a_file_that_is_no_table_is_refused(trained, tmp_path, forbid_weights): 
     file = tmp_path / "junk.json"
     file.write_text('{"target": 3}')
     with pytest.raises(RunError, match="holds no latency table; record one with"):
-        search(config(copy_run(trained, tmp_path / "run"), table=TableConfig(file=str(file))))
+        search(config(copy_run(trained, tmp_path / "run"), table=TableConfig(file=[str(file)])))
 
 
 def test_a_study_keeps_its_table(trained, tmp_path, table_file):  # noqa: F811
     run = copy_run(trained, tmp_path / "run")
-    search(config(run, trials=2, starts=2, table=TableConfig(file=str(table_file))))
+    search(config(run, trials=2, starts=2, table=TableConfig(file=[str(table_file)])))
     front = search(config(run, trials=3, starts=2))  # it need not be named again
-    assert [each.as_dict() for each in front.timetable.seen] == json.loads(table_file.read_text())[
-        "seen"
-    ]
+    seen = [each.as_dict() for each in front.timetables[None].seen]
+    assert seen == json.loads(table_file.read_text())["seen"]
     value = json.loads(table_file.read_text())
     value["seen"][1]["prefill_ms"] *= 2
     table_file.write_text(json.dumps(value))
     with pytest.raises(RunError, match="not the latency table that this study was begun with"):
-        search(config(run, starts=2, table=TableConfig(file=str(table_file))))
+        search(config(run, starts=2, table=TableConfig(file=[str(table_file)])))
 
 
 def test_settings_of_tables_are_checked(trained):  # noqa: F811
@@ -355,7 +354,7 @@ def test_settings_of_tables_are_checked(trained):  # noqa: F811
     with pytest.raises(ConfigError, match=r"timing\.merged false"):
         TimingConfig(merged=False, runtime="onnx")
     with pytest.raises(ConfigError, match="read by `elastic search`"):
-        time_run(LatencyConfig(run=str(trained.path), table=TableConfig(file="x.json")))
+        time_run(LatencyConfig(run=str(trained.path), table=TableConfig(file=["x.json"])))
 
 
 # `elastic latency`.
