@@ -22,7 +22,7 @@ import numpy as np
 
 from elastic.calibration import completed
 from elastic.errors import ConfigError, MissingExtra, require, unknown
-from elastic.formats import onnx, openvino, stored, tracing
+from elastic.formats import onnx, openvino, openvino_seq2seq, seq2seq, stored, tracing
 from elastic.formats.onnx_weights import expose, lower
 from elastic.formats.stored import Weight
 
@@ -31,6 +31,7 @@ GROUP = 64
 get the largest power of two that does; below `SMALLEST_GROUP` a layer gets 8 bits."""
 SMALLEST_GROUP = 32
 KINDS = {".onnx": "onnx", ".xml": "openvino"}
+ENCODERS = {each.DECODER: each.ENCODER for each in (seq2seq, openvino_seq2seq)}
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def compress(
 ) -> Compressed:
     """Write the compressed `graph` under its own name into `directory`, which may be its own.
 
-    `graph` is `openvino_model.xml` or `model.onnx` as `elastic.formats` writes them; `calibration`
-    are the inputs of `elastic.calibration.calibration_inputs`. The runners read the result.
-    ConfigError and MissingExtra as `check` raises them.
+    `graph` is `openvino_model.xml` or `model.onnx` as `elastic.formats` writes them, or the decoder
+    of a pair, whose encoder is compressed with it; `calibration` are the inputs of
+    `elastic.calibration.calibration_inputs`. The runners read the result. ConfigError and
+    MissingExtra as `check` raises them.
     """
     graph, directory = Path(graph), Path(directory)
     if graph.suffix not in KINDS:
@@ -134,20 +136,28 @@ def compress(
         group >= SMALLEST_GROUP and group & (group - 1) == 0,
         f"compression {mode!r}: group {group} is no power of two from {SMALLEST_GROUP} upwards",
     )
-    before = _size(graph)
+    graphs = [graph.with_name(ENCODERS[graph.name]), graph] if graph.name in ENCODERS else [graph]
+    require(
+        len(graphs) == 1 or not found.calibrated,
+        f"compression {mode!r} looks at activations, which are not computed for the two graphs of "
+        "an encoder-decoder model; give a mode that does not",
+    )
+    before = sum(map(_size, graphs))
     directory.mkdir(parents=True, exist_ok=True)
     samples = calibration if found.calibrated else ()
+    weights: dict[str, Weight] = {}
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        written = Path(scratch) / graph.name
-        weights = {"onnx": _onnx, "openvino": _openvino}[kind](
-            graph, written, found, samples, group
-        )
-        for stale in _files(directory / graph.name):
-            stale.unlink(missing_ok=True)
+        for each in graphs:
+            write = {"onnx": _onnx, "openvino": _openvino}[kind]
+            weights |= write(each, Path(scratch) / each.name, found, samples, group)
+        for each in graphs:
+            for stale in _files(directory / each.name):
+                stale.unlink(missing_ok=True)
         for file in Path(scratch).iterdir():
             os.replace(file, directory / file.name)
+    after = sum(_size(directory / each.name) for each in graphs)
     path = directory / graph.name
-    return Compressed(path, mode, weights, _exceptions(weights, found), before, _size(path))
+    return Compressed(path, mode, weights, _exceptions(weights, found), before, after)
 
 
 def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
@@ -167,7 +177,8 @@ def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> di
 def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
     import onnx as library
 
-    model = library.load(graph)
+    paired = graph.name == seq2seq.DECODER
+    model = seq2seq.unmerged(graph) if paired else library.load(graph)
     shapes = {
         item.name: [axis.dim_value for axis in item.type.tensor_type.shape.dim]
         for item in model.graph.input
@@ -182,10 +193,12 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
             model = library.load(f"{outside}/{graph.name}", load_external_data=False)
         model = _compressed(model, mode, inputs, group, tied, outside if large else None)
     lower(model)
+    weights = stored.in_onnx(model)
+    model = seq2seq.remerged(model) if paired else model
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     large = size > tracing.SINGLE_FILE_BYTES
     library.save(model, written, save_as_external_data=large, location=f"{written.name}.data")
-    return stored.in_onnx(library.load(written))
+    return weights
 
 
 def _compressed(

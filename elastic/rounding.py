@@ -31,13 +31,15 @@ class Grid:
 def grids(model: PreTrainedModel, mode: str) -> dict[str, Grid]:
     """By the name of every layer whose weight is compressed, of tied ones the first.
 
-    In 4-bit modes embeddings and the last layer get 8 bits, and so does a layer whose number of
-    channels no group of `SMALLEST_GROUP` divides.
+    In 4-bit modes embeddings and the last layer of every graph get 8 bits, and so does a layer
+    whose number of channels no group of `SMALLEST_GROUP` divides.
     """
     asked, symmetric = MODES[mode].bits, mode.endswith("_sym")
     found: dict[str, Grid] = {}
     seen: set[Tensor] = set()
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    graphs = [model.get_encoder(), model] if model.config.is_encoder_decoder else [model]
+    last = {[each for each in graph.modules() if isinstance(each, nn.Linear)][-1]
+            for graph in graphs}  # fmt: skip
     for name, module in model.named_modules():
         if not isinstance(module, KINDS) or module.weight in seen:
             continue
@@ -46,7 +48,7 @@ def grids(model: PreTrainedModel, mode: str) -> dict[str, Grid]:
         group = min(GROUP, channels & -channels)
         if asked == 8:
             found[name] = Grid(8, symmetric=symmetric)
-        elif isinstance(module, nn.Embedding) or module is last or group < SMALLEST_GROUP:
+        elif isinstance(module, nn.Embedding) or module in last or group < SMALLEST_GROUP:
             found[name] = Grid(8)
         else:
             found[name] = Grid(asked, group, symmetric)

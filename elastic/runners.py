@@ -156,16 +156,6 @@ def require_runtime(runtime: str, model: ModelConfig) -> None:
         raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
 
 
-def require_compression(mode: str, runtime: str, model: ModelConfig) -> None:
-    """MissingExtra without NNCF, ConfigError where such graphs are not compressed."""
-    from elastic import compression
-
-    compression.check(mode, runtime)
-    if models.architecture_of(model).is_encoder_decoder:
-        raise ConfigError(f"compress {mode}: the two graphs of encoder-decoder models are not "
-                          "compressed yet; leave it out")  # fmt: skip
-
-
 def open_runner(
     timing: TimingConfig,
     model: PreTrainedModel,

@@ -16,6 +16,7 @@ import optuna
 from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
+from elastic import compression
 from elastic.batching import collated, encode_all
 from elastic.budget import (
     limits_accuracy_alone,
@@ -34,7 +35,7 @@ from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
-from elastic.runners import require_compression, require_runtime, timing_of
+from elastic.runners import require_runtime, timing_of
 from elastic.sampler import generator_for
 from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
@@ -84,7 +85,7 @@ def search(config: SearchConfig) -> Front:
     require_runtime(config.timing.runtime, trained.model)
     refuse_by_counting(run, config.budget, trained)
     for mode in config.compress:
-        require_compression(mode, config.timing.runtime, trained.model)
+        compression.check(mode, config.timing.runtime)
     targets = {mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)}
     given = _given(config, targets)
     task = load_task(trained.task, trained.seed)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elastic import compression
 from elastic.bench import CANDIDATE, Bench
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
@@ -16,7 +17,7 @@ from elastic.objective import per_second
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.runners import require_compression, require_runtime, timing_of
+from elastic.runners import require_runtime, timing_of
 from elastic.search_config import LatencyConfig
 from elastic.timetable import Target, Timetable, record
 
@@ -108,7 +109,7 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     graph = config.timing.runtime != "torch" and not config.save
     mode = config.compress or (run.compression(config.sub_adapter) if graph else None)
     if mode:
-        require_compression(mode, config.timing.runtime, trained.model)
+        compression.check(mode, config.timing.runtime)
     config = replace(config, timing=timing_of(config.timing, trained.model))
     target = Target.of(run, config.timing, mode)
     if config.table.file:

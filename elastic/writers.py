@@ -344,17 +344,18 @@ class Compressed(Format):
         known = compression.MODES[self.mode].formats
         if self.kind not in known:
             return f"NNCF has {self.mode} for {' and '.join(known)} alone"
-        if source.models["compact"].config.is_encoder_decoder:
-            return "the two graphs of encoder-decoder models are not compressed yet"
+        paired = source.models["compact"].config.is_encoder_decoder
+        if paired and compression.MODES[self.mode].calibrated:
+            return "activations are not computed for the two graphs of an encoder-decoder model"
         return self.whole.why_not(source)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        file = {"onnx": onnx.FILE, "openvino": openvino.FILE}[self.kind]
         examples = []
         if compression.MODES[self.mode].calibrated:
             chosen = source.train[: source.config.compress_examples]
             examples = calibration_inputs(source.base.tokenizer, source.models[which], chosen)
-        graph = source.folder(self.kind, which) / file
+        find = {"onnx": onnx, "openvino": openvino}[self.kind].graph_in
+        graph = find(source.folder(self.kind, which))
         made = compression.compress(graph, directory, self.mode, examples)
         write_json(directory / "compression.json", made.as_dict())
         source.accompany(which, directory, self.kind)

@@ -156,14 +156,19 @@ def open_runner(path: Path, threads: int | None = None, precision: str | None = 
     return kind(path, threads, precision)
 
 
+def graph_in(directory: Path) -> Path:
+    """What `write` returned for this folder."""
+    from elastic.formats.openvino_seq2seq import DECODER
+
+    there = (directory / DECODER).is_file()
+    return directory / (DECODER if there else FILE)
+
+
 def open_folder(
     directory: Path, threads: int | None = None, precision: str | None = "f32"
 ) -> Runner:
     """The runner for what `write` left in a folder."""
-    from elastic.formats.openvino_seq2seq import DECODER
-
-    there = (directory / DECODER).is_file()
-    return open_runner(directory / (DECODER if there else FILE), threads, precision)
+    return open_runner(graph_in(directory), threads, precision)
 
 
 class OpenVINORunner:

@@ -220,6 +220,22 @@ def unmerged(path: Path) -> ModelProto:
     return found
 
 
+def remerged(model: ModelProto) -> ModelProto:
+    """What `unmerged` took apart, with the nodes and weights that it has by now."""
+    graph = model.graph
+
+    def part(outputs: Sequence[ValueInfoProto]) -> ModelProto:
+        nodes = _needed(graph.node, [value.name for value in outputs])
+        used = {name for node in nodes for name in node.input}
+        weights = [tensor for tensor in graph.initializer if tensor.name in used]
+        return _model(model, nodes, graph.input, outputs, weights)
+
+    cross = [value for value in graph.output if ".encoder." in value.name]
+    found = _merged(part(cross), part([value for value in graph.output if value not in cross]))
+    found.metadata_props.extend(model.metadata_props)
+    return found
+
+
 def _model(like: ModelProto, nodes, inputs, outputs, weights) -> ModelProto:
     from onnx import helper
 
