@@ -67,7 +67,7 @@ def main() -> None:
                 shutil.copytree(given.run, copy.path, ignore=shutil.ignore_patterns("search"))
             config = SearchConfig(
                 run=str(copy.path), objectives=["accuracy", "prefill_ms"], test_front=1,
-                table=TableConfig(file=given.table, target=device), timing=timing, **settings,
+                table=TableConfig(file=[given.table], target=device), timing=timing, **settings,
             )  # fmt: skip
             front = search(config)
             trained, base, net = copy.load()
