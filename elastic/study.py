@@ -8,7 +8,7 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,21 +42,13 @@ from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import FACTORS, Supernet
 from elastic.tasks import Example, load_task
-from elastic.timetable import (
-    Target,
-    Timetable,
-    compression_in,
-    known_timetable,
-    read_timetable,
-    record,
-)
-from elastic.workers import Worker, open_storage
+from elastic.timetable import Target
+from elastic.timetables import read_tables, require_same_tables, tables_of
+from elastic.workers import POLL, Worker, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-POLL = 0.5
-"""Seconds between looks at what other workers have done."""
 IMPORTANCE_EXAMPLES, IMPORTANCE_BATCH = 64, 8
 FAILURES = 3
 """Trials in a row without figures that end the search."""
@@ -87,15 +79,10 @@ def search(config: SearchConfig) -> Front:
     for mode in config.compress:
         compression.check(mode, config.timing.runtime)
     targets = {mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)}
-    given = _given(config, targets)
+    given = read_tables(config.table, targets)
     task = load_task(trained.task, trained.seed)
     study, config = _open_study(run, config)
-    for mode, (file, value) in given.items():
-        if study.user_attrs.get(_attribute(mode), value) != value:
-            raise RunError(
-                f"table.file {file} is not the latency table that this study was begun with; give "
-                "another study.name, or leave table.file out"
-            )
+    require_same_tables(study, given)
     with Worker(study) as worker:
         _, base, net = run.load()
         if net.space.size == 1 and not config.compress:
@@ -103,16 +90,12 @@ def search(config: SearchConfig) -> Front:
                 f"{run.path}: its space has one sub-adapter; there is nothing to search. Run: "
                 f"elastic export {run.path} --sub_adapter maximal"
             )
-        timetables: dict[str | None, Timetable] = {}
-        for mode, target in targets.items():
-            _, value = given.get(mode, (None, None))
-            own = _timetable(study, worker, net, target, value, config)
-            timetables[mode] = own.beside(timetables[None]) if timetables else own
+        timetables = tables_of(worker, net, targets, given, config)
         objective = Objective(net, base.tokenizer, task.validation, config, timetables)
         importance = None
         if config.sampler == "additive":
             measured = functools.partial(_importance, net, base.tokenizer, task.train)
-            importance = {BITS: 1.0, **_once(study, worker, "importance", measured)}
+            importance = {BITS: 1.0, **worker.once("importance", measured)}
         _prepare(study, worker, objective, config)
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
@@ -134,32 +117,6 @@ def search(config: SearchConfig) -> Front:
         while not worker.leads():
             time.sleep(POLL)
         return write(results)
-
-
-def _given(config: SearchConfig, targets: Mapping[str | None, Target]) -> dict[str | None, Any]:
-    """By compression, the file of a table and its contents; RunError for one of something else."""
-    found: dict[str | None, Any] = {}
-    for file in config.table.file:
-        mode = compression_in(file)
-        if mode in found or mode not in targets:
-            known = ", ".join(each or "none" for each in targets)
-            raise RunError(
-                f"table.file {file} was recorded with compress {mode or 'none'}; give one table "
-                f"for each of: {known}"
-            )
-        found[mode] = file, read_timetable(file, targets[mode], config.table.target)
-    if config.table.target and (missing := [mode for mode in targets if mode not in found]):
-        raise RunError(
-            f"table.target {config.table.target!r}: without a table of it for compress "
-            f"{', '.join(each or 'none' for each in missing)}; record one there: elastic latency "
-            f"RUN --compress {missing[-1]} --save FILE"
-        )
-    return found
-
-
-def _attribute(mode: str | None) -> str:
-    """Under which a study keeps its latency table."""
-    return f"timetable {mode}" if mode else "timetable"
 
 
 def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
@@ -212,31 +169,6 @@ def _subject(run: Run) -> dict[str, Any]:
     }
 
 
-def _timetable(
-    study: optuna.Study,
-    worker: Worker,
-    net: Supernet,
-    target: Target,
-    given: dict[str, Any] | None,
-    config: SearchConfig,
-) -> Timetable:
-    """The latency table of the study, which all its workers share: given, known or measured now."""
-
-    def made() -> dict[str, Any]:
-        known = given or known_timetable(target, config.table)
-        if known:
-            Timetable.from_dict(known, net.space)  # it may be of another space: refused unstored
-            return known
-        return record(net, target, config.timing, config.table, config.seed).as_dict()
-
-    stored = _once(study, worker, _attribute(target.compress), made)
-    timetable = Timetable.from_dict(stored, net.space)
-    say(timetable.describe())
-    if not timetable.trusted:
-        say("To measure it again on a quiet machine, search under another study.name")
-    return timetable
-
-
 def _importance(
     net: Supernet, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> dict[str, float]:
@@ -258,17 +190,7 @@ def _prepare(
         _enqueue_starts(study, objective.space, config)
         return full
 
-    objective.full = Figures(**_once(study, worker, "full", begun))
-
-
-def _once(study: optuna.Study, worker: Worker, name: str, make: Callable[[], Any]) -> Any:
-    """What the study keeps under this name, made once, by the leader of its workers."""
-    while name not in study.user_attrs:
-        if worker.leads():
-            study.set_user_attr(name, make())
-        else:
-            time.sleep(POLL)
-    return study.user_attrs[name]
+    objective.full = Figures(**worker.once("full", begun))
 
 
 def _evaluate(

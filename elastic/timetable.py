@@ -231,13 +231,6 @@ class Timetable:
         )  # fmt: skip
 
 
-def compression_in(file: Path | str) -> str | None:
-    """In which mode the table of a file was recorded; None too where it is no table."""
-    value = read_json(file)
-    target = value.get("target") if isinstance(value, dict) else None
-    return target.get("compress") if isinstance(target, dict) else None
-
-
 def read_timetable(file: Path | str, here: Target, device: str | None = None) -> dict[str, Any]:
     """The contents of a table's file; RunError unless it is of this target, or recorded on
     `device` and of it otherwise. Reads no weights."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -26,6 +27,8 @@ BEAT = 10.0
 """Seconds between signs of life."""
 PATIENCE = 6 * BEAT
 """Seconds without one after which a worker on another machine is taken for dead."""
+POLL = 0.5
+"""Seconds between looks at what other workers have done."""
 CONNECT = 10.0
 """Seconds to wait for a gRPC proxy."""
 TRIES = 3
@@ -126,6 +129,15 @@ class Worker:
 
     def leads(self) -> bool:
         return self.name == _first(self.living())
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the study keeps under this name, made once, by the leader."""
+        while name not in self.study.user_attrs:
+            if self.leads():
+                self.study.set_user_attr(name, make())
+            else:
+                time.sleep(POLL)
+        return self.study.user_attrs[name]
 
     def take(self, trial: Trial) -> None:
         """Say whose this trial is."""
