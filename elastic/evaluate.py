@@ -79,6 +79,24 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def difference(mine: Score, theirs: Score) -> tuple[float, tuple[float, float]]:
+    """mine - theirs in accuracy on the same examples, with its 95 % interval."""
+    pairs = list(zip(mine.correct, theirs.correct, strict=True))
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    return (won - lost) / len(pairs), paired(won, lost, len(pairs))
+
+
+def paired(won: int, lost: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Interval for the difference of two proportions in `n` pairs, of which one alone was right in
+    `won` and the other alone in `lost` (McNemar 1947: the others tell nothing). The normal one with
+    half a pair more of each of the four kinds (Agresti & Min 2005), so that no difference in a few
+    pairs is not taken for certainty; both bounds lie in [-1, 1]."""
+    n += 2
+    centre = (won - lost) / n
+    half = z / n * math.sqrt(won + lost + 1 - (won - lost) ** 2 / n)
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence through the model, and the answers to an example that its logits tell of."""

@@ -101,10 +101,11 @@ class ExportConfig:
     """false only writes, tensor by tensor, what is larger than memory: hf alone, which is neither
     loaded again nor compared nor timed."""
     accuracy: bool = True
-    """Score the compact model on the test split, unless the search already has."""
+    """Score the compact model on the test split, unless the search already has; it and the full one
+    where hf or peft is written at the precision of both."""
     runtime_examples: int = 100
-    """Score every written model in its own runtime, too, on at most so many of them: one at a time,
-    so this takes a while. 0 does not."""
+    """Score every written model in its own runtime, too, and the full one beside it, on at most so
+    many of them: one at a time, so this takes a while. 0 does not."""
     weigh: bool = True
     """Load every written model, and the full one, once more in a process of its own: how long that
     takes and how much memory."""

@@ -16,7 +16,7 @@ from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
 from elastic.merging import combine, compact
 from elastic.progress import say
-from elastic.proof import NO_SCORE, prove, samples, size_of
+from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
@@ -98,10 +98,21 @@ def export(config: ExportConfig) -> Report:
                 proof = prove(kind, source, building / kind, probes, task.test)
                 # The final place: the directory is renamed when everything is done.
                 found[kind] = {"path": str(directory / kind), **proof}
-        accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, task.test)
-        for proof in found.values():
-            if proof.pop("as_torch", False):
-                proof |= accuracy
+        as_torch = [proof for proof in found.values() if proof.pop("as_torch", False)]
+        if as_torch and config.accuracy:
+            # Of what the search scored, the answers to single examples are not known.
+            mine, full = (
+                evaluate(
+                    each, base.tokenizer, task.test, batch_tokens=config.batch_tokens,
+                    label=f"scoring the {which} model",
+                )
+                for which, each in both.items()
+            )  # fmt: skip
+            accuracy, gap = mine.as_dict(), beside(full, mine)
+        else:
+            accuracy, gap = _accuracy(run, config, name, sub, model, base.tokenizer, task.test), {}
+        for proof in as_torch:
+            proof |= accuracy | gap
         contents = {
             "verdict": verdict(found),
             "name": name,

@@ -11,7 +11,7 @@ import torch
 
 from elastic.bench import ATTEMPTS
 from elastic.errors import RunError
-from elastic.evaluate import Score
+from elastic.evaluate import Score, difference
 from elastic.formats import weigh
 from elastic.latency import REFERENCE, Measurement, clock_of, measure
 from elastic.progress import say
@@ -25,6 +25,9 @@ CANDIDATE = "compact"
 TEXTS, TEXT_TOKENS = 3, 24
 """Prompts that are answered freely, and how far."""
 NO_SCORE = dict.fromkeys(("accuracy", "accuracy_n", "accuracy_interval"))
+NOT_BESIDE = dict.fromkeys(
+    (*(f"full_{name}" for name in NO_SCORE), "difference", "difference_interval")
+)
 
 
 def prove(
@@ -121,14 +124,22 @@ def texts(runner: Runner, source: Source, test: Sequence[Example]) -> list[str]:
 def scored(
     kind: str, source: Source, runner: Runner, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Right in that runtime on so many examples; `as_torch` where that is known as soon as the
-    compact model is scored."""
-    if FORMATS[kind].as_torch(source, runner):
-        return {**NO_SCORE, "as_torch": True}
+    """Right in that runtime on so many examples, beside the full model; `as_torch` where that is
+    known as soon as the models in memory are scored."""
+    format = FORMATS[kind]
+    if format.as_torch(source, runner):
+        return {**NO_SCORE, **NOT_BESIDE, "as_torch": True}
     if not examples:
-        return dict(NO_SCORE)
-    score: Score = FORMATS[kind].score(source, runner, examples)
-    return score.as_dict()
+        return NO_SCORE | NOT_BESIDE
+    score = format.score(source, "compact", runner, examples)
+    return score.as_dict() | beside(format.score_full(source, kind, examples), score)
+
+
+def beside(full: Score, compact: Score) -> dict[str, Any]:
+    """What the full model scores on the same examples, and how far the compact one is from it."""
+    gap, interval = difference(compact, full)
+    known = {f"full_{name}": value for name, value in full.as_dict().items()}
+    return {**known, "difference": gap, "difference_interval": list(interval)}
 
 
 def samples(source: Source, test: Sequence[Example]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from elastic.latency import distrust
@@ -26,7 +27,10 @@ class Table:
 
         table = Rich(title=self.title, title_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
+            # A long head takes lines of its own before it takes width.
+            width = max([1, *(len(row[number]) for row in self.rows)])
+            head = "\n".join(wrap(column, width, break_long_words=False))
+            table.add_column(head, justify="right" if number else "left")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -93,8 +97,8 @@ class Report:
             yield from _merge(c["merge"])
         written = {name: found for name, found in c["formats"].items() if _runs(found)}
         if written:
+            yield from _trades(written, c["timing"])
             yield _agreement(written)
-            yield _cost(written, c["timing"])
             for number, sample in enumerate(c["samples"]):
                 yield _said(sample, {name: each["texts"][number] for name, each in written.items()})
         for name, found in c["formats"].items():
@@ -151,6 +155,77 @@ def _instead_of(c: Mapping[str, Any]) -> str:
     return f"One size for all layers; {chosen['name']}, with its own, has {', '.join(told)}"
 
 
+def _trades(
+    formats: Mapping[str, Mapping[str, Any]], timing: Mapping[str, Any]
+) -> Iterator[str | Table]:
+    """By runtime, what the compact model gives up and what it gets for it."""
+    runtimes: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, found in formats.items():
+        runtime, _, mode = name.partition("-")
+        runtimes.setdefault(runtime, {})[f"+ {mode}" if mode else "compact"] = found
+    yield (
+        f"The trade, at batch {timing['batch']} and a prompt of {timing['prompt_tokens']} tokens. "
+        "Differences are in points on the same examples, brackets 95 % intervals; every row was "
+        "timed in turns with the full model."
+    )
+    for runtime, found in runtimes.items():
+        yield _trade(runtime, found)
+
+
+def _trade(runtime: str, formats: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for every precision, below the full model as it took turns with the first."""
+    first = next(iter(formats.values()))
+    full = {key[len("full_") :]: value for key, value in first.items() if key.startswith("full_")}
+    models = {"full": full, **formats}
+    columns = {
+        "accuracy [95%]": [_accuracy(each) for each in models.values()],
+        "difference from full [95%]": [_difference(each) for each in models.values()],
+        "size MB": [_number(each, "bytes", ".0f", 1e-6) for each in models.values()],
+        "memory MB": [_number(each, "memory_mb", ".0f") for each in models.values()],
+        "prefill ms (speed-up)": [_latency(each, "prefill") for each in models.values()],
+        "decode ms (speed-up)": [_latency(each, "decode") for each in models.values()],
+        "A/A control": ["", *(f"{each['control']:.1%}" for each in formats.values())],
+    }
+    known = {name: cells for name, cells in columns.items() if set(cells) - {"", "-"}}
+    n = first["accuracy_n"]
+    return Table(
+        f"{runtime}, accuracy on {n} test examples" if n else runtime,
+        ["", *known],
+        list(zip(models, *known.values(), strict=True)),
+    )
+
+
+def _accuracy(found: Mapping[str, Any]) -> str:
+    if found.get("accuracy") is None:
+        return "-"
+    return f"{found['accuracy']:.1%} {_interval(found['accuracy_interval'])}"
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    if found.get("difference") is None:
+        return ""
+    return f"{100 * found['difference']:+.1f} {_interval(found['difference_interval'])}"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    """In points, to two digits."""
+    points = [100 * bound for bound in bounds]
+    return "[" + ", ".join(f"{each:.{0 if abs(each) >= 10 else 1}f}" for each in points) + "]"
+
+
+def _latency(found: Mapping[str, Any], step: str) -> str:
+    """Milliseconds, and how much faster than the full model; a classifier decodes nothing."""
+    if not found[f"{step}_ms"]:
+        return "-"
+    speed = f" ({1 / found[f'{step}_ratio']:.2f}x)" if f"{step}_ratio" in found else ""
+    return f"{found[f'{step}_ms']:.1f}{speed}"
+
+
+def _number(found: Mapping[str, Any], key: str, form: str, scale: float = 1) -> str:
+    value = found.get(key)
+    return "-" if value is None else f"{value * scale:{form}}"
+
+
 def _agreement(formats: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, found in formats.items():
@@ -163,37 +238,12 @@ def _agreement(formats: Mapping[str, Mapping[str, Any]]) -> Table:
             deployed["precision"],
             f"{deployed['tokens_equal']} of {deployed['tokens']}",
             "not a number" if off is None else f"{off:.1e}",
-            "" if found["accuracy"] is None else
-            f"{found['accuracy']:.1%} of {found['accuracy_n']}",
+            f"{_number(found, 'load_s', '.2f')} / {_number(found, 'full_load_s', '.2f')}",
         ])  # fmt: skip
     answer = "greedy" if _decodes(formats) else "class"
     return Table(
         "Against the supernet, exactly and then as it runs in its own runtime",
-        ["", "max logit diff", answer, "runs in", "equal there", "diff there", "accuracy there"],
-        rows,
-    )
-
-
-def _cost(formats: Mapping[str, Mapping[str, Any]], timing: Mapping[str, Any]) -> Table:
-    figures = {
-        "size MB": ("bytes", 1e-6, ".0f"),
-        "load s": ("load_s", 1, ".2f"),
-        "memory MB": ("memory_mb", 1, ".0f"),
-        "prefill ms": ("prefill_ms", 1, ".1f"),
-    }
-    if _decodes(formats):
-        figures["decode ms"] = ("decode_ms", 1, ".1f")
-    rows = []
-    for name, found in formats.items():
-        pairs = []
-        for key, scale, form in figures.values():
-            pair = (found.get(key), found.get(f"full_{key}"))
-            pairs.append(" / ".join("-" if v is None else f"{v * scale:{form}}" for v in pair))
-        rows.append([name, *pairs, f"{found['control']:.1%}"])
-    return Table(
-        f"Compact / full model in the same runtime, batch {timing['batch']}, prompt "
-        f"{timing['prompt_tokens']} tokens",
-        ["", *figures, "A/A control"],
+        ["", "max logit diff", answer, "runs in", "equal there", "diff there", "load s / full"],
         rows,
     )
 

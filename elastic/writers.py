@@ -60,6 +60,8 @@ class Source:
     folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
     pipelines: dict[Path, dict[str, str]] = field(default_factory=dict)
     """By folder, what a runtime's own pipeline cannot do with it."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of the full model, by runtime."""
 
     def folder(self, kind: str, which: Which) -> Path:
         """Where this model is written in this format; written now if it is not."""
@@ -128,10 +130,20 @@ class Format:
         """Whether it computes what the compact model in memory does, with the same operations."""
         return False
 
-    def score(self, source: Source, runner: Runner, examples: Sequence[Example]) -> Score:
+    def score(
+        self, source: Source, which: Which, runner: Runner, examples: Sequence[Example]
+    ) -> Score:
         """How often it is right, asked in its runtime."""
-        model, tokenizer = source.models["compact"], source.base.tokenizer
-        return score(runner, model, tokenizer, examples, label=f"scoring in {self.runtime}")
+        model, tokenizer = source.models[which], source.base.tokenizer
+        label = f"scoring the {which} model in {self.runtime}"
+        return score(runner, model, tokenizer, examples, label=label)
+
+    def score_full(self, source: Source, kind: str, examples: Sequence[Example]) -> Score:
+        """The same of the full model: asked once, for all that share its runtime."""
+        if self.runtime not in source.scores:
+            full = self.full(source, kind)
+            source.scores[self.runtime] = self.score(source, "full", full, examples)
+        return source.scores[self.runtime]
 
     def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
         """The written model and the full one, as they are weighed."""
@@ -169,10 +181,13 @@ class _Torch(Format):
     def as_torch(self, source: Source, runner: Runner) -> bool:
         return runner.model.dtype == source.models["compact"].dtype
 
-    def score(self, source: Source, runner: Runner, examples: Sequence[Example]) -> Score:
+    def score(
+        self, source: Source, which: Which, runner: Runner, examples: Sequence[Example]
+    ) -> Score:
         return evaluate(
             runner.model, source.base.tokenizer, examples,
-            batch_tokens=source.config.batch_tokens, label=f"scoring in {self.runtime}",
+            batch_tokens=source.config.batch_tokens,
+            label=f"scoring the {which} model in {self.runtime}",
         )  # fmt: skip
 
 

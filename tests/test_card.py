@@ -84,6 +84,16 @@ def test_figures_are_those_of_the_report():
         assert line in made, line
 
 
+def test_the_full_model_stands_beside_it():
+    found = {"accuracy": 0.5, "full_accuracy": 0.62, "full_accuracy_n": 100,
+             "difference": -0.12, "difference_interval": [-0.204, -0.031]}  # fmt: skip
+    text = card.text(CONTENTS | {"formats": {"hf": CONTENTS["formats"]["hf"] | found}})
+    assert section(text, "Quality").splitlines()[2:] == [
+        "On 100 of them the full model reaches 62.0% and this one 50.0%, a difference of -12.0 "
+        "points (95 % interval -20.4 to -3.1)."
+    ]
+
+
 def test_runs_of_equal_layers_share_a_row():
     assert section(card.text(CONTENTS), "Sizes by layer").splitlines() == [
         "| layers | mlp\\_width | rank |",

@@ -1,7 +1,10 @@
 """What the report of an export says first, and that its two forms say the same."""
 
+import re
+
 import pytest
 
+from elastic.proof import NOT_BESIDE
 from elastic.report import Report, verdict
 
 
@@ -12,6 +15,8 @@ def entry(prefill=0.5, decode=0.8, control=0.01, trusted=True, **more) -> dict:
         full_prefill_ms=40.0, full_decode_ms=10.0 if decode else 0, prefill_ratio=prefill,
         decode_ratio=decode or 1.0, control=control, trusted=trusted, load_s=0.5, memory_mb=100.0,
         full_load_s=1.0, full_memory_mb=200.0, full_bytes=6_000_000, accuracy=0.75, accuracy_n=8,
+        accuracy_interval=[0.409, 0.929], full_accuracy=0.875, full_accuracy_n=8,
+        full_accuracy_interval=[0.529, 0.978], difference=-0.125, difference_interval=[-0.37, 0.07],
         deployed={"precision": "bfloat16", "tokens": 32, "tokens_equal": 30, "max_abs_diff": 0.25},
         texts=["four", "five"], **more,
     )  # fmt: skip
@@ -57,7 +62,14 @@ def report(tmp_path) -> Report:
     formats = {
         "hf": entry(),
         "onnx": {**entry(control=0.5, trusted=False), "texts": ["four", "six\n|"]},
-        "openvino": {**entry(), "load_s": None, "memory_mb": None, "accuracy": None},
+        "openvino": {
+            **entry(),
+            "load_s": None,
+            "memory_mb": None,
+            "accuracy": None,
+            "accuracy_n": None,
+            **NOT_BESIDE,
+        },
         "peft": SKIPPED,
     }
     samples = [{"prompt": "x" * 500 + " two and two?", "answer": "4", "full": "four"},
@@ -79,8 +91,10 @@ def test_both_forms_begin_with_the_verdict_and_tell_everything(report, capsys):
     for text in (shown, written):
         for told in (
             "50.0 M of 100.0 M parameters, 25% of the operations", "on 80 test examples",
-            "3 / 6", "0.50 / 1.00", "100 / 200", "- / 200", "20.0 / 40.0", "8.0 / 10.0", "50.0%",
-            "1.0e-05 of 20", "equal", "bfloat16", "30 of 32", "2.5e-01", "75.0% of 8",
+            "75.0% [41, 93]", "87.5% [53, 98]", "-12.5 [-37, 7.0]", "hf, accuracy on 8 test",
+            "20.0 (2.00x)", "40.0", "8.0 (1.25x)", "10.0", "50.0%", "0.50 / 1.00", "- / 1.00",
+            "batch 1 and a prompt of 64 tokens", "1.0e-05 of 20", "equal", "bfloat16", "30 of 32",
+            "2.5e-01",
             'wanted: "4"', 'full model, hf, onnx, openvino: "four"', 'full model: "fife"',
             'hf, openvino: "five"', r'onnx: "six\n|"', "... two and two?"[4:],
             "peft: not written: no reason", "too busy to trust these times",
@@ -88,8 +102,50 @@ def test_both_forms_begin_with_the_verdict_and_tell_everything(report, capsys):
             assert told in text, told
         assert "x" * 200 not in text
     rows = [line for line in written.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 * (2 + 3)
-    assert {line.count("|") for line in rows[:5]} == {8}
+    assert len(rows) == 3 * (2 + 2) + 2 + 3
+    assert {line.count("|") for line in rows[:4]} == {9}
+
+
+def trade(report: Report, runtime: str) -> list[list[str]]:
+    """The cells of one runtime's table, heads first."""
+    _, _, rest = report.markdown().partition(f"\n{runtime}")
+    lines = rest.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[2] != "-"
+    ]
+
+
+def test_the_trade_has_a_row_for_every_precision_in_its_runtime(report, capsys):
+    """Each by its own figures, and the full model by those it had beside the plain one."""
+    own = report.contents["formats"]
+    own["onnx-int8"] = {**entry(0.25, 0.4, 0.02), "bytes": 1e6, "memory_mb": 50.0, "accuracy": 0.5,
+                        "accuracy_interval": [0.2, 0.8], "difference": -0.375,
+                        "difference_interval": [-0.6, -0.1], "full_prefill_ms": 44.4}  # fmt: skip
+    own["onnx-int4_awq"] = entry(5.0, 2.0)
+    assert trade(report, "onnx, accuracy on 8 test examples") == [
+        ["", "accuracy [95%]", "difference from full [95%]", "size MB", "memory MB",
+         "prefill ms (speed-up)", "decode ms (speed-up)", "A/A control"],
+        ["full", "87.5% [53, 98]", "", "6", "200", "40.0", "10.0", ""],
+        ["compact", "75.0% [41, 93]", "-12.5 [-37, 7.0]", "3", "100", "20.0 (2.00x)",
+         "8.0 (1.25x)", "50.0%"],
+        ["+ int8", "50.0% [20, 80]", "-37.5 [-60, -10]", "1", "50", "10.0 (4.00x)",
+         "4.0 (2.50x)", "2.0%"],
+        ["+ int4_awq", "75.0% [41, 93]", "-12.5 [-37, 7.0]", "3", "100", "200.0 (0.20x)",
+         "20.0 (0.50x)", "1.0%"],
+    ]  # fmt: skip
+    report.show()  # 110 wide: no cell is broken
+    rows = [re.split(r" *[│┃] *", line) for line in capsys.readouterr().out.splitlines()]
+    for row in trade(report, "onnx")[1:]:
+        assert ["", *row, ""] in rows
+
+
+def test_what_nobody_asked_for_has_no_column(report):
+    """`--runtime_examples 0`, `--weigh false`, and where decoding means nothing."""
+    heads, full, compact = trade(report, "openvino")
+    assert heads[1:3] == ["size MB", "memory MB"] and full[2] == "200" and compact[2] == "-"
+    for found in report.contents["formats"].values():
+        found |= {"memory_mb": None, "full_memory_mb": None, "decode_ms": 0, "full_decode_ms": 0}
+    assert trade(report, "openvino")[0] == ["", "size MB", "prefill ms (speed-up)", "A/A control"]
 
 
 def test_of_a_classifier_nothing_is_decoded(report, capsys):

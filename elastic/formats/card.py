@@ -71,7 +71,7 @@ def text(
     blocks = [
         f"# {_plain(contents['name'])}",
         _summary(contents, code),
-        *_quality(contents),
+        *_quality(contents, contents["formats"].get(kind, {})),
         *_latency(contents["formats"].get(kind, {})),
         "## How to load it",
         _loading(auto, code),
@@ -134,7 +134,7 @@ def _summary(c: Mapping[str, Any], code: bool) -> str:
     )
 
 
-def _quality(c: Mapping[str, Any]) -> Iterator[str]:
+def _quality(c: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     if c.get("accuracy") is None:
         return
     yield "## Quality"
@@ -142,6 +142,14 @@ def _quality(c: Mapping[str, Any]) -> Iterator[str]:
     if interval := c.get("accuracy_interval"):
         line += f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})"
     yield f"{line} on {c['accuracy_n']} test examples that the search never saw."
+    if found.get("full_accuracy") is not None:
+        low, high = found["difference_interval"]
+        yield (
+            f"On {found['full_accuracy_n']} of them the full model reaches "
+            f"{found['full_accuracy']:.1%} and this one {found['accuracy']:.1%}, a difference of "
+            f"{100 * found['difference']:+.1f} points (95 % interval {100 * low:+.1f} to "
+            f"{100 * high:+.1f})."
+        )
 
 
 def _latency(found: Mapping[str, Any]) -> Iterator[str]:
