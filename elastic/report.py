@@ -165,8 +165,8 @@ def _trades(
         runtimes.setdefault(runtime, {})[f"+ {mode}" if mode else "compact"] = found
     yield (
         f"The trade, at batch {timing['batch']} and a prompt of {timing['prompt_tokens']} tokens. "
-        "Differences are in points on the same examples, brackets 95 % intervals; every row was "
-        "timed in turns with the full model."
+        "Differences are in points on the same examples, brackets 95 % intervals; every row took "
+        "turns with the full model, and its speed-up is the median of those turns."
     )
     for runtime, found in runtimes.items():
         yield _trade(runtime, found)
