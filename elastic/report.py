@@ -104,10 +104,14 @@ class Report:
         for name, found in c["formats"].items():
             if "skipped" in found:
                 yield f"{name}: not written: {found['skipped']}"
-            for package, reason in found.get("pipelines", {}).items():
-                yield f"{name} in {package}: {reason}"
             if "unproved" in found:
                 yield f"{name}: {found['bytes'] / 1e6:.0f} MB, {found['unproved']}"
+        cannot: dict[tuple[str, str], list[str]] = {}
+        for name, found in c["formats"].items():
+            for problem in found.get("pipelines", {}).items():
+                cannot.setdefault(problem, []).append(name)
+        for (package, reason), names in cannot.items():
+            yield f"{', '.join(names)} in {package}: {reason}"
         controls = [found["control"] for found in written.values() if not found["trusted"]]
         if controls:
             yield f"Latency: {distrust(max(controls), c['timing']['tolerance'])}"
