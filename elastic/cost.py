@@ -39,8 +39,13 @@ class Counter:
             for group in space.depths
             for block in group.blocks
         }
+        self.cuts = [
+            (site, int(axis == "in"), group.name, group.choices[0])
+            for (site, axis), cuts in space.axes.items()
+            for group, _ in cuts
+        ]
         self.shapes: dict[str, tuple[int, int, bool]] = {}
-        for site in {cut.site for group in space for cut in group.cuts if cut.axis != "rank"}:
+        for site in {site for site, _ in space.axes}:
             layer = model.get_submodule(site)
             layer = layer.base if isinstance(layer, ElasticLinear) else layer
             self.shapes[site] = (layer.out_features, layer.in_features, layer.bias is not None)
@@ -48,10 +53,8 @@ class Counter:
     def __call__(self, sub: SubAdapter) -> Cost:
         kept = {site: [rows, columns] for site, (rows, columns, _) in self.shapes.items()}
         chosen = sub.as_dict()
-        for group in self.space:
-            for cut in group.cuts:
-                if cut.axis != "rank":
-                    kept[cut.site][cut.axis == "in"] = chosen[group.name] * cut.unit
+        for site, axis, name, full in self.cuts:
+            kept[site][axis] = kept[site][axis] * chosen[name] // full
         gone = self.space.left_out(sub)
         weights = biases = 0
         for site, (rows, columns, has_bias) in self.shapes.items():

@@ -3,7 +3,9 @@
 A dimension is a function of a block of the model and a group's declaration. It answers with the
 full size and the cuts a choice makes. A choice k keeps the first `k * unit` rows (axis "out") or
 columns (axis "in") of every site's weight, or the first k ranks (axis "rank") of its factors. Of a
-fused layer, whose rows are several projections one after another, it keeps the first of each.
+fused layer, whose rows are several projections one after another, it keeps the first of each. Two
+groups may cut one axis, one of them its parts and the other within every part: whole key-value
+heads, and the query heads of each. What is left is what both keep.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ FIXED_HEADS = ("num_heads", "n_heads", "split_size")
 projections give."""
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""(start, length) of channels that stay, ascending."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """One axis of one linear layer; a choice k keeps its first k * unit entries."""
@@ -39,13 +45,23 @@ class Cut:
     """Of an axis of several parts, one after another: what a choice of 1 keeps of each; they sum up
     to the unit. Empty: the axis is one part."""
     apart: bool = False
-    """Whether every part has an order of its own; else all have the same."""
+    """Whether every part has an order of its own, and another group may say how many parts stay;
+    else all have the same."""
 
-    def kept(self, choice: int, full: int) -> tuple[tuple[int, int], ...]:
-        """(start, length) of what a choice of `full` keeps of every part."""
+    def kept(self, choice: int, full: int) -> Ranges:
+        """What a choice of `full` keeps of every part."""
+        if choice == full:  # in one piece, which is a view
+            return ((0, full * self.unit),)
         parts = self.parts or (self.unit,)
         starts = [0, *itertools.accumulate(full * part for part in parts)]
         return tuple((start, choice * part) for start, part in zip(starts, parts, strict=False))
+
+
+def common(mine: Ranges, theirs: Ranges) -> Ranges:
+    """What is in both."""
+    pairs = itertools.product(mine, theirs)
+    ends = ((max(a, b), min(a + length, b + other)) for (a, length), (b, other) in pairs)
+    return tuple((start, end - start) for start, end in ends if start < end)
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) ->
     layer = model.get_submodule(f"{block}.{spec.outputs[0]}")
     parts = (head_size,) * (layer.out_features // (head_size * shared))
     found = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), parts))
-    cuts = tuple(replace(cut, apart=bool(cut.parts)) for cut in found)
+    cuts = tuple(replace(cut, apart=True) for cut in found)
     return Sites(_full(model, spec, cuts), cuts, ((name, QUERIES),))
 
 

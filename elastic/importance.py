@@ -65,10 +65,10 @@ def _norm_scores(model: nn.Module, group: Group) -> Tensor:
 def _activation_scores(
     model: nn.Module, groups: list[Group], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    sites = {cut.site: (group, cut) for group in groups for cut in group.cuts if cut.axis == "in"}
+    reading = [(group, cut) for group in groups for cut in group.cuts if cut.axis == "in"]
     squares = {
-        site: torch.zeros(model.get_submodule(site).in_features, dtype=torch.float64)
-        for site in sites
+        cut.site: torch.zeros(model.get_submodule(cut.site).in_features, dtype=torch.float64)
+        for _, cut in reading
     }
 
     changes = {block: (0.0, 0) for group in groups for block in group.blocks}
@@ -98,7 +98,7 @@ def _activation_scores(
     # What padding computes is noise, and how much there is depends on the batch.
     prompt: Tensor | None = None
     answer: Tensor | None = None
-    handles = [watch(site) for site in sites] + [watch_block(block) for block in changes]
+    handles = [watch(site) for site in squares] + [watch_block(block) for block in changes]
     try:
         for batch in batches:
             behind = "position_ids" in batch and padding_is_seen(model)
@@ -119,9 +119,9 @@ def _activation_scores(
         for handle in handles:
             handle.remove()
     scores = {group.name: _blank(group) for group in groups}
-    for site, (group, cut) in sites.items():
-        columns = model.get_submodule(site).weight.double().pow(2).sum(0).cpu()
-        scores[group.name] += _per_unit(squares[site] * columns, cut)
+    for group, cut in reading:
+        columns = model.get_submodule(cut.site).weight.double().pow(2).sum(0).cpu()
+        scores[group.name] += _per_unit(squares[cut.site] * columns, cut)
     for group in groups:
         for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
             total, seen = changes[block]
@@ -132,7 +132,7 @@ def _activation_scores(
 def _blank(group: Group) -> Tensor:
     """A score of 0 for every unit."""
     full = group.choices[0]
-    parts = [len(cut.parts) for cut in group.cuts[:1] if cut.apart]
+    parts = [len(cut.parts) or 1 for cut in group.cuts[:1] if cut.apart]
     return torch.zeros(*parts, full, dtype=torch.float64)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from elastic.declaration import Section, section_of
-from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, numbers
+from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, Ranges, common, numbers
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json, shipped
 
@@ -122,10 +122,10 @@ class SearchSpace:
         """
         bound = [self._bind(section, model, max_rank) for section in self.sections]
         groups = [group for found, _ in bound for group in found]
-        taken: dict[tuple[str, str], str] = {}
+        taken: dict[tuple[str, str, bool], str] = {}
         for group in groups:
-            places = [(cut.site, cut.axis) for cut in group.cuts]
-            for place in (*places, *((block, DEPTH) for block in group.blocks)):
+            places = [(cut.site, cut.axis, cut.apart) for cut in group.cuts]
+            for place in (*places, *((block, DEPTH, False) for block in group.blocks)):
                 other = taken.setdefault(place, group.name)
                 if other != group.name:
                     raise ConfigError(
@@ -188,6 +188,28 @@ class BoundSpace:
             left = (g for g in self.groups if g.dim != DEPTH and g.name not in gone)
             total += math.prod(len(group.choices) for group in left)
         return total
+
+    @cached_property
+    def axes(self) -> dict[tuple[str, str], list[tuple[Group, Cut]]]:
+        """By layer and axis ("out" or "in"), the groups that cut it."""
+        found: dict[tuple[str, str], list[tuple[Group, Cut]]] = {}
+        for group in self.groups:
+            for cut in group.cuts:
+                if cut.axis != "rank":
+                    found.setdefault((cut.site, cut.axis), []).append((group, cut))
+        return found
+
+    def is_leading(self, cut: Cut) -> bool:
+        """Whether what is left of its axis are the first channels, whatever is chosen."""
+        return not cut.parts and len(self.axes.get((cut.site, cut.axis), ())) < 2
+
+    def left(self, sub: SubAdapter, site: str, axis: str) -> Ranges:
+        """The channels of an axis that `sub` leaves: those that every cut of it keeps."""
+        (group, cut), *others = self.axes[site, axis]
+        found = cut.kept(sub[group.name], group.choices[0])
+        for group, cut in others:
+            found = common(found, cut.kept(sub[group.name], group.choices[0]))
+        return found
 
     @cached_property
     def depths(self) -> tuple[Group, ...]:

@@ -75,7 +75,9 @@ class Supernet:
         self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
         self.current = self.space.maximal()
         self._actions = {
-            group.name: [(self.layer(cut.site).size, cut, group.choices[0]) for cut in group.cuts]
+            group.name: [
+                (self.layer(cut.site).size, cut, self.space.is_leading(cut)) for cut in group.cuts
+            ]
             for group in self.space
         }
         self._counted = {
@@ -114,28 +116,25 @@ class Supernet:
         """Permute the channels of every group in `order`, once; RunError the second time."""
         if self.order:
             raise RunError("the channels of this supernet have been ordered already")
-        for group in self.space:
-            if group.name not in order:
-                continue
-            for cut in group.cuts:
-                index = channel_index(order[group.name], cut)
-                layer = self.layer(cut.site)
-                reorder_linear(layer.base, cut.axis, index)
-                if layer.adapter is not None:
-                    layer.adapter.reorder(cut.axis, index)
         self.order = dict(order)
+        for (site, axis), index in self.permutations().items():
+            layer = self.layer(site)
+            reorder_linear(layer.base, axis, index)
+            if layer.adapter is not None:
+                layer.adapter.reorder(axis, index)
         self.space = self.space.ordered(order)
 
     def permutations(self) -> dict[tuple[str, str], Tensor]:
         """Per cut layer and axis ("out" or "in"), which channel of the base model stands at each
         place; the inverse (argsort) leads back."""
-        return {
-            (cut.site, cut.axis): channel_index(self.order[group.name], cut)
-            for group in self.space
-            if group.name in self.order
-            for cut in group.cuts
-            if cut.axis != "rank"
-        }
+        found: dict[tuple[str, str], Tensor] = {}
+        for place, cuts in self.space.axes.items():
+            # What stands in the parts of an axis is ordered before they are.
+            for group, cut in sorted(cuts, key=lambda each: not each[1].apart):
+                if group.name in self.order:
+                    index = channel_index(self.order[group.name], cut)
+                    found[place] = found[place][index] if place in found else index
+        return found
 
     def activate(self, sub: SubAdapter) -> None:
         """Make `sub` the active sub-adapter; only groups that differ are touched.
@@ -152,17 +151,15 @@ class Supernet:
                 continue
             if name in self._stacks:
                 self._stacks[name].run(self._blocks(name, choice))
-            for size, cut, full in self._actions[name]:
+            for size, cut, leading in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
+                elif not leading:
+                    size.keep(cut.axis, self.space.left(sub, cut.site, cut.axis))
                 elif cut.axis == "in":
                     size.columns = choice * cut.unit
-                    if cut.parts:
-                        size.column_parts = cut.kept(choice, full)
                 else:
                     size.rows = choice * cut.unit
-                    if cut.parts:
-                        size.row_parts = cut.kept(choice, full)
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
         self.current = sub

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from elastic.dims import DEPTH
+from elastic.dims import DEPTH, Cut
 from elastic.space import BoundSpace, Group, SubAdapter
 
 Kind = tuple[str, int]
@@ -51,13 +51,13 @@ def nearest_uniform(
 
     Of every kind the choice is taken whose total over all layers that run is nearest to the total
     chosen, counting what its layers multiply per token: each cut row or column meets the residual
-    stream, so that a size k costs k times the units of its cuts. Of two as near the larger is
-    taken. Where `fits` refuses (a family whose configuration cannot say such a size), the next
-    nearest is tried: kinds in sum.
+    stream, so that a size k costs k times the units of its cuts, and of an axis that is cut twice
+    what the other group leaves of them. Of two as near the larger is taken. Where `fits` refuses (a
+    family whose configuration cannot say such a size), the next nearest is tried: kinds in sum.
     """
     sub = space.check(sub)
     found = kinds(space)
-    options = [_by_distance(groups, sub) for groups in found.values()]
+    options = [_by_distance(space, groups, sub) for groups in found.values()]
     ranked = sorted(itertools.product(*options), key=lambda each: sum(gap for gap, _ in each))
     for each in ranked:
         sizes = {kind: size for kind, (_, size) in zip(found, each, strict=True)}
@@ -67,14 +67,25 @@ def nearest_uniform(
     return with_sizes(space, sub, {kind: kind[1] for kind in found})
 
 
-def _by_distance(groups: list[Group], sub: SubAdapter) -> list[tuple[float, int]]:
+def _by_distance(
+    space: BoundSpace, groups: list[Group], sub: SubAdapter
+) -> list[tuple[float, int]]:
     """(distance of totals, size), nearest first, of the sizes that all these groups may have."""
     running = [group for group in groups if sub[group.name]]
-    units = {group.name: sum(cut.unit for cut in group.cuts) for group in running}
+    units = {g.name: sum(_unit(space, g, cut, sub) for cut in g.cuts) for g in running}
     total = sum(sub[name] * unit for name, unit in units.items())
     common = set.intersection(*(set(group.choices) for group in groups))
     gaps = [(abs(size * sum(units.values()) - total), size) for size in common]
     return sorted(gaps, key=lambda each: (each[0], -each[1]))
+
+
+def _unit(space: BoundSpace, group: Group, cut: Cut, sub: SubAdapter) -> int:
+    """Channels that a size of 1 keeps of the axis, where other groups cut it as chosen."""
+    unit = cut.unit
+    for other, _ in space.axes[cut.site, cut.axis]:
+        if other is not group:
+            unit = unit * sub[other.name] // other.choices[0]
+    return unit
 
 
 def covering(space: BoundSpace, sub: SubAdapter) -> Iterator[SubAdapter]:

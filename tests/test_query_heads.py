@@ -123,7 +123,7 @@ def test_one_key_value_head_keeps_the_most_important_query_heads():
     space = SearchSpace.from_dict(declared())
     batches = [{"input_ids": tiny.tokens()}]
     order = channel_order(base, space.bind(base, tiny.RANK), "activation", batches)
-    assert order[FIRST].shape == (4,)
+    assert order[FIRST].shape == (1, 4)
     net = tiny.randomize_(Supernet(base, space, tiny.ADAPTERS["lora"], order=order))
     with net.active(net.space.minimal()):
         expected = tiny.logits(net.model, tiny.tokens())

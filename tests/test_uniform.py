@@ -83,6 +83,27 @@ def test_ranks_and_depth_stay_and_the_result_is_a_point_of_the_space(generator):
     assert nearest_uniform(DEEP, found) == found
 
 
+@given(st.randoms(use_true_random=False))
+def test_no_size_of_heads_is_nearer_where_the_queries_are_as_chosen(generator):
+    """Nor the other way round: what one key-value head costs depends on its query heads."""
+    declared = wide_space()
+    declared["groups"]["attention_heads"]["choices"] = [4, 3, 2, 1]
+    queries = {"dim": "query_heads", "outputs": ["self_attn.q_proj"], "choices": [4, 2, 1]}
+    declared["groups"]["queries"] = declared["groups"]["attention_heads"] | queries
+    model = tiny.llama(num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=4)
+    space = SearchSpace.from_dict(declared).bind(model, tiny.RANK)
+    counter, sub = Counter(model, space), space.random(generator)
+    goal = counter(sub).macs
+    found = nearest_uniform(space, sub)
+    assert is_uniform(space, found) and nearest_uniform(space, found) == found
+    for (dim, _), groups in kinds(space).items():
+        distances = {}
+        for size in groups[0].choices:
+            uniform = sub.as_dict() | {group.name: size for group in groups}
+            distances[size] = abs(counter(SubAdapter(tuple(uniform.items()))).macs - goal)
+        assert distances[found[groups[0].name]] == min(distances.values()), dim
+
+
 def test_a_size_that_does_not_fit_is_passed_over_for_the_next():
     sub = SPACE.minimal()
     asked = []
@@ -158,19 +179,20 @@ def test_padded_is_the_same_function_of_the_plain_class(family, tmp_path):
         )
 
 
-@pytest.mark.parametrize("space", ["heads", "query_heads", "depth"])
+@pytest.mark.parametrize("space", ["heads", "query_heads", "both", "depth"])
 @pytest.mark.parametrize("biases", [False, True])
 def test_padded_heads_and_blocks_left_out(space, biases, tmp_path):
-    """Key-value heads with their queries; queries of each key-value head, in four parts; blocks
-    that are gone."""
+    """Key-value heads with their queries; queries of each key-value head, in four parts; both at
+    once; blocks that are gone."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": LAYERS,
              "hidden_size": 64, "attention_bias": biases, "mlp_bias": biases}  # fmt: skip
     declared = wide_space(depth=space == "depth")
     declared["groups"]["attention_heads"]["choices"] = [4, 3, 2, 1]
+    queries = {"dim": "query_heads", "outputs": ["self_attn.q_proj"], "choices": [2, 1]}
     if space == "query_heads":
-        declared["groups"]["attention_heads"] |= {
-            "dim": "query_heads", "outputs": ["self_attn.q_proj"], "choices": [2, 1]
-        }  # fmt: skip
+        declared["groups"]["attention_heads"] |= queries
+    if space == "both":
+        declared["groups"]["queries"] = declared["groups"]["attention_heads"] | queries
     net = Supernet(
         tiny.llama(**sizes), SearchSpace.from_dict(declared), tiny.ADAPTERS["lora"], seed=0
     )

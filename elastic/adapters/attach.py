@@ -29,6 +29,15 @@ class Size:
         """Where an axis of several parts is cut: (start, length) of what is left of each."""
         self.column_parts: Parts = None
 
+    def keep(self, axis: str, left: tuple[tuple[int, int], ...]) -> None:
+        """Make these rows ("out") or columns ("in") active: (start, length), the first from 0."""
+        count = sum([length for _, length in left])
+        parts = left if len(left) > 1 else None
+        if axis == "out":
+            self.rows, self.row_parts = count, parts
+        else:
+            self.columns, self.column_parts = count, parts
+
     def leading(self, tensor: Tensor) -> Tensor:
         """The active rows of (rows, ...)."""
         return _leading(tensor, 0, self.rows, self.row_parts)

@@ -13,7 +13,7 @@ import torch
 
 from elastic.adapters.attach import plain_linear, replace_module
 from elastic.depth import renamed
-from elastic.dims import Cut
+from elastic.dims import Ranges
 from elastic.formats import hf
 from elastic.slicing import module_tree
 from elastic.space import BoundSpace, SubAdapter
@@ -45,30 +45,32 @@ def _padded(
 ) -> PreTrainedModel:
     wider = module_tree(model)
     kept = space.kept(sub)
-    for group in space:
-        if group.dim == "rank" or sub[group.name] == larger[group.name]:
+    for name, axis in space.axes:
+        site = renamed(kept, name)
+        if site is None:
             continue
-        for cut in group.cuts:
-            site = renamed(kept, cut.site)
-            layer = wider.get_submodule(site)
-            weight, bias = layer.weight, layer.bias
-            weight = _spread(
-                weight, int(cut.axis == "in"), cut, sub[group.name], larger[group.name]
-            )
-            if bias is not None and cut.axis == "out":
-                bias = _spread(bias, 0, cut, sub[group.name], larger[group.name])
-            replace_module(wider, site, plain_linear(weight, bias))
-        for module, name in group.counted:
+        mine, theirs = (_channels(space.left(each, name, axis)) for each in (sub, larger))
+        if len(mine) == len(theirs):
+            continue
+        places = torch.searchsorted(theirs, mine)
+        layer = wider.get_submodule(site)
+        weight, bias = layer.weight, layer.bias
+        weight = _spread(weight, int(axis == "in"), places, len(theirs))
+        if bias is not None and axis == "out":
+            bias = _spread(bias, 0, places, len(theirs))
+        replace_module(wider, site, plain_linear(weight, bias))
+    for group in space:
+        for module, name in group.counted if sub[group.name] else ():
             setattr(wider.get_submodule(renamed(kept, module)), name, larger[group.name])
     return wider
 
 
-def _spread(tensor: Tensor, axis: int, cut: Cut, size: int, larger: int) -> Tensor:
-    """The parts of an axis of `size`, each where it starts in one of `larger`; zeros between."""
+def _channels(left: Ranges) -> Tensor:
+    return torch.cat([torch.arange(start, start + length) for start, length in left])
+
+
+def _spread(tensor: Tensor, axis: int, places: Tensor, full: int) -> Tensor:
+    """An axis of size `full` with what there is at these places, and zeros between."""
     shape = list(tensor.shape)
-    shape[axis] = larger * cut.unit
-    wide = tensor.new_zeros(shape)
-    places = zip(cut.kept(size, size), cut.kept(size, larger), strict=True)
-    for (start, length), (target, _) in places:
-        wide.narrow(axis, target, length).copy_(tensor.narrow(axis, start, length))
-    return wide
+    shape[axis] = full
+    return tensor.new_zeros(shape).index_copy_(axis, places.to(tensor.device), tensor)
