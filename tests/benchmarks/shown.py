@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic import SearchConfig, TrainConfig
-from elastic.bench import CANDIDATE, Bench
+from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.cli import parse
 from elastic.cost import Counter
 from elastic.evaluate import Score, evaluate
@@ -123,23 +123,23 @@ def scored(run: Run, names: Sequence[str]) -> dict[str, dict]:
     return found
 
 
-def timed(run: Run, names: Sequence[str]) -> dict[str, dict]:
-    """Latencies beside the full model's, from RUN/shown-latency.json where they stand."""
-    file = run.path / "shown-latency.json"
-    found = read_json(file) if file.is_file() else {}
-    if set(names) <= set(found):
-        return found
+def timed(run: Run, names: Sequence[str], file: Path) -> dict[str, dict]:
+    """Latencies beside the full model's by name and runtime. `file` keeps them by shape, for
+    seeds do not change how fast one is."""
     config, _, net = run.load(dtype="float32")
+    known = read_json(file) if file.is_file() else {}
+    subs = {name: run.resolve(name, net.space)[1] for name in names}
+    shapes = {name: str(shape_of(net.space, sub, merged=True)) for name, sub in subs.items()}
     for runtime in RUNTIMES:
         timing = timing_of(TimingConfig(runtime=runtime, rounds=10), config.model)
         with Bench(net, timing) as bench:
-            for name in names:
-                measured = bench(run.resolve(name, net.space)[1])
-                found.setdefault(name, {})[runtime] = {
-                    "prefill": measured.ratio(CANDIDATE).prefill_ms, "control": measured.control,
-                }  # fmt: skip
-    write_json(file, found)
-    return found
+            for name, sub in subs.items():
+                if runtime not in known.setdefault(shapes[name], {}):
+                    measured = bench(sub)
+                    ratio = measured.ratio(CANDIDATE).prefill_ms
+                    known[shapes[name]][runtime] = {"prefill": ratio, "control": measured.control}
+                    write_json(file, known)
+    return {name: known[shape] for name, shape in shapes.items()}
 
 
 def main() -> None:
@@ -162,8 +162,9 @@ def main() -> None:
         runs.append((run, SUB_ADAPTERS))
     for run, names in runs:
         scored(run, list(names))
+    file = given.runs / f"latency-{TASKS[given.task][0]}.json"
     for run, names in runs:  # all together, so that a quiet machine is needed once
-        each, latencies = scored(run, list(names)), timed(run, list(names))
+        each, latencies = scored(run, list(names)), timed(run, list(names), file)
         for name, shown in names.items():
             found.setdefault(shown, []).append({**each[name], "latency": latencies[name]})
     scores = {name: [Score(tuple(one["correct"])) for one in each] for name, each in found.items()}
