@@ -131,7 +131,7 @@ def timed(run: Run, names: Sequence[str], file: Path) -> dict[str, dict]:
     subs = {name: run.resolve(name, net.space)[1] for name in names}
     shapes = {name: str(shape_of(net.space, sub, merged=True)) for name, sub in subs.items()}
     for runtime in RUNTIMES:
-        timing = timing_of(TimingConfig(runtime=runtime, rounds=10), config.model)
+        timing = timing_of(TimingConfig(runtime=runtime, rounds=10, new_tokens=0), config.model)
         with Bench(net, timing) as bench:
             for name, sub in subs.items():
                 if runtime not in known.setdefault(shapes[name], {}):
