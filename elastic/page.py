@@ -47,9 +47,10 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             f"prefill {full.prefill_ms:.1f} ms"
             + (f", decode {full.decode_ms:.1f} ms. " if full.decode_ms else ". ")
             + "Points are "
-            "estimates: measured accuracies less their noise. Hover or click to see one. "
-            + " ".join(f"{timetable.describe()}." for timetable in front.timetables.values())
+            "estimates: measured accuracies less their noise. Hover or click to see one."
         ),
+        "tables": [timetable.describe() for timetable in front.timetables.values()],
+        "precisions": len(front.timetables) > 1,
         "decodes": full.decode_ms > 0,
         "cost": front.costs[0],
         "axis": asdict(COSTS[front.costs[0]]),
@@ -68,7 +69,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
                 "feasible": one.feasible,
                 "name": names.get(one.point),
                 "compress": one.compress,
-                "weights": front.weights(one) if len(front.timetables) > 1 else "",
+                "weights": front.weights(one),
                 "sub_adapter": one.sub_adapter.as_dict(),
             }
             for one in front.trials
