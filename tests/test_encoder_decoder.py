@@ -188,11 +188,16 @@ def test_searched_and_written(run, monkeypatch):
     front = search(SearchConfig(run=str(run.path), trials=5, starts=3, timing=ONE_ROUND,
                                 test_front=2, budget=BudgetConfig(prefill_ms="90%")))  # fmt: skip
     assert front.best.figures.prefill_ms <= 0.9 * front.full.prefill_ms
-    report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND))
+    report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND, runtime_examples=4,
+                                 compress=["int8", "int4_awq"]))  # fmt: skip
     written = report.contents["formats"]
+    assert "activations are not computed" in written["openvino-int4_awq"]["skipped"]
     assert written["hf"]["greedy_tokens_equal"] and written["hf"]["decode_ms"] > 0
     for kind in ("onnx", "openvino"):
         assert written[kind]["greedy_tokens_equal"] and written[kind]["decode_ms"] > 0
+        small = written[f"{kind}-int8"]
+        assert small["decode_ms"] > 0 and small["bytes"] < written[kind]["bytes"]
+        assert small["compression"]["layers"].keys() == {"int8"}
     whole = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["peft"],
                                 timing=ONE_ROUND))  # fmt: skip
     assert whole.contents["formats"]["peft"]["greedy_tokens_equal"]
