@@ -80,14 +80,11 @@ class ExportConfig:
         default_factory=lambda: list(_FORMATS)
     )
     """gguf, for llama.cpp, only when asked for."""
-    compress: (
-        list[
-            Literal[
-                "int8", "int8_sym", "int4", "int4_sym", "int4_awq", "int4_scale", "int4_gptq", "nf4"
-            ]
+    compress: list[
+        Literal[
+            "int8", "int8_sym", "int4", "int4_sym", "int4_awq", "int4_scale", "int4_gptq", "nf4"
         ]
-        | None
-    ) = None
+    ] = field(default_factory=list)
     """Write onnx and openvino with weights of so few bits as well, by NNCF (extra `compress`);
     unset, as the search chose for this sub-adapter."""
     compress_examples: int = 64
@@ -134,8 +131,8 @@ class ExportConfig:
         require(self.compress_examples >= 1, f"compress_examples is {self.compress_examples}")
         require(
             not self.compress or self.has_graphs,
-            f"compress {', '.join(self.compress or [])}: it is graphs whose weights are compressed;"
-            f" add {' or '.join(GRAPHS)} to formats",
+            f"compress {', '.join(self.compress)}: it is graphs whose weights are compressed; add "
+            f"{' or '.join(GRAPHS)} to formats",
         )
         require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
         require(
@@ -153,6 +150,6 @@ class ExportConfig:
         """What is written, in order: the formats, each followed by itself compressed."""
         found = []
         for kind in dict.fromkeys(self.formats):
-            modes = (self.compress or []) if kind in GRAPHS else []
+            modes = self.compress if kind in GRAPHS else []
             found += [kind, *(f"{kind}-{mode}" for mode in dict.fromkeys(modes))]
         return found

@@ -44,11 +44,8 @@ def export(config: ExportConfig) -> Report:
         return write_only(config)
     run = Run(config.run)
     trained = run.config()
-    if (
-        config.compress is None
-        and config.has_graphs
-        and (mode := run.compression(config.sub_adapter))
-    ):
+    mode = run.compression(config.sub_adapter)
+    if mode and config.has_graphs and not config.compress:
         config = dataclasses.replace(config, compress=[mode])
     for kind in config.kinds:
         FORMATS[kind].require()

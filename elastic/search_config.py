@@ -244,8 +244,8 @@ class LatencyConfig:
 
     run: str = "runs/default"
     sub_adapter: str = "best"
-    compress: RoundedTo | None = None
-    """The sub-adapter's weights have so few bits, the full model's not; unset, as the search chose
+    compress: Literal["chosen", "none", "int8", "int8_sym", "int4", "int4_sym"] = "chosen"
+    """The sub-adapter's weights have so few bits, the full model's not. chosen: as the search chose
     for it."""
     save: str | None = None
     """Where to write the table, for `elastic search RUN --table.file FILE`."""
@@ -254,4 +254,5 @@ class LatencyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_graph([self.compress] if self.compress else [], self.timing)
+        named = self.compress not in ("chosen", "none")
+        require_graph([self.compress] if named else [], self.timing)

@@ -38,7 +38,7 @@ def read_tables(config: TableConfig, targets: Mapping[str | None, Target]) -> Gi
         raise RunError(
             f"table.target {config.target!r}: without a table of it for compress "
             f"{', '.join(each or 'none' for each in missing)}; record one there: elastic latency "
-            f"RUN --compress {missing[-1]} --save FILE"
+            f"RUN --compress {missing[-1] or 'none'} --save FILE"
         )
     return found
 

@@ -106,8 +106,9 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     run = Run(config.run)
     trained = run.config()
     require_runtime(config.timing.runtime, trained.model)
-    graph = config.timing.runtime != "torch" and not config.save
-    mode = config.compress or (run.compression(config.sub_adapter) if graph else None)
+    one_graph = config.timing.runtime != "torch" and not config.save
+    chosen = run.compression(config.sub_adapter) if one_graph else None
+    mode = {"chosen": chosen, "none": None}.get(config.compress, config.compress)
     if mode:
         compression.check(mode, config.timing.runtime)
     config = replace(config, timing=timing_of(config.timing, trained.model))

@@ -219,6 +219,12 @@ def test_literals_equal_registries():
     assert literal(TrainConfig, "progressivity") == dims
     assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf"}
     assert literal(ExportConfig, "compress") == set(MODES)
+    by_rounding = {
+        name for name, mode in MODES.items()
+        if not mode.calibrated and set(mode.formats) == {"onnx", "openvino"}
+    }  # fmt: skip
+    assert literal(SearchConfig, "compress") == by_rounding
+    assert literal(LatencyConfig, "compress") == {"chosen", "none", *by_rounding}
     assert set(FORMATS) == set(
         ExportConfig(formats=list(literal(ExportConfig, "formats")), compress=list(MODES)).kinds
     )

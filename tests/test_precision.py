@@ -187,7 +187,7 @@ def test_a_table_of_every_precision_serves(trained, tmp_path, fake_graphs):  # n
     for mode in (None, "int8"):
         files.append(str(tmp_path / f"{mode}.json"))
         time_run(LatencyConfig(
-            run=str(run.path), compress=mode, save=files[-1], timing=GRAPH, table=sizes
+            run=str(run.path), compress=mode or "none", save=files[-1], timing=GRAPH, table=sizes
         ))  # fmt: skip
     fake_graphs.clear()
     front = search(config(run, compress=["int8"], timing=GRAPH, table=TableConfig(file=files)))

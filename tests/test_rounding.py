@@ -73,4 +73,3 @@ def test_a_code_is_at_most_half_a_step_away(values, bits, group, symmetric):
         # A whole one at the far end of a symmetric grid, which has one code less there.
         assert (part - own).abs().max().item() <= (1.0 if symmetric else 0.5001) * step + 1e-6
         assert len(part.unique()) <= 2**bits
-    assert torch.allclose(rounded(near, Grid(bits, group, symmetric)), near, atol=1e-5)
