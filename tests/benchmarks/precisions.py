@@ -1,4 +1,4 @@
-"""A front that mixes sizes and precisions, beside the full model merely compressed.
+"""A front that mixes sizes and precisions, on a real model.
 
     python -m tests.benchmarks.precisions RUN STUDY [--runtime openvino] [--modes int8 int4]
         [--trials 50] [--save]
@@ -6,7 +6,7 @@
 RUN is a trained run, which STUDY becomes a copy of (kept, so that an interrupted search goes on).
 The search trades accuracy on validation examples against time per token; its front is scored on
 test examples with rounded weights, and its graphs are compressed and timed, predicted and measured
-figures side by side. `full` is the maximal sub-adapter, in every precision.
+figures side by side.
 """
 
 from __future__ import annotations
@@ -15,38 +15,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from elastic.bench import CANDIDATE, Bench
-from elastic.evaluate import evaluate
-from elastic.files import read_json, write_json
-from elastic.merging import compact
-from elastic.rounding import round_
 from elastic.run import Run
 from elastic.search_config import SearchConfig, TimingConfig
 from elastic.study import search
-from elastic.tasks import load_task
 from tests.benchmarks.common import report
-
-
-def whole(run: Run, timing: TimingConfig, modes: list[str | None]) -> dict[str, dict]:
-    """The maximal sub-adapter as it is and compressed, from STUDY/whole.json where it stands."""
-    file = run.path / "whole.json"
-    if file.is_file():
-        return read_json(file)
-    trained, base, net = run.load()
-    test, maximal, found = load_task(trained.task, trained.seed).test, net.space.maximal(), {}
-    with Bench(net, timing) as bench:
-        for mode in modes:
-            measured = bench(maximal, mode)
-            model = compact(net, maximal)
-            model = round_(model, mode, timing.runtime) if mode else model
-            score = evaluate(model, base.tokenizer, test, label=mode or "as it is")
-            found[f"full, {mode or 'float32'}"] = {
-                **score.as_dict(), "memory_mb": bench.memory_mb(maximal, mode),
-                "prefill": measured.ratio(CANDIDATE).prefill_ms,
-                "decode": measured.ratio(CANDIDATE).decode_ms, "control": measured.control,
-            }  # fmt: skip
-    write_json(file, found)
-    return found
 
 
 def main() -> None:
@@ -68,12 +40,12 @@ def main() -> None:
         )
     )  # fmt: skip
     front.show()
-    rows = whole(run, timing, [None, *given.modes])
-    full = front.full
+    rows, full = {}, front.full
     for member in front.members:
         figures, measured = member.figures, member.measured
         rows[f"{member.name}, {front.weights(member)}"] = {
-            **member.test, "memory_mb": figures.memory_mb, "params": figures.params / full.params,
+            **member.test, "params": figures.params / full.params,
+            "memory": figures.memory_mb / full.memory_mb,
             "prefill": measured.prefill_ms / full.prefill_ms,
             "decode": measured.decode_ms / full.decode_ms,
             "predicted decode": figures.decode_ms / full.decode_ms, "control": measured.control,
@@ -85,7 +57,7 @@ def main() -> None:
     n = front.members[0].test["accuracy_n"]
     report(
         "precisions",
-        f"{given.run.name} in {given.runtime}, {given.trials} evaluations: accuracy on n = {n} "
+        f"{given.study.name} in {given.runtime}, {given.trials} evaluations: accuracy on n = {n} "
         "test examples; latency in parts of the full model's in float32, in turns with it",
         rows, save=given.save, command="python -m tests.benchmarks.precisions RUN STUDY",
         table_errors=errors,
