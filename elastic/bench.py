@@ -85,15 +85,13 @@ class Bench:
         them, whatever the runtime; of compressed weights, their codes and scales."""
         key = self._key(sub, compress)
         if key not in self._memory:
-            with contextlib.ExitStack() as files:
-                self._open(sub, files, compress)
+            self._memory[key] = self._peak(self._model(sub), compress)
         return self._memory[key]
 
     def _key(self, sub: SubAdapter, compress: str | None = None) -> Hashable:
         return shape_of(self.net.space, sub, merged=self.timing.merged), compress
 
-    def _peak(self, model: PreTrainedModel) -> tuple[int, int]:
-        """Bytes of weights, and beside them."""
+    def _peak(self, model: PreTrainedModel, compress: str | None) -> float:
         held = [*model.parameters(), *model.buffers()]
         weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
         shape = (self.timing.batch, self.timing.prompt_tokens)
@@ -101,7 +99,8 @@ class Bench:
         with Meter(weights.values()).recording() as meter:
             runner_of(model).prefill(prompt)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
-        return kept, meter.peak
+        kept -= saved_bytes(model, compress) if compress else 0
+        return (kept + meter.peak) / 1e6
 
     def _model(self, sub: SubAdapter) -> PreTrainedModel:
         model = (compact if self.timing.merged else sliced)(self.net, sub)
@@ -116,12 +115,9 @@ class Bench:
         if self.timing.runtime != "torch":
             folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
         model = self._model(sub)
-        kept, beside = self._peak(model)
-        runner = open_runner(self.timing, model, folder, compress)
-        if compress:
-            kept -= saved_bytes(model, compress)
-        self._memory[self._key(sub, compress)] = (kept + beside) / 1e6
-        return runner
+        # While it is at hand.
+        self._memory[self._key(sub, compress)] = self._peak(model, compress)
+        return open_runner(self.timing, model, folder, compress)
 
 
 def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ tokens, without 67 %, for 1 % more bytes."""
 
 @dataclass(frozen=True)
 class Compressed:
-    """What was written, as the written file says."""
+    """What was written, as its graph says."""
 
     path: Path
     mode: str
@@ -147,8 +147,8 @@ def compress(
     samples = calibration if found.calibrated else ()
     weights: dict[str, Weight] = {}
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        write = {"onnx": _onnx, "openvino": _openvino}[kind]
         for each in graphs:
-            write = {"onnx": _onnx, "openvino": _openvino}[kind]
             weights |= write(each, Path(scratch) / each.name, found, samples, group)
         for each in graphs:
             for stale in _files(directory / each.name):

@@ -129,11 +129,13 @@ class Objective:
 
     def table(self, cost: str) -> Table | Tables:
         """What every choice saves of a cost."""
-        known = {bits_of(mode): each.tables for mode, each in self.timetables.items()}
-        if cost not in self.timetables[None].tables:
+        known = self.timetables[None].tables
+        if cost not in known:
             return Table.counted(self.space, lambda at: getattr(self.cost(self.split(at)[0]), cost))
-        by_bits = {bits: tables[cost] for bits, tables in known.items()}
-        return Tables(self.space, by_bits) if len(by_bits) > 1 else by_bits.popitem()[1]
+        if not self.config.compress:
+            return known[cost]
+        by_bits = {bits_of(mode): each.tables[cost] for mode, each in self.timetables.items()}
+        return Tables(self.space, by_bits)
 
     def _rivals(
         self, costs: Mapping[str, float], rivals: Mapping[SubAdapter, Figures]

@@ -14,11 +14,10 @@ from elastic.files import write_text
 from elastic.front import COSTS, Evaluated, Front
 from elastic.pareto import hypervolume
 from elastic.table import kinds
+from elastic.timetable import LATENCIES
 
 if TYPE_CHECKING:
     from elastic.space import BoundSpace
-
-LATENCIES = ("prefill_ms", "decode_ms")
 
 
 def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path) -> None:

@@ -40,5 +40,6 @@ def split(point: SubAdapter, modes: Sequence[str]) -> tuple[SubAdapter, str | No
 def smallest(space: BoundSpace) -> list[SubAdapter]:
     """Everything at its smallest, at every number of bits: fewer bits are smaller, not faster."""
     least = space.indices(space.minimal())
-    bits = [range(len(group.choices)) for group in space if group.dim == BITS]
-    return [space.at({**least, BITS: index}) for index in (bits[0] if bits else [0])]
+    if BITS not in least:
+        return [space.minimal()]
+    return [space.at({**least, BITS: i}) for i in range(len(space.groups[-1].choices))]

@@ -145,10 +145,11 @@ class AdditiveSampler(BaseSampler):
             for objective in range(1, len(done[0].values))
         ]
         weights = generator.dirichlet(np.ones(len(tables))) if len(tables) > 1 else [1.0]
-        scales = [w / max(t.span, 1e-12) for w, t in zip(weights, tables, strict=True)]
+        apart = [list(table.alternatives()) for table in tables]
+        scales = [w / max(-least(own), 1e-12) for w, own in zip(weights, apart, strict=True)]
         return [
             sum(scale * effects for scale, effects in zip(scales, each, strict=True))
-            for each in zip(*(table.alternatives() for table in tables), strict=True)
+            for each in zip(*apart, strict=True)
         ]
 
 

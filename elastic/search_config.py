@@ -244,7 +244,7 @@ class LatencyConfig:
 
     run: str = "runs/default"
     sub_adapter: str = "best"
-    compress: Literal["chosen", "none", "int8", "int8_sym", "int4", "int4_sym"] = "chosen"
+    compress: Literal["chosen", "none", RoundedTo] = "chosen"
     """The sub-adapter's weights have so few bits, the full model's not. chosen: as the search chose
     for it."""
     save: str | None = None

@@ -142,8 +142,3 @@ class Tables:
             costs[:-1, : table.effects.shape[1]] = table.effects
             costs[-1, index] = table.full - self.by_bits[WHOLE].full
             yield from pinned(self.space, costs)
-
-    @property
-    def span(self) -> float:
-        """From the cheapest sub-adapter to the full model."""
-        return -least(self.alternatives())

@@ -4,7 +4,6 @@ import copy
 import itertools
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +16,9 @@ from elastic.config import StageConfig
 from elastic.errors import ConfigError
 from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
-from elastic.formats import hf, onnx, openvino, peft
+from elastic.formats import hf, peft
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
-from elastic.runners import TorchRunner
 from elastic.sensitivity import sensitivity
 from elastic.space import SearchSpace, SubAdapter
 from elastic.supernet import Supernet
@@ -29,7 +27,7 @@ from tests import tiny
 from tests.families import model_of, output
 from tests.test_exporter import mixed_ranks
 from tests.test_families import ROUNDED
-from tests.test_latency import drive
+from tests.test_query_heads import same_in_every_runtime
 from tests.test_sensitivity import batch_of
 from tests.test_streaming import same, without_data
 from tests.test_supernet import close, one_function
@@ -209,15 +207,7 @@ def test_every_runtime_computes_the_same(tmp_path):
         "model.layers.1.heads": 1,
         "model.layers.1.queries": 2,
     }
-    small, ids = compact(net, SubAdapter(tuple(chosen.items()))), tiny.tokens(2, 9).numpy()
-    expected = drive(TorchRunner(small), ids, 5)
-    graph = onnx.write(small, tmp_path)
-    for runner in (
-        onnx.OnnxRunner(graph),
-        openvino.OpenVINORunner(openvino.write(graph, tmp_path)),
-    ):
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(drive(runner, ids, 5), expected, rtol=0, atol=1e-4 * scale)
+    same_in_every_runtime(compact(net, SubAdapter(tuple(chosen.items()))), tmp_path)
 
 
 @pytest.mark.parametrize("method", tiny.ADAPTERS)
