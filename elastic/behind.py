@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from elastic import caches
 from elastic.recurrent import is_recurrent
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def answers_of(
         seen = prefix.length if prefix else 0
         # Padding gets the last of the positions, not one that the model may not have.
         positions = torch.arange(length, device=mask.device).clamp(max=mask.sum(1).max() - 1)
-        cache = {"past_key_values": prefix.cache} if prefix else {}
+        cache = caches.given(model, prefix.cache) if prefix else {}
         logits = model(
             input_ids=ids,
             attention_mask=mask.new_ones(rows, seen + length),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from elastic import caches
 from elastic.batching import Encoded
 from elastic.classifier import classes_of
 from elastic.recurrent import is_recurrent
@@ -48,7 +49,7 @@ def read(model: PreTrainedModel, sequences: Sequence[Encoded]) -> Prefix | None:
         return None
     ids = torch.tensor([sequences[0].ids[:length]], device=model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = getattr(output, "past_key_values", None)
+    cache = caches.of(output)
     layers = [_fixed(layer) for layer in cache.layers] if isinstance(cache, Cache) else [None]
     return None if None in layers else Prefix(length, Cache(layers=layers))
 

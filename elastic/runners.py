@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from elastic import models
+from elastic import caches, models
 from elastic.classifier import classes_of
 from elastic.errors import ConfigError, MissingExtra
 from elastic.progress import say
@@ -59,9 +59,10 @@ class TorchRunner:
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
-            input_ids=input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._cache = output.past_key_values
+            input_ids=input_ids, use_cache=True, logits_to_keep=1,
+            **caches.given(self.model, self._cache),
+        )  # fmt: skip
+        self._cache = caches.of(output)
         return output.logits[:, -1]
 
     def _fetch(self, logits: torch.Tensor) -> np.ndarray:
@@ -98,9 +99,9 @@ class TorchEncoderDecoder(TorchRunner):
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
             encoder_outputs=self._encoded, decoder_input_ids=input_ids,
-            past_key_values=self._cache, use_cache=True,
+            use_cache=True, **caches.given(self.model, self._cache),
         )  # fmt: skip
-        self._cache = output.past_key_values
+        self._cache = caches.of(output)
         return output.logits[:, -1]
 
 

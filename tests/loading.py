@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-VERSIONS = ("4.57.6", "5.5.4", "5.23.0")
+VERSIONS = ("4.57.6", "5.5.4", "5.23.0", "5.24.0")
 FAMILIES = (
     "llama", "llama, tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "bloom",
     "falcon", "gpt-neox", "gpt2", "opt", "bert, classes", "roberta", "minilm",

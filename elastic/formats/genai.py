@@ -11,11 +11,12 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic import caches
 from elastic.classifier import classes_of
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.formats.onnx import FILE, cache_names
-from elastic.formats.tracing import flattened, traceable
+from elastic.formats.tracing import traceable
 from elastic.recurrent import is_recurrent
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _cache(model: PreTrainedModel) -> Sequence[Tensor]:
 
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with traceable(model):
-        return flattened(model(input_ids=ids, use_cache=True).past_key_values)
+        return caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
 
 
 def _numbers(value: int | Sequence[int] | None) -> Sequence[int]:

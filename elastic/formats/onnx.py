@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elastic import caches
 from elastic.classifier import classes_of, has_types
 from elastic.errors import ConfigError, MissingExtra, unknown
 from elastic.formats.tracing import (
     Trace,
-    filled,
-    flattened,
     require,
     require_float32,
     traceable,
@@ -107,7 +106,7 @@ def _example(model: PreTrainedModel):
 
     batch, sequence = 2, 3
     ids = torch.ones(batch, sequence, dtype=torch.long, device=model.device)
-    past = flattened(model(input_ids=ids, use_cache=True).past_key_values)
+    past = caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
     length = past[0].shape[2]
     mask = torch.ones(batch, length + sequence, dtype=torch.long, device=model.device)
     positions = torch.arange(length, length + sequence, device=model.device).repeat(batch, 1)
@@ -128,11 +127,11 @@ def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=filled(past),
                 use_cache=True,
                 logits_to_keep=_last(input_ids) if logits == "last" else 0,
+                **caches.given(self.model, caches.filled(past)),
             )
-            return output.logits, *flattened(output.past_key_values)
+            return output.logits, *caches.flattened(caches.of(output))
 
     return Flat()
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elastic import caches
 from elastic.formats.onnx import session_of
-from elastic.formats.tracing import Trace, filled, flattened, save, traceable, traced, write_traced
+from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
@@ -89,7 +90,9 @@ def _cross(model: PreTrainedModel) -> Trace:
 
         def forward(self, hidden):
             ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-            return tuple(flattened(_called(self.model, hidden, ids)[1].cross_attention_cache))
+            return tuple(
+                caches.flattened(_called(self.model, hidden, ids)[1].cross_attention_cache)
+            )
 
     hidden = model.get_encoder()(input_ids=_ones(model, 2, 3))[0]
     outputs = cache_names("present", "encoder", len(Flat()(hidden)) // 2)
@@ -110,14 +113,15 @@ def _step(model: PreTrainedModel) -> Trace:
 
         def forward(self, input_ids, mask, hidden, *past):
             half = len(past) // 2
-            cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
+            cache = EncoderDecoderCache(caches.filled(past[:half]), caches.filled(past[half:]))
             logits, cache = _called(self.model, hidden, input_ids, mask=mask, past=cache)
-            return logits, *flattened(cache.self_attention_cache)
+            return logits, *caches.flattened(cache.self_attention_cache)
 
     ids, mask = _ones(model, 2, 3), _ones(model, 2, 4)
     hidden = model.get_encoder()(input_ids=mask)[0]
     _, cache = _called(model, hidden, ids)
-    past = [*flattened(cache.self_attention_cache), *flattened(cache.cross_attention_cache)]
+    kept = (cache.self_attention_cache, cache.cross_attention_cache)
+    past = [tensor for each in kept for tensor in caches.flattened(each)]
     layers = len(past) // 4
     own = cache_names("past_key_values", "decoder", layers)
     cross = cache_names("past_key_values", "encoder", layers)
@@ -140,9 +144,9 @@ def _called(
 ) -> tuple[Tensor, EncoderDecoderCache]:
     output = model(
         encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids,
-        past_key_values=past, use_cache=True,
+        use_cache=True, **caches.given(model, past),
     )  # fmt: skip
-    return output.logits, output.past_key_values
+    return output.logits, caches.of(output)
 
 
 def _ones(model: PreTrainedModel, *shape: int) -> Tensor:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-    from transformers.cache_utils import Cache
 
 OPSET = 18
 SINGLE_FILE_BYTES = 2**31 - 2**24
@@ -148,22 +147,3 @@ def save(graph: ModelProto, path: Path) -> Path:
 
 def _data_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
-
-
-def filled(tensors: Sequence[Tensor]) -> Cache:
-    """A cache that holds these keys and values, `key, value` for every layer."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    layers = []
-    for keys, values in zip(tensors[0::2], tensors[1::2], strict=True):
-        # Not `update`: it would concatenate to an untyped empty tensor, which OpenVINO refuses.
-        layer = DynamicLayer()
-        layer.keys, layer.values, layer.is_initialized = keys, values, True
-        layer.dtype, layer.device = keys.dtype, keys.device
-        layers.append(layer)
-    return Cache(layers=layers)
-
-
-def flattened(cache: Cache) -> list[Tensor]:
-    """`key, value` of every layer."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
