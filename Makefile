@@ -1,5 +1,5 @@
 # Two commands: `make demo` shows the whole way on a real model, `make test` runs the tests.
-# Both make their own environment in .venv first. Needs Python 3.10 or newer, nothing else.
+# Both make their own environment in .venv first. Needs Python 3.11 or newer, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
