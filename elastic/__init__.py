@@ -23,7 +23,7 @@ _WHERE = {
     "TaskConfig": "config",
     "StageConfig": "config",
     "ElasticError": "errors",
-    "SearchSpace": "space",
+    "SearchSpace": "binding",
     "SubAdapter": "space",
     "Supernet": "supernet",
     "Run": "run",

@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic import models
 from elastic.adapters.attach import modules_of
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, TrainConfig
 from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
 from elastic.progress import say
-from elastic.space import SearchSpace
 from elastic.space_config import SpaceShowConfig
 from elastic.supernet import Supernet
 

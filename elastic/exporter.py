@@ -26,7 +26,8 @@ from elastic.supernet import ABOUT, Supernet
 from elastic.tasks import Example, load_task
 from elastic.uniform import nearest_uniform
 from elastic.verify import inputs_of, probe
-from elastic.writers import FORMATS, Source, Which
+from elastic.writers import FORMATS
+from elastic.writers.base import Source, Which
 from elastic.writing import write_only
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
-            source = Source(config, net, sub, both, base, wanted, Path(scratch), name, task.train)
+            source = Source(
+                config, net, sub, both, base, wanted, FORMATS, Path(scratch), name, task.train
+            )
             asked = samples(source, task.test)
             for kind in config.kinds:
                 if reason := FORMATS[kind].why_not(source):

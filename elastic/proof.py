@@ -19,7 +19,8 @@ from elastic.runners import Runner, runner_of
 from elastic.scoring import answer
 from elastic.tasks import Example
 from elastic.verify import Probe, agreement, require_agreement
-from elastic.writers import FORMATS, Source
+from elastic.writers import FORMATS
+from elastic.writers.base import Source
 
 CANDIDATE = "compact"
 TEXTS, TEXT_TOKENS = 3, 24

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from elastic.binding import SearchSpace
 from elastic.errors import ConfigError
 from elastic.files import write_text
-from elastic.space import SearchSpace
 from elastic.space_config import SpaceImportConfig
 
 READERS = {

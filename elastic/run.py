@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, RunError
 from elastic.files import read_json, write_text
-from elastic.space import BoundSpace, SearchSpace, SubAdapter
+from elastic.space import BoundSpace, SubAdapter
 
 if TYPE_CHECKING:
     from elastic import models

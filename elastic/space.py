@@ -1,8 +1,7 @@
-"""Search spaces and their points.
+"""The search space of one model: groups of sites that share one choice, and its points.
 
-A `SearchSpace` is declared once per model family, by pattern. Binding it to a model gives groups:
-sites that share one choice because their shapes must agree, or by decision. A `SubAdapter` is one
-choice per group, immutable and hashable, and everything that varies is a function of it.
+A `SubAdapter` is one choice per group, immutable and hashable, and everything that varies is a
+function of it.
 """
 
 from __future__ import annotations
@@ -16,17 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from elastic.declaration import Section, section_of
-from elastic.dims import DEPTH, DIMS, Cut, GroupSpec, Ranges, common, numbers
+from elastic.dims import DEPTH, Cut, Ranges, common, numbers
 from elastic.errors import ConfigError, RunError, unknown
-from elastic.files import read_json, shipped
-
-if TYPE_CHECKING:
-    from torch import nn
+from elastic.files import read_json
 
 
 @dataclass(frozen=True)
@@ -82,92 +74,6 @@ class Group:
             )
         both = before.counted + self.counted
         return replace(self, cuts=before.cuts + self.cuts, counted=both)
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What is elastic in a family of models; knows no model."""
-
-    sections: tuple[Section, ...]
-    source: str = "search space"
-
-    @classmethod
-    def load(cls, name: str) -> SearchSpace:
-        """The shipped space of that name, or the one in a YAML file."""
-        path = shipped("search_spaces", name)
-        try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: broken YAML: {error}") from None
-        return cls.from_dict(value, source=path.name)
-
-    @classmethod
-    def from_dict(cls, value: Any, source: str = "search space") -> SearchSpace:
-        """From one section, or a list of them; ConfigError names the group that is wrong."""
-        values = value if isinstance(value, list) and value else [value]
-        sections = tuple(section_of(item, source) for item in values)
-        if not any(section.adapt for section in sections):
-            raise ConfigError(f"{source}: no layer carries factors; name some in adapt")
-        return cls(sections, source)
-
-    def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
-        """The declaration again; `from_dict` reads it back to an equal space."""
-        declared = [section.as_dict() for section in self.sections]
-        return declared[0] if len(declared) == 1 else declared
-
-    def bind(self, model: nn.Module, max_rank: int) -> BoundSpace:
-        """Groups with sites and absolute choices for this model (meta tensors will do).
-
-        ConfigError when a pattern matches nothing or a choice does not fit.
-        """
-        bound = [self._bind(section, model, max_rank) for section in self.sections]
-        groups = [group for found, _ in bound for group in found]
-        taken: dict[tuple[str, str, bool], str] = {}
-        for group in groups:
-            places = [(cut.site, cut.axis, cut.apart) for cut in group.cuts]
-            for place in (*places, *((block, DEPTH, False) for block in group.blocks)):
-                other = taken.setdefault(place, group.name)
-                if other != group.name:
-                    raise ConfigError(
-                        f"{self.source}: {place[0]} ({place[1]}) is cut by both "
-                        f"{other!r} and {group.name!r}; give it one group"
-                    )
-        targets = dict.fromkeys(target for _, found in bound for target in found)
-        return BoundSpace(tuple(groups), tuple(targets))
-
-    def _bind(
-        self, section: Section, model: nn.Module, max_rank: int
-    ) -> tuple[list[Group], list[str]]:
-        linears = {name for name, module in model.named_modules() if _is_linear(module)}
-        names = [name for name, _ in model.named_modules()]
-        pattern = re.compile(re.escape(section.blocks).replace(r"\*", r"[^.]+"))
-        blocks = [name for name in names if pattern.fullmatch(name)]
-        if not blocks:
-            raise ConfigError(
-                f"{self.source}: blocks {section.blocks!r} matches nothing in "
-                f"{type(model).__name__}; its modules are {_outline(names)}"
-            )
-        targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
-        _all_linear(targets, linears, f"{self.source}: adapt")
-        groups: dict[str, Group] = {}
-        specs = [part for whole in section.groups for part in whole.parted()]
-        for spec in specs:
-            if spec.dim == DEPTH:
-                found = _depth(model, section, blocks, spec, f"{self.source}: group {spec.name!r}")
-                groups[found.name] = found
-        for block in blocks:
-            for spec in (spec for spec in specs if spec.dim != DEPTH):
-                where = f"{self.source}: group {spec.name!r}"
-                sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
-                _all_linear(sites, linears, where)
-                if spec.dim == "rank":
-                    _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
-                found = DIMS[spec.dim](model, block, spec, max_rank)
-                name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
-                choices = spec.resolve(found.full, where)
-                own = Group(name, spec.dim, choices, found.cuts, found.counted)
-                groups[name] = own.joined(groups[name], where) if name in groups else own
-        return list(groups.values()), targets
 
 
 @dataclass(frozen=True)
@@ -365,49 +271,3 @@ class BoundSpace:
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
-
-
-def _depth(
-    model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
-) -> Group:
-    """The one group of how many of the section's blocks run; the first and the last stay."""
-    from elastic.depth import require_alike  # torch, which a space is read without
-
-    shared = [s.name for s in section.groups if s.share == "model" and s.dim != "rank"]
-    if shared:
-        raise ConfigError(
-            f"{where}: group {shared[0]!r} has one choice for the whole model, of which only the "
-            "blocks that run would be cut; let every block choose its own"
-        )
-    ends = () if spec.drop_ends else (blocks[0], blocks[-1])
-    choices = spec.resolve(len(blocks), where, max(1, len(ends)))
-    require_alike(model, blocks, choices[-1], where, ends=spec.drop_ends)
-    if choices[-1] < len(ends):
-        raise ConfigError(
-            f"{where}: depth {choices[-1]}, but the first and the last block stay; choose from "
-            f"{len(ends)}..{len(blocks)}, or set drop_ends"
-        )
-    between = [block for block in blocks if block not in ends]
-    name = f"{section.blocks}.{spec.name}"
-    return Group(name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)
-
-
-def _all_linear(
-    sites: tuple[str, ...] | list[str], known: set[str], where: str, kind: str = "linear layer"
-) -> None:
-    missing = [site for site in sites if site not in known]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]!r} matches no {kind} of the model")
-
-
-def _outline(names: list[str]) -> str:
-    """The distinct shapes of module names, numbers as *, three levels deep."""
-    shapes = dict.fromkeys(re.sub(r"\.\d+", ".*", name) for name in names if name)
-    shallow = [shape for shape in shapes if shape.count(".") <= 2]
-    return ", ".join(shallow[:8])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic.adapters import METHODS, Adapter, check
 from elastic.adapters.attach import ElasticLinear, reorder_linear, replace_module
+from elastic.binding import SearchSpace
 from elastic.classifier import widen_head_
 from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig
@@ -24,7 +25,7 @@ from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.importance import channel_index
 from elastic.progress import track
 from elastic.provenance import provenance
-from elastic.space import BoundSpace, SearchSpace, SubAdapter
+from elastic.space import BoundSpace, SubAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,6 +10,7 @@ import torch
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
 from elastic.batching import Encoded, answer_logits, collated, encode_all, most_tokens
+from elastic.binding import SearchSpace
 from elastic.classifier import check_classes
 from elastic.config import TrainConfig
 from elastic.discovery import space_for
@@ -20,7 +21,7 @@ from elastic.packing import require_apart
 from elastic.progress import say
 from elastic.run import Run, predecessor
 from elastic.schedule import Schedule, examples_per_step
-from elastic.space import BoundSpace, SearchSpace
+from elastic.space import BoundSpace
 from elastic.supernet import (
     Supernet,
     read_order,

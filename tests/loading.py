@@ -47,10 +47,10 @@ def write(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from elastic.binding import SearchSpace
     from elastic.formats import hf
     from elastic.formats.padding import padded
     from elastic.merging import compact
-    from elastic.space import SearchSpace
     from elastic.supernet import Supernet
     from elastic.uniform import is_uniform
     from tests import families, tiny

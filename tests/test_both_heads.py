@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.binding import SearchSpace
 from elastic.config import StageConfig
 from elastic.errors import ConfigError
 from elastic.export_config import MergeAdapterConfig, MergeConfig
@@ -20,7 +21,7 @@ from elastic.formats import hf, peft
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.sensitivity import sensitivity
-from elastic.space import SearchSpace, SubAdapter
+from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from elastic.training import train
 from tests import tiny

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
+from elastic.binding import SearchSpace
 from elastic.config import StageConfig
 from elastic.cost import Counter
 from elastic.errors import ConfigError, RunError
@@ -21,7 +22,7 @@ from elastic.merging import combine, compact
 from elastic.proposals import AdditiveSampler
 from elastic.search_config import TimingConfig
 from elastic.sensitivity import sensitivity
-from elastic.space import SearchSpace, SubAdapter
+from elastic.space import SubAdapter
 from elastic.supernet import Supernet, read_order
 from elastic.table import Table, least, pinned
 from elastic.timetable import Target

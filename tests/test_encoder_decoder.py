@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, StageConfig
 from elastic.evaluate import answers, evaluate
 from elastic.export_config import ExportConfig
@@ -19,7 +20,6 @@ from elastic.merging import compact
 from elastic.runners import runner_of
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.slicing import sliced
-from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.tasks.base import Example

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from elastic import __main__, exporter, models, writers
+from elastic import __main__, exporter, models
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
 from elastic.export_config import ExportConfig
 from elastic.exporter import export
@@ -25,6 +25,7 @@ from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
+from elastic.writers import in_torch
 from tests import tiny
 from tests.test_exporter import config, hidden, write_sub
 from tests.tiny_runs import copy_run, randomize_factors, snapshot, train_config
@@ -296,7 +297,7 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
 
     before = snapshot(exported.path)
     real = exporter.probe
-    monkeypatch.setattr(writers, "runner_of", Nan)
+    monkeypatch.setattr(in_torch, "runner_of", Nan)
     probes = []
 
     def honest(*args):

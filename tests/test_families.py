@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
+from elastic.binding import SearchSpace
 from elastic.errors import ConfigError
 from elastic.formats import hf
 from elastic.merging import compact
-from elastic.space import SearchSpace, SubAdapter
+from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from elastic import bench
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, StageConfig
 from elastic.export_config import ExportConfig
 from elastic.exporter import export
@@ -14,7 +15,6 @@ from elastic.formats import hf, onnx, openvino, peft
 from elastic.merging import compact
 from elastic.runners import TorchRunner
 from elastic.search_config import SearchConfig, TimingConfig
-from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.training import train

@@ -11,10 +11,10 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from elastic.binding import SearchSpace
 from elastic.errors import ExportError
 from elastic.formats import bpe, gguf
 from elastic.merging import compact
-from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 from elastic.uniform import is_uniform, nearest_uniform
 from tests import tiny

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from elastic.binding import SearchSpace
 from elastic.dims import Cut
 from elastic.importance import channel_index, channel_order
-from elastic.space import SearchSpace
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

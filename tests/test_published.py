@@ -7,12 +7,12 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from elastic import __main__, models
+from elastic.binding import SearchSpace
 from elastic.cli import from_dict
 from elastic.config import ModelConfig, TrainConfig
 from elastic.errors import ConfigError
 from elastic.published import read
 from elastic.search_config import SearchConfig
-from elastic.space import SearchSpace
 from tests.tiny_runs import space_file
 
 LLAMA = ("PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic import foreign, models, quantised
 from elastic.adapters.attach import dequantise_, modules_of
+from elastic.binding import SearchSpace
 from elastic.config import ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
@@ -23,7 +24,6 @@ from elastic.merging import combine, compact
 from elastic.quantised import DEQUANTISE, QuantisedLinear
 from elastic.search_config import SearchConfig
 from elastic.slicing import sliced
-from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
 from elastic.training import train

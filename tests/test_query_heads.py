@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.binding import SearchSpace
 from elastic.errors import ConfigError
 from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
@@ -12,7 +13,6 @@ from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.runners import TorchRunner
 from elastic.sensitivity import sensitivity
-from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

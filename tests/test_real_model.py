@@ -8,6 +8,7 @@ import torch
 
 from elastic import models
 from elastic.batching import collate, encode
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
@@ -15,7 +16,6 @@ from elastic.importance import channel_order
 from elastic.merging import compact
 from elastic.runners import TorchRunner
 from elastic.sampler import generator_for
-from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 from elastic.tasks import load_task
 from elastic.verify import agreement, probe

@@ -18,13 +18,13 @@ from transformers import (
 
 from elastic import __main__
 from elastic.adapters import METHODS, check
+from elastic.binding import SearchSpace
 from elastic.cli import parse
 from elastic.config import TaskConfig, TrainConfig
 from elastic.continual import stage_config
 from elastic.errors import DataError
 from elastic.run import Run
 from elastic.search_config import SearchConfig
-from elastic.space import SearchSpace
 from elastic.tasks import load_task
 from tests import tiny
 

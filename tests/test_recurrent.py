@@ -8,6 +8,7 @@ import yaml
 from elastic import bench, models
 from elastic.batching import answer_logits, collate, encode
 from elastic.behind import padded_behind
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
@@ -16,7 +17,6 @@ from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.runners import runner_of
 from elastic.search_config import BudgetConfig, SearchConfig, TimingConfig
-from elastic.space import SearchSpace
 from elastic.study import search
 from elastic.tasks import Example
 from elastic.training import train

@@ -14,8 +14,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic.binding import SearchSpace
+from elastic.dims import GroupSpec
 from elastic.errors import ConfigError, RunError
-from elastic.space import GroupSpec, SearchSpace, SubAdapter
+from elastic.space import SubAdapter
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from elastic import exporter, writers
+from elastic import exporter
 from elastic.evaluate import Score, paired, wilson
 from elastic.exporter import export
+from elastic.writers import base, in_torch
 from tests import tiny
 from tests.test_exporter import active_logits, config, logits_close, nets, run, runs  # noqa: F401
 
@@ -30,7 +31,7 @@ def test_the_full_model_is_asked_the_same_examples_once_in_every_runtime(run, mo
         return answering
 
     monkeypatch.setattr(exporter, "evaluate", canned(compact=5, full=7))
-    monkeypatch.setattr(writers, "score", canned(compact=2, full=6))
+    monkeypatch.setattr(base, "score", canned(compact=2, full=6))
     report = export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True,
                            compress=["int8"], runtime_examples=5))  # fmt: skip
     assert asked == [
@@ -62,7 +63,7 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):  # noqa: F8
         seen[label] = tiny.logits(model, ids)[:, -1]
         return Score((True,))
 
-    monkeypatch.setattr(writers, "score", scored)
+    monkeypatch.setattr(base, "score", scored)
     monkeypatch.setattr(exporter, "evaluate", evaluated)
     export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True))
     for which, sub in (("compact", net.space.minimal()), ("full", net.space.maximal())):
@@ -74,7 +75,7 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):  # noqa: F8
 
 def test_nothing_is_asked_where_no_example_is(run, monkeypatch):  # noqa: F811
     pytest.importorskip("onnxruntime")
-    for module, name in ((exporter, "evaluate"), (writers, "score"), (writers, "evaluate")):
+    for module, name in ((exporter, "evaluate"), (base, "score"), (in_torch, "evaluate")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("asked"))
     report = export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], runtime_examples=0))
     assert {scores(report, kind) for kind in ("hf", "onnx")} == {(None, None, None)}

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from elastic.adapter_config import OloraConfig, ProloraConfig, SosLoraConfig
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig
-from elastic.space import SearchSpace
 from elastic.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from elastic import models
+from elastic.binding import SearchSpace
 from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.cost import count
@@ -26,7 +27,7 @@ from elastic.merging import compact
 from elastic.progress import say
 from elastic.runners import runner_of
 from elastic.search_config import TimingConfig
-from elastic.space import SearchSpace, SubAdapter
+from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from tests.benchmarks.common import report
 

@@ -21,11 +21,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic import models
+from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.export_config import ExportConfig, HfConfig
 from elastic.exporter import export
 from elastic.run import Run
-from elastic.space import SearchSpace
 from elastic.supernet import Supernet, save_super_adapter
 from tests import tiny
 from tests.benchmarks.common import report

@@ -1,0 +1,155 @@
+"""What every way to write a model keeps, and what of an export it is given.
+
+The compact model goes to its place; the full one, beside which it is judged, to a scratch folder. A
+format that is made from another one (OpenVINO from the ONNX graph) asks for that one's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from elastic import models
+from elastic.config import ModelConfig
+from elastic.evaluate import Score
+from elastic.export_config import ExportConfig
+from elastic.formats import genai
+from elastic.formats.weigh import Load
+from elastic.runners import Runner
+from elastic.scoring import score
+from elastic.space import SubAdapter
+from elastic.supernet import Supernet
+from elastic.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Which = Literal["compact", "full"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is written, and where each of it is by now."""
+
+    config: ExportConfig
+    net: Supernet
+    sub: SubAdapter
+    models: dict[Which, PreTrainedModel]
+    """Merged: the sub-adapter cut out, and the maximal one."""
+    base: models.Base
+    trained: ModelConfig
+    formats: Mapping[str, Format]
+    """By name; those that one is made from, or judged beside, are among them."""
+    scratch: Path
+    """For what is not kept."""
+    name: str = ""
+    """Of the sub-adapter."""
+    train: Sequence[Example] = ()
+    """Training examples, for what looks at activations."""
+    folders: dict[tuple[str, Which], Path] = field(default_factory=dict)
+    pipelines: dict[Path, dict[str, str]] = field(default_factory=dict)
+    """By folder, what a runtime's own pipeline cannot do with it."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of the full model, by runtime."""
+
+    def folder(self, kind: str, which: Which) -> Path:
+        """Where this model is written in this format; written now if it is not."""
+        if (kind, which) not in self.folders:
+            self.write(kind, which, self.scratch / f"{which}-{kind}")
+        return self.folders[kind, which]
+
+    def write(self, kind: str, which: Which, directory: Path) -> None:
+        self.formats[kind].write(self, which, directory)
+        self.folders[kind, which] = directory
+
+    def accompany(self, which: Which, directory: Path, runtime: str) -> None:
+        """What stands beside a graph, so that its folder is all that a pipeline needs."""
+        model, tokenizer = self.models[which], self.base.tokenizer
+        self.pipelines[directory] = genai.companions(
+            model, tokenizer, directory, runtime, logits=self.config.logits
+        )
+
+
+class Format:
+    """One way to write models; the contract, and what most keep."""
+
+    runtime: str | None = None
+    """What runs them (`elastic.formats.weigh.RUNTIMES`); None where nothing here does."""
+
+    def require(self) -> None:
+        """MissingExtra unless this can be written and run here; asked before anything slow."""
+
+    def why_not(self, source: Source) -> str | None:
+        """Why this sub-adapter is not written; None if it is."""
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        """A new folder with this model in it."""
+        raise NotImplementedError
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        """The model that was written there, loaded in its runtime, as a user would run it."""
+        raise NotImplementedError
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        """The compact one at the precision at which it has to be the supernet: `runner`, unless its
+        runtime rounds."""
+        return runner
+
+    def limit(self, source: Source) -> float | None:
+        """How far its logits may be off, in parts of the largest; None where it rounds on
+        purpose."""
+        return 2e-4
+
+    def full(self, source: Source, kind: str) -> Runner:
+        """The full model in the same runtime."""
+        return self.open(source, "full", source.folder(kind, "full"))
+
+    def timed(self, source: Source, runner: Runner) -> Runner:
+        """The one that is timed, of an opened one."""
+        return runner
+
+    def device(self, source: Source) -> str:
+        return "cpu"
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        """In which it computes when it is deployed."""
+        return "float32"
+
+    def as_torch(self, source: Source, runner: Runner) -> bool:
+        """Whether it computes what the compact model in memory does, with the same operations."""
+        return False
+
+    def score(
+        self, source: Source, which: Which, runner: Runner, examples: Sequence[Example]
+    ) -> Score:
+        """How often it is right, asked in its runtime."""
+        model, tokenizer = source.models[which], source.base.tokenizer
+        label = f"scoring the {which} model in {self.runtime}"
+        return score(runner, model, tokenizer, examples, label=label)
+
+    def score_full(self, source: Source, kind: str, examples: Sequence[Example]) -> Score:
+        """The same of the full model: asked once, for all that share its runtime."""
+        if self.runtime not in source.scores:
+            full = self.full(source, kind)
+            source.scores[self.runtime] = self.score(source, "full", full, examples)
+        return source.scores[self.runtime]
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        """The written model and the full one, as they are weighed."""
+        return tuple(
+            self._load(source, folder) for folder in (directory, source.folder(kind, "full"))
+        )
+
+    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+        timing = source.config.timing
+        return Load(
+            runtime=runtime or self.runtime, folder=str(folder), batch=timing.batch,
+            prompt_tokens=timing.prompt_tokens, settings=settings,
+        )  # fmt: skip
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        """What the report says of this format alone."""
+        return {}

@@ -1,0 +1,69 @@
+"""Graphs whose weights have fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from elastic import compression
+from elastic.calibration import calibration_inputs
+from elastic.files import read_json, write_json
+from elastic.formats import onnx, openvino
+from elastic.formats.weigh import Load
+from elastic.runners import Runner
+from elastic.writers.base import Format, Source, Which
+
+
+class Compressed(Format):
+    """A graph whose weights have fewer bits, beside the full model's graph as it is."""
+
+    def __init__(self, kind: str, whole: Format, mode: str) -> None:
+        self.kind, self.whole, self.mode = kind, whole, mode
+        self.runtime = self.whole.runtime
+
+    def require(self) -> None:
+        self.whole.require()
+        if self.kind in compression.MODES[self.mode].formats:
+            compression.check(self.mode, self.kind)
+
+    def why_not(self, source: Source) -> str | None:
+        known = compression.MODES[self.mode].formats
+        if self.kind not in known:
+            return f"NNCF has {self.mode} for {' and '.join(known)} alone"
+        paired = source.models["compact"].config.is_encoder_decoder
+        if paired and compression.MODES[self.mode].calibrated:
+            return "activations are not computed for the two graphs of an encoder-decoder model"
+        return self.whole.why_not(source)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        examples = []
+        if compression.MODES[self.mode].calibrated:
+            chosen = source.train[: source.config.compress_examples]
+            examples = calibration_inputs(source.base.tokenizer, source.models[which], chosen)
+        find = {"onnx": onnx, "openvino": openvino}[self.kind].graph_in
+        graph = find(source.folder(self.kind, which))
+        made = compression.compress(graph, directory, self.mode, examples)
+        write_json(directory / "compression.json", made.as_dict())
+        source.accompany(which, directory, self.kind)
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return self.whole.open(source, which, directory)
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        return self.whole.exact(source, directory, runner)
+
+    def limit(self, source: Source) -> float | None:
+        return None  # it rounds on purpose
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return self.whole.full(source, self.kind)
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        return f"{self.mode}, {self.whole.precision(source, runner)}"
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        return self.whole.loads(source, self.kind, directory)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        compressed = read_json(directory / "compression.json")
+        return {"compression": compressed, **self.whole.about(source, directory)}
