@@ -140,9 +140,18 @@ def save(graph: ModelProto, path: Path) -> Path:
     data = _data_of(path)
     for file in (path, data):
         file.unlink(missing_ok=True)
-    apart = graph.ByteSize() > SINGLE_FILE_BYTES
+    apart = _is_large(graph)
     onnx.save(graph, path, save_as_external_data=apart, location=data.name if apart else None)
     return path
+
+
+def _is_large(graph: ModelProto) -> bool:
+    from google.protobuf.message import EncodeError
+
+    try:
+        return graph.ByteSize() > SINGLE_FILE_BYTES
+    except EncodeError:  # past 2 GiB not even the size is told
+        return True
 
 
 def _data_of(path: Path) -> Path:
