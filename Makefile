@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow lint bench clean
+EXTRAS := compress,datasets,eval,genai,gp,onnx,openvino,quantised,tensorboard,workers
+
+.PHONY: demo test test-slow test-oldest lint bench clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/elastic train --config demo-train
@@ -17,6 +19,15 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/demo-ready
 	$(BIN)/python -m pytest -m slow
+
+# The tests on the oldest versions that pyproject.toml allows, in an environment of their own. torch
+# of that age comes from PyPI with gigabytes of CUDA libraries.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python \
+		--resolution lowest-direct -e '.[$(EXTRAS)]' 'hypothesis>=6.100' 'pytest>=8.3' 'pytest-xdist>=3.6'
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -43,4 +54,4 @@ $(VENV)/demo-ready: $(VENV)/ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs
