@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic import foreign, models
 from elastic.cost import Counter, count
+from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, read_json, write_json, write_text
@@ -66,7 +67,7 @@ def export(config: ExportConfig) -> Report:
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
-    directory = run.export(config.name or name)
+    directory = run.export(config.name or name, sub, config.kinds)
 
     inputs = [inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     if others:
@@ -89,8 +90,9 @@ def export(config: ExportConfig) -> Report:
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), name, task.train
             )
             asked = samples(source, task.test)
+            reasons = _reasons(source)
             for kind in config.kinds:
-                if reason := FORMATS[kind].why_not(source):
+                if reason := reasons.get(kind):
                     found[kind] = {"skipped": reason}
                     continue
                 say(f"Writing and checking {kind}")
@@ -136,6 +138,17 @@ def export(config: ExportConfig) -> Report:
         write_json(building / "report.json", contents)
         write_text(building / "report.md", report.markdown())
     return report
+
+
+def _reasons(source: Source) -> dict[str, str]:
+    """Why formats that were asked for are not written; ExportError if none would be."""
+    asked = source.config.kinds
+    found = {kind: FORMATS[kind].why_not(source) for kind in asked}
+    reasons = {kind: reason for kind, reason in found.items() if reason}
+    if len(reasons) == len(asked):
+        listed = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
+        raise ExportError(f"nothing of {source.name} can be written so: {listed}")
+    return reasons
 
 
 def _instead_of(

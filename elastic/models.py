@@ -25,6 +25,7 @@ from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.packaged import PACKAGED, unpacked
 from elastic.progress import say
 from elastic.recurrent import exact_, is_recurrent
+from elastic.reloaded import as_cut_, of_family_
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def skeleton(
 
     from elastic.adapters.attach import linear_
 
-    architecture = architecture_of(config)
+    architecture = _described(locate(config.path, ["config.json"]), config)
     if config.classes:
         describe_(architecture, config.classes)
     with torch.device(device):
@@ -85,16 +86,19 @@ def skeleton(
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    return exact_(linear_(model))
+    return exact_(linear_(as_cut_(model)))
 
 
 def architecture_of(config: ModelConfig) -> PretrainedConfig:
-    """The model's own configuration; reads no weights, and downloads none."""
+    """The model's own configuration, as its family has it; reads no weights, and downloads none."""
+    return of_family_(_described(locate(config.path, ["config.json"]), config))
+
+
+def _described(folder: str, config: ModelConfig) -> PretrainedConfig:
+    """As the folder says."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        locate(config.path, ["config.json"]), trust_remote_code=config.trust_remote_code
-    )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 def classifies(config: ModelConfig) -> bool:
@@ -191,11 +195,9 @@ def load(config: ModelConfig, seed: int = 0) -> Base:
 def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
     layers. A classification head that was not saved for these classes starts from the seed."""
-    from transformers import AutoConfig
-
     from elastic.adapters.attach import linear_
 
-    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    architecture = _described(folder, config)
     require(config, architecture)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -211,7 +213,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
-    return exact_(linear_(model)).to(device).eval().requires_grad_(False)
+    return exact_(linear_(as_cut_(model))).to(device).eval().requires_grad_(False)
 
 
 def _load_classifier(
@@ -239,7 +241,7 @@ def _load_classifier(
             "starts anew")  # fmt: skip
         missing |= last_layer(model)
     start_head_(model, missing, seed)
-    return linear_(model).eval().requires_grad_(False)
+    return linear_(as_cut_(model)).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

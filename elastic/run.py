@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +119,22 @@ class Run:
         value = read_json(file) if file.is_file() else None
         return value.get("compress") if isinstance(value, dict) else None
 
-    def export(self, name: str) -> Path:
-        """The directory of an export; RunError if something else stands there."""
+    def export(self, name: str, sub: SubAdapter, kinds: Sequence[str]) -> Path:
+        """The directory of an export; RunError if something else stands there, or formats of this
+        very sub-adapter that are not to be written again: they would be lost."""
         directory = self.path / "export" / name
-        if directory.exists() and not (directory / "report.json").is_file():
+        if not directory.exists():
+            return directory
+        if not (directory / "report.json").is_file():
             raise RunError(f"{directory} exists and is no export; choose another --name")
+        before = read_json(directory / "report.json")
+        there = [kind for kind, each in before.get("formats", {}).items() if "path" in each]
+        lost = [kind for kind in there if kind not in kinds]
+        if lost and before.get("sub_adapter") == sub.as_dict():
+            raise RunError(
+                f"{directory} has {', '.join(lost)} of this sub-adapter, which would be lost; "
+                f"write all of it (now {', '.join(kinds)}) or choose another --name"
+            )
         return directory
 
     def origin(self) -> dict[str, Any]:

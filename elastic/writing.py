@@ -13,7 +13,7 @@ import torch
 
 from elastic import models
 from elastic.cost import Counter, count
-from elastic.errors import require
+from elastic.errors import ExportError, require
 from elastic.export_config import ExportConfig
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
@@ -50,13 +50,15 @@ def write_only(config: ExportConfig) -> Report:
     full = count(skeleton)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
-    directory = run.export(config.name or name)
+    directory = run.export(config.name or name, sub, ["hf"])
     base = models.load_model(folder, dataclasses.replace(stored, device="cpu"))
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
     factors = read_factors(run.super_adapter)
     found = streamed(base, net, sub, {key: factors[key] for key in net.head})
+    if reason := hf.why_not(found.model):
+        raise ExportError(f"hf: {reason}")
     with new_directory(directory) as building:
         say("Writing hf")
         hf.write(

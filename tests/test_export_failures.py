@@ -132,6 +132,26 @@ def test_a_good_export_takes_the_place_of_the_old_one(exported, tmp_path):
     assert not hidden(run.path)
 
 
+def test_what_lies_there_is_not_lost_to_an_export_of_less(exported, tmp_path):
+    run = copy_run(exported, tmp_path / "run")
+    export(config(run, sub_adapter="maximal", name="both", formats=["hf", "peft"]))
+    before = snapshot(run.path)
+    with pytest.raises(RunError, match=r"both has peft of this .* be lost; .* \(now hf\)"):
+        export(config(run, sub_adapter="maximal", name="both"))
+    with pytest.raises(RunError, match=r"both has peft of this"):
+        export(config(run, sub_adapter="maximal", name="both", prove=False))
+    assert snapshot(run.path) == before
+    export(config(run, sub_adapter="minimal", name="both"))  # another one takes the place
+    assert not (run.path / "export" / "both" / "peft").exists()
+
+
+def test_an_export_of_which_nothing_can_be_written_fails(exported):
+    before = snapshot(exported.path)
+    with pytest.raises(ExportError, match=r"^nothing of minimal can be written so: peft: \w+"):
+        export(config(exported, sub_adapter="minimal", formats=["peft"]))
+    assert snapshot(exported.path) == before
+
+
 def test_another_base_is_refused_before_its_weights(exported, tmp_path, tiny_folder, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base)
@@ -244,7 +264,7 @@ def test_a_full_disk_is_named_and_nothing_is_kept(exported, monkeypatch, kind, c
     monkeypatch.setattr(module, "write", limited)
     before = snapshot(exported.path)
     arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
-                 "--formats", kind]  # fmt: skip
+                 "--formats", ",".join({"hf": 0, kind: 0})]  # fmt: skip
     assert __main__.main(arguments) == 1
     said = capfd.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and "cannot be written" in said and "kept" in said

@@ -14,6 +14,7 @@ from tests import tiny
 from tests.families import model_of
 from tests.test_families import net_of
 from tests.test_gguf import LLAMA3
+from tests.test_reloaded import mixed
 
 
 def stored(folder) -> dict[str, str]:
@@ -87,3 +88,13 @@ def test_rotary_settings_are_where_transformers_4_looks(family, rope, words, tmp
     assert {key: kept[key] for key in rope} == rope
     ids = tiny.tokens()
     assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
+
+
+def test_uneven_layers_of_a_class_that_a_folder_brings_are_refused(monkeypatch):
+    """The class that rebuilds them derives from one of transformers' own."""
+    net = net_of("llama")
+    even, uneven = compact(net, net.space.minimal()), compact(net, mixed(net))
+    assert hf.why_not(even) is hf.why_not(uneven) is None
+    monkeypatch.setattr(type(even), "_auto_class", "AutoModelForCausalLM")
+    assert hf.why_not(even) is None
+    assert "LlamaForCausalLM" in hf.why_not(uneven) and "hf.padded true" in hf.why_not(uneven)

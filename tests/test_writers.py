@@ -78,7 +78,7 @@ def test_compressing_needs_a_graph_and_a_known_mode(run, capsys):
 
 
 def test_a_file_for_llama_cpp_is_read_back_and_said_to_be_unproved(run, tmp_path, capsys):
-    asked = config(run, sub_adapter=uneven(run, tmp_path / "u.json"), formats=["gguf"], name="gguf")
+    asked = config(run, sub_adapter=uneven(run, tmp_path / "u.json"), formats=["hf", "gguf"])
     report = export(asked)
     found = report.contents["formats"]["gguf"]
     if "skipped" in found:  # the tiny tokenizer is none of llama.cpp's

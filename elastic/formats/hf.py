@@ -25,6 +25,7 @@ from elastic.errors import ExportError
 from elastic.files import write_text
 from elastic.formats import shards
 from elastic.formats.shards import Tensors, tensors_of
+from elastic.reloaded import PREFIX, as_cut_
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ class Elastic{config}({config}):
     """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
     attention module's to attributes of its own."""
 
-    model_type = "elastic_{model_type}"
+    model_type = "{prefix}{model_type}"
 
     def __init__(self, linear_sizes=None, attention_sizes=None, **kwargs):
         self.linear_sizes = linear_sizes or {{}}
@@ -128,7 +129,11 @@ def write(
         base, kind = type(model).__name__, type(model.config).__name__
         values["architectures"] = [f"Elastic{base}"]
         code = _CLASS.format(
-            base=base, config=kind, model_type=model.config.model_type, auto=auto_class(model)
+            base=base,
+            config=kind,
+            prefix=PREFIX,
+            model_type=model.config.model_type,
+            auto=auto_class(model),
         )
         write_text(directory / CODE, code)
     write_text(saved, json.dumps(values, indent=2) + "\n")
@@ -197,7 +202,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
             config.attention_sizes = grouped
         return config
     base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
-    custom = type(f"Elastic{kind}", (type(config),), {"model_type": f"elastic_{config.model_type}"})
+    custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     described = custom(**values)
     described.linear_sizes = changed
@@ -214,6 +219,16 @@ def is_plain(model: PreTrainedModel) -> bool:
     return not hasattr(described_config(model, code=False), "linear_sizes")
 
 
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this compact model cannot be a folder; None if it can."""
+    if model.is_remote_code() and not is_plain(model):
+        return (
+            f"layers have sizes of their own, and {type(model).__name__}, which would have to "
+            "rebuild them, is code of the base's folder: choose hf.uniform true or hf.padded true"
+        )
+    return None
+
+
 def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder again, through transformers' auto class as a user would; `trust_remote_code` where
     the user trusted the base model's."""
@@ -224,7 +239,7 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
     # Else the only code this ever runs is the class above, from a folder just written here.
     code = trust_remote_code or (directory / CODE).is_file()
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=code)
-    return linear_(model).eval()
+    return linear_(as_cut_(model)).eval()
 
 
 def auto_class(model: PreTrainedModel) -> str:

@@ -59,6 +59,9 @@ class Hf(_Torch):
 
     runtime = "hf"
 
+    def why_not(self, source: Source) -> str | None:
+        return None if source.config.hf.padded else hf.why_not(source.models["compact"])
+
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer
         hf.write(
