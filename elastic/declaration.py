@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,6 +68,7 @@ def _types(value: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: blocks is {value['blocks']!r}; give a pattern of module names")
     if not isinstance(adapt := value.get("adapt", []), list):
         raise ConfigError(f"{where}: adapt is {adapt!r}; give a list of layer names")
+    _once(adapt, f"{where}: adapt")
     if not isinstance(value["groups"], Mapping):
         raise ConfigError(f"{where}: groups is {value['groups']!r}; give a mapping by name")
 
@@ -91,6 +92,7 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
         items = spec.get(key, [])
         if key in spec and (not isinstance(items, list) or not items):
             raise ConfigError(f"{where}: {key} is {items!r}; give a list of layer names")
+        _once(items, f"{where}: {key}")
         lists[key] = tuple(items)
     fused = spec.get("fused")
     known = ("parts",) if spec["dim"] == "width" else ("parts", "heads")
@@ -108,6 +110,12 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
         name, spec["dim"], tuple(choices), align=align, fused=fused, share=share, drop_ends=ends,
         **lists,
     )  # fmt: skip
+
+
+def _once(names: Sequence[Any], where: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where}: {twice!r} stands there twice; name it once")
 
 
 def _declared(spec: GroupSpec) -> dict[str, Any]:

@@ -7,25 +7,22 @@ What was found is tried on tensors without data before it is believed.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic import models
 from elastic.adapters.attach import modules_of
 from elastic.binding import SearchSpace
-from elastic.config import AdapterConfig, TrainConfig
+from elastic.config import TrainConfig
 from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
 from elastic.progress import say
 from elastic.space_config import SpaceShowConfig
-from elastic.supernet import Supernet
+from elastic.trial import called, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +42,8 @@ KNOWN = {
 }
 """Shipped spaces, and the model types that they were tested with."""
 AUTO = "auto"
+RANK = 4
+"""Of the factors that a cut is tried with."""
 
 Shape = tuple[int, int]
 
@@ -69,7 +68,7 @@ def discover(model: PreTrainedModel) -> SearchSpace:
 
     ConfigError when no repeated block has a linear layer.
     """
-    sections = [section for section in _sections(model) if section["adapt"]]
+    sections = [section for section in _sections(model, called(model)) if section["adapt"]]
     if not sections:
         raise ConfigError(
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
@@ -91,15 +90,19 @@ def describe(space: SearchSpace) -> list[str]:
     return lines
 
 
-def _sections(model: nn.Module) -> Iterator[dict[str, Any]]:
+def _sections(model: nn.Module, used: set[str] | None) -> Iterator[dict[str, Any]]:
+    """Of layers that are called, as far as that is known; of others the code reads the weight."""
     outer: list[str] = []
     for name, blocks in modules_of(model, nn.ModuleList):
         if any(name.startswith(f"{other}.") for other in outer):
             continue
         outer.append(name)
-        kinds = {tuple(sorted(_linears(block).items())) for block in blocks}
+        linears = [_linears(block) for block in blocks]
+        kinds = {tuple(sorted(each.items())) for each in linears}
         if len(kinds) == 1 and len(blocks) > 1:
-            yield _section(f"{name}.*", blocks[0])
+            known = {n: shape for n, shape in linears[0].items()
+                     if used is None or f"{name}.0.{n}" in used}  # fmt: skip
+            yield _section(f"{name}.*", blocks[0], known)
 
 
 def _linears(block: nn.Module) -> dict[str, Shape]:
@@ -110,8 +113,7 @@ def _linears(block: nn.Module) -> dict[str, Shape]:
     }
 
 
-def _section(pattern: str, block: nn.Module) -> dict[str, Any]:
-    linears = _linears(block)
+def _section(pattern: str, block: nn.Module, linears: Mapping[str, Shape]) -> dict[str, Any]:
     sizes = Counter(size for shape in linears.values() for size in shape)
     hidden = sizes.most_common(1)[0][0] if sizes else 0
     heads = {n: m for n, m in block.named_modules() if n and head_size_of(m) is not None}
@@ -190,29 +192,8 @@ def _tried(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
         if spec["dim"] == "rank":
             continue
         alone = {**section, "groups": {name: spec}}
-        if reason := _refusal(model, SearchSpace.from_dict(alone, "space auto")):
+        if reason := refusal(model, SearchSpace.from_dict(alone, "space auto"), RANK):
             say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
         else:
             kept[name] = spec
     return {**section, "groups": kept}
-
-
-def _refusal(model: PreTrainedModel, space: SearchSpace) -> str | None:
-    """Why the smallest sub-adapter does not fit together, on tensors without data."""
-    with FakeTensorMode(), torch.no_grad():
-        memory = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memory[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
-        empty_model = copy.deepcopy(model, memory)
-        inputs = {"input_ids": torch.zeros((1, 2), dtype=torch.int64)}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        try:
-            net = Supernet(empty_model, space, AdapterConfig(rank=4), start=False)
-            with net.active(net.space.minimal()) as small:
-                small(**inputs)
-        except Exception as error:  # whatever the model's code says
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None

@@ -35,6 +35,7 @@ from elastic.space import BoundSpace
 from elastic.space_config import SpaceShowConfig
 from elastic.supernet import Supernet, read_tensors
 from elastic.tasks import load_task, with_classes
+from elastic.trial import require_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +79,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
                 adapter.succeed(adapter.state_dict(), torch.Generator())
+    require_fits(models.skeleton(config.model), space, config.adapter.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
@@ -110,7 +112,9 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
     """`elastic space show`: reads no weights."""
     space = space_for(config)
     model = models.skeleton(config.model)
-    return _table(model, space.bind(model, config.rank))
+    bound = space.bind(model, config.rank)
+    require_fits(model, space, config.rank)
+    return _table(model, bound)
 
 
 def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, list[int]]:

@@ -31,6 +31,7 @@ from elastic.supernet import (
 )
 from elastic.tasks import load_task, with_classes
 from elastic.trainer import fit
+from elastic.trial import require_fits
 from elastic.watching import check_trackers
 
 WATCHED = 16
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> Run:
     skeleton = models.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
+    require_fits(skeleton, space, config.adapter.rank)
     _refuse_apart(config, bound)
     before = predecessor(config) if config.start_from else None
     only = None

@@ -99,6 +99,9 @@ class Odd(nn.Module):
     def get_output_embeddings(self):
         return None
 
+    def set_attn_implementation(self, name):
+        """It has none."""
+
     @property
     def device(self):
         return self.embed.weight.device
