@@ -264,7 +264,8 @@ class BoundSpace:
             return getattr(self, name)()
         if name == "random":
             return self.random(random_module.Random(seed))
-        if match := re.fullmatch(r"uniform-(\d*\.?\d+)", name):
+        match = re.fullmatch(r"uniform-(\d*\.?\d+)", name)
+        if match and 0 < float(match[1]) <= 1:
             return self.uniform(float(match[1]))
         known = ["maximal", "heuristic", "minimal", "random", "uniform-0.75"]
         raise RunError(unknown("sub-adapter", name, known))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elastic.config import ModelConfig
+from elastic.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,9 @@ class SpaceShowConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rank: int = 32
     """The full rank of the factors."""
+
+    def __post_init__(self):
+        require(self.rank >= 1, f"rank is {self.rank}; give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

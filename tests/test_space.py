@@ -135,6 +135,9 @@ def test_named_points():
     assert BOUND.named("uniform-.5") == BOUND.uniform(0.5)
     with pytest.raises(RunError, match="unknown sub-adapter 'maximl'; did you mean 'maximal'"):
         BOUND.named("maximl")
+    for name in ("uniform-0", "uniform-1.5", "uniform-2"):
+        with pytest.raises(RunError, match=f"unknown sub-adapter '{name}'"):
+            BOUND.named(name)
 
 
 @given(st.floats(0, 1.2))

@@ -9,9 +9,10 @@ whose frequencies depend on the prompt length (`dynamic` and `longrope` scaling)
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def traced(trace: Trace) -> ModelProto:
 def _export(trace: Trace, path: Path) -> None:
     import torch
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _muted():
         # The exporter's own deprecation, and the tracer on branches over Python ints.
         warnings.simplefilter("ignore")
         try:
@@ -113,10 +114,25 @@ def _export(trace: Trace, path: Path) -> None:
         except OSError:  # a full disk
             raise
         except Exception as error:  # what a model's own code raises is of any kind
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
             raise ExportError(
-                f"onnx: {type(trace.module.model).__name__} cannot be traced: "
-                f"{' '.join(str(error).split())[:400] or type(error).__name__}"
+                f"onnx: {type(trace.module.model).__name__} cannot be traced: {reason}; "
+                "hf and peft need no trace"
             ) from error
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without the graph that torch's C++ prints, when it fails, where results are printed."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _settle(scratch: Path, path: Path) -> Path:
