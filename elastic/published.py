@@ -6,7 +6,9 @@ Class[attribute], with the widths that each group may take. A rank is the width 
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ from typing import Any
 import yaml
 
 from elastic.binding import SearchSpace
+from elastic.config import StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
+from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space_config import SpaceImportConfig
 
 READERS = {
@@ -46,6 +50,69 @@ SEARCHES = {"NSGA2": "nsga2"}
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 UNSET = -1
 """Where a published file leaves a value to the command line."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value of the file and where it stands there; ConfigError names both when the value is not
+    what is asked for."""
+
+    value: Any
+    where: str
+
+    def get(self, key: str) -> Entry | None:
+        """What a mapping has under this name; None if that is nothing."""
+        self._expect("a mapping", isinstance(self.value, dict))
+        return Entry(self.value[key], f"{self.where}.{key}") if key in self.value else None
+
+    def __getitem__(self, key: str) -> Entry:
+        """The same, of what must be there."""
+        if (found := self.get(key)) is None:
+            raise ConfigError(f"{self.where}: {key!r} is missing")
+        return found
+
+    def items(self) -> list[Entry]:
+        self._expect("a list", isinstance(self.value, list))
+        return [Entry(item, f"{self.where}[{n}]") for n, item in enumerate(self.value)]
+
+    def some(self) -> list[Entry]:
+        """The items, of which there is one at least."""
+        self._expect("a list that is not empty", self.value != [])
+        return self.items()
+
+    def text(self) -> str:
+        self._expect("a text", isinstance(self.value, str))
+        return self.value
+
+    def number(self) -> float:
+        """YAML takes 3e-4, without a dot, for a text."""
+        try:
+            found = float(self.value)
+        except (TypeError, ValueError, OverflowError):
+            found = math.nan
+        self._expect("a number", math.isfinite(found) and not isinstance(self.value, bool))
+        return found
+
+    def whole(self) -> int:
+        self._expect("a whole number", self.number().is_integer())
+        return int(self.number())
+
+    def count(self) -> int:
+        self._expect("a whole number from 1 up", self.whole() >= 1)
+        return self.whole()
+
+    def is_on(self) -> bool:
+        self._expect("true or false", isinstance(self.value, bool))
+        return self.value
+
+    def _expect(self, what: str, so: bool) -> None:
+        if not so:
+            raise ConfigError(f"{self.where}: expected {what}, got {reprlib.repr(self.value)}")
+
+
+STAGE = {"epochs": Entry.whole, "width_indicator": Entry.whole, "init_lr": Entry.number,
+         "epochs_lr": Entry.whole, "sample_rate": Entry.whole}  # fmt: skip
+"""What a stage says that is a setting of ours, too."""
 
 
 @dataclass(frozen=True)
@@ -101,23 +168,19 @@ def import_space(config: SpaceImportConfig) -> Imported:
 
 def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
     """The same without writing. `adapt` names further layers of a block that carry factors."""
-    nas = _parsed(source).get("bootstrapNAS")
-    try:
-        training = nas["training"]
-        width = training["elasticity"]["width"]
-        names, sizes = width["overwrite_groups"], width["overwrite_groups_widths"]
-        stages = training["schedule"]["list_stage_descriptions"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{source}: no BootstrapNAS configuration of elastic widths; {error} is missing"
-        ) from None
-    if len(names) != len(sizes):
-        raise ConfigError(f"{source}: {len(names)} groups, but widths of {len(sizes)}")
-    readers = {(node.block, node.name) for node in map(_node, width.get("add_dynamic_inputs", ()))}
+    nas = _parsed(source)
+    training = nas["training"]
+    width = training["elasticity"]["width"]
+    groups, sizes = width["overwrite_groups"].items(), width["overwrite_groups_widths"].items()
+    stages = training["schedule"]["list_stage_descriptions"].items()
+    if len(groups) != len(sizes):
+        raise ConfigError(f"{source}: {len(groups)} groups, but widths of {len(sizes)}")
+    listed = width.get("add_dynamic_inputs")
+    nodes = [_node(name) for name in listed.items()] if listed else []
+    readers = {(node.block, node.name) for node in nodes}
     blocks: dict[str, dict[str, Any]] = defaultdict(lambda: {"adapt": {}, "groups": {}})
-    for group, widths in zip(names, sizes, strict=True):
-        nodes = [_node(name) for name in group]
-        _add(blocks, nodes, list(widths), readers, source)
+    for group, widths in zip(groups, sizes, strict=True):
+        _add(blocks, group, [size.count() for size in widths.some()], readers)
     for block in blocks.values():
         block["adapt"] |= dict.fromkeys(adapt)
     declared = list(_sections(blocks))
@@ -127,25 +190,35 @@ def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
         "layers that carry factors of full rank are not named in such a file; say which with "
         "--adapt"
     ] * (not adapt)
-    train = _train(space, dims, stages, training, notes, source)
-    return Imported(space, train, _search(nas.get("search", {}), source), (), notes)
+    train = _train(space, dims, stages, training.get("sandwich_rule"), notes)
+    section = nas.get("search")
+    search = _search(section, notes) if section and section.value != {} else {}
+    return Imported(space, train, search, (), notes)
 
 
-def _parsed(source: Path) -> dict[str, Any]:
+def _parsed(source: Path) -> Entry:
     """JSON with trailing commas and comments, as NNCF takes it: YAML but for the comments."""
     try:
         text = re.sub(r"^\s*//.*$", "", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
         value = yaml.load(text.replace("\t", " "), LOADER)
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: broken JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict) or "bootstrapNAS" not in value:
+        raise ConfigError(
+            f"{source}: no BootstrapNAS configuration; expected a mapping with 'bootstrapNAS', got "
+            f"{reprlib.repr(value)}"
+        )
+    return Entry(value["bootstrapNAS"], f"{source}: bootstrapNAS")
 
 
-def _node(name: str) -> Node:
+def _node(entry: Entry) -> Node:
     """From PeftModel/LoraModel[base_model]/Model[model]/ModuleList[layers]/Layer[0]/.../linear_0;
     {*} in brackets is every block."""
+    name = entry.text()
     attributes = re.findall(r"\w+\[([^\]]+)\]", name)
     if name.removeprefix("{re}").startswith("Peft"):
         attributes = attributes[2:]  # base_model, model
@@ -155,7 +228,7 @@ def _node(name: str) -> Node:
     attributes = ["*" if part == "{*}" else part for part in attributes]
     numbered = [i for i, part in enumerate(attributes) if part == "*" or part.isdigit()]
     if not numbered:
-        raise ConfigError(f"node {name!r} is in no block")
+        raise ConfigError(f"{entry.where}: node {name!r} is in no block")
     end = numbered[0] + 1
     block, rest = ".".join(attributes[:end]), ".".join(attributes[end:])
     return Node(block, rest, "lora_A" in inside, bool(inside))
@@ -163,36 +236,38 @@ def _node(name: str) -> Node:
 
 def _add(
     blocks: dict[str, dict[str, Any]],
-    nodes: Sequence[Node],
+    group: Entry,
     widths: list[int],
     readers: set[tuple[str, str]],
-    source: Path,
 ) -> None:
     """One group, to the block that it belongs to."""
+    nodes = [_node(name) for name in group.some()]
     if len({(node.block, node.rank) for node in nodes}) != 1:
-        raise ConfigError(f"{source}: a group of {nodes[0].name} spans blocks, or ranks and widths")
+        raise ConfigError(
+            f"{group.where}: a group of {nodes[0].name} spans blocks, or ranks and widths"
+        )
     block = blocks[nodes[0].block]
     layers = list(dict.fromkeys(node.name for node in nodes))
     block["adapt"] |= dict.fromkeys(node.name for node in nodes if node.adapted)
     attention = all(ATTENTION.search(name) for name in layers)
     if nodes[0].rank:
-        group = {"dim": "rank", "of": layers, "choices": widths}
+        spec = {"dim": "rank", "of": layers, "choices": widths}
         kind = "attention_rank" if attention else "mlp_rank"
     else:
-        found = {_reader(nodes[0].block, name, readers, source) for name in layers}
-        group = {"dim": "width", "outputs": layers, "inputs": sorted(found), "choices": widths}
+        found = {_reader(nodes[0].block, name, readers, group.where) for name in layers}
+        spec = {"dim": "width", "outputs": layers, "inputs": sorted(found), "choices": widths}
         kind = "mlp_width"
         if attention:  # whole heads, whatever their size
             choices = [width / max(widths) for width in widths]
-            group, kind = {**group, "dim": "heads", "choices": choices}, "heads"
+            spec, kind = {**spec, "dim": "heads", "choices": choices}, "heads"
     name = kind
     while name in block["groups"]:
         name = f"{kind}_{layers[0].rpartition('.')[2]}"
         kind = name
-    block["groups"][name] = group
+    block["groups"][name] = spec
 
 
-def _reader(block: str, name: str, readers: set[tuple[str, str]], source: Path) -> str:
+def _reader(block: str, name: str, readers: set[tuple[str, str]], where: str) -> str:
     parent, _, leaf = name.rpartition(".")
     near = READERS.get(leaf)
     found = FAR_READERS.get(name) or (near and ".".join(filter(None, (parent, near))))
@@ -201,7 +276,7 @@ def _reader(block: str, name: str, readers: set[tuple[str, str]], source: Path) 
         found = listed[0] if len(listed) == 1 else None
     if found is None:
         raise ConfigError(
-            f"{source}: which layer of {block} reads the channels of {name} is not known; write "
+            f"{where}: which layer of {block} reads the channels of {name} is not known; write "
             "this group by hand (see search_spaces/)"
         )
     return found
@@ -227,10 +302,9 @@ def _sections(blocks: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _train(
     space: SearchSpace,
     dims: set[str],
-    stages: Sequence[Mapping[str, Any]],
-    training: Mapping[str, Any],
+    stages: Sequence[Entry],
+    sandwich: Entry | None,
     notes: list[str],
-    source: Path,
 ) -> dict[str, Any]:
     ranks = [
         spec.choices for section in space.sections for spec in section.groups if spec.dim == "rank"
@@ -239,46 +313,66 @@ def _train(
     found: dict[str, Any] = {"sampling": "lonas", "progressivity": order}
     if ranks:
         found["adapter"] = {"rank": max(max(choices) for choices in ranks)}
-    if training.get("sandwich_rule"):
+    if sandwich and sandwich.is_on():
         found["sampling"] = "sandwich"
-    declared = []
-    for number, stage in enumerate(stages):
-        if int(stage.get("depth_indicator", 1)) > 1:
-            raise ConfigError(
-                f"{source}: stage {number} drops layers (depth_indicator "
-                f"{stage['depth_indicator']}); import it with 1 and add a group of dim depth to "
-                "the space"
-            )
-        if stage.get("reorg_weights"):
-            found["order"] = "norm"
-        own: dict[str, Any] = {"train_dims": order}
-        for name, kind in (("epochs", int), ("width_indicator", int), ("init_lr", float),
-                           ("epochs_lr", int), ("sample_rate", int)):  # fmt: skip
-            if name not in stage:
-                continue
-            if float(stage[name]) == UNSET:
-                notes.append(f"stage {number} leaves {name} open; set it in the training settings")
-            else:
-                own[name] = kind(stage[name])
-        declared.append(own)
-    found["stages"] = declared
+    if any(flag.is_on() for stage in stages if (flag := stage.get("reorg_weights"))):
+        found["order"] = "norm"
+    found["stages"] = [
+        {"train_dims": order, **_stage(stage, f"stage {number}", notes)}
+        for number, stage in enumerate(stages)
+    ]
     return found
 
 
-def _search(section: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def _stage(stage: Entry, name: str, notes: list[str]) -> dict[str, Any]:
+    depth = stage.get("depth_indicator")
+    if depth and depth.whole() > 1:
+        raise ConfigError(
+            f"{depth.where}: {name} drops layers (depth_indicator {depth.value}); import it with 1 "
+            "and add a group of dim depth to the space"
+        )
+    own = {}
+    for key, value in STAGE.items():
+        entry = stage.get(key)
+        what = f"{name} leaves {key} open; set it in the training settings"
+        if entry and not _is_open(entry, what, notes):
+            own[key] = value(entry)
+    _check(StageConfig, own, stage)
+    return own
+
+
+def _search(section: Entry, notes: list[str]) -> dict[str, Any]:
     """Accuracy against operations; LoNAS takes the fewest operations above ref_acc - acc_delta."""
-    if not section:
-        return {}
-    algorithm = section.get("algorithm", "NSGA2")
+    named = section.get("algorithm")
+    algorithm = named.text() if named else "NSGA2"
     if algorithm not in SEARCHES:
-        raise ConfigError(f"{source}: search algorithm {algorithm}; known: {', '.join(SEARCHES)}")
-    found = {
-        "sampler": SEARCHES[algorithm],
-        "objectives": ["accuracy", "macs"],
-        "trials": int(section["num_evals"]),
-        "population": int(section["population"]),
-    }
-    least = float(section.get("ref_acc", UNSET)) - float(section.get("acc_delta", 0))
+        raise ConfigError(
+            f"{named.where}: search algorithm {algorithm}; known: {', '.join(SEARCHES)}"
+        )
+    found: dict[str, Any] = {"sampler": SEARCHES[algorithm], "objectives": ["accuracy", "macs"]}
+    for key, ours in (("num_evals", "trials"), ("population", "population")):
+        what = f"the search leaves {key} open; set {ours} in the search settings"
+        if not _is_open(section[key], what, notes):
+            found[ours] = section[key].whole()
+    _check(SearchConfig, found, section)
+    accuracy, lost = section.get("ref_acc"), section.get("acc_delta")
+    least = (accuracy.number() if accuracy else UNSET) - (lost.number() if lost else 0)
     if least > 0:
         found["budget"] = {"min_accuracy": round(least, 6)}
+        _check(BudgetConfig, found["budget"], section)
     return found
+
+
+def _is_open(entry: Entry, what: str, notes: list[str]) -> bool:
+    """Whether the file leaves this number to the command line, which is noted."""
+    left = entry.number() == UNSET
+    notes += [what] * left
+    return left
+
+
+def _check(kind: type, values: Mapping[str, Any], entry: Entry) -> None:
+    """What our settings refuse is refused where the file says it."""
+    try:
+        kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{entry.where}: {error}") from None

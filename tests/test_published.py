@@ -1,6 +1,8 @@
 """What LoNAS and Shears published for NNCF is read into our spaces, stages and searches."""
 
+import functools
 import json
+import operator
 
 import pytest
 import torch
@@ -186,6 +188,18 @@ def test_show_prints_a_space_and_its_size(tiny_folder, tmp_path, capsys):
         (lambda v: _width(v)["overwrite_groups_widths"].pop(), "6 groups, but widths of 5"),
         (lambda v: _stage(v).update(depth_indicator=2), "stage 0 drops layers"),
         (lambda v: v["bootstrapNAS"]["search"].update(algorithm="RS"), "search algorithm RS"),
+        (lambda v: v["bootstrapNAS"]["search"].pop("num_evals"), "search: .num_evals. is missing"),
+        (lambda v: v["bootstrapNAS"]["search"].update(num_evals="abc"),
+         r"\.search\.num_evals: expected a number, got 'abc'"),
+        (lambda v: v["bootstrapNAS"]["search"].update(population=0),
+         r"\.search: population is 0; at least 2"),
+        (lambda v: v["bootstrapNAS"]["search"].update(ref_acc=45),
+         r"\.search: budget\.min_accuracy is 44\.99; a fraction"),
+        (lambda v: _stage(v).update(epochs=1.5),
+         r"descriptions\[0\]\.epochs: expected a whole number, got 1\.5"),
+        (lambda v: _stage(v).update(epochs=0), r"descriptions\[0\]: a stage lasts at least"),
+        (lambda v: _width(v)["overwrite_groups"].__setitem__(1, []),
+         r"overwrite_groups\[1\]: expected a list that is not empty, got \[\]"),
         (lambda v: _width(v)["overwrite_groups"][2].append(_width(v)["overwrite_groups"][3][0]),
          "spans blocks"),
         (lambda v: _width(v)["overwrite_groups"].__setitem__(2, ["Model/Linear[head]/linear_0"]),
@@ -199,6 +213,43 @@ def test_what_cannot_be_read_is_named(tmp_path, change, message):
     change(value)
     with pytest.raises(ConfigError, match=message):
         read(written(tmp_path, value))
+
+
+def places(value, path=()):
+    """Where every value inside this one stands."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        yield (*path, key)
+        if isinstance(value[key], dict | list):
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("odd", [None, True, -1, 0, 1.5, 3, "x", [], [1], {}, {"x": 1}], ids=repr)
+def test_whatever_stands_anywhere_is_read_or_named(tmp_path, odd):
+    def whole() -> dict:
+        value = bert()
+        value["bootstrapNAS"]["search"] = llama(1)["bootstrapNAS"]["search"]
+        return value
+
+    for *path, last in places(whole()):
+        value = whole()
+        functools.reduce(operator.getitem, path, value)[last] = odd
+        file = written(tmp_path, value)
+        try:
+            read(file)
+        except ConfigError as error:
+            assert file.name in str(error)
+
+
+def test_what_the_file_leaves_open_is_noted_and_not_written(tmp_path):
+    value = llama(2)
+    value["bootstrapNAS"]["search"] |= {"num_evals": -1, "population": -1}
+    found = read(written(tmp_path, value))
+    assert not {"trials", "population"} & set(found.search)
+    assert [note for note in found.notes if "num_evals" in note or "population" in note] == [
+        "the search leaves num_evals open; set trials in the search settings",
+        "the search leaves population open; set population in the search settings",
+    ]
 
 
 def _width(value) -> dict:
@@ -216,3 +267,12 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
         read(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "absent.json")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"broken\.json: not UTF-8 text"):
+        read(file)
+    for text in ("", "hello", "[1, 2]", '{"input_info": []}'):
+        file.write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"broken\.json: no BootstrapNAS .*'bootstrapNAS', got"
+        ):
+            read(file)
