@@ -7,6 +7,8 @@ is small. What of it was not saved for these very classes starts anew.
 from __future__ import annotations
 
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from elastic.config import SCORE
 from elastic.errors import ConfigError, DataError, ModelError
+from elastic.progress import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 ENDING, POOLER = "ForSequenceClassification", "pooler"
 MOST = 200
 """Distinct answers above which they are hardly classes."""
+MOST_SAID = 20
 
 
 def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
@@ -90,8 +94,10 @@ def check_classes(task: Task, classes: Sequence[str]) -> None:
 
 
 def classes_in(task: Task) -> list[str]:
-    """The answers of the training split, sorted, numbers by size."""
-    found = sorted({example.answer for example in task.train})
+    """The answers of the training split, sorted, numbers by size, which says how many there are of
+    each. DataError when two of them are hardly meant to be told apart."""
+    counts = Counter(example.answer for example in task.train)
+    found = sorted(counts)
     if not 2 <= len(found) <= MOST:
         some = ", ".join(map(repr, found[:3]))
         raise DataError(
@@ -99,9 +105,43 @@ def classes_in(task: Task) -> list[str]:
             f"head tells 2 to {MOST} apart. Name them with model.classes, or answer with text: "
             "model.head language"
         )
+    _refuse_alike(task, counts)
     if all(name.isdecimal() for name in found):
         found.sort(key=int)
+    some = ", ".join(f"{name} ({counts[name]})" for name in found[:MOST_SAID])
+    say(f"Classes of the training data: {some}{', ...' * (len(found) > MOST_SAID)}")
     return found
+
+
+def _refuse_alike(task: Task, counts: Counter[str]) -> None:
+    """DataError when answers differ in how they are written alone."""
+    seen: dict[str | float, str] = {}
+    for name in counts:
+        other = seen.setdefault(_meant(name), name)
+        if other != name:
+            both = " and ".join(
+                f"{each!r} ({counts[each]} rows, first {_first(task, each)})"
+                for each in (other, name)
+            )
+            raise DataError(
+                f"the training split has the answers {both}, which differ in case, in blanks or in "
+                "how a number is written alone; write them alike, or name both with model.classes"
+            )
+
+
+def _meant(name: str) -> str | float:
+    """The same for names that differ in case, in blanks or in how a number is written alone."""
+    plain = " ".join(name.casefold().split())
+    try:
+        number = float(plain)
+    except ValueError:
+        return plain
+    return number if math.isfinite(number) else plain
+
+
+def _first(task: Task, answer: str) -> str:
+    text = next(example.text for example in task.train if example.answer == answer)
+    return repr(textwrap.shorten(text, 60, placeholder="..."))
 
 
 def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:

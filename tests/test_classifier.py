@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from elastic import metrics, models
 from elastic.batching import answer_logits, collate, encode_all, encode_example
 from elastic.classifier import classes_in, classes_of, head_of, start_head_
-from elastic.config import ModelConfig, SequenceConfig, StageConfig
+from elastic.config import ModelConfig, SequenceConfig, StageConfig, TrainConfig
 from elastic.continual import train as train_any
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluate import evaluate
@@ -27,7 +27,7 @@ from elastic.run import Run
 from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.slicing import sliced
 from elastic.study import search
-from elastic.tasks import Task, load_task
+from elastic.tasks import Task, load_task, with_classes
 from elastic.tasks.base import Example
 from elastic.trainer import frozen
 from elastic.training import train
@@ -138,6 +138,41 @@ def test_classes_are_the_answers_of_the_training_data():
     for answers in (["a"] * 3, [str(n) for n in range(201)]):
         with pytest.raises(DataError, match=rf"{len(set(answers))} distinct answers"):
             classes_in(task(answers))
+
+
+def labelled(folder, labels) -> TrainConfig:
+    """A run on texts of these labels, as they stand in the file."""
+    for name in ("rows", "validation", "test"):
+        lines = (json.dumps({"one": f"{name} {n}", "label": label}) + "\n"
+                 for n, label in enumerate(labels))  # fmt: skip
+        (folder / f"{name}.json").write_text("".join(lines))
+    files = {"train": "rows", "validation": "validation", "test": "test"}
+    task = {split: str(folder / f"{name}.json") for split, name in files.items()}
+    return classifier_config(folder, task=task)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [("positive", "Positive"), ("negative", " negative"), ("a  b", "a b"), (True, "true"),
+     ("FALSE", False), (1, 1.0), ("1", "01"), (10, "1e1"), ("nan", "NaN")],
+)  # fmt: skip
+def test_labels_that_differ_in_spelling_alone_are_refused(tmp_path, monkeypatch, one, other):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    config = labelled(tmp_path, [one, one, "else", other])
+    with pytest.raises(DataError) as caught:
+        train(config)
+    for label, count, text in ((one, 2, "rows 0"), (other, 1, "rows 3")):
+        assert f"'{label}' ({count} rows, first '{text}')" in str(caught.value)
+    named = ModelConfig(**vars(config.model) | {"classes": [str(one), str(other), "else"]})
+    assert with_classes(dataclasses.replace(config, model=named)).model.classes == named.classes
+
+
+def test_labels_that_mean_different_things_are_told_apart_and_counted(tmp_path, capsys):
+    labels = ["yes", "no", 1, 2, 2.5, True, "1a", "nan", "inf", "no", 2]
+    assert set(with_classes(labelled(tmp_path, labels)).model.classes) == set(map(str, labels))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Classes of the training data: 1 (1), 1a (1), 2 (2), 2.5 (1), True (1), inf (1)" in said
+    assert "no (2), yes (1)" in said
 
 
 def test_a_saved_head_of_these_classes_is_kept(tmp_path):

@@ -108,6 +108,8 @@ def test_rows_become_examples(tmp_path, listed):
     assert "### Instruction:\n2 + 3?\n\n" in number.prompt
     assert "### Input:\nto Tom" in words.prompt and words.judge is None
     assert (only.answer, only.judge.expected) == ("8", "8")
+    [nothing] = read(rows(tmp_path, [{"instruction": "7 - 7?", "answer": 0}], listed))
+    assert (nothing.answer, nothing.judge.expected) == ("0", "0")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,11 @@ def test_rows_become_examples(tmp_path, listed):
     [
         ({"input": "x", "output": "y"}, r"rows\.json:1: no field 'instruction'; .* input, output"),
         ({"instruction": "x"}, r"rows\.json:1: neither 'output' nor 'answer'"),
+        ({"instruction": None, "output": "y"}, r"rows\.json:1: no field 'instruction'; .* output$"),
+        (
+            {"instruction": "x", "answer": ["a", "b"]},
+            r"rows\.json:1: field 'answer' is \['a', 'b'\]; give one text",
+        ),
         ("text", r"rows\.json:1: expected a JSON object, got str"),
     ],
 )

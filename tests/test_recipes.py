@@ -236,6 +236,14 @@ def test_prompts_of_the_published_layout(tmp_path):
         (lambda f: (f / "labels.json").write_text("{}"), r"labels\.json: expected a list"),
         (lambda f: (f / "train.json").write_text("[{"), r"train\.json:1: broken JSON"),
         (lambda f: (f / "test.json").write_text('[{"label": 1}]'), "row 0 has no field 'sentence'"),
+        (
+            lambda f: (f / "test.json").write_text('[{"sentence": "x", "label": null}]'),
+            "row 0 has no field 'label'",
+        ),
+        (
+            lambda f: (f / "test.json").write_text('[{"sentence": "x", "label": ["a", "b"]}]'),
+            r"test\.json: row 0: field 'label' is \['a', 'b'\]; give one text",
+        ),
         (lambda f: (f / "test.json").unlink(), r"test\.json: no such data file"),
         (lambda f: (f / "test.json").write_text("[]"), "the test split is empty"),
         (lambda f: f.parent.rename(f.parents[1] / "XX"), "its parent names the type of task"),

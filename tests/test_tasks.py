@@ -195,6 +195,14 @@ def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
          "answer 'c' is not among the options ['a', 'b']"),
         ({"prompt": "x", "answer": "c", "o": []}, {"options": "o"},
          "answer 'c' is not among the options []"),
+        ({"prompt": "x", "answer": "c", "o": None}, {"options": "o"}, "field 'o' is null"),
+        ({"prompt": "x", "answer": ["b", "c"]}, {},
+         "the answer in field 'answer' is ['b', 'c']; give one text"),
+        ({"prompt": "x", "answer": {"text": "b"}}, {},
+         "the answer in field 'answer' is {'text': 'b'}; give one text"),
+        ({"prompt": None, "answer": "a"}, {}, "field 'prompt' is null; the row has answer ("),
+        ({"prompt": "x", "answer": "a", "choices": None}, {"second": "{choices}"},
+         "field 'choices' is null"),
     ],
 )  # fmt: skip
 def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, settings, message):
@@ -209,6 +217,13 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, settings, message
     where = f"{config.test}:1: " if everywhere else f"{config.train}:3: "
     assert str(caught.value).startswith(where), caught.value
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [0, 7, -1.5, True, False, "0"])
+def test_numbers_and_booleans_are_answers(tmp_path, answer):
+    row = {"prompt": "x", "answer": answer, "aside": None}
+    test = load_task(jsonl(tmp_path, rows(4), test=[row]), 0).test
+    assert test == [Example("x", str(answer))]
 
 
 def test_an_empty_or_absent_file_and_one_that_is_no_text(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 from elastic.config import TaskConfig
 from elastic.errors import DataError, DataMissing
 from elastic.tasks.base import Example, Task, disjoint, limits
-from elastic.tasks.rows import read_json
+from elastic.tasks.rows import read_json, text_of
 
 QUESTIONS = {
     "TC": "Which topic is this text about? Choose one of the options.",
@@ -67,9 +67,10 @@ def _read(
     examples = []
     for number, row in enumerate(rows):
         for name in ("sentence", "label"):
-            if not isinstance(row, dict) or name not in row:
+            if not isinstance(row, dict) or row.get(name) is None:
                 raise DataError(f"{file}: row {number} has no field {name!r}")
-        examples.append(Example(_prompt(folder, row, labels, config), str(row["label"])))
+        answer = text_of(row["label"], f"{file}: row {number}: field 'label'")
+        examples.append(Example(_prompt(folder, row, labels, config), answer))
     random.Random(f"{seed}/{split}").shuffle(examples)
     return examples
 

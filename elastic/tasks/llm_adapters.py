@@ -13,7 +13,7 @@ from elastic.config import TaskConfig
 from elastic.errors import DataError
 from elastic.protocol import kind_of, labels_in
 from elastic.tasks.base import Example, Judge, Task
-from elastic.tasks.rows import ALPACA, ALPACA_INPUT, from_files, read_rows
+from elastic.tasks.rows import ALPACA, ALPACA_INPUT, from_files, read_rows, text_of
 
 TOKENS = {"number": 256, "letter": 256}
 """New tokens that an answer may take, by its kind; others 32."""
@@ -30,14 +30,16 @@ def read(file: str | Path) -> list[Example]:
 
 
 def _example(row: Mapping[str, Any], where: str) -> Example:
-    if "instruction" not in row:
-        raise DataError(f"{where}: no field 'instruction'; the row has {', '.join(sorted(row))}")
-    answer = str(row.get("answer", "") or "").strip()
-    output = str(row.get("output", "") or "").strip() or answer
+    if row.get("instruction") is None:
+        told = sorted(name for name in row if row[name] is not None)
+        raise DataError(f"{where}: no field 'instruction'; the row has {', '.join(told)}")
+    instruction, given, output, answer = (
+        text_of(row.get(name), f"{where}: field {name!r}").strip()
+        for name in ("instruction", "input", "output", "answer")
+    )
+    output = output or answer
     if not output:
         raise DataError(f"{where}: neither 'output' nor 'answer'")
-    instruction = str(row["instruction"]).strip()
-    given = str(row.get("input") or "").strip()
     template = ALPACA_INPUT if given else ALPACA
     prompt = template.format(instruction=instruction, input=given)
     kind = kind_of(answer)

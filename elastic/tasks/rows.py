@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,26 +89,37 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
     """By the templates and fields that the settings name."""
     if config.prompt == CHAT:
         return _conversation(row, where)
-    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+    known = {k: v for k, v in row.items() if v is not None}
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
     template = template_of(config.prompt)
     try:
         prompt = template.format_map(shown)
         second = None if config.second is None else config.second.format_map(shown)
-        answer = "" if row[config.answer] is None else str(row[config.answer])
-        options = tuple(map(str, _list(row[config.options]))) if config.options else ()
+        said = row[config.answer]
+        options = tuple(map(str, _list(known[config.options]))) if config.options else ()
     except KeyError as error:
+        name = error.args[0]
+        lacks = "null" if name in row else "missing"
         raise DataError(
-            f"{where}: field {error.args[0]!r} is missing; the row has {', '.join(sorted(row))} "
+            f"{where}: field {name!r} is {lacks}; the row has {', '.join(sorted(known))} "
             "(task.prompt, task.second, task.answer and task.options name the fields to use)"
         ) from None
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         templates = " ".join(filter(None, (config.prompt, config.second)))
         raise DataError(f"{where}: task.prompt {templates!r}: {error}") from None
+    answer = text_of(said, f"{where}: the answer in field {config.answer!r}")
     if not answer:
         raise DataError(f"{where}: the answer in field {config.answer!r} is empty")
     if config.options and answer not in options:
         raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
     return Example(prompt, answer, options, second=second, tolerance=config.tolerance)
+
+
+def text_of(value: Any, where: str) -> str:
+    """What a field says, nothing for null; DataError if it says several things at once."""
+    if isinstance(value, list | dict):
+        raise DataError(f"{where} is {reprlib.repr(value)}; give one text, number, true or false")
+    return "" if value is None else str(value)
 
 
 @functools.cache
