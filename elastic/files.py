@@ -180,7 +180,10 @@ def named_failure(path: Path) -> Iterator[None]:
 
 
 def _code(error: Exception) -> int | None:
-    """The system's error number; safetensors puts it into the text of an error of its own."""
+    """The system's error number; safetensors puts it into the text of an error of its own. numpy
+    says only that less was written than asked, which is what a full disk does."""
+    if re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return errno.ENOSPC
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Base:
 
 EVERYTHING = ("*.json", "*.safetensors", "*.model")
 """What of a hub repository a model is loaded from."""
+FETCH = "if files are damaged or missing, fetch or save the model again"
 
 
 def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
@@ -77,10 +79,11 @@ def skeleton(
 
     from elastic.adapters.attach import linear_
 
-    architecture = _described(locate(config.path, ["config.json"]), config)
+    folder = locate(config.path, ["config.json"])
+    architecture = _described(folder, config)
     if config.classes:
         describe_(architecture, config.classes)
-    with torch.device(device):
+    with torch.device(device), _readable(folder, config, "no model can be made of config.json"):
         model = _kind(architecture, config).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
@@ -98,7 +101,36 @@ def _described(folder: str, config: ModelConfig) -> PretrainedConfig:
     """As the folder says."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with _readable(folder, config, "config.json cannot be read"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+
+
+@contextlib.contextmanager
+def _readable(
+    folder: str, config: ModelConfig, what: str, remedy: str | None = None
+) -> Iterator[None]:
+    """ModelError for whatever transformers raises while it reads the folder, with what would work:
+    unless another remedy is given, a model that it knows."""
+    import transformers
+
+    try:
+        yield
+    except Exception as error:  # the library and those it reads files with raise many kinds
+        known = f"give a model that transformers {transformers.__version__} knows"
+        if not config.trust_remote_code and _brings_code(folder):
+            remedy = (
+                "it brings Python code of its own: read that, then give --model.trust_remote_code "
+                "true to run it"
+            )
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ModelError(
+            f"model.path {config.path}: {what}: {reason}; {remedy or known}"
+        ) from error
+
+
+def _brings_code(folder: str) -> bool:
+    files = Path(folder).glob("*config.json")
+    return any(b'"auto_map"' in file.read_bytes() for file in files)
 
 
 def classifies(config: ModelConfig) -> bool:
@@ -208,9 +240,10 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
         from elastic import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
-    model = _kind(architecture, config).from_pretrained(
-        folder, trust_remote_code=config.trust_remote_code, **settings
-    )
+    with _readable(folder, config, "the weights cannot be loaded", FETCH):
+        model = _kind(architecture, config).from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, **settings
+        )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
     return exact_(linear_(as_cut_(model))).to(device).eval().requires_grad_(False)
@@ -229,7 +262,7 @@ def _load_classifier(
     kept = describe_(architecture, config.classes)
     # The padding that batches get: decoders look for the end of a text by it.
     architecture.pad_token_id = load_tokenizer(config).pad_token_id
-    with _no_advice():
+    with _no_advice(), _readable(folder, config, "the weights cannot be loaded", FETCH):
         model, found = _kind(architecture, config).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
@@ -265,9 +298,11 @@ def stored_dtype(config: ModelConfig) -> torch.dtype | None:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        locate(config.path), trust_remote_code=config.trust_remote_code
-    )
+    folder = locate(config.path)
+    with _readable(folder, config, "the tokenizer cannot be loaded", FETCH):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.eos_token_id is None and not classifies(config):
         raise ModelError(f"model.path {config.path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -344,7 +379,7 @@ def digest(folder: Path | str) -> str:
             while left:
                 chunk = stream.read(min(left, 1 << 24))
                 if not chunk:
-                    raise ModelError(f"{file}: shorter than its header says")
+                    raise ModelError(f"{file}: shorter than its header says; {FETCH}")
                 total.update(chunk)
                 left -= len(chunk)
     return f"sha256:{total.hexdigest()}"
@@ -354,6 +389,9 @@ def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and where its data starts."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        try:
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        except ValueError:
+            raise ModelError(f"{file}: cut off, or not written by safetensors; {FETCH}") from None
     header.pop("__metadata__", None)
     return header, 8 + length

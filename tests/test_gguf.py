@@ -12,13 +12,15 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic.binding import SearchSpace
-from elastic.errors import ExportError
+from elastic.errors import ExportError, RunError
+from elastic.files import new_directory
 from elastic.formats import bpe, gguf
 from elastic.merging import compact
 from elastic.supernet import Supernet
 from elastic.uniform import is_uniform, nearest_uniform
 from tests import tiny
 from tests.families import model_of
+from tests.test_export_failures import small_files
 
 TEXT = "Tom's 12 apples, and 345 pears; he said: \"I'll eat them all!\"  Ça va?\n\n"
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
@@ -100,6 +102,17 @@ def test_every_tensor_is_in_the_file_once_in_its_type(tmp_path, type, step):
     size = sum(p.numel() for p in {p.data_ptr(): p for p in model.parameters()}.values())
     bytes_each = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.2}[type]
     assert (tmp_path / gguf.FILE).stat().st_size < bytes_each * size + 40_000
+
+
+def test_a_full_disk_is_named_and_nothing_is_kept(tmp_path):
+    kept = tmp_path / "kept"
+    with (
+        pytest.raises(RunError, match=rf"^{kept}: cannot be written \(No space left"),
+        new_directory(kept) as building,
+        small_files(),
+    ):
+        gguf.write(models_of("llama")[0], TOKENIZER, building)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_of_every_layer_are_in_the_file(tmp_path):

@@ -117,16 +117,17 @@ def write(
         raise ExportError(f"gguf: {reason}")
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / FILE
-    # Tensors wait in a file of their own, so that a large model is not held twice.
-    writer = GGUFWriter(file, _architecture(model)[0], use_temp_file=True)
+    writer = GGUFWriter(file, _architecture(model)[0])
     _settings(writer, model, type, name)
     bpe.write(writer, tokenizer, model.config.vocab_size)
     for tensor_name, tensor in _tensors(model):
         values, kind = _stored(tensor, type)
-        writer.add_tensor(tensor_name, values, raw_dtype=kind)
+        writer.add_tensor_info(tensor_name, values.shape, values.dtype, values.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in _tensors(model):  # one by one, so that a large model is not held twice
+        writer.write_tensor_data(_stored(tensor, type)[0])
     writer.close()
     return file
 
