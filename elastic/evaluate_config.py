@@ -10,6 +10,13 @@ from typing import Literal
 
 from elastic.errors import require
 
+PARTS = {
+    "tasks": ("data", "protocol", "beams"),
+    "harness": ("harness_tasks", "chat", "run_code", "exported"),
+    "text": ("window",),
+}
+"""Settings that say how what one other setting names is asked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -29,7 +36,7 @@ class EvaluateConfig:
     options of multiple choice, which takes one pass; other sets are generated greedily."""
     beams: int = 4
     examples: int | None = None
-    """At most so many of each set."""
+    """At most so many of each set, or of the run's own split."""
     batch: int = 8
     """Prompts that are answered together; the answers do not depend on it."""
     batch_tokens: int = 2048
@@ -53,9 +60,16 @@ class EvaluateConfig:
         for name in ("beams", "batch", "batch_tokens", "window"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
         require(self.examples is None or self.examples >= 1, f"examples is {self.examples}")
-        asked = [name for name in ("tasks", "harness", "text") if getattr(self, name)]
+        asked = [name for name in PARTS if getattr(self, name)]
         require(len(asked) <= 1, f"{' and '.join(asked)}: give one of them")
-        require(not self.exported or bool(self.harness), "exported goes with harness")
+        require(not (self.text and self.examples), "examples: a text is read as a whole")
+        for owner, parts in PARTS.items():
+            for name in parts:
+                value = getattr(self, name)
+                require(
+                    bool(getattr(self, owner)) or value == getattr(EvaluateConfig, name),
+                    f"{name} goes with {owner}; leave {name} out ({value}), or give {owner}, too",
+                )
         require(
             not (self.exported and self.chat),
             "exported and chat: exported models are asked without a chat template",

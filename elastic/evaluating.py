@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def evaluate_run(
         for name in protocol.sets_of(config.tasks)
     }
     if not sets:
-        sets = {config.split: getattr(load_task(trained.task, trained.seed), config.split)}
+        own = getattr(load_task(trained.task, trained.seed), config.split)
+        sets = {config.split: own[: config.examples]}
     _, base, net = run.load()
     name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
     if mode := run.compression(config.sub_adapter):
@@ -106,18 +108,30 @@ def evaluate_run(
         score, examples = scores[config.split], sets[config.split]
         found = _metrics(net.model, examples, score) if net.head else {}
         return Evaluation(name, config.split, score, found)
-    what = "-".join([name, config.protocol, *config.tasks])
-    some = f"-first-{config.examples}" if config.examples else ""
-    file = run.path / "evaluate" / f"{what}{some}.json"
+    file = _file(run, name, config)
     file.parent.mkdir(exist_ok=True)
     about = {"sub_adapter": sub.as_dict(), "name": name, "protocol": config.protocol,
-             "beams": beams, **provenance(str(base.model.device))}  # fmt: skip
+             "beams": beams, "data": config.data,
+             **provenance(str(base.model.device))}  # fmt: skip
     predictions = {
         label: {**scores[label].as_dict(), "predictions": _predictions(examples, scores[label])}
         for label, examples in sets.items()
     }
     write_json(file, {**about, "sets": predictions})
     return Published(name, scores, file)
+
+
+def _file(run: Run, name: str, config: EvaluateConfig) -> Path:
+    """Of this sub-adapter, these sets and what departs from the defaults."""
+    parts = [name, config.protocol, *config.tasks]
+    if config.beams != EvaluateConfig.beams:
+        parts.append(f"beams-{config.beams}")
+    if config.data != EvaluateConfig.data:
+        folder = str(Path(config.data).resolve())
+        parts.append(f"data-{hashlib.sha256(folder.encode()).hexdigest()[:12]}")
+    if config.examples:
+        parts.append(f"first-{config.examples}")
+    return run.path / "evaluate" / f"{'-'.join(parts)}.json"
 
 
 def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]:

@@ -40,6 +40,13 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.density <= 1, f"merge.density is {self.density}; choose from (0, 1]")
+        for name in ("weight", "strategy", "density", "majority_sign_method"):
+            value = getattr(self, name)
+            require(
+                bool(self.adapters) or value == getattr(MergeConfig, name),
+                f"merge.{name} is {value}, but there is nothing to merge; name it with "
+                "merge.adapters",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -368,7 +368,10 @@ def test_a_decoder_looks_for_the_end_by_the_padding_it_gets(tmp_path):
 
 
 def test_glue_metrics_come_with_the_accuracy(run, capsys):
-    found = evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter="maximal", split="test"))
+    asked = EvaluateConfig(run=str(run.path), sub_adapter="maximal", split="test")
+    found = evaluate_run(asked)
+    first = evaluate_run(dataclasses.replace(asked, examples=3))
+    assert first.score.n == 3 and first.score.correct == found.score.correct[:3]
     found.show()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     answers = [example.answer for example in examples_of(run)]

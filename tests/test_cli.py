@@ -20,6 +20,7 @@ from elastic.compression import MODES
 from elastic.config import AdapterConfig, ScheduleConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
+from elastic.evaluate_config import EvaluateConfig
 from elastic.export_config import ExportConfig
 from elastic.run import Run, as_plain
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
@@ -142,6 +143,18 @@ def test_a_limited_drop_is_a_least_accuracy(budget, least):
         (SearchConfig, ["--objectives", "prefill_ms"], "accuracy must be one of them"),
         (SearchConfig, ["--objectives", "accuracy,macs,macs"], "one is named twice"),
         (ExportConfig, ["--timing.runtime", "onnx"], "choose with formats"),
+        (ExportConfig, ["--merge.weight", "2"],
+         "merge.weight is 2.0, but there is nothing to merge; name it with merge.adapters"),
+        (ExportConfig, ["--merge.strategy", "ties"], "merge.strategy is ties, but there is"),
+        (ExportConfig, ["--merge.density=0.2"], "merge.density is 0.2, but there is nothing"),
+        (EvaluateConfig, ["--chat"], "chat goes with harness"),
+        (EvaluateConfig, ["--run_code", "--tasks", "math"], "run_code goes with harness"),
+        (EvaluateConfig, ["--harness_tasks", "x"], "harness_tasks goes with harness"),
+        (EvaluateConfig, ["--beams", "1"], "beams goes with tasks"),
+        (EvaluateConfig, ["--data", "x", "--harness", "gsm8k"], "data goes with tasks"),
+        (EvaluateConfig, ["--protocol", "likelihood"], "protocol goes with tasks"),
+        (EvaluateConfig, ["--window", "9"], "window goes with text"),
+        (EvaluateConfig, ["--text", "x", "--examples", "2"], "a text is read as a whole"),
         (SearchConfig, ["--race", "0.7"], "race is 0.7"),
         (SearchConfig, ["--table.seen", "1"], "table.seen is 1"),
         (TrainConfig, ["--seed", "1.5"], "seed"),
@@ -168,6 +181,17 @@ def test_a_wrong_flag_is_named(kind, arguments, message):
     with pytest.raises(ConfigError) as caught:
         parse(kind, arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_goes_with_a_setting_is_taken_beside_it():
+    merge = parse(ExportConfig, ["--merge.strategy", "ties", "--merge.density", "0.2",
+                                 "--merge.adapters", "[{path: x}]"]).merge  # fmt: skip
+    assert (merge.strategy, merge.density, merge.adapters[0].path) == ("ties", 0.2, "x")
+    beams = parse(EvaluateConfig, ["--beams", "1", "--data", "x", "--tasks", "math"])
+    assert (beams.beams, beams.data) == (1, "x")
+    chat = parse(EvaluateConfig, ["--chat", "--run_code", "--harness", "gsm8k", "--examples", "2"])
+    assert (chat.chat, chat.run_code, chat.examples) == (True, True, 2)
+    assert parse(EvaluateConfig, ["--window", "9", "--text", "x"]).window == 9
 
 
 @pytest.mark.parametrize(

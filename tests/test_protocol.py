@@ -12,7 +12,10 @@ from elastic import __main__, protocol
 from elastic.config import TaskConfig
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.evaluate import evaluate
+from elastic.evaluate_config import EvaluateConfig
+from elastic.evaluating import _file
 from elastic.protocol import extract, file_of, kind_of, labels_in, matches, sets_of
+from elastic.run import Run
 from elastic.tasks import Example, Judge, load_task
 from elastic.tasks.llm_adapters import read
 from elastic.training import train
@@ -242,9 +245,11 @@ def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys):
                "--data", str(folder), "--examples", "2", "--beams", "2"]  # fmt: skip
     assert __main__.main(command) == 0
     said = capsys.readouterr().out
-    found = json.loads(
-        (run.path / "evaluate" / "heuristic-published-math-first-2.json").read_text()
-    )
+    [file] = (run.path / "evaluate").iterdir()
+    assert file.name.startswith("heuristic-published-math-beams-2-data-")
+    assert file.name.endswith("-first-2.json")
+    found = json.loads(file.read_text())
+    assert found["data"] == str(folder)
     assert list(found["sets"]) == ["gsm8k", "aqua", "mawps", "svamp"] and found["beams"] == 2
     for name, each in found["sets"].items():
         assert each["accuracy_n"] == 2 == len(each["predictions"])
@@ -253,5 +258,22 @@ def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys):
             assert row["prompt"].endswith("### Response:") and isinstance(row["said"], str)
     assert found["versions"]["torch"] == metadata.version("torch")
     assert "average of 4:" in said
+    kept = file.read_bytes()
+    assert __main__.main([*command, "--beams", "1"]) == 0
+    assert file.read_bytes() == kept and len(list((run.path / "evaluate").iterdir())) == 2
+    capsys.readouterr()
     assert __main__.main([*command[:6], "--data", str(tmp_path)]) == 1
     assert "gsm8k: none of" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_other_files(tmp_path):
+    def name_of(**settings) -> str:
+        return _file(Run(tmp_path), "best", EvaluateConfig(tasks=["math"], **settings)).name
+
+    assert name_of() == "best-published-math.json"
+    assert name_of(protocol="likelihood", examples=3) == "best-likelihood-math-first-3.json"
+    changes = [{}, {"beams": 1}, {"beams": 2}, {"data": "there"}, {"data": str(tmp_path)},
+               {"beams": 1, "data": "there"}, {"examples": 1}]  # fmt: skip
+    names = [name_of(**change) for change in changes]
+    assert len(set(names)) == len(changes)
+    assert names == [name_of(**change) for change in changes], "the same settings, the same file"
