@@ -65,7 +65,7 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):  # noqa: F8
 
     monkeypatch.setattr(base, "score", scored)
     monkeypatch.setattr(exporter, "evaluate", evaluated)
-    export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True))
+    export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True, name="asked"))
     for which, sub in (("compact", net.space.minimal()), ("full", net.space.maximal())):
         expected = active_logits(net, sub, ids)[:, -1]
         for label in (f"scoring the {which} model", f"scoring the {which} model in onnx"):
@@ -77,5 +77,7 @@ def test_nothing_is_asked_where_no_example_is(run, monkeypatch):  # noqa: F811
     pytest.importorskip("onnxruntime")
     for module, name in ((exporter, "evaluate"), (base, "score"), (in_torch, "evaluate")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("asked"))
-    report = export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], runtime_examples=0))
+    report = export(
+        config(run, sub_adapter="minimal", formats=["hf", "onnx"], runtime_examples=0, name="none")
+    )
     assert {scores(report, kind) for kind in ("hf", "onnx")} == {(None, None, None)}

@@ -290,16 +290,15 @@ def test_an_unknown_space_is_refused_before_weights(tiny_folder, tmp_path, forbi
         train(train_config(tiny_folder, tmp_path / "run", space="lama"))
 
 
-def test_a_group_that_forgets_a_layer_is_refused(tiny_folder, tmp_path):
-    """Moving the channels of gate and down, but not those of up, would change the model."""
+def test_an_order_that_changes_the_model_is_refused(tiny_folder, tmp_path, monkeypatch):
+    """Moving the channels of gate and down, but not those of up: where shapes tell nothing, because
+    the model needs values, numbers do."""
+    monkeypatch.setattr(training, "require_fits", lambda *_: None)
     declared = tiny.space_dict()
     declared["groups"]["mlp_width"]["outputs"] = ["mlp.gate_proj"]
     space = space_file(tmp_path, declared)
     with pytest.raises(ConfigError, match="does not name all layers that share its channels"):
         train(train_config(tiny_folder, tmp_path / "run", space=space))
-    unmoved = train_config(tiny_folder, tmp_path / "other", space=space, order="none",
-                           stages=[StageConfig()])  # fmt: skip
-    assert train(unmoved).super_adapter.is_dir()  # at full size nothing is wrong
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n", "{broken"])
