@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     kind, module, function = COMMANDS[command]
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries do not belong in a log
+    # It asks for kernels to multiply by packed layers when imported; here they are dequantised.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     try:
         parsed = parse(kind, arguments, prog)
         # After parsing: --help never waits for torch.

@@ -63,6 +63,14 @@ class EvaluateConfig:
         asked = [name for name in PARTS if getattr(self, name)]
         require(len(asked) <= 1, f"{' and '.join(asked)}: give one of them")
         require(not (self.text and self.examples), "examples: a text is read as a whole")
+        require(
+            not asked or self.split == EvaluateConfig.split,
+            f"split is of the run's own data; leave it out ({self.split}), or {asked}",
+        )
+        require(
+            self.protocol == "published" or self.beams == EvaluateConfig.beams,
+            f"beams are of the published protocol; leave them out ({self.beams})",
+        )
         for owner, parts in PARTS.items():
             for name in parts:
                 value = getattr(self, name)
