@@ -25,6 +25,7 @@ from elastic.errors import ConfigError, MissingExtra, require, unknown
 from elastic.formats import onnx, openvino, openvino_seq2seq, seq2seq, stored, tracing
 from elastic.formats.onnx_weights import expose, lower
 from elastic.formats.stored import Weight
+from elastic.progress import logging_at
 
 GROUP = 64
 """Channels that share a scale in 4-bit modes. Layers whose number of channels it does not divide
@@ -195,9 +196,7 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
     lower(model)
     weights = stored.in_onnx(model)
     model = seq2seq.remerged(model) if paired else model
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    large = size > tracing.SINGLE_FILE_BYTES
-    library.save(model, written, save_as_external_data=large, location=f"{written.name}.data")
+    tracing.save(model, written)
     return weights
 
 
@@ -228,14 +227,9 @@ def _compressed(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Bars on stderr if somebody watches, tables nowhere: NNCF would write both to stdout."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with logging_at("nncf", logging.ERROR), contextlib.redirect_stdout(stream):
+        yield
 
 
 def _exceptions(weights: Mapping[str, Weight], mode: Mode) -> dict[str, str]:

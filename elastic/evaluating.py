@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from elastic.classifier import classes_of, is_number
 from elastic.errors import ConfigError
 from elastic.evaluate import Score, evaluate
 from elastic.evaluate_config import EvaluateConfig
-from elastic.files import write_json
+from elastic.files import tag, write_json
 from elastic.harness import HarnessReport, run_harness
 from elastic.perplexity import Perplexity, perplexity_of
 from elastic.progress import say
@@ -127,8 +126,7 @@ def _file(run: Run, name: str, config: EvaluateConfig) -> Path:
     if config.beams != EvaluateConfig.beams:
         parts.append(f"beams-{config.beams}")
     if config.data != EvaluateConfig.data:
-        folder = str(Path(config.data).resolve())
-        parts.append(f"data-{hashlib.sha256(folder.encode()).hexdigest()[:12]}")
+        parts.append(f"data-{tag(str(Path(config.data).resolve()))}")
     if config.examples:
         parts.append(f"first-{config.examples}")
     return run.path / "evaluate" / f"{'-'.join(parts)}.json"

@@ -72,6 +72,11 @@ def digest(path: Path | str) -> str:
     return total.hexdigest()
 
 
+def tag(text: str) -> str:
+    """A dozen letters for a text that is too long to be part of a name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @contextlib.contextmanager
 def new_directory(path: Path | str) -> Iterator[Path]:
     """A directory to fill; it takes the place of `path` only when the block ends well.

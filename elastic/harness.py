@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluate_config import EvaluateConfig
-from elastic.files import read_json, write_json
+from elastic.files import read_json, tag, write_json
 from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.recurrent import decoded_together
@@ -109,7 +108,7 @@ def _file(run: Run, config: EvaluateConfig) -> Path:
     )  # fmt: skip
     tasks = "-".join(config.harness)
     if len(tasks) > 100:  # names of files end at 255 bytes
-        tasks = f"{tasks[:80]}-{hashlib.sha256(tasks.encode()).hexdigest()[:12]}"
+        tasks = f"{tasks[:80]}-{tag(tasks)}"
     parts = [name, config.exported, "harness", tasks, "chat" if config.chat else None]
     some = f"-first-{config.examples}" if config.examples else ""
     return run.path / "evaluate" / f"{'-'.join(filter(None, parts))}{some}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +24,18 @@ def track(items: Sequence[T], label: str, *, quiet: bool = False) -> Iterator[T]
         yield from items
         return
     yield from rich_track(items, description=label, console=stderr, transient=True)
+
+
+@contextlib.contextmanager
+def logging_at(name: str, level: int) -> Iterator[None]:
+    """The logger of a library says nothing below this level while the block lasts."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def counting_bar(*, transient: bool) -> Progress:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from elastic.adapters.attach import modules_of
 from elastic.config import AdapterConfig
 from elastic.errors import ConfigError
+from elastic.progress import logging_at
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def refusal(model: PreTrainedModel, space: SearchSpace, rank: int) -> str | None
 @contextlib.contextmanager
 def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
     """A copy of a model (meta tensors will do) on tensors without data, and inputs for it."""
-    with FakeTensorMode(), torch.no_grad(), _quiet():
+    log = logging_at("torch._subclasses.fake_tensor", logging.CRITICAL)  # failures are asked for
+    with FakeTensorMode(), torch.no_grad(), log:
         memory = {}
         for tensor in (*model.parameters(), *model.buffers()):
             bare = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -86,15 +88,3 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
         empty = copy.deepcopy(model, memory)
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
         yield empty, inputs
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's log of a failure that is asked for here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

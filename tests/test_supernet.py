@@ -1,11 +1,8 @@
 """Active, sliced and merged are one function; what is inactive takes no part in anything."""
 
-import copy
 import errno
-import json
 import os
 import random
-import re
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from elastic import __main__, models
+from elastic import models
 from elastic.adapters.attach import (
     ElasticLinear,
     FactorLinear,
@@ -25,7 +22,7 @@ from elastic.adapters.attach import (
 )
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.cost import Counter, count
-from elastic.errors import BaseMismatch, ModelError, RunError
+from elastic.errors import BaseMismatch, RunError
 from elastic.merging import compact, merge_
 from elastic.slicing import sliced
 from elastic.space import SubAdapter
@@ -466,81 +463,3 @@ def test_factors_of_another_shape_are_refused():
         net.load_factors({key: value for key, value in state.items() if key != name})
     with pytest.raises(RunError, match=r"is \(3, 32\), the model wants \(8, 32\)"):
         net.load_factors({**state, name: torch.zeros(3, 32)})
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_tiny_model_loads_as_any_base_does(tmp_path, tied):
-    folder = tiny.save_tiny(tmp_path / "tiny", tie_word_embeddings=tied)
-    settings = ModelConfig(path=str(folder), dtype="float32", device="cpu")
-    base = models.load(settings)
-    assert base.digest == models.digest(folder)
-    text = "Tom has 3 pens, then finds 12. How many?"
-    assert base.tokenizer(text)["input_ids"] == tiny.tokenizer()(text)["input_ids"]
-    assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == "<bos>" + text
-    assert len(base.tokenizer) == base.model.config.vocab_size == tiny.VOCABULARY
-    expected = tiny.llama(dtype=torch.float32, tie_word_embeddings=tied).lm_head.weight
-    assert torch.equal(base.model.lm_head.weight, expected)
-    assert not base.model.training
-    assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    bare = models.skeleton(settings)
-    assert next(bare.parameters()).is_meta
-    assert tiny.space().bind(bare, RANK) == tiny.space().bind(base.model, RANK)
-
-
-def test_the_digest_knows_weights_not_files(tmp_path):
-    folder = tiny.save_tiny(tmp_path / "one")
-    whole = models.digest(folder)
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    split = tmp_path / "two"
-    split.mkdir()
-    names = list(tensors)
-    for part, chosen in enumerate((names[::2], names[1::2])):
-        safetensors.torch.save_file({n: tensors[n] for n in chosen}, split / f"{part}.safetensors")
-    assert models.digest(split) == whole
-    changed = copy.deepcopy(tensors)
-    changed[names[0]].view(-1)[0] += 1e-3
-    safetensors.torch.save_file(changed, folder / "model.safetensors")
-    assert models.digest(folder) != whole
-
-
-def says(**settings) -> Callable[[bytes], bytes]:
-    """What config.json says, with these settings."""
-    return lambda old: json.dumps(json.loads(old) | settings).encode()
-
-
-CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-
-
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        ("config.json", says(**CODE), "read that, then give --model.trust_remote_code true"),
-        ("config.json", says(model_type="mine"), r"type `mine` .*; give a model that transformers"),
-        ("config.json", says(model_type="vit"), "ViTConfig.*; give a model that transformers"),
-        ("config.json", says(hidden_size="x"), "'hidden_size' expected int"),
-        ("config.json", lambda old: old[:20], "not a valid JSON file"),
-        ("config.json", lambda old: b"\xff", "not a valid JSON file"),
-        ("config.json", says(hidden_size=48), "mismatched.*fetch or save the model again"),
-        ("model.safetensors", lambda old: old[: len(old) // 2], "fetch or save the model again"),
-        ("model.safetensors", lambda old: b"", "fetch or save the model again"),
-        ("tokenizer.json", lambda old: b"{", "the tokenizer cannot be loaded: .*fetch or save"),
-    ],
-)  # fmt: skip
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, name, change, message):
-    folder = tiny.save_tiny(tmp_path / "base")
-    (folder / name).write_bytes(change((folder / name).read_bytes()))
-    with pytest.raises(ModelError, match=f"^model.path {re.escape(str(folder))}: .*{message}"):
-        models.skeleton(ModelConfig(path=str(folder)))
-        models.load(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
-    assert __main__.main(["train", str(tmp_path / "run"), "--model.path", str(folder)]) == 1
-    assert f"error: model.path {folder}: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("length", [0, 5, 100, 2000])
-def test_a_digest_of_what_was_cut_off_names_the_file(tmp_path, length):
-    file = tiny.save_tiny(tmp_path) / "model.safetensors"
-    whole = file.read_bytes()
-    for damaged in (whole[:length], b"\xff" * length, whole[:-1]):
-        file.write_bytes(damaged)
-        with pytest.raises(ModelError, match=rf"^{re.escape(str(file))}: .*fetch or save"):
-            models.digest(tmp_path)

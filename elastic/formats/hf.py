@@ -58,7 +58,7 @@ class Elastic{config}({config}):
     """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
     attention module's to attributes of its own."""
 
-    model_type = "{prefix}{model_type}"
+    model_type = "{model_type}"
 
     def __init__(self, linear_sizes=None, attention_sizes=None, **kwargs):
         self.linear_sizes = linear_sizes or {{}}
@@ -129,11 +129,7 @@ def write(
         base, kind = type(model).__name__, type(model.config).__name__
         values["architectures"] = [f"Elastic{base}"]
         code = _CLASS.format(
-            base=base,
-            config=kind,
-            prefix=PREFIX,
-            model_type=model.config.model_type,
-            auto=auto_class(model),
+            base=base, config=kind, model_type=config.model_type, auto=auto_class(model)
         )
         write_text(directory / CODE, code)
     write_text(saved, json.dumps(values, indent=2) + "\n")
