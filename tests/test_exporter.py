@@ -39,6 +39,8 @@ FIELDS = {
 }  # fmt: skip
 # Of the largest logit. float32: sums in another order, over two layers; float64: the same.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+NEAR_TIE = 0.02
+"""Of the largest logit: what 8-bit caches change of a random model's logits, and some more."""
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,21 @@ def mixed_ranks(net) -> SubAdapter:
     indices = {g.name: i % len(g.choices) if g.dim == "rank" else 0
                for i, g in enumerate(net.space)}  # fmt: skip
     return net.space.at(indices)
+
+
+def decided(model, example, new_tokens: int) -> list[int]:
+    """The greedy answer up to the first token that nearly ties with another: random models are full
+    of those, and OpenVINO keeps its cache in 8 bits as it is deployed."""
+    prompt = tiny.tokenizer()(example.prompt, return_tensors="pt").input_ids
+    written = model.generate(
+        prompt, max_new_tokens=new_tokens, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    logits = torch.cat(written.logits)
+    best, second = logits.topk(2).values.unbind(-1)
+    ties = (best - second < NEAR_TIE * logits.abs().max()).tolist()
+    answer = written.sequences[0, prompt.shape[1] :].tolist()
+    return answer[: ties.index(True)] if True in ties else answer
 
 
 def write_sub(sub: SubAdapter, file) -> str:
@@ -258,6 +275,14 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
     assert last == {"report": str(directory / "report.json")}
     report = json.loads((directory / "report.json").read_text())
 
+    model = compact(net, sub)
+    test = load_task(run.config().task, run.config().seed).test
+    decided_tokens = [decided(model, example, NEW_TOKENS) for example in test[:4]]
+    decided_texts = [
+        tiny.tokenizer().decode(decided(model, example, proof.TEXT_TOKENS))
+        for example in test[: proof.TEXTS]
+    ]
+    assert sum(map(len, decided_tokens)) >= NEW_TOKENS and any(decided_texts)
     assert list(report["formats"]) == ["hf", "peft", "onnx", "openvino"]
     for kind, found in report["formats"].items():
         assert set(found) >= FIELDS, kind
@@ -273,16 +298,16 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
         assert found["full_accuracy_n"] == 8 and len(found["difference_interval"]) == 2
         assert len(found["texts"]) == 3
         if found["deployed"]["precision"] == "float32":
-            assert found["deployed"]["tokens_equal"] == 4 * NEW_TOKENS
             assert found["accuracy"] == report["accuracy"]
-            # What torch says of the same prompts, token by token.
-            assert found["texts"] == report["formats"]["hf"]["texts"]
+            assert found["deployed"]["tokens_equal"] >= sum(map(len, decided_tokens[:4]))
+            # What torch says of the same prompts, as far as no rounding decides.
+            for said, beginning in zip(found["texts"], decided_texts, strict=True):
+                assert said.startswith(beginning)
     assert [
         report["formats"][kind]["deployed"]["precision"] for kind in ("hf", "peft", "onnx")
     ] == ["float32"] * 3
     told = (directory / "report.md").read_text()
     assert told.splitlines()[0] == report["verdict"]
-    test = load_task(run.config().task, run.config().seed).test
     full = compact(net, net.space.maximal())
     assert [sample["full"] for sample in report["samples"]] == answers(
         full, tiny.tokenizer(), test[:3], new_tokens=proof.TEXT_TOKENS
@@ -292,7 +317,6 @@ def test_all_formats_of_one_sub_adapter(run, nets, tmp_path, capsys):
     for kind in ("onnx", "openvino"):
         assert (directory / kind / "tokenizer.json").is_file()
 
-    model = compact(net, sub)
     assert report["sub_adapter"] == sub.as_dict()
     assert report["params"] == sum(p.numel() for p in model.parameters()) == report["full_params"]
     trained = run.config()
