@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.batching import encode_example
-from elastic.formats.onnx import step_inputs
+from elastic.formats.onnx_session import step_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from elastic.tasks import Example
+    from elastic.tasks.base import Example
 
 Inputs = dict[str, np.ndarray]
 

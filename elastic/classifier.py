@@ -6,9 +6,6 @@ is small. What of it was not saved for these very classes starts anew.
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,18 +13,13 @@ import torch
 from torch import nn
 
 from elastic.config import SCORE
-from elastic.errors import ConfigError, DataError, ModelError
-from elastic.progress import say
+from elastic.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from elastic.tasks import Task
 
 ENDING, POOLER = "ForSequenceClassification", "pooler"
-MOST = 200
-"""Distinct answers above which they are hardly classes."""
-MOST_SAID = 20
 
 
 def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
@@ -51,20 +43,6 @@ def is_number(classes: Sequence[str]) -> bool:
     return list(classes) == SCORE
 
 
-def number_in(answer: str) -> float:
-    """What a regression head is to answer; DataError if that is no number."""
-    try:
-        value = float(answer)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(
-            f"answer {answer!r} is no number, which a regression head answers with; choose "
-            "model.head classification, or another task.answer"
-        )
-    return value
-
-
 def classes_of(model: nn.Module) -> tuple[str, ...]:
     """What this model tells apart, in the order of its logits; empty if it answers with text."""
     if not type(model).__name__.endswith(ENDING):
@@ -76,72 +54,6 @@ def classes_of(model: nn.Module) -> tuple[str, ...]:
 def has_types(model: PreTrainedModel) -> bool:
     """Whether it tells the first sentence of a pair from the second."""
     return getattr(model.config, "type_vocab_size", 0) > 1
-
-
-def check_classes(task: Task, classes: Sequence[str]) -> None:
-    """DataError when an example of any split is of none of the classes, or no number."""
-    for split in ("train", "validation", "test"):
-        answers = {example.answer for example in getattr(task, split)}
-        if is_number(classes):
-            for answer in answers:
-                number_in(answer)
-        elif strange := sorted(answers - set(classes)):
-            raise DataError(
-                f"the {split} split has answers that are no class of the head: "
-                f"{', '.join(strange[:5])}; name all classes with model.classes (now "
-                f"{', '.join(classes[:8])})"
-            )
-
-
-def classes_in(task: Task) -> list[str]:
-    """The answers of the training split, sorted, numbers by size, which says how many there are of
-    each. DataError when two of them are hardly meant to be told apart."""
-    counts = Counter(example.answer for example in task.train)
-    found = sorted(counts)
-    if not 2 <= len(found) <= MOST:
-        some = ", ".join(map(repr, found[:3]))
-        raise DataError(
-            f"the training split has {len(found)} distinct answers ({some}, ...); a classification "
-            f"head tells 2 to {MOST} apart. Name them with model.classes, or answer with text: "
-            "model.head language"
-        )
-    _refuse_alike(task, counts)
-    if all(name.isdecimal() for name in found):
-        found.sort(key=int)
-    some = ", ".join(f"{name} ({counts[name]})" for name in found[:MOST_SAID])
-    say(f"Classes of the training data: {some}{', ...' * (len(found) > MOST_SAID)}")
-    return found
-
-
-def _refuse_alike(task: Task, counts: Counter[str]) -> None:
-    """DataError when answers differ in how they are written alone."""
-    seen: dict[str | float, str] = {}
-    for name in counts:
-        other = seen.setdefault(_meant(name), name)
-        if other != name:
-            both = " and ".join(
-                f"{each!r} ({counts[each]} rows, first {_first(task, each)})"
-                for each in (other, name)
-            )
-            raise DataError(
-                f"the training split has the answers {both}, which differ in case, in blanks or in "
-                "how a number is written alone; write them alike, or name both with model.classes"
-            )
-
-
-def _meant(name: str) -> str | float:
-    """The same for names that differ in case, in blanks or in how a number is written alone."""
-    plain = " ".join(name.casefold().split())
-    try:
-        number = float(plain)
-    except ValueError:
-        return plain
-    return number if math.isfinite(number) else plain
-
-
-def _first(task: Task, answer: str) -> str:
-    text = next(example.text for example in task.train if example.answer == answer)
-    return repr(textwrap.shorten(text, 60, placeholder="..."))
 
 
 def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:

@@ -22,7 +22,8 @@ import numpy as np
 
 from elastic.calibration import completed
 from elastic.errors import ConfigError, MissingExtra, require, unknown
-from elastic.formats import onnx, openvino, openvino_seq2seq, seq2seq, stored, tracing
+from elastic.formats import onnx, openvino, seq2seq, stored, tracing
+from elastic.formats import openvino as openvino_seq2seq
 from elastic.formats.onnx_weights import expose, lower
 from elastic.formats.stored import Weight
 from elastic.progress import logging_at

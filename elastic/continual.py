@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from elastic import models, plot, processes
 from elastic.config import TaskConfig, TrainConfig
 from elastic.errors import ConfigError, DataError, unknown
-from elastic.evaluate import Score, answers, same_text
+from elastic.evaluate import answers, same_text
 from elastic.files import write_json, write_text
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.statistics import Score
 from elastic.tasks import load_task
 
 if TYPE_CHECKING:
@@ -251,7 +252,9 @@ def _score_all(
     """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
     files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
     if not all(file.is_file() for file in files.values()):
-        _, base, net = trained.load()
+        from elastic.supernet import load_run
+
+        _, base, net = load_run(trained)
         for name, examples in seen.items():
             if files[name].is_file():
                 continue

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.adapters.attach import ElasticLinear
+from elastic.modules import modules_of
 from elastic.quantised import QuantisedLinear
 from elastic.space import BoundSpace, SubAdapter
 

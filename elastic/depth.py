@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elastic.adapters.attach import modules_of, replace_module
 from elastic.errors import ConfigError
+from elastic.modules import modules_of, replace_module
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

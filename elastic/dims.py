@@ -15,10 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
 from elastic.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
+
 
 KEY_VALUE = ("k_proj", "v_proj")
 QUERIES = "num_key_value_groups"
@@ -28,8 +32,6 @@ HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_di
 FIXED_HEADS = ("num_heads", "n_heads", "split_size")
 """Attributes of attention modules whose code counts on all their heads; others take as many as the
 projections give."""
-
-
 Ranges = tuple[tuple[int, int], ...]
 """(start, length) of channels that stay, ascending."""
 
@@ -242,3 +244,14 @@ def _full(model: nn.Module, spec: GroupSpec, cuts: Sequence[Cut]) -> int:
         found = ", ".join(f"{cut.site} ({cut.axis}) {size}" for cut, size in sizes.items())
         raise ConfigError(f"group {spec.name!r}: sites of one width differ in size: {found}")
     return next(iter(sizes.values()))
+
+
+def channel_index(order: Tensor, cut: Cut) -> Tensor:
+    """The permutation of the channels of an axis, (n * unit,), that moves whole units: in each part
+    of it alike, in this order (n,), or each in its own, (parts, n)."""
+    parts = cut.parts or (cut.unit,)
+    found, start = [], 0
+    for part, own in zip(parts, order.expand(len(parts), -1), strict=True):
+        found.append(start + (own[:, None] * part + torch.arange(part)).flatten())
+        start += part * len(own)
+    return torch.cat(found)

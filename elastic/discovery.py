@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from elastic import models
-from elastic.adapters.attach import modules_of
 from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
 from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
+from elastic.modules import modules_of
 from elastic.progress import say
 from elastic.space_config import SpaceShowConfig
 from elastic.trial import called, refusal

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic import models
 from elastic.adapters import METHODS
-from elastic.adapters.attach import modules_of
 from elastic.batching import encode_all, padded
 from elastic.classifier import classes_of
 from elastic.config import StageConfig, TrainConfig
@@ -27,14 +26,15 @@ from elastic.cost import Counter
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
 from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan, SpaceTable
+from elastic.modules import modules_of
 from elastic.quantised import packed_bytes
 from elastic.rehearsal import rehearse
-from elastic.run import predecessor
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace
 from elastic.space_config import SpaceShowConfig
 from elastic.supernet import Supernet, read_tensors
-from elastic.tasks import load_task, with_classes
+from elastic.tasks import load_task
+from elastic.training import predecessor, with_classes
 from elastic.trial import require_fits
 
 if TYPE_CHECKING:

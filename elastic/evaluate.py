@@ -26,75 +26,11 @@ from elastic.classifier import classes_of
 from elastic.prefix import common_start, read
 from elastic.progress import track
 from elastic.recurrent import is_recurrent
+from elastic.statistics import Score
 from elastic.tasks.base import Example, Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Score:
-    """Per-example results, in the order of the examples, so that two models can be compared on
-    the same ones."""
-
-    correct: tuple[bool, ...]
-    said: tuple[str | None, ...] = ()
-    """What was generated, or the class that was chosen; None where options were scored. Empty if
-    nothing was said."""
-    unanswered: int | None = None
-    """Generated texts in which no answer was found; they are wrong. None if nothing was
-    generated."""
-
-    @property
-    def n(self) -> int:
-        return len(self.correct)
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.correct) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson score interval (Wilson 1927): sane at 0 and 1, unlike the normal one."""
-        return wilson(sum(self.correct), self.n)
-
-    def as_dict(self) -> dict[str, object]:
-        found = {
-            "accuracy": self.accuracy,
-            "accuracy_n": self.n,
-            "accuracy_interval": list(self.interval),
-        }
-        return found if self.unanswered is None else {**found, "unanswered": self.unanswered}
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.n}"
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval for a proportion of `right` in `n`; both bounds lie in [0, 1]."""
-    p = right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def difference(mine: Score, theirs: Score) -> tuple[float, tuple[float, float]]:
-    """mine - theirs in accuracy on the same examples, with its 95 % interval."""
-    pairs = list(zip(mine.correct, theirs.correct, strict=True))
-    won, lost = pairs.count((True, False)), pairs.count((False, True))
-    return (won - lost) / len(pairs), paired(won, lost, len(pairs))
-
-
-def paired(won: int, lost: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval for the difference of two proportions in `n` pairs, of which one alone was right in
-    `won` and the other alone in `lost` (McNemar 1947: the others tell nothing). The normal one with
-    half a pair more of each of the four kinds (Agresti & Min 2005), so that no difference in a few
-    pairs is not taken for certainty; both bounds lie in [-1, 1]."""
-    n += 2
-    centre = (won - lost) / n
-    half = z / n * math.sqrt(won + lost + 1 - (won - lost) ** 2 / n)
-    return max(-1.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)

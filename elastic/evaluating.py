@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import metrics, models, protocol
+from elastic import models, protocol
+from elastic import statistics as metrics
 from elastic.classifier import classes_of, is_number
 from elastic.errors import ConfigError
-from elastic.evaluate import Score, evaluate
+from elastic.evaluate import evaluate
 from elastic.evaluate_config import EvaluateConfig
 from elastic.files import tag, write_json
 from elastic.harness import HarnessReport, run_harness
@@ -19,7 +20,10 @@ from elastic.perplexity import Perplexity, perplexity_of
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.tasks import Example, llm_adapters, load_task
+from elastic.statistics import Score
+from elastic.supernet import load_run
+from elastic.tasks import llm_adapters, load_task
+from elastic.tasks.base import Example
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def evaluate_run(
     if not sets:
         own = getattr(load_task(trained.task, trained.seed), config.split)
         sets = {config.split: own[: config.examples]}
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
     if mode := run.compression(config.sub_adapter):
         say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "

@@ -21,10 +21,11 @@ from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
-from elastic.runners import timing_of
+from elastic.runtime import timing_of
 from elastic.space import SubAdapter
-from elastic.supernet import ABOUT, Supernet
-from elastic.tasks import Example, load_task
+from elastic.supernet import ABOUT, Supernet, load_run
+from elastic.tasks import load_task
+from elastic.tasks.base import Example
 from elastic.uniform import nearest_uniform
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS
@@ -59,7 +60,7 @@ def export(config: ExportConfig) -> Report:
     # Written models are float32 unless the run was float64: parity is shown at that precision.
     dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
-    _, base, net = run.load(dtype=dtype)
+    _, base, net = load_run(run, dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
     extra: dict[str, Any] = {}
     if config.hf.uniform:

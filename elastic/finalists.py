@@ -21,7 +21,7 @@ from elastic.provenance import provenance
 from elastic.run import Run, as_plain
 from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from elastic.timetable import Target
 
 if TYPE_CHECKING:

@@ -21,16 +21,12 @@ from elastic.classifier import head_of
 from elastic.config import ModelConfig
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import read_json
+from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
 from elastic.progress import say
 from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DIGEST = "base_digest"
-"""Where an adapter that we wrote names its base, in the metadata of its tensors."""
 
 
 @dataclass(frozen=True)

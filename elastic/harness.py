@@ -16,6 +16,7 @@ from elastic.provenance import provenance
 from elastic.recurrent import decoded_together
 from elastic.run import Run
 from elastic.scoring import continued, likelihood
+from elastic.supernet import load_run
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -82,7 +83,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
     else:
         from lm_eval.models.huggingface import HFLM
 
-        trained, base, net = run.load()
+        trained, base, net = load_run(run)
         name, chosen = run.resolve(config.sub_adapter, net.space, trained.seed)
         sub, device = chosen.as_dict(), str(base.model.device)
         with net.active(chosen) as active:
@@ -162,7 +163,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     """Name, sizes and the model that RUN/export/NAME holds for this runtime."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from elastic import runners
+    from elastic import runtime
 
     folder = run.path / "export" / config.sub_adapter
     if not (folder / "report.json").is_file():
@@ -180,7 +181,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     ends = tokenizer.eos_token_id
     if (written / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(written).eos_token_id or ends
-    runner = runners.open_written(written, config.exported)
+    runner = runtime.open_written(written, config.exported)
     ends = ends if isinstance(ends, list) else [ends]
     return report["name"], report["sub_adapter"], runner_model(runner, tokenizer, ends)
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.adapters.attach import modules_of
 from elastic.batching import IGNORED
 from elastic.behind import padded_behind, padding_is_seen
 from elastic.classifier import classes_of
 from elastic.depth import states
 from elastic.dims import Cut, numbers
+from elastic.modules import modules_of
 from elastic.space import BoundSpace, Group
 
 
@@ -141,14 +141,3 @@ def _per_unit(channels: Tensor, cut: Cut) -> Tensor:
     parts = channels.cpu().split([full * part for part in cut.parts or (cut.unit,)])
     found = torch.stack([part.unflatten(0, (full, -1)).sum(1) for part in parts])
     return found if cut.apart else found.sum(0)
-
-
-def channel_index(order: Tensor, cut: Cut) -> Tensor:
-    """The permutation of the channels of an axis, (n * unit,), that moves whole units: in each part
-    of it alike, in this order (n,), or each in its own, (parts, n)."""
-    parts = cut.parts or (cut.unit,)
-    found, start = [], 0
-    for part, own in zip(parts, order.expand(len(parts), -1), strict=True):
-        found.append(start + (own[:, None] * part + torch.arange(part)).flatten())
-        start += part * len(own)
-    return torch.cat(found)

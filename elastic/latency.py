@@ -20,6 +20,7 @@ from elastic.search_config import TimingConfig
 if TYPE_CHECKING:
     import torch
 
+
 REFERENCE, CONTROL = "full", "control"
 
 
@@ -180,3 +181,8 @@ def _ratio(own: float, full: float) -> float:
 def _spread(times: list[float]) -> float:
     low, median, high = np.percentile(times, (25, 50, 75))
     return float((high - low) / median) if median else 0.0
+
+
+def per_second(batch: int, decode_ms: float) -> float:
+    """Tokens of all sequences; 0 where nothing is decoded."""
+    return 1000 * batch / decode_ms if decode_ms else 0.0

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import (
-    ElasticLinear,
-    FactorLinear,
-    modules_of,
-    plain_linear,
-    replace_module,
-)
+from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.depth import renamed
 from elastic.errors import RunError
 from elastic.export_config import MergeConfig
 from elastic.foreign import Update
+from elastic.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet

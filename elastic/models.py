@@ -77,7 +77,7 @@ def skeleton(
     bind a search space to. In the type of its configuration unless one is given."""
     import torch
 
-    from elastic.adapters.attach import linear_
+    from elastic.modules import linear_
 
     folder = locate(config.path, ["config.json"])
     architecture = _described(folder, config)
@@ -227,7 +227,7 @@ def load(config: ModelConfig, seed: int = 0) -> Base:
 def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
     layers. A classification head that was not saved for these classes starts from the seed."""
-    from elastic.adapters.attach import linear_
+    from elastic.modules import linear_
 
     architecture = _described(folder, config)
     require(config, architecture)
@@ -256,7 +256,7 @@ def _load_classifier(
     dtype: torch.dtype,
     seed: int,
 ) -> PreTrainedModel:
-    from elastic.adapters.attach import linear_
+    from elastic.modules import linear_
 
     trained, before = was_trained(architecture), dict(architecture.id2label)
     kept = describe_(architecture, config.classes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.cost import Counter
 from elastic.evaluate import evaluate
+from elastic.latency import per_second
 from elastic.merging import compact
 from elastic.precision import bits_of, smallest, split, with_bits
 from elastic.rounding import round_
@@ -18,11 +19,12 @@ from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from elastic.table import Table, Tables
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from elastic.timetable import Timetable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 LOOKS = (0.25, 0.5, 0.75)
 """Parts of the examples after which a sub-adapter may be stopped."""
@@ -172,11 +174,6 @@ class Objective:
                 if chance(won, lost) < self.config.race / (len(looks) * len(rivals)):
                     return correct, max(0.0, rival.accuracy + (won - lost) / end)
         return correct, correct.count("1") / len(correct)
-
-
-def per_second(batch: int, decode_ms: float) -> float:
-    """Tokens of all sequences; 0 where nothing is decoded."""
-    return 1000 * batch / decode_ms if decode_ms else 0.0
 
 
 def wins(mine: str, theirs: str) -> tuple[int, int]:

@@ -8,16 +8,11 @@ positions get logits than there are answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elastic.batching import IGNORED, Encoded, answer_logits, collate, padded
-from elastic.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from elastic.batching import IGNORED, Encoded, padded
 
 DIFFERENCE = 0.1
 """Of the logits, in norm, that rounding may explain in any type."""
@@ -67,22 +62,3 @@ def in_rows(
             batch["segments"][row, start:end] = segment
             start = end
     return batch
-
-
-@torch.no_grad()
-def require_apart(model: PreTrainedModel, sequences: Sequence[Encoded], pad: int) -> None:
-    """ConfigError when two sequences in one row are not what each is alone: the model's code looks
-    beyond its own, or takes no positions."""
-    pair = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
-    length = padded(sum(len(sequence.ids) for sequence in pair))
-    found = []
-    for batch in (in_rows(pair, [range(len(pair))], length, pad), collate(pair, pad)):
-        logits, labels = answer_logits(model, {k: x.to(model.device) for k, x in batch.items()})
-        found.append(logits[labels != IGNORED].float())
-    together, alone = found
-    change = float((together - alone).norm() / alone.norm())
-    if not change <= DIFFERENCE:
-        raise ConfigError(
-            f"packing: {type(model).__name__} computes something else for a sequence that shares "
-            f"its row (the logits differ by {change:.0%}); leave packing out"
-        )

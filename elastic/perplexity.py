@@ -17,6 +17,7 @@ from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.evaluate_config import EvaluateConfig
 from elastic.progress import track
 from elastic.run import Run
+from elastic.supernet import load_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
         raise DataMissing(f"text {config.text}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"text {config.text}: not UTF-8 text: {error.reason}") from None
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     ids = base.tokenizer(text, verbose=False)["input_ids"]
     start = base.tokenizer.bos_token_id
     if ids and ids[0] == start:

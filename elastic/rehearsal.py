@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from elastic.adapters.attach import ElasticLinear, modules_of, replace_module
+from elastic.adapters.attach import ElasticLinear
 from elastic.batching import answer_logits
 from elastic.depth import NUMBERS, running
 from elastic.estimate import Batch
 from elastic.loss import answer_loss
 from elastic.meter import Meter
+from elastic.modules import modules_of, replace_module
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 

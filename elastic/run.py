@@ -7,23 +7,19 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
-from elastic.errors import ConfigError, RunError
+from elastic.errors import RunError
 from elastic.files import read_json, write_text
 from elastic.space import BoundSpace, SubAdapter
 
-if TYPE_CHECKING:
-    from elastic import models
-    from elastic.supernet import Supernet
-
 
 class Run:
-    """Names the files below RUN; reads and checks, never loads weights unless asked to."""
+    """Names the files below RUN; reads and checks, never loads weights."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -80,21 +76,6 @@ class Run:
         """The declared space the super-adapter was trained with."""
         file = self.super_adapter / "space.yaml"
         return SearchSpace.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-
-    def load(self, dtype: str | None = None) -> tuple[TrainConfig, models.Base, Supernet]:
-        """Settings, base model (in `dtype`, else as trained) and supernet; BaseMismatch comes
-        before weights load."""
-        from elastic import models
-        from elastic.supernet import load_super_adapter, read_super_adapter
-
-        config = self.config()
-        folder = models.locate(config.model.path)
-        digest = models.digest(folder)
-        read_super_adapter(self.super_adapter, digest)
-        wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
-        model = models.load_model(folder, wanted)
-        base = models.Base(model, models.load_tokenizer(config.model), digest)
-        return config, base, load_super_adapter(model, digest, self.super_adapter)
 
     def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
         """What `--sub_adapter` means: a name and a point of the space.
@@ -174,39 +155,6 @@ def _settings(text: str, where: str) -> TrainConfig:
     if not isinstance(value, dict):
         raise RunError(f"{where}: expected the settings of a run")
     return from_dict(TrainConfig, value, where)
-
-
-def predecessor(config: TrainConfig) -> Run:
-    """The finished run to continue from; ConfigError if it trained something else."""
-    before = Run(config.start_from)
-    theirs = before.config()
-    for name in ("method", "rank", "scale"):
-        field = "resolved_method" if name == "method" else name
-        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
-        if mine != other:
-            raise ConfigError(
-                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
-                "a sequence keeps one method, rank and scale"
-            )
-    if theirs.model.classes and not config.sub_adapter:
-        raise ConfigError(
-            f"start_from: {before.path} has a classification head, and a sequence of tasks is "
-            "answered with text; give sub_adapter to train that one on"
-        )
-    if theirs.model.classes != config.model.classes:
-        raise ConfigError(
-            f"start_from: {before.path} tells {', '.join(theirs.model.classes) or 'no classes'} "
-            f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
-            "model.classes alike"
-        )
-    from elastic.discovery import space_for
-
-    if space_for(config).sections != before.space().sections:
-        raise ConfigError(
-            f"start_from: {before.path} was trained in another search space than {config.space}; "
-            f"a sequence keeps one"
-        )
-    return before
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from elastic import caches, models
+from elastic import caches
 from elastic.classifier import classes_of
-from elastic.errors import ConfigError, MissingExtra
-from elastic.progress import say
-from elastic.recurrent import decoded_together, is_recurrent
+from elastic.recurrent import is_recurrent
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
-
-    from elastic.config import ModelConfig
-    from elastic.search_config import TimingConfig
 
 
 class Runner(Protocol):
@@ -112,74 +103,3 @@ def runner_of(model: PreTrainedModel) -> TorchRunner:
     if is_recurrent(model.config):
         return TorchRecurrent(model)
     return (TorchEncoderDecoder if model.config.is_encoder_decoder else TorchRunner)(model)
-
-
-def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
-    """As configured, without decoding what a classifier does not decode; ConfigError for a batch of
-    sequences whose states transformers would mix."""
-    architecture = models.architecture_of(model)
-    if decoded_together(architecture, timing.batch) < timing.batch:
-        raise ConfigError(
-            f"timing.batch {timing.batch}: transformers decodes one sequence at a time of "
-            f"{architecture.model_type}; choose 1"
-        )
-    return replace(timing, new_tokens=0) if models.classifies(model) else timing
-
-
-def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
-    """A transformers model as it is timed: on a GPU it decodes from a graph, unless its code cannot
-    be captured."""
-    plain = runner_of(model)
-    if model.device.type != "cuda" or type(plain) is not TorchRunner:
-        return plain
-    from elastic.cuda import GraphRunner
-
-    try:
-        return GraphRunner(model, timing.batch, timing.prompt_tokens + timing.new_tokens)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        say(f"{type(model).__name__} decodes without a CUDA graph, kernel by kernel: {reason}")
-        return plain
-
-
-def require_runtime(runtime: str, model: ModelConfig) -> None:
-    """MissingExtra unless this runtime is installed, ModelError where it cannot run such a model;
-    asked before anything slow begins."""
-    if runtime == "torch":
-        return
-    models.require_graph(model, f"timing.runtime {runtime}")
-    from elastic.formats import onnx, openvino
-
-    onnx.require()
-    if runtime == "openvino":
-        openvino.require()
-    elif importlib.util.find_spec("onnxruntime") is None:
-        raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
-
-
-def open_runner(
-    timing: TimingConfig,
-    model: PreTrainedModel,
-    directory: Path | None,
-    compress: str | None = None,
-) -> Runner:
-    """A runner for `model` in the runtime to be timed; onnx and openvino write it into `directory`
-    first (float32, then with compressed weights if asked)."""
-    if timing.runtime == "torch":
-        return timed_runner(model, timing)
-    from elastic import compression
-    from elastic.formats import onnx, openvino
-
-    graph = onnx.write(model, directory)
-    if timing.runtime == "openvino":
-        graph = openvino.write(graph, directory)
-    if compress:
-        graph = compression.compress(graph, directory / compress, compress).path
-    return {"onnx": onnx, "openvino": openvino}[timing.runtime].open_runner(graph)
-
-
-def open_written(directory: Path, runtime: str) -> Runner:
-    """Of a model that was written into `directory` for onnx or openvino."""
-    from elastic.formats import onnx, openvino
-
-    return {"onnx": onnx, "openvino": openvino}[runtime].open_folder(directory)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.adapters.attach import ElasticLinear
 from elastic.batching import answer_logits
 from elastic.depth import states
 from elastic.loss import answer_loss
+from elastic.modules import modules_of
 from elastic.space import Group
 from elastic.supernet import Supernet
 

@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import (
-    ElasticLinear,
-    FactorLinear,
-    modules_of,
-    plain_linear,
-    replace_module,
-)
+from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.depth import original
 from elastic.merging import merged_weight
+from elastic.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet

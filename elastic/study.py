@@ -35,13 +35,14 @@ from elastic.objective import Figures, Objective
 from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
-from elastic.runners import require_runtime, timing_of
+from elastic.runtime import require_runtime, timing_of
 from elastic.sampler import generator_for
 from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
-from elastic.supernet import FACTORS, Supernet
-from elastic.tasks import Example, load_task
+from elastic.supernet import FACTORS, Supernet, load_run
+from elastic.tasks import load_task
+from elastic.tasks.base import Example
 from elastic.timetable import Target
 from elastic.timetables import read_tables, require_same_tables, tables_of
 from elastic.workers import POLL, Worker, open_storage
@@ -84,7 +85,7 @@ def search(config: SearchConfig) -> Front:
     study, config = _open_study(run, config)
     require_same_tables(study, given)
     with Worker(study) as worker:
-        _, base, net = run.load()
+        _, base, net = load_run(run)
         if net.space.size == 1 and not config.compress:
             raise RunError(
                 f"{run.path}: its space has one sub-adapter; there is nothing to search. Run: "

@@ -12,19 +12,21 @@ import torch
 import yaml
 from torch import Tensor
 
+from elastic import models
 from elastic.adapters import METHODS, Adapter, check
-from elastic.adapters.attach import ElasticLinear, reorder_linear, replace_module
+from elastic.adapters.attach import ElasticLinear, reorder_linear
 from elastic.binding import SearchSpace
 from elastic.classifier import widen_head_
 from elastic.cli import from_dict
-from elastic.config import AdapterConfig, ModelConfig
+from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.depth import Stack
-from elastic.dims import numbers
+from elastic.dims import channel_index, numbers
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
-from elastic.importance import channel_index
+from elastic.modules import replace_module
 from elastic.progress import track
 from elastic.provenance import provenance
+from elastic.run import Run
 from elastic.space import BoundSpace, SubAdapter
 
 if TYPE_CHECKING:
@@ -344,3 +346,16 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
             f"the base model given has {base_digest}; pass the model it was trained on"
         )
     return about
+
+
+def load_run(run: Run, dtype: str | None = None) -> tuple[TrainConfig, models.Base, Supernet]:
+    """Settings, base model (in `dtype`, else as trained) and supernet of a finished run;
+    BaseMismatch comes before weights load."""
+    config = run.config()
+    folder = models.locate(config.model.path)
+    digest = models.digest(folder)
+    read_super_adapter(run.super_adapter, digest)
+    wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
+    model = models.load_model(folder, wanted)
+    base = models.Base(model, models.load_tokenizer(config.model), digest)
+    return config, base, load_super_adapter(model, digest, run.super_adapter)

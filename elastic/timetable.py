@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic import metrics, models
+from elastic import models, statistics
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.dims import DEPTH
 from elastic.errors import RunError
@@ -322,7 +322,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Rank correlation; None of fewer than three, or where all are equal."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return metrics.spearman(a, b)
+    return statistics.spearman(a, b)
 
 
 def describe_device(device: str, runtime: str) -> str:

@@ -12,13 +12,13 @@ from elastic import compression
 from elastic.bench import CANDIDATE, Bench
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
-from elastic.latency import REFERENCE, Measurement, distrust
-from elastic.objective import per_second
+from elastic.latency import REFERENCE, Measurement, distrust, per_second
 from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.runners import require_runtime, timing_of
+from elastic.runtime import require_runtime, timing_of
 from elastic.search_config import LatencyConfig
+from elastic.supernet import load_run
 from elastic.timetable import Target, Timetable, record
 
 
@@ -115,7 +115,7 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     target = Target.of(run, config.timing, mode)
     if config.table.file:
         raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")
-    _, _, net = run.load()
+    _, _, net = load_run(run)
     if config.save:
         timetable = record(net, target, config.timing, config.table, config.seed)
         _refuse_noise(timetable.control, config)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from elastic import models, processes
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import Encoded, answer_logits, collated, encode_all, most_tokens
+from elastic.batching import (
+    IGNORED,
+    Encoded,
+    answer_logits,
+    collate,
+    collated,
+    encode_all,
+    most_tokens,
+    padded,
+)
 from elastic.binding import SearchSpace
-from elastic.classifier import check_classes
-from elastic.config import TrainConfig
+from elastic.config import SCORE, TrainConfig
+from elastic.data.labels import check_classes, classes_in
 from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
-from elastic.packing import require_apart
+from elastic.packing import DIFFERENCE, in_rows
 from elastic.progress import say
-from elastic.run import Run, predecessor
+from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
 from elastic.space import BoundSpace
 from elastic.supernet import (
@@ -29,10 +40,14 @@ from elastic.supernet import (
     read_tensors,
     save_super_adapter,
 )
-from elastic.tasks import load_task, with_classes
+from elastic.tasks import load_task
 from elastic.trainer import fit
 from elastic.trial import require_fits
 from elastic.watching import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 WATCHED = 16
 """Validation examples on which the losses of three sub-adapters are compared over time."""
@@ -201,3 +216,70 @@ def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before
     else:
         net.succeed(factors, config.seed)
     return net
+
+
+def with_classes(config: TrainConfig) -> TrainConfig:
+    """The settings as they are, or with the classes named: those that the run began with, of the
+    run to go on from, else what the data say."""
+    if config.model.classes or not models.classifies(config.model):
+        return config
+    classes: list[str] = []
+    for path in filter(None, (config.run, config.start_from)):
+        if not classes and Run(path).config_file.is_file():
+            classes = Run(path).begun().model.classes
+    if not classes and models.regresses(config.model):
+        classes = SCORE
+    classes = classes or classes_in(load_task(config.task, config.seed))
+    return replace(config, model=replace(config.model, classes=classes))
+
+
+def predecessor(config: TrainConfig) -> Run:
+    """The finished run to continue from; ConfigError if it trained something else."""
+    before = Run(config.start_from)
+    theirs = before.config()
+    for name in ("method", "rank", "scale"):
+        field = "resolved_method" if name == "method" else name
+        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
+        if mine != other:
+            raise ConfigError(
+                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
+                "a sequence keeps one method, rank and scale"
+            )
+    if theirs.model.classes and not config.sub_adapter:
+        raise ConfigError(
+            f"start_from: {before.path} has a classification head, and a sequence of tasks is "
+            "answered with text; give sub_adapter to train that one on"
+        )
+    if theirs.model.classes != config.model.classes:
+        raise ConfigError(
+            f"start_from: {before.path} tells {', '.join(theirs.model.classes) or 'no classes'} "
+            f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
+            "model.classes alike"
+        )
+    from elastic.discovery import space_for
+
+    if space_for(config).sections != before.space().sections:
+        raise ConfigError(
+            f"start_from: {before.path} was trained in another search space than {config.space}; "
+            f"a sequence keeps one"
+        )
+    return before
+
+
+@torch.no_grad()
+def require_apart(model: PreTrainedModel, sequences: Sequence[Encoded], pad: int) -> None:
+    """ConfigError when two sequences in one row are not what each is alone: the model's code looks
+    beyond its own, or takes no positions."""
+    pair = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
+    length = padded(sum(len(sequence.ids) for sequence in pair))
+    found = []
+    for batch in (in_rows(pair, [range(len(pair))], length, pad), collate(pair, pad)):
+        logits, labels = answer_logits(model, {k: x.to(model.device) for k, x in batch.items()})
+        found.append(logits[labels != IGNORED].float())
+    together, alone = found
+    change = float((together - alone).norm() / alone.norm())
+    if not change <= DIFFERENCE:
+        raise ConfigError(
+            f"packing: {type(model).__name__} computes something else for a sequence that shares "
+            f"its row (the logits differ by {change:.0%}); leave packing out"
+        )

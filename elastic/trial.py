@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic.adapters.attach import modules_of
 from elastic.config import AdapterConfig
 from elastic.errors import ConfigError
+from elastic.modules import modules_of
 from elastic.progress import logging_at
 from elastic.supernet import Supernet
 

@@ -12,7 +12,7 @@ from elastic.batching import encode_text, prompt_ids
 from elastic.classifier import classes_of
 from elastic.errors import ExportError
 from elastic.runners import Runner, runner_of
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from elastic.behind import padding_is_seen
 from elastic.binding import SearchSpace
 from elastic.evaluate import answers, evaluate
 from elastic.importance import channel_order
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

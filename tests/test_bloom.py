@@ -10,7 +10,7 @@ from elastic.config import StageConfig
 from elastic.cost import Counter, count
 from elastic.merging import compact
 from elastic.slicing import sliced
-from elastic.supernet import Supernet
+from elastic.supernet import Supernet, load_run
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several
@@ -108,6 +108,6 @@ def test_it_trains_from_the_command(tmp_path):
     stages = [StageConfig(), StageConfig(train_dims=["rank", "width"])]
     config = train_config(save_bloom(tmp_path / "base"), tmp_path / "run", space="bloom",
                           stages=stages)  # fmt: skip
-    net = train(config).load()[2]
+    net = load_run(train(config))[2]
     moved = [adapter.factors(tiny.RANK)[1].abs().max() > 0 for _, adapter in net.adapters()]
     assert len(moved) == 2 * 3 and all(moved)

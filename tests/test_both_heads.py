@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.adapters.attach import ElasticLinear
 from elastic.binding import SearchSpace
 from elastic.config import StageConfig
 from elastic.errors import ConfigError
@@ -20,6 +20,7 @@ from elastic.foreign import Update
 from elastic.formats import hf, peft
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
+from elastic.modules import modules_of
 from elastic.sensitivity import sensitivity
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet

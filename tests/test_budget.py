@@ -1,4 +1,3 @@
-# ruff: noqa: F811  fixtures of another file are named as arguments
 """Every limit is kept, in the unit it was given in; one that nobody meets is refused as early
 as it can be known."""
 
@@ -20,16 +19,9 @@ from elastic.objective import Figures
 from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
+from elastic.supernet import load_run
 from tests.test_page import data_of
-from tests.test_study import (  # noqa: F401
-    asked,
-    config,
-    fake_latency,
-    forbid_weights,
-    no_plot,
-    searched,
-    trained,
-)
+from tests.test_study import config
 from tests.tiny_runs import copy_run, prefill_of
 
 
@@ -122,11 +114,11 @@ def test_a_latency_nobody_meets_ends_after_the_extremes(trained, tmp_path, asked
     run = copy_run(trained, tmp_path / "run")
     arguments = ["search", str(run.path), f"--budget.{name}", "0.001", "--trials", "8"]
     assert __main__.main(arguments) == 2
-    space = run.load()[2].space
+    space = load_run(run)[2].space
     assert asked == [space.maximal(), space.minimal()]
     error = capsys.readouterr().err
     assert f"{name} 0.001" in error
-    fastest = prefill_of(count(compact(run.load()[2], space.minimal())).params)
+    fastest = prefill_of(count(compact(load_run(run)[2], space.minimal())).params)
     said_fastest, said_best = error.split("The fastest:")[1].split("The most accurate:")
     prefill = float(re.search(r"prefill (\S+) ms", said_fastest)[1])
     assert prefill == pytest.approx(fastest, rel=0.01)

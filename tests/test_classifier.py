@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from elastic import metrics, models
+from elastic import models, statistics
 from elastic.batching import answer_logits, collate, encode_all, encode_example
-from elastic.classifier import classes_in, classes_of, head_of, start_head_
+from elastic.classifier import classes_of, head_of, start_head_
 from elastic.config import ModelConfig, SequenceConfig, StageConfig, TrainConfig
 from elastic.continual import train as train_any
+from elastic.data.labels import classes_in
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluate import evaluate
 from elastic.evaluate_config import EvaluateConfig
@@ -27,10 +28,11 @@ from elastic.run import Run
 from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.slicing import sliced
 from elastic.study import search
-from elastic.tasks import Task, load_task, with_classes
-from elastic.tasks.base import Example
+from elastic.supernet import load_run
+from elastic.tasks import load_task
+from elastic.tasks.base import Example, Task
 from elastic.trainer import frozen
-from elastic.training import train
+from elastic.training import train, with_classes
 from tests import tiny
 from tests.classification import classifier_config, task_of
 from tests.families import model_of
@@ -60,7 +62,7 @@ def logits_of(model, tokenizer, examples) -> torch.Tensor:
 
 
 def test_the_head_is_trained_saved_and_loaded_again(run):
-    config, _, net = run.load()
+    config, _, net = load_run(run)
     assert config.model.classes == ["no", "yes"] == list(classes_of(net.model))
     saved = load_file(run.super_adapter / "factors.safetensors")
     started = models.load(config.model, config.seed)
@@ -72,7 +74,7 @@ def test_the_head_is_trained_saved_and_loaded_again(run):
 
 
 def test_active_equals_sliced_equals_merged(run):
-    _, base, net = run.load(dtype="float64")
+    _, base, net = load_run(run, dtype="float64")
     tiny.randomize_(net)
     seen = []
     for name in ("maximal", "heuristic", "minimal"):
@@ -100,13 +102,13 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
 
 def test_a_narrow_base_keeps_a_wide_head(tmp_path):
     config = classifier_config(tmp_path, model={"dtype": "bfloat16"}, stages=[StageConfig()])
-    _, base, net = train(config).load()
+    _, base, net = load_run(train(config))
     assert base.model.dtype == torch.bfloat16
     assert {head.dtype for head in net.head.values()} == {torch.float32}
 
 
 def test_a_fixed_teacher_keeps_its_head(run):
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     teacher = frozen(net)
     before = logits_of(teacher, base.tokenizer, examples_of(run))
     with torch.no_grad():
@@ -117,7 +119,7 @@ def test_a_fixed_teacher_keeps_its_head(run):
 
 
 def test_a_damaged_head_is_not_loaded(run):
-    _, _, net = run.load()
+    _, _, net = load_run(run)
     state = net.factor_state()
     missing = {name: tensor for name, tensor in state.items() if name != "classifier.bias"}
     with pytest.raises(RunError, match=r"classifier\.bias of the head: expected \(2,\).*missing"):
@@ -206,7 +208,7 @@ def test_what_an_encoder_was_not_saved_with_starts_alike_every_time(tmp_path):
     found = []
     for _ in range(2):
         torch.rand(7)  # whatever else has drawn numbers
-        _, base, net = run.load()
+        _, base, net = load_run(run)
         found.append(logits_of(net.model, base.tokenizer, examples_of(run)))
     assert torch.equal(*found)
     assert "bert.pooler.dense.weight" in net.head
@@ -240,7 +242,7 @@ def test_a_class_that_training_never_sees_is_found_before_weights_load(tmp_path,
 
 
 def test_going_on_keeps_head_and_order_of_classes(run, tmp_path):
-    from elastic.run import predecessor
+    from elastic.training import predecessor
 
     config = dataclasses.replace(run.config(), run=str(tmp_path / "on"), start_from=str(run.path))
     with pytest.raises(ConfigError, match="has a classification head, and a sequence"):
@@ -264,7 +266,7 @@ def test_a_finished_run_is_found_without_its_data(tmp_path):
 
 
 def test_an_unknown_class_is_named(run):
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     with pytest.raises(DataError, match=r"answer 'maybe' is none of the 2 classes.*no, yes"):
         encode_example(base.tokenizer, net.model, Example("a b", "maybe"))
 
@@ -376,9 +378,9 @@ def test_glue_metrics_come_with_the_accuracy(run, capsys):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     answers = [example.answer for example in examples_of(run)]
     assert told["accuracy"] == np.mean([a == s for a, s in zip(answers, found.score.said)])  # noqa: B905
-    table = metrics.confusion(("no", "yes"), answers, found.score.said)
-    assert told["matthews"] == metrics.matthews(table)
-    assert told["f1"]["yes"] == metrics.f1(table)[1]
+    table = statistics.confusion(("no", "yes"), answers, found.score.said)
+    assert told["matthews"] == statistics.matthews(table)
+    assert told["f1"]["yes"] == statistics.f1(table)[1]
     for asked in ({"tasks": ["math"]}, {"harness": ["x"]}, {"text": "x"}):
         with pytest.raises(ConfigError, match="wants a model that answers with text"):
             evaluate_run(EvaluateConfig(run=str(run.path), **asked))
@@ -387,21 +389,21 @@ def test_glue_metrics_come_with_the_accuracy(run, capsys):
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2))
 def test_matthews_is_the_correlation_of_two_classes(pairs):
     expected, said = (np.array(column, dtype=int) for column in zip(*pairs, strict=True))
-    table = metrics.confusion("01", [str(e) for e in expected], [str(s) for s in said])
+    table = statistics.confusion("01", [str(e) for e in expected], [str(s) for s in said])
     wanted = 0.0
     if len(set(expected)) == len(set(said)) == 2:
         wanted = np.corrcoef(expected, said)[0, 1]
-    assert metrics.matthews(table) == pytest.approx(wanted)
+    assert statistics.matthews(table) == pytest.approx(wanted)
     right = int((expected & said).sum())
     positive = int(expected.sum() + said.sum())
-    assert metrics.f1(table)[1] == pytest.approx(2 * right / positive if positive else 0.0)
+    assert statistics.f1(table)[1] == pytest.approx(2 * right / positive if positive else 0.0)
 
 
 def test_matthews_of_three_classes():
     """By Gorodkin's formula on counts, worked out by hand: (9·6 - 29) / (81 - 29)."""
     table = np.array([[3, 1, 0], [0, 2, 1], [1, 0, 1]])
-    assert metrics.matthews(table) == pytest.approx((9 * 6 - 29) / (81 - 29))
-    assert metrics.f1(table) == pytest.approx([6 / 8, 4 / 6, 2 / 4])
+    assert statistics.matthews(table) == pytest.approx((9 * 6 - 29) / (81 - 29))
+    assert statistics.f1(table) == pytest.approx([6 / 8, 4 / 6, 2 / 4])
 
 
 # What a classifier is not asked

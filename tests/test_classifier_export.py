@@ -24,6 +24,7 @@ from elastic.run import Run
 from elastic.runners import runner_of
 from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.timing import time_run
 from elastic.training import train
@@ -63,7 +64,7 @@ def test_every_format_says_what_the_supernet_says(run, written):
 
 def test_a_user_loads_it_and_reads_the_classes(run, written):
     """With the names of the classes in place; pairs as tokenizers give them."""
-    _, _, net = run.load()
+    _, _, net = load_run(run)
     small = compact(net, net.space.named("heuristic"))
     folder = run.path / "export" / "heuristic"
     # Half the heads of a BERT are no BERT that a configuration could describe.
@@ -106,7 +107,7 @@ def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
     trained = run.config()
     model = dataclasses.replace(trained.model, classes=["no", "yes", "perhaps"])
     other = train(dataclasses.replace(trained, run=str(tmp_path / "other"), model=model))
-    _, _, net = run.load()
+    _, _, net = load_run(run)
     for path in (adapter, other.path):
         merge = MergeConfig(adapters=[MergeAdapterConfig(path=str(path))])
         report = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["hf"],

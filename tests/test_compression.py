@@ -17,7 +17,7 @@ from elastic.errors import ConfigError, MissingExtra
 from elastic.formats import onnx, onnx_weights, openvino, tracing
 from elastic.rounding import Grid, rounded, saved_bytes
 from elastic.runners import runner_of
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import model_of
 from tests.test_formats_runtime import run, sliced_llama, tokens

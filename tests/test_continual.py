@@ -20,9 +20,11 @@ from elastic.config import (
 )
 from elastic.continual import Sequential, stage_config, train
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
-from elastic.evaluate import Score, answers, same_text
+from elastic.evaluate import answers, same_text
 from elastic.run import Run
-from elastic.tasks import Example
+from elastic.statistics import Score
+from elastic.supernet import load_run
+from elastic.tasks.base import Example
 from elastic.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import snapshot, train_config
@@ -114,7 +116,7 @@ def test_every_seen_task_is_scored_after_each(finished):
 
 def test_predictions_are_the_trained_models_own(finished):
     stage = Run(continual.stage_path(finished.run, 1, TASKS[1]))
-    _, base, net = stage.load()
+    _, base, net = load_run(stage)
     file = stage.path / "predictions" / f"{TASKS[0]}.jsonl"
     rows = [json.loads(line) for line in file.open()]
     for row in rows[:3]:  # one at a time, by hand

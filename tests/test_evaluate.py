@@ -20,8 +20,9 @@ from elastic.batching import (
     length_sorted,
 )
 from elastic.errors import DataError
-from elastic.evaluate import Score, difference, evaluate, paired, wilson
-from elastic.tasks import Example
+from elastic.evaluate import evaluate
+from elastic.statistics import Score, difference, paired, wilson
+from elastic.tasks.base import Example
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()

@@ -23,6 +23,7 @@ from elastic.files import new_directory
 from elastic.formats import hf, onnx, openvino, peft, weigh
 from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
+from elastic.supernet import load_run
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
 from elastic.writers import in_torch
@@ -159,7 +160,7 @@ def test_another_base_is_refused_before_its_weights(exported, tmp_path, tiny_fol
     settings = yaml.safe_load(run.config_file.read_text())
     settings["model"]["path"] = str(base)
     run.config_file.write_text(yaml.safe_dump(settings))
-    run.load()  # the same weights in another folder are the same base
+    load_run(run)  # the same weights in another folder are the same base
     old = models.digest(base)
     tiny.save_tiny(base, seed=1)
     new = models.digest(base)

@@ -22,16 +22,12 @@ from elastic.merging import compact
 from elastic.run import Run
 from elastic.runners import TorchRunner
 from elastic.space import SubAdapter
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
 from tests import tiny
-from tests.tiny_runs import (
-    ONE_ROUND,
-    move_factors,
-    randomize_factors,
-    train_config,
-)
+from tests.tiny_runs import ONE_ROUND, move_factors, randomize_factors, train_config
 
 FIELDS = {
     "path", "bytes", "max_abs_diff", "greedy_tokens_equal",
@@ -64,7 +60,7 @@ def run(runs):
 @pytest.fixture(scope="module")
 def nets(runs):
     """By dtype, the supernet, which no test changes."""
-    return {dtype: run.load()[2] for dtype, run in runs.items()}
+    return {dtype: load_run(run)[2] for dtype, run in runs.items()}
 
 
 def config(run: Run, **overrides) -> ExportConfig:
@@ -332,7 +328,7 @@ def test_exported_is_what_every_method_trained(tiny_folder, tmp_path, method):
     settings = dict(adapter=tiny.ADAPTERS[method], stages=[StageConfig()])
     run = train(train_config(tiny_folder, tmp_path / "run", **settings))
     move_factors(run)
-    net = run.load()[2]
+    net = load_run(run)[2]
     file = write_sub(mixed(net), tmp_path / "mixed.json")
     graphs = ["onnx", "openvino"] if method == "soslora" else []
     report = export(config(run, sub_adapter=file, formats=["hf", *graphs]))

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic.errors import ConfigError
-from elastic.formats import onnx, openvino, tracing
+from elastic.formats import onnx, onnx_session, openvino, tracing
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -170,8 +170,10 @@ def test_beam_idx_selects_whose_past_continues(model, openvino_path):
     names = {port.any_name for port in request.model_inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     straight = {"beam_idx": np.arange(2, dtype=np.int32)}
-    request.infer({**onnx.step_inputs(prompt, 0, names), **straight})
-    logits = request.infer({**onnx.step_inputs(token, 4, names), "beam_idx": swapped})["logits"]
+    request.infer({**onnx_session.step_inputs(prompt, 0, names), **straight})
+    logits = request.infer({**onnx_session.step_inputs(token, 4, names), "beam_idx": swapped})[
+        "logits"
+    ]
     assert_close(logits[:, -1], follow(model, prompt[swapped], token)[1])
 
 

@@ -19,6 +19,7 @@ from elastic.exporter import export
 from elastic.harness import _file, runner_model
 from elastic.perplexity import window_losses
 from elastic.runners import runner_of
+from elastic.supernet import load_run
 from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
@@ -175,7 +176,7 @@ def test_perplexity_is_that_of_the_tokens(run, tmp_path, capsys):
     text = "Once upon a time, and so on. " * 4
     file = tmp_path / "story.txt"
     file.write_text(text)
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     ids = torch.tensor([base.tokenizer(text)["input_ids"]])
     sub = net.space.minimal()
     with net.active(sub) as model, torch.no_grad():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from elastic.binding import SearchSpace
-from elastic.dims import Cut
-from elastic.importance import channel_index, channel_order
+from elastic.dims import Cut, channel_index
+from elastic.importance import channel_order
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

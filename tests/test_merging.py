@@ -16,7 +16,7 @@ from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.merging import combine, compact
-from elastic.supernet import Supernet, save_super_adapter
+from elastic.supernet import Supernet, load_run, save_super_adapter
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import MERGED, close
@@ -289,7 +289,7 @@ def test_a_sorsa_an_olora_and_a_peft_adapter_in_one_sub_adapter(runs, tiny_folde
     assert all(0 < entry["lost_by_cutting"] < 1 for entry in merge["adapters"][1:])
     assert "merged with other adapters" in report.contents["formats"]["peft"]["skipped"]
     assert report.contents["accuracy_n"] == 8
-    net = runs["lora"].load()[2]
+    net = load_run(runs["lora"])[2]
     base = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu")
     digest = models.digest(tiny_folder)
     updates = [foreign.read(foreign.identify(str(p), digest), base, digest) for p in others]

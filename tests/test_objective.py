@@ -9,10 +9,10 @@ import pytest
 
 from elastic import objective
 from elastic.cost import Cost
-from elastic.evaluate import Score
 from elastic.objective import LOOKS, Figures, Objective, chance, wins
 from elastic.search_config import SearchConfig
 from elastic.space import BoundSpace
+from elastic.statistics import Score
 
 N = 200
 COSTS = {"prefill_ms": 50.0, "decode_ms": 5.0, "memory_mb": 1.0}

@@ -13,9 +13,9 @@ from elastic.binding import SearchSpace
 from elastic.config import ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.loss import answer_loss
-from elastic.packing import in_rows, pack, require_apart, rows_of
+from elastic.packing import in_rows, pack, rows_of
 from elastic.supernet import Supernet
-from elastic.training import train
+from elastic.training import require_apart, train
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.test_families import ROUNDED

@@ -10,14 +10,15 @@ import pytest
 from elastic.page import _volumes
 from elastic.search_config import BudgetConfig
 from elastic.study import search
-from tests.test_study import config, fake_latency, no_plot, trained  # noqa: F401
+from elastic.supernet import load_run
+from tests.test_study import config
 from tests.tiny_runs import copy_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def searched(trained, fake_latency, tmp_path_factory):  # noqa: F811
+def searched(trained, fake_latency, tmp_path_factory):
     run = copy_run(trained, tmp_path_factory.mktemp("page") / "a <b>&amp; run")
     budget = BudgetConfig(prefill_ms="90%", max_accuracy_drop=0.3)
     return run, search(config(run, trials=12, starts=6, budget=budget, test_front=3))
@@ -49,7 +50,7 @@ def test_the_page_holds_the_whole_search(searched):
 
 def test_every_group_has_its_place_in_the_heat_map(searched):
     run, _ = searched
-    data, space = data_of(run), run.load()[2].space
+    data, space = data_of(run), load_run(run)[2].space
     placed = {group["name"]: group["full"] for group in data["groups"].values()}
     assert placed == {group.name: group.choices[0] for group in space}
     assert {tuple(key.split(" ", 1)) for key in data["groups"]} <= {

@@ -22,12 +22,13 @@ from elastic.proposals import AdditiveSampler
 from elastic.rounding import round_
 from elastic.search_config import LatencyConfig, SearchConfig, TableConfig, TimingConfig
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.table import Table, Tables
 from elastic.tasks import load_task
 from elastic.timetable import Target, record
 from elastic.timing import time_run
 from tests import tiny
-from tests.test_study import config, front_of, no_plot, sub_of, trained, trials_of  # noqa: F401
+from tests.test_study import config, sub_of, trials_of
 from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of
 
 MODES = ["int8", "int4"]
@@ -128,13 +129,13 @@ def test_the_best_of_a_cost_is_the_best_of_any_precision(budget, seed):
 
 
 @pytest.mark.parametrize("sampler", ["additive", "nsga2"])
-def test_a_front_mixes_sizes_and_precisions(trained, tmp_path, fake_graphs, sampler):  # noqa: F811
+def test_a_front_mixes_sizes_and_precisions(trained, tmp_path, fake_graphs, sampler):
     run = copy_run(trained, tmp_path / "run")
     found = search(config(run, trials=14, starts=8, compress=MODES, timing=GRAPH, sampler=sampler))
     modes = {one.compress for one in found.trials}
     assert modes == {None, *MODES}
     assert any(member.compress for member in found.members)
-    net = run.load()[2]
+    net = load_run(run)[2]
     for one in found.trials:
         size = sum(p.numel() for p in compact(net, one.sub_adapter).parameters())
         expected = prefill_of(size) * SPEED[one.compress]
@@ -146,18 +147,18 @@ def test_a_front_mixes_sizes_and_precisions(trained, tmp_path, fake_graphs, samp
     assert all(net.space.check(sub_of(row)) for row in rows)
 
 
-def test_accuracy_is_that_of_the_rounded_weights(trained, tmp_path, fake_graphs):  # noqa: F811
+def test_accuracy_is_that_of_the_rounded_weights(trained, tmp_path, fake_graphs):
     run = copy_run(trained, tmp_path / "run")
     found = search(config(run, trials=8, starts=6, compress=["int4"], timing=GRAPH))
     one = next(one for one in found.trials if one.compress)
-    trained_as, base, net = run.load()
+    trained_as, base, net = load_run(run)
     model = round_(compact(net, one.sub_adapter), "int4", "onnx")
     examples = load_task(trained_as.task, trained_as.seed).validation
     score = evaluate(model, base.tokenizer, examples, quiet=True)
     assert one.figures.accuracy == score.accuracy
 
 
-def test_what_was_chosen_is_meant(trained, tmp_path, fake_graphs, capsys):  # noqa: F811
+def test_what_was_chosen_is_meant(trained, tmp_path, fake_graphs, capsys):
     """evaluate says so, latency times it so, export writes it so."""
     run = copy_run(trained, tmp_path / "run")
     settings = ["--trials", "10", "--starts", "8", "--compress", "int8", "--timing.runtime", "onnx"]
@@ -165,7 +166,7 @@ def test_what_was_chosen_is_meant(trained, tmp_path, fake_graphs, capsys):  # no
     best = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert best["compress"] == "int8" == run.compression("best")
     assert set(json.loads((run.sub_adapters / "best.json").read_text())["sub_adapter"]) == {
-        group.name for group in run.load()[2].space
+        group.name for group in load_run(run)[2].space
     }
     __main__.main(["evaluate", str(run.path), "--sub_adapter", "best"])
     assert "best was chosen with int8 weights" in capsys.readouterr().err
@@ -181,7 +182,7 @@ def test_what_was_chosen_is_meant(trained, tmp_path, fake_graphs, capsys):  # no
     assert written["accuracy"] is None
 
 
-def test_a_table_of_every_precision_serves(trained, tmp_path, fake_graphs):  # noqa: F811
+def test_a_table_of_every_precision_serves(trained, tmp_path, fake_graphs):
     run, files = copy_run(trained, tmp_path / "run"), []
     sizes = TableConfig(seen=6, unseen=0)
     for mode in (None, "int8"):
@@ -206,9 +207,9 @@ def test_a_table_of_every_precision_serves(trained, tmp_path, fake_graphs):  # n
         ))  # fmt: skip
 
 
-def test_tables_of_several_precisions_have_one_unit(trained, fake_graphs, monkeypatch):  # noqa: F811
+def test_tables_of_several_precisions_have_one_unit(trained, fake_graphs, monkeypatch):
     """The machine was twice as slow when the second was recorded."""
-    net = trained.load()[2]
+    net = load_run(trained)[2]
     sizes = TableConfig(seen=6, unseen=2)
 
     def recorded(mode):
@@ -225,7 +226,7 @@ def test_tables_of_several_precisions_have_one_unit(trained, fake_graphs, monkey
     assert small.seen[0].values["prefill_ms"] == pytest.approx(whole.full["prefill_ms"] / 2)
 
 
-def test_a_changed_choice_of_precisions_is_refused(trained, tmp_path, fake_graphs):  # noqa: F811
+def test_a_changed_choice_of_precisions_is_refused(trained, tmp_path, fake_graphs):
     run = copy_run(trained, tmp_path / "run")
     search(config(run, trials=4, compress=["int8"], timing=GRAPH))
     with pytest.raises(RunError, match=r"other settings: compress \(\['int8'\] there, \[\] here\)"):
@@ -251,8 +252,8 @@ def test_calibrated_modes_are_no_choice(capsys):
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
-def test_a_compressed_graph_is_really_timed(trained, runtime):  # noqa: F811
-    net = trained.load()[2]
+def test_a_compressed_graph_is_really_timed(trained, runtime):
+    net = load_run(trained)[2]
     timing = TimingConfig(runtime=runtime, rounds=1, max_rounds=1, prompt_tokens=4, new_tokens=1)
     with Bench(net, timing) as timed:
         sub = net.space.maximal()

@@ -12,7 +12,7 @@ from elastic.batching import Encoded, answer_logits, collate
 from elastic.evaluate import evaluate
 from elastic.merging import compact
 from elastic.prefix import read, shared
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import DECODER, FAMILIES, GROUPED, SMALL, model_of
 from tests.test_families import ROUNDED

@@ -16,10 +16,11 @@ from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import _file
 from elastic.protocol import extract, file_of, kind_of, labels_in, matches, sets_of
 from elastic.run import Run
-from elastic.tasks import Example, Judge, load_task
+from elastic.tasks import load_task
+from elastic.tasks.base import Example, Judge
 from elastic.tasks.llm_adapters import read
 from elastic.training import train
-from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER, model  # noqa: F401
+from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER
 from tests.tiny_runs import randomize_factors, train_config
 
 
@@ -191,7 +192,7 @@ def judged(expected=None) -> list[Example]:
 
 
 @pytest.mark.parametrize("beams", [None, 3])
-def test_generated_answers_are_judged(model, beams):  # noqa: F811
+def test_generated_answers_are_judged(model, beams):
     score = evaluate(model, TOKENIZER, judged(), beams=beams, quiet=True)
     assert score.correct[: len(LEARNT)] == (True,) * len(LEARNT)
     assert score.n == len(PROMPTS) and all(text is not None for text in score.said)
@@ -201,20 +202,20 @@ def test_generated_answers_are_judged(model, beams):  # noqa: F811
 
 @pytest.mark.parametrize("beams", [None, 3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_no_batch_changes_an_answer(model, beams, batch):  # noqa: F811
+def test_no_batch_changes_an_answer(model, beams, batch):
     alone = evaluate(model, TOKENIZER, judged(), beams=beams, batch=2, quiet=True)
     again = evaluate(model, TOKENIZER, judged()[::-1], beams=beams, batch=batch, quiet=True)
     assert again.said[::-1] == alone.said and again.correct[::-1] == alone.correct
 
 
-def test_a_text_without_an_answer_is_counted(model):  # noqa: F811
+def test_a_text_without_an_answer_is_counted(model):
     letters = [Example(prompt, "A", judge=Judge("letter", "A", 4)) for prompt in PROMPTS[:6]]
     score = evaluate(model, TOKENIZER, letters, quiet=True)
     assert (score.accuracy, score.unanswered) == (0, 6)
     assert score.as_dict()["unanswered"] == 6
 
 
-def test_options_are_scored_unless_beams_are_asked_for(model):  # noqa: F811
+def test_options_are_scored_unless_beams_are_asked_for(model):
     """All kinds in one list, in their order."""
     options = ("1", "23")
     mixed = [

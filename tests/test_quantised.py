@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from elastic import foreign, models, quantised
-from elastic.adapters.attach import dequantise_, modules_of
 from elastic.binding import SearchSpace
 from elastic.config import ModelConfig
 from elastic.cost import Counter, count
@@ -21,23 +20,18 @@ from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
+from elastic.modules import dequantise_, modules_of
 from elastic.quantised import DEQUANTISE, QuantisedLinear
 from elastic.search_config import SearchConfig
 from elastic.slicing import sliced
 from elastic.study import search
-from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
+from elastic.supernet import Supernet, load_run, load_super_adapter, save_super_adapter
 from elastic.training import train
 from tests import tiny
 from tests.test_encoder_decoder import SPACE as T5_SPACE
 from tests.test_supernet import MERGED, close, several
 from tests.tiny import logits, tokens
-from tests.tiny_runs import (
-    ONE_ROUND,
-    assert_same_factors,
-    interrupted,
-    move_factors,
-    train_config,
-)
+from tests.tiny_runs import ONE_ROUND, assert_same_factors, interrupted, move_factors, train_config
 
 pytest.importorskip("bitsandbytes")
 
@@ -382,7 +376,7 @@ def test_an_exported_run_is_the_supernet(run):
         ExportConfig(run=str(run.path), sub_adapter="heuristic", formats=["hf"], timing=ONE_ROUND)
     )
     loaded = hf.load(report.directory / "hf", torch.float32)
-    config, _, net = run.load(dtype="float32")
+    config, _, net = load_run(run, dtype="float32")
     assert config.model.quantise in KINDS
     sub = net.space.heuristic()
     with net.active(sub) as model:
@@ -401,7 +395,7 @@ def test_an_exported_lora_is_for_the_quantised_base(run):
 
 def test_a_search_scores_the_dequantised_model(run):
     front = search(SearchConfig(run=str(run.path), trials=3, starts=2, timing=ONE_ROUND))
-    config, _, net = run.load()
+    config, _, net = load_run(run)
     full = compact(net, net.space.maximal())
     assert front.full.params == count(full).params
     assert not any(modules_of(full, QuantisedLinear)) and full.dtype == torch.bfloat16

@@ -25,6 +25,7 @@ from elastic.continual import stage_config
 from elastic.errors import DataError
 from elastic.run import Run
 from elastic.search_config import SearchConfig
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from tests import tiny
 
@@ -173,7 +174,7 @@ def test_a_tiny_version_trains(name, rows, tiny_folder, tmp_path, capsys):
         "--stages", "[{epochs: 1}, {train_dims: [rank, width], epochs: 1}]",
     ]  # fmt: skip
     assert __main__.main(command) == 0, capsys.readouterr().err
-    net = Run(run).load()[2]
+    net = load_run(Run(run))[2]
     moved = [a for _, a in net.adapters() if any(d.abs().max() > 0 for d in a.factors(16)[1:])]
     assert len(moved) == len(net.space.targets)
 
@@ -206,7 +207,7 @@ def test_a_tiny_sequence_runs(base, tiny_folder, tmp_path, capsys):
     found = json.loads((run / "continual.json").read_text())
     assert found["tasks"] == list(KINDS) and found["n"] == [8] * 4
     assert found["name_in_prompt"] is True
-    net = Run(run / "tasks" / "04-agnews").load()[2]
+    net = load_run(Run(run / "tasks" / "04-agnews"))[2]
     for _, adapter in net.adapters():
         assert len(adapter.A_old) == 3 * 8
         assert adapter.B_old.abs().sum() > 0 and adapter.B.abs().sum() > 0

@@ -18,7 +18,7 @@ from elastic.importance import channel_order
 from elastic.runners import runner_of
 from elastic.search_config import BudgetConfig, SearchConfig, TimingConfig
 from elastic.study import search
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 from elastic.training import train
 from tests import tiny
 from tests.families import model_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from elastic import bench, metrics, models
+from elastic import bench, models, statistics
 from elastic.batching import encode_example
 from elastic.config import ModelConfig, TrainConfig
 from elastic.errors import ConfigError, DataError
@@ -21,7 +21,9 @@ from elastic.loss import answer_loss
 from elastic.run import Run
 from elastic.search_config import SearchConfig
 from elastic.study import search
-from elastic.tasks import Example, load_task
+from elastic.supernet import load_run
+from elastic.tasks import load_task
+from elastic.tasks.base import Example
 from elastic.training import train
 from tests.classification import LETTERS, classifier_config
 from tests.tiny_runs import ONE_ROUND, fake_measure
@@ -62,14 +64,14 @@ def test_training_learns_the_numbers(run):
               if '"loss"' in line]  # fmt: skip
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:2])
     assert run.config().model.classes == ["score"]
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     assert base.model.config.problem_type == "regression" and base.model.config.num_labels == 1
     assert set(net.head) == {"classifier.weight", "classifier.bias",
                              "bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # fmt: skip
 
 
 def test_right_is_what_is_near_enough(run):
-    config, base, net = run.load()
+    config, base, net = load_run(run)
     examples = load_task(config.task, config.seed).test
     encoded = [encode_example(base.tokenizer, net.model, example) for example in examples]
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_evaluate_reports_correlations(run, capsys):
     out = capsys.readouterr().out
     told = json.loads(out.splitlines()[-1])
     assert "(Pearson)" in out and -1 <= told["spearman"] <= 1
-    config, base, net = run.load()
+    config, base, net = load_run(run)
     examples = load_task(config.task, config.seed).test
     score = evaluate(net.model, base.tokenizer, examples)
     said, expected = [float(one) for one in score.said], [float(one.answer) for one in examples]
@@ -101,9 +103,9 @@ def test_evaluate_reports_correlations(run, capsys):
 
 def test_ranks_of_equal_numbers_are_their_mean():
     # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: covariance 4.5 of spreads 4.5 and 5.
-    assert metrics.spearman([1, 2, 2, 3], [1, 30, 2, 400]) == pytest.approx(4.5 / 22.5**0.5)
-    assert metrics.spearman([1, 2, 3], [5, 5, 5]) == 0.0
-    assert metrics.spearman([1, 2, 3], [9.5, 9, -1]) == -1.0
+    assert statistics.spearman([1, 2, 2, 3], [1, 30, 2, 400]) == pytest.approx(4.5 / 22.5**0.5)
+    assert statistics.spearman([1, 2, 3], [5, 5, 5]) == 0.0
+    assert statistics.spearman([1, 2, 3], [9.5, 9, -1]) == -1.0
 
 
 def test_searched_and_written(run, monkeypatch):
@@ -124,7 +126,7 @@ def test_a_saved_head_goes_on(run, tmp_path):
                                  formats=["hf"], name="whole"))  # fmt: skip
     saved = ModelConfig(path=str(report.directory / "hf"), dtype="float32", device="cpu")
     assert models.regresses(saved)
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     example = Example("a b", "1.5")
     loaded = models.load(dataclasses.replace(saved, classes=["score"]))
     values = [

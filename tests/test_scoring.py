@@ -12,11 +12,10 @@ from elastic.evaluate import answers, evaluate
 from elastic.formats import onnx, openvino
 from elastic.runners import runner_of
 from elastic.scoring import answer, continued, likelihood, score
-from elastic.tasks import Example
-from elastic.tasks.base import Judge
+from elastic.tasks.base import Example, Judge
 from tests import tiny
 from tests.families import model_of
-from tests.test_evaluate import examples, model  # noqa: F401  a fixture
+from tests.test_evaluate import examples
 
 TOKENIZER = tiny.tokenizer()
 WORDS = ["one", "two", "three, or more", "a", "ab", "b", "yes", "no"]
@@ -32,7 +31,7 @@ def chosen(number: int = 24) -> list[Example]:
     return found
 
 
-def judged(model, number: int = 8) -> list[Example]:  # noqa: F811
+def judged(model, number: int = 8) -> list[Example]:
     """Half of them expect what the model says; two lengths of texts."""
     asked = [Example(f"say {index}: ", "1") for index in range(number)]
     texts = answers(model, TOKENIZER, asked, new_tokens=16)
@@ -45,11 +44,11 @@ def judged(model, number: int = 8) -> list[Example]:  # noqa: F811
     return found
 
 
-def both(model, asked: list[Example]):  # noqa: F811
+def both(model, asked: list[Example]):
     return score(runner_of(model), model, TOKENIZER, asked), evaluate(model, TOKENIZER, asked)
 
 
-def test_what_greedy_generation_would_say(model):  # noqa: F811
+def test_what_greedy_generation_would_say(model):
     mine, batched = both(model, examples(model))
     assert mine == batched and 0 < mine.accuracy < 1
 

@@ -12,7 +12,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from elastic.formats import onnx, openvino, seq2seq, tracing
 from elastic.merging import compact
-from elastic.runners import open_written, runner_of
+from elastic.runners import runner_of
+from elastic.runtime import open_written
 from tests import tiny
 from tests.test_encoder_decoder import drive, net_of
 

@@ -9,13 +9,13 @@ import pytest
 
 from elastic.compression import ENCODERS, compress
 from elastic.errors import ConfigError
-from elastic.formats import onnx, onnx_weights, openvino, openvino_seq2seq, seq2seq
+from elastic.formats import onnx, onnx_weights, openvino, seq2seq
+from elastic.formats import openvino as openvino_seq2seq
 from elastic.rounding import grids, round_
 from elastic.runners import runner_of
 from tests import tiny
 from tests.test_compression import TOLERANCE, stored_bytes
 from tests.test_encoder_decoder import drive
-from tests.test_seq2seq import folder, model  # noqa: F401
 
 SOURCE, TARGET = tiny.tokens(3, 5).numpy(), tiny.tokens(3, 4, seed=1).numpy()
 GRAPHS = {"onnx": onnx, "openvino": openvino}
@@ -35,7 +35,7 @@ def exact(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4_sym"])
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_it_answers_as_rounded(model, folder, exact, kind, mode, tmp_path):  # noqa: F811
+def test_it_answers_as_rounded(model, folder, exact, kind, mode, tmp_path):
     graph = GRAPHS[kind].graph_in(folder)
     found = compress(graph, tmp_path, mode)
     assert {file.name for file in tmp_path.iterdir()} >= {graph.name, ENCODERS[graph.name]}
@@ -51,7 +51,7 @@ def test_it_answers_as_rounded(model, folder, exact, kind, mode, tmp_path):  # n
     assert abs(logits - drive(runner_of(model), SOURCE, TARGET)).max() > 10 * tolerance
 
 
-def test_weights_stay_shared_between_the_branches(folder, tmp_path):  # noqa: F811
+def test_weights_stay_shared_between_the_branches(folder, tmp_path):
     graph = folder / seq2seq.DECODER
     found = compress(graph, tmp_path, "int8")
     assert stored_bytes(found.path) < 0.3 * stored_bytes(graph)
@@ -62,7 +62,7 @@ def test_weights_stay_shared_between_the_branches(folder, tmp_path):  # noqa: F8
     assert any(name.endswith("_quantized") for name in read[0] & read[1])
 
 
-def test_activations_of_a_pair_are_not_looked_at(folder, tmp_path):  # noqa: F811
+def test_activations_of_a_pair_are_not_looked_at(folder, tmp_path):
     with pytest.raises(ConfigError, match="'int4_awq' looks at activations, which are"):
         compress(folder / seq2seq.DECODER, tmp_path, "int4_awq", [{"input_ids": SOURCE}])
     assert not list(tmp_path.iterdir())

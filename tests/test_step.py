@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear, plain_linear
+from elastic.adapters.attach import ElasticLinear
 from elastic.adapters.lora import Lora
 from elastic.batching import IGNORED, SimilarLengths, answer_logits, padded
 from elastic.config import AdapterConfig, StageConfig
 from elastic.loss import answer_loss
+from elastic.modules import plain_linear
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests.tiny_runs import train_config

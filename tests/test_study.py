@@ -20,6 +20,7 @@ from elastic.run import Run
 from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.timetable import Target
 from elastic.training import train
@@ -230,7 +231,7 @@ def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monke
 
 def test_figures_are_those_of_the_sub_adapter(searched):
     run, front = searched
-    trained, base, net = run.load()
+    trained, base, net = load_run(run)
     task = load_task(trained.task, trained.seed)
     assert len({one.figures.accuracy for one in front.trials}) > 2  # or this shows nothing
     for one in front.trials:
@@ -249,7 +250,7 @@ def test_figures_are_those_of_the_sub_adapter(searched):
 
 def test_the_extremes_come_first(searched):
     run, front = searched
-    space = run.load()[2].space
+    space = load_run(run)[2].space
     first = [one.sub_adapter for one in front.trials[:2]]
     assert first == [space.maximal(), space.minimal()]
     assert front.full == front.trials[0].figures
@@ -423,7 +424,7 @@ def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search(config(run, starts=6))
     assert len(trials_of(run)) == 5 and front_of(run)
-    assert run.resolve("best", run.load()[2].space)[1] in calls
+    assert run.resolve("best", load_run(run)[2].space)[1] in calls
 
 
 def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, monkeypatch):
@@ -459,7 +460,7 @@ def test_a_searched_run_can_be_moved(searched, tmp_path):
     run, front = searched
     shutil.copytree(run.path, tmp_path / "moved")
     moved = Run(tmp_path / "moved")
-    space = moved.load()[2].space
+    space = load_run(moved)[2].space
     assert moved.resolve("best", space) == ("best", front.best.sub_adapter)
     name = front.members[0].name
     assert moved.resolve(name, space) == (name, front.members[0].sub_adapter)

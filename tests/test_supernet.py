@@ -14,16 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elastic import models
-from elastic.adapters.attach import (
-    ElasticLinear,
-    FactorLinear,
-    modules_of,
-    plain_linear,
-)
+from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import BaseMismatch, RunError
 from elastic.merging import compact, merge_
+from elastic.modules import modules_of, plain_linear
 from elastic.slicing import sliced
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet, load_super_adapter, save_super_adapter

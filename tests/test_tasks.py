@@ -14,8 +14,8 @@ from elastic import tasks
 from elastic.batching import encode_example, prompt_ids
 from elastic.config import TaskConfig
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
-from elastic.tasks import TASKS, Example, load_task
-from elastic.tasks.base import Split
+from elastic.tasks import TASKS, load_task
+from elastic.tasks.base import Example, Split
 from tests import tiny
 
 SPLITS: list[Split] = ["train", "validation", "test"]

@@ -13,15 +13,12 @@ from elastic.bench import CANDIDATE, Bench
 from elastic.errors import ConfigError, RunError
 from elastic.latency import Latency, Measurement
 from elastic.merging import compact
-from elastic.search_config import (
-    LatencyConfig,
-    TableConfig,
-    TimingConfig,
-)
+from elastic.search_config import LatencyConfig, TableConfig, TimingConfig
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.timetable import Target, Timetable, known_timetable, record, spearman
 from elastic.timing import time_run
-from tests.test_study import config, fake_latency, forbid_weights, no_plot, trained  # noqa: F401
+from tests.test_study import config
 from tests.tiny import RANK
 from tests.tiny_runs import (
     ONE_ROUND,
@@ -49,15 +46,15 @@ def nothing_known(monkeypatch, tmp_path):
 
 
 def recorded(run, timing=ONE_ROUND, sizes=SIZES) -> Timetable:
-    return record(run.load()[2], Target.of(run, timing), timing, sizes, seed=0)
+    return record(load_run(run)[2], Target.of(run, timing), timing, sizes, seed=0)
 
 
-def test_it_predicts_sub_adapters_it_never_saw(trained, nothing_known):  # noqa: F811
+def test_it_predicts_sub_adapters_it_never_saw(trained, nothing_known):
     table = recorded(trained)
     assert (len(table.seen), len(table.unseen)) == (1 + 9, 5)
     assert table.seen[0].sub_adapter == table.space.maximal()
     assert not {each.sub_adapter for each in table.seen} & {e.sub_adapter for e in table.unseen}
-    net = trained.load()[2]
+    net = load_run(trained)[2]
     for sub in [
         net.space.minimal(),
         net.space.uniform(0.6),
@@ -70,7 +67,7 @@ def test_it_predicts_sub_adapters_it_never_saw(trained, nothing_known):  # noqa:
         assert error.mean < 0.02 and error.rank_correlation > 0.95 and error.n == 5
 
 
-def test_its_error_is_that_of_its_predictions(trained, nothing_known):  # noqa: F811
+def test_its_error_is_that_of_its_predictions(trained, nothing_known):
     table = recorded(trained)
     off = [
         replace(each, values={**each.values, "prefill_ms": 1.25 * each.values["prefill_ms"]})
@@ -101,7 +98,7 @@ def test_rank_correlation(a, b, expected):
     assert found == (expected if expected is None else pytest.approx(expected))
 
 
-def test_a_file_holds_all_of_it(trained, nothing_known):  # noqa: F811
+def test_a_file_holds_all_of_it(trained, nothing_known):
     table = recorded(trained)
     again = Timetable.from_dict(json.loads(json.dumps(table.as_dict())), table.space)
     for sub in (table.space.maximal(), table.space.uniform(0.7), table.space.minimal()):
@@ -109,7 +106,7 @@ def test_a_file_holds_all_of_it(trained, nothing_known):  # noqa: F811
     assert again.errors == table.errors and again.describe() == table.describe()
 
 
-def test_it_is_measured_once_for_a_target(trained, tmp_path, counted, nothing_known):  # noqa: F811
+def test_it_is_measured_once_for_a_target(trained, tmp_path, counted, nothing_known):
     search(config(copy_run(trained, tmp_path / "one"), trials=2, starts=2))
     assert len(counted) == 9 + 4 + 2  # the table, and the two of the front
     counted.clear()
@@ -123,7 +120,7 @@ def test_it_is_measured_once_for_a_target(trained, tmp_path, counted, nothing_kn
 
 
 def test_what_a_busy_machine_says_is_told_and_not_kept(
-    trained, tmp_path, monkeypatch, nothing_known, capsys  # noqa: F811
+    trained, tmp_path, monkeypatch, nothing_known, capsys
 ):  # fmt: skip
     def noisy(*args, **kwargs):
         found = fake_measure(*args, **kwargs)
@@ -150,8 +147,8 @@ def in_turn(monkeypatch, *controls: float) -> list[float]:
     return left
 
 
-def test_a_busy_moment_is_waited_for(trained, monkeypatch):  # noqa: F811
-    net = trained.load()[2]
+def test_a_busy_moment_is_waited_for(trained, monkeypatch):
+    net = load_run(trained)[2]
     sub = net.space.minimal()
     for controls, expected, unused in (
         ((0.5, 0.01, 0.4, 0.3), 0.01, 2),
@@ -166,7 +163,7 @@ def test_a_busy_moment_is_waited_for(trained, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("table", [False, True])
 def test_latency_is_refused_on_a_busy_machine(
-    trained, monkeypatch, tmp_path, nothing_known, capsys, table  # noqa: F811
+    trained, monkeypatch, tmp_path, nothing_known, capsys, table
 ):  # fmt: skip
     in_turn(monkeypatch, 0.25)
     file = tmp_path / "table.json"
@@ -184,8 +181,8 @@ def test_latency_is_refused_on_a_busy_machine(
 # Unmerged, ranks cost.
 
 
-def test_ranks_cost_only_unmerged(trained, nothing_known):  # noqa: F811
-    net = trained.load()[2]
+def test_ranks_cost_only_unmerged(trained, nothing_known):
+    net = load_run(trained)[2]
     full = net.space.indices(net.space.maximal())
     last = {g.name: len(g.choices) - 1 for g in net.space if g.dim == "rank"}
     low = net.space.at({**full, **last})
@@ -199,8 +196,8 @@ def test_ranks_cost_only_unmerged(trained, nothing_known):  # noqa: F811
 # The bench.
 
 
-def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):  # noqa: F811
-    net = trained.load()[2]
+def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):
+    net = load_run(trained)[2]
     minimal = net.space.indices(net.space.minimal())
     ranks = {g.name: 0 for g in net.space if g.dim == "rank"}
     subs = [net.space.at(minimal), net.space.at(minimal | ranks)]
@@ -212,7 +209,7 @@ def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):
         assert (found[0] == found[1]) is merged
 
 
-def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_known):  # noqa: F811
+def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_known):
     """Every measurement is slower than the one before; candidates are told by their ratio."""
     steady, times = recorded(trained), []
 
@@ -235,8 +232,8 @@ def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_
             assert slow.values[metric] == pytest.approx(unit * same.values[metric])
 
 
-def test_memory_is_weights_cache_and_activations(trained):  # noqa: F811
-    net = trained.load()[2]
+def test_memory_is_weights_cache_and_activations(trained):
+    net = load_run(trained)[2]
     minimal, maximal = net.space.minimal(), net.space.maximal()
 
     def weights(sub) -> float:
@@ -261,7 +258,7 @@ def test_memory_is_weights_cache_and_activations(trained):  # noqa: F811
 
 
 @pytest.fixture
-def table_file(trained, tmp_path, nothing_known):  # noqa: F811
+def table_file(trained, tmp_path, nothing_known):
     file = tmp_path / "table.json"
     timing = replace(ONE_ROUND, rounds=2, max_rounds=2)
     report = time_run(LatencyConfig(run=str(trained.path), save=str(file), timing=timing))
@@ -279,7 +276,7 @@ def changed(file, **target):
     file.write_text(json.dumps(value))
 
 
-def test_a_saved_table_serves_a_search(trained, tmp_path, table_file, counted):  # noqa: F811
+def test_a_saved_table_serves_a_search(trained, tmp_path, table_file, counted):
     run = copy_run(trained, tmp_path / "run")
     front = search(config(run, trials=4, table=TableConfig(file=[str(table_file)])))
     saved = Timetable.from_dict(json.loads(table_file.read_text()), front.timetables[None].space)
@@ -289,7 +286,7 @@ def test_a_saved_table_serves_a_search(trained, tmp_path, table_file, counted): 
 
 
 def test_a_table_of_another_device_is_used_only_when_named(
-    trained, tmp_path, table_file, counted, capsys  # noqa: F811
+    trained, tmp_path, table_file, counted, capsys
 ):  # fmt: skip
     changed(table_file, device="a phone")
     run = copy_run(trained, tmp_path / "run")
@@ -318,7 +315,7 @@ def test_a_table_of_another_device_is_used_only_when_named(
     ],
 )
 def test_a_table_of_something_else_is_refused_before_weights(
-    trained, tmp_path, table_file, forbid_weights, target, timing, expected  # noqa: F811
+    trained, tmp_path, table_file, forbid_weights, target, timing, expected
 ):  # fmt: skip
     changed(table_file, **target)
     run = copy_run(trained, tmp_path / "run")
@@ -328,14 +325,14 @@ def test_a_table_of_something_else_is_refused_before_weights(
     assert not run.search.exists()
 
 
-def test_a_file_that_is_no_table_is_refused(trained, tmp_path, forbid_weights):  # noqa: F811
+def test_a_file_that_is_no_table_is_refused(trained, tmp_path, forbid_weights):
     file = tmp_path / "junk.json"
     file.write_text('{"target": 3}')
     with pytest.raises(RunError, match="holds no latency table; record one with"):
         search(config(copy_run(trained, tmp_path / "run"), table=TableConfig(file=[str(file)])))
 
 
-def test_a_study_keeps_its_table(trained, tmp_path, table_file):  # noqa: F811
+def test_a_study_keeps_its_table(trained, tmp_path, table_file):
     run = copy_run(trained, tmp_path / "run")
     search(config(run, trials=2, starts=2, table=TableConfig(file=[str(table_file)])))
     front = search(config(run, trials=3, starts=2))  # it need not be named again
@@ -348,7 +345,7 @@ def test_a_study_keeps_its_table(trained, tmp_path, table_file):  # noqa: F811
         search(config(run, starts=2, table=TableConfig(file=[str(table_file)])))
 
 
-def test_settings_of_tables_are_checked(trained):  # noqa: F811
+def test_settings_of_tables_are_checked(trained):
     with pytest.raises(ConfigError, match=r"table\.target"):
         TableConfig(target="a phone")
     with pytest.raises(ConfigError, match=r"timing\.merged false"):
@@ -360,9 +357,9 @@ def test_settings_of_tables_are_checked(trained):  # noqa: F811
 # `elastic latency`.
 
 
-def test_a_report_has_both_models(trained, nothing_known, capsys):  # noqa: F811
+def test_a_report_has_both_models(trained, nothing_known, capsys):
     report = time_run(LatencyConfig(run=str(trained.path), sub_adapter="minimal", timing=ONE_ROUND))
-    net = trained.load()[2]
+    net = load_run(trained)[2]
     sizes = {
         name: sum(p.numel() for p in compact(net, sub).parameters())
         for name, sub in (("", net.space.minimal()), ("full_", net.space.maximal()))
@@ -379,19 +376,19 @@ def test_a_report_has_both_models(trained, nothing_known, capsys):  # noqa: F811
     }
 
 
-def test_real_runs_are_timed(trained, monkeypatch, nothing_known):  # noqa: F811
+def test_real_runs_are_timed(trained, monkeypatch, nothing_known):
     """With the machine's own clock; nothing is asked of it but to go on."""
     from elastic.latency import measure
 
     monkeypatch.setattr(bench, "measure", measure)
-    with Bench(trained.load()[2], ONE_ROUND) as timed:
+    with Bench(load_run(trained)[2], ONE_ROUND) as timed:
         found = timed(timed.net.space.minimal())
     assert set(found.latencies) == {"full", CANDIDATE}
     assert all(each.prefill_ms > 0 and each.decode_ms > 0 for each in found.latencies.values())
     assert torch.is_grad_enabled()
 
 
-def test_a_target_is_known_by_sizes_not_by_weights(trained, tmp_path):  # noqa: F811
+def test_a_target_is_known_by_sizes_not_by_weights(trained, tmp_path):
     here = Target.of(trained, ONE_ROUND)
     run = copy_run(trained, tmp_path / "run")
     randomize_factors(run, seed=3)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from elastic import exporter
-from elastic.evaluate import Score, paired, wilson
 from elastic.exporter import export
+from elastic.statistics import Score, paired, wilson
 from elastic.writers import base, in_torch
 from tests import tiny
-from tests.test_exporter import active_logits, config, logits_close, nets, run, runs  # noqa: F401
+from tests.test_exporter import active_logits, config, logits_close
 
 
 def scores(report, kind: str) -> tuple:
@@ -16,7 +16,7 @@ def scores(report, kind: str) -> tuple:
     return found["accuracy"], found["full_accuracy"], found["difference"]
 
 
-def test_the_full_model_is_asked_the_same_examples_once_in_every_runtime(run, monkeypatch):  # noqa: F811
+def test_the_full_model_is_asked_the_same_examples_once_in_every_runtime(run, monkeypatch):
     """In torch the whole test split, elsewhere so many of it. Canned answers, the full model's and
     the compact one's all different, show who is beside whom."""
     pytest.importorskip("onnxruntime")
@@ -50,7 +50,7 @@ def test_the_full_model_is_asked_the_same_examples_once_in_every_runtime(run, mo
     assert "the full model reaches 87.5% and this one 62.5%" in card
 
 
-def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):  # noqa: F811
+def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):
     """By logits, in torch and in a runtime of its own."""
     pytest.importorskip("onnxruntime")
     net, ids, seen = nets["float32"], tiny.tokens(1, 9), {}
@@ -73,7 +73,7 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):  # noqa: F8
     assert not seen
 
 
-def test_nothing_is_asked_where_no_example_is(run, monkeypatch):  # noqa: F811
+def test_nothing_is_asked_where_no_example_is(run, monkeypatch):
     pytest.importorskip("onnxruntime")
     for module, name in ((exporter, "evaluate"), (base, "score"), (in_torch, "evaluate")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("asked"))

@@ -9,13 +9,15 @@ from transformers import TrainingArguments
 
 from elastic import models, trainer, training
 from elastic.adapter_config import OloraConfig, ProloraConfig
-from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.adapters.attach import ElasticLinear
 from elastic.batching import encode_all
 from elastic.config import AdapterConfig, ModelConfig, ScheduleConfig, StageConfig, TaskConfig
+from elastic.dims import channel_index
 from elastic.errors import ConfigError, DataError, ModelError, RunError
-from elastic.importance import channel_index
+from elastic.modules import modules_of
 from elastic.run import Run
 from elastic.schedule import Schedule
+from elastic.supernet import load_run
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from elastic.watching import MetricsFile
@@ -333,7 +335,7 @@ def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
 def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
     run = train(train_config(tiny_folder, tmp_path / "run", lr=ScheduleConfig(base_lr=0.05)))
     [(net, _)] = built
-    loaded = run.load()[2]
+    loaded = load_run(run)[2]
     ids = tiny.tokens()
     for sub in (net.space.maximal(), net.space.heuristic(), net.space.minimal()):
         with net.active(sub) as model, loaded.active(sub) as again:
@@ -444,7 +446,7 @@ def test_every_method_learns(tiny_folder, tmp_path, method):
     run = train(config)
     losses = [row["loss"] for row in metrics(run)]
     assert sum(losses[8:12]) < 0.97 * sum(losses[:4])
-    _, base, net = run.load()
+    _, base, net = load_run(run)
     assert net.space.minimal() != net.space.maximal()
     assert base.digest
 

@@ -13,7 +13,7 @@ from elastic.batching import IGNORED, collate, encode
 from elastic.config import StageConfig, TaskConfig
 from elastic.errors import ConfigError, TrainingError
 from elastic.run import Run
-from elastic.supernet import Supernet
+from elastic.supernet import Supernet, load_run
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from elastic.watching import Pace, Probe
@@ -175,7 +175,7 @@ def test_a_sub_adapter_goes_on_alone(super_run, tmp_path, monkeypatch, distill):
 
     monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
     run = train(alone(config, tmp_path, sub_adapter="minimal", distill=distill))
-    _, _, net = run.load()
+    _, _, net = load_run(run)
     minimal = net.space.minimal()
     assert set(visited) == {minimal} and len(visited) == 4
     assert len(teachers) == (4 if distill else 0)
@@ -197,7 +197,7 @@ def test_a_sub_adapter_goes_on_alone(super_run, tmp_path, monkeypatch, distill):
 
 def test_the_teacher_is_the_maximal_of_before(super_run, tmp_path):
     _, before = super_run
-    _, _, net = before.load()
+    _, _, net = load_run(before)
     teacher = trainer.frozen(net)
     ids = tiny.tokens()
     expected = tiny.logits(net.model, ids)

@@ -22,7 +22,6 @@ from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
 from elastic.workers import Worker, open_storage
 from tests.searching import KILLED_AT
-from tests.test_study import fake_latency, no_plot, trained  # noqa: F401
 from tests.tiny_runs import ONE_ROUND, copy_run
 
 TRIALS, WORKERS = 20, 4
@@ -52,7 +51,7 @@ def storage(request, tmp_path):
 @pytest.mark.parametrize(
     "storage", ["journal", pytest.param("grpc", marks=pytest.mark.slow)], indirect=True
 )
-def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):  # noqa: F811
+def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):
     run = copy_run(trained, tmp_path / "run")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("searching.py")),

@@ -14,6 +14,7 @@ from elastic.files import write_json
 from elastic.formats import hf
 from elastic.run import Run
 from elastic.space import SubAdapter
+from elastic.supernet import load_run
 from elastic.training import train
 from elastic.uniform import is_uniform
 from tests import tiny
@@ -34,7 +35,7 @@ def config(run: Run, **overrides) -> ExportConfig:
 
 def uneven(run: Run, file) -> str:
     """Full ranks, and MLPs of two widths."""
-    net = run.load()[2]
+    net = load_run(run)[2]
     widths = iter((48, 16))
     chosen = {
         group.name: next(widths) if group.dim == "width" else group.choices[0]
@@ -104,7 +105,7 @@ def test_the_nearest_uniform_sub_adapter_says_what_it_costs(run, tmp_path, capsy
     asked = config(run, sub_adapter=file, hf=HfConfig(uniform=True), accuracy=True)
     report = export(asked)
     contents = report.contents
-    space = run.load()[2].space
+    space = load_run(run)[2].space
     written = SubAdapter(tuple(contents["sub_adapter"].items()))
     assert report.directory.name == "uneven-uniform" and is_uniform(space, written)
     assert not is_uniform(space, SubAdapter.read(file))

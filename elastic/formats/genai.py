@@ -15,7 +15,8 @@ from elastic import caches
 from elastic.classifier import classes_of
 from elastic.files import write_json
 from elastic.formats import hf
-from elastic.formats.onnx import FILE, cache_names
+from elastic.formats.onnx import FILE
+from elastic.formats.onnx_session import cache_names
 from elastic.formats.tracing import traceable
 from elastic.recurrent import is_recurrent
 

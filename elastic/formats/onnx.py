@@ -14,30 +14,20 @@ import numpy as np
 
 from elastic import caches
 from elastic.classifier import classes_of, has_types
-from elastic.errors import ConfigError, MissingExtra, unknown
-from elastic.formats.tracing import (
-    Trace,
-    require,
-    require_float32,
-    traceable,
-    write_traced,
-)
+from elastic.errors import ConfigError, unknown
+from elastic.formats import seq2seq
+from elastic.formats.onnx_session import at_the_end, cache_names, session_of, step_inputs
+from elastic.formats.tracing import Trace, require, require_float32, traceable, write_traced
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from elastic.runners import Runner
 
+
 __all__ = ["FILE", "OnnxRunner", "open_runner", "require", "write"]
-
 FILE = "model.onnx"
-
-
-def cache_names(side: str, layers: int) -> list[str]:
-    """`side.0.key, side.0.value, side.1.key, ...`, as onnxruntime-genai and openvino expect."""
-    return [f"{side}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
 def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> Path:
@@ -60,8 +50,6 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if model.config.is_encoder_decoder:
-        from elastic.formats import seq2seq
-
         return seq2seq.write(model, directory, logits=logits)
     with traceable(model):
         trace = _classifier(model) if classes_of(model) else _decoder(model, logits)
@@ -146,29 +134,14 @@ def _last(input_ids: Tensor) -> Tensor:
 
 def open_runner(path: Path, threads: int | None = None) -> Runner:
     """The runner for what `write` returned."""
-    from elastic.formats.seq2seq import DECODER, OnnxEncoderDecoder
-
-    return (OnnxEncoderDecoder if Path(path).name == DECODER else OnnxRunner)(path, threads)
-
-
-def session_of(path: Path, threads: int | None = None) -> InferenceSession:
-    """The graph, ready to run on the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "onnx", "running ONNX models") from error
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0: one per physical core
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    pair = Path(path).name == seq2seq.DECODER
+    return (seq2seq.OnnxEncoderDecoder if pair else OnnxRunner)(path, threads)
 
 
 def graph_in(directory: Path) -> Path:
     """What `write` returned for this folder."""
-    from elastic.formats.seq2seq import DECODER
-
-    there = (directory / DECODER).is_file()
-    return directory / (DECODER if there else FILE)
+    there = (directory / seq2seq.DECODER).is_file()
+    return directory / (seq2seq.DECODER if there else FILE)
 
 
 def open_folder(directory: Path, threads: int | None = None) -> Runner:
@@ -218,24 +191,3 @@ class OnnxRunner:
         self._past = dict(zip(self._past_shapes, present, strict=True))
         self._length += input_ids.shape[1]
         return at_the_end(logits.numpy())
-
-
-def step_inputs(
-    input_ids: np.ndarray, past: int, names: set[str], types: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """What the graph with these inputs reads beside its cache, for tokens (batch, sequence) after
-    `past` others. A model without positions (ALiBi) has no input for them."""
-    batch, sequence = input_ids.shape
-    positions = np.arange(past, past + sequence, dtype=np.int64)
-    found = {
-        "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
-        "attention_mask": np.ones((batch, past + sequence), np.int64),
-        "position_ids": np.tile(positions, (batch, 1)),
-        "token_type_ids": np.zeros((batch, sequence), np.int64) if types is None else types,
-    }
-    return {name: array for name, array in found.items() if name in names}
-
-
-def at_the_end(logits: np.ndarray) -> np.ndarray:
-    """(batch, vocab) of the last position, or (batch, classes) as it is."""
-    return logits[:, -1] if logits.ndim == 3 else logits

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic.adapters.attach import plain_linear, replace_module
 from elastic.depth import renamed
 from elastic.dims import Ranges
 from elastic.formats import hf
+from elastic.modules import plain_linear, replace_module
 from elastic.slicing import module_tree
 from elastic.space import BoundSpace, SubAdapter
 from elastic.uniform import covering

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear, modules_of
+from elastic.adapters.attach import ElasticLinear
 from elastic.classifier import classes_of
 from elastic.errors import ExportError
-from elastic.foreign import DIGEST, PEFT_WEIGHTS
+from elastic.modules import modules_of
 from elastic.recurrent import is_recurrent
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
@@ -125,3 +125,8 @@ def _targets(net: Supernet, sites: Collection[str]) -> list[str]:
     own = [name for name in layers if not name.endswith(".base")]
     alike = {name for name in own if name.rpartition(".")[2] in short}
     return sorted(short) if alike == set(sites) else sorted(sites)
+
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIGEST = "base_digest"
+"""Where an adapter that we wrote names its base, in the metadata of its tensors."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic import caches
-from elastic.formats.onnx import session_of
+from elastic.formats.onnx_session import session_of
 from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from elastic import models
 from elastic.config import ModelConfig
-from elastic.evaluate import Score
 from elastic.export_config import ExportConfig
 from elastic.formats import genai
 from elastic.formats.weigh import Load
 from elastic.runners import Runner
 from elastic.scoring import score
 from elastic.space import SubAdapter
+from elastic.statistics import Score
 from elastic.supernet import Supernet
-from elastic.tasks import Example
+from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ import torch
 
 from elastic import models
 from elastic.errors import ExportError, MissingExtra
-from elastic.formats import onnx, openvino
+from elastic.formats import onnx, openvino, tracing
 from elastic.runners import Runner
 from elastic.writers.base import Format, Source, Which
 
@@ -20,7 +20,7 @@ class Onnx(Format):
     runtime = "onnx"
 
     def require(self) -> None:
-        onnx.require()
+        tracing.require()
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
 
@@ -46,7 +46,7 @@ class Openvino(Format):
     runtime = "openvino"
 
     def require(self) -> None:
-        onnx.require()
+        tracing.require()
         openvino.require()
 
     def why_not(self, source: Source) -> str | None:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from elastic import foreign, models
-from elastic.adapters.attach import dequantise_
+from elastic import models
 from elastic.errors import ExportError
-from elastic.evaluate import Score, evaluate
+from elastic.evaluate import evaluate
 from elastic.files import read_json
 from elastic.formats import hf, peft
 from elastic.formats.padding import padded
 from elastic.formats.weigh import Load
+from elastic.modules import dequantise_
 from elastic.run import as_plain
-from elastic.runners import Runner, runner_of, timed_runner
-from elastic.tasks import Example
+from elastic.runners import Runner, runner_of
+from elastic.runtime import timed_runner
+from elastic.statistics import Score
+from elastic.tasks.base import Example
 from elastic.writers.base import Format, Source, Which
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ class Peft(_Torch):
         return own, dataclasses.replace(full, settings=settings)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"rank": read_json(directory / foreign.PEFT_CONFIG)["r"]}
+        return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
 
 
 def _stored(source: Source) -> torch.dtype:

@@ -17,7 +17,8 @@ import statistics
 
 from elastic.evaluate import evaluate
 from elastic.run import Run
-from elastic.tasks import Example, llm_adapters
+from elastic.tasks import llm_adapters
+from elastic.tasks.base import Example
 from tests.benchmarks.common import report, sides
 
 EXAMPLES, TURNS, SLOW, FAST = 1000, 5, 4, 100

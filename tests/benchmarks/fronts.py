@@ -25,6 +25,7 @@ from elastic.progress import track
 from elastic.run import Run
 from elastic.search_config import SearchConfig, TableConfig, TimingConfig
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from tests.benchmarks.common import report
 
@@ -70,7 +71,7 @@ def main() -> None:
                 table=TableConfig(file=[given.table], target=device), timing=timing, **settings,
             )  # fmt: skip
             front = search(config)
-            trained, base, net = copy.load()
+            trained, base, net = load_run(copy)
             test = load_task(trained.task, trained.seed).test
             rows = []
             for one in track(selected(front, name), "test split"):

@@ -15,6 +15,7 @@ from elastic.evaluate import evaluate
 from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.merging import combine, compact
 from elastic.run import Run
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from tests.benchmarks.common import report
 
@@ -48,7 +49,7 @@ def main() -> None:
 
     rows = {"sub-adapter alone": scored(compact(net, sub))}
     for name, run in (("SORSA alone, full size", sorsa), ("O-LoRA alone, full size", olora)):
-        rows[name] = scored(run.load(dtype="float32")[2].model)
+        rows[name] = scored(load_run(run, dtype="float32")[2].model)
     merges = {}
     for way, settings in WAYS.items():
         weights = settings["weights"]

@@ -21,10 +21,12 @@ from pathlib import Path
 
 from elastic import TrainConfig
 from elastic.cli import parse
-from elastic.evaluate import Score, evaluate
+from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.space import BoundSpace, SubAdapter
+from elastic.statistics import Score
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.training import train
 from tests.benchmarks.common import report
@@ -80,7 +82,7 @@ def scores(run: Run, split: str, examples: int) -> dict[float, Score]:
     """Of a finished run at every width, from RUN/quality-SPLIT-N.json where it stands."""
     file = run.path / f"quality-{split}-{examples}.json"
     if not file.is_file():
-        config, base, net = run.load()
+        config, base, net = load_run(run)
         rows = getattr(load_task(config.task, config.seed), split)[:examples]
         found = {}
         for width in WIDTHS:

@@ -25,12 +25,14 @@ from elastic import SearchConfig, TrainConfig
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.cli import parse
 from elastic.cost import Counter
-from elastic.evaluate import Score, evaluate
+from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json, write_text
 from elastic.run import Run
-from elastic.runners import timing_of
+from elastic.runtime import timing_of
 from elastic.search_config import TimingConfig
+from elastic.statistics import Score
 from elastic.study import search
+from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.training import train
 from tests.benchmarks.common import report
@@ -108,7 +110,7 @@ def scored(run: Run, names: Sequence[str]) -> dict[str, dict]:
     found = read_json(file) if file.is_file() else {}
     if set(names) <= set(found):
         return found
-    config, base, net = run.load()
+    config, base, net = load_run(run)
     examples, count = load_task(config.task, config.seed).test, Counter(net.model, net.space)
     for name in names:
         sub = run.resolve(name, net.space)[1]
@@ -126,7 +128,7 @@ def scored(run: Run, names: Sequence[str]) -> dict[str, dict]:
 def timed(run: Run, names: Sequence[str], file: Path) -> dict[str, dict]:
     """Latencies beside the full model's by name and runtime. `file` keeps them by shape, for
     seeds do not change how fast one is."""
-    config, _, net = run.load(dtype="float32")
+    config, _, net = load_run(run, dtype="float32")
     known = read_json(file) if file.is_file() else {}
     subs = {name: run.resolve(name, net.space)[1] for name in names}
     shapes = {name: str(shape_of(net.space, sub, merged=True)) for name, sub in subs.items()}

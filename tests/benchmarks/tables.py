@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from elastic.files import read_json
 from elastic.run import Run
 from elastic.search_config import TableConfig, TimingConfig
+from elastic.supernet import load_run
 from elastic.timetable import Target, record
 from tests.benchmarks.common import RESULTS, report
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     run = Run(given.run)
-    net = run.load()[2]
+    net = load_run(run)[2]
     precise = TimingConfig(rounds=9, new_tokens=6)
     kinds = {runtime: replace(precise, runtime=runtime) for runtime in given.runtimes}
     if given.unmerged:
