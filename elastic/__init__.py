@@ -13,11 +13,11 @@ import importlib
 
 _WHERE = {
     "TrainConfig": "config",
-    "SearchConfig": "search_config",
-    "ExportConfig": "export_config",
-    "EvaluateConfig": "evaluate_config",
-    "LatencyConfig": "search_config",
-    "BudgetConfig": "search_config",
+    "SearchConfig": "config",
+    "ExportConfig": "config",
+    "EvaluateConfig": "config",
+    "LatencyConfig": "config",
+    "BudgetConfig": "config",
     "ModelConfig": "config",
     "AdapterConfig": "config",
     "TaskConfig": "config",

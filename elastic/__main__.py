@@ -8,16 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic import config, evaluate_config, export_config, search_config, space_config
+from elastic import config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
-    "search": (search_config.SearchConfig, "elastic.study", "search"),
-    "export": (export_config.ExportConfig, "elastic.exporter", "export"),
-    "evaluate": (evaluate_config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
-    "latency": (search_config.LatencyConfig, "elastic.timing", "time_run"),
-    "space show": (space_config.SpaceShowConfig, "elastic.dry", "show_space"),
-    "space import": (space_config.SpaceImportConfig, "elastic.published", "import_space"),
+    "search": (config.SearchConfig, "elastic.study", "search"),
+    "export": (config.ExportConfig, "elastic.exporter", "export"),
+    "evaluate": (config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
+    "latency": (config.LatencyConfig, "elastic.timing", "time_run"),
+    "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
+    "space import": (config.SpaceImportConfig, "elastic.published", "import_space"),
 }
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
 
 def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, call, print: what each entry does."""
-    from elastic.cli import parse
+    from elastic.config.parsing import parse
     from elastic.errors import BudgetError, ElasticError
     from elastic.processes import is_main
 

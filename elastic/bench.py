@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from elastic.config import TimingConfig
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.merging import compact
 from elastic.meter import Meter
 from elastic.rounding import saved_bytes
 from elastic.runners import Runner, runner_of
 from elastic.runtime import open_runner
-from elastic.search_config import TimingConfig
 from elastic.slicing import sliced
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import Supernet

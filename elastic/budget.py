@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from elastic import models
-from elastic.config import TrainConfig
+from elastic.config import BudgetConfig, SearchConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.errors import BudgetError, ConfigError
 from elastic.objective import Figures, Objective
 from elastic.run import Run
-from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")

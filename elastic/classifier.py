@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from elastic.config import SCORE
+from elastic.config.model import SCORE
 from elastic.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

@@ -16,12 +16,11 @@ from torch import nn
 
 from elastic import models
 from elastic.binding import SearchSpace
-from elastic.config import TrainConfig
+from elastic.config import SpaceShowConfig, TrainConfig
 from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
 from elastic.modules import modules_of
 from elastic.progress import say
-from elastic.space_config import SpaceShowConfig
 from elastic.trial import called, refusal
 
 if TYPE_CHECKING:

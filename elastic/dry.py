@@ -21,7 +21,7 @@ from elastic import models
 from elastic.adapters import METHODS
 from elastic.batching import encode_all, padded
 from elastic.classifier import classes_of
-from elastic.config import StageConfig, TrainConfig
+from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
@@ -31,7 +31,6 @@ from elastic.quantised import packed_bytes
 from elastic.rehearsal import rehearse
 from elastic.schedule import Schedule
 from elastic.space import BoundSpace
-from elastic.space_config import SpaceShowConfig
 from elastic.supernet import Supernet, read_tensors
 from elastic.tasks import load_task
 from elastic.training import predecessor, with_classes

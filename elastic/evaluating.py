@@ -11,9 +11,9 @@ from typing import Any
 from elastic import models, protocol
 from elastic import statistics as metrics
 from elastic.classifier import classes_of, is_number
+from elastic.config import EvaluateConfig
 from elastic.errors import ConfigError
 from elastic.evaluate import evaluate
-from elastic.evaluate_config import EvaluateConfig
 from elastic.files import tag, write_json
 from elastic.harness import HarnessReport, run_harness
 from elastic.perplexity import Perplexity, perplexity_of

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic import foreign, models
+from elastic.config import ExportConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
-from elastic.export_config import ExportConfig
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
 from elastic.merging import combine, compact

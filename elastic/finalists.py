@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.bench import Bench
 from elastic.budget import impossible, limits_accuracy_alone, met
+from elastic.config import SearchConfig
 from elastic.errors import BudgetError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
@@ -19,7 +20,6 @@ from elastic.progress import say, track
 from elastic.proposals import learn
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain
-from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.tasks.base import Example
 from elastic.timetable import Target

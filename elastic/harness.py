@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic.config import EvaluateConfig
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
-from elastic.evaluate_config import EvaluateConfig
 from elastic.files import read_json, tag, write_json
 from elastic.progress import say, track
 from elastic.provenance import provenance

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elastic.config import TimingConfig
 from elastic.runners import Runner
-from elastic.search_config import TimingConfig
 
 if TYPE_CHECKING:
     import torch

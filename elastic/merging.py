@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastic.adapters.attach import ElasticLinear, FactorLinear
+from elastic.config import MergeConfig
 from elastic.depth import renamed
 from elastic.errors import RunError
-from elastic.export_config import MergeConfig
 from elastic.foreign import Update
 from elastic.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced

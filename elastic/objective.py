@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from elastic.config import SearchConfig
 from elastic.cost import Counter
 from elastic.evaluate import evaluate
 from elastic.latency import per_second
@@ -15,7 +16,6 @@ from elastic.merging import compact
 from elastic.precision import bits_of, smallest, split, with_bits
 from elastic.rounding import round_
 from elastic.sampler import generator_for
-from elastic.search_config import SearchConfig
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet
 from elastic.table import Table, Tables

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from elastic import models
+from elastic.config import EvaluateConfig
 from elastic.errors import ConfigError, DataError, DataMissing
-from elastic.evaluate_config import EvaluateConfig
 from elastic.progress import track
 from elastic.run import Run
 from elastic.supernet import load_run

@@ -18,11 +18,9 @@ from typing import Any
 import yaml
 
 from elastic.binding import SearchSpace
-from elastic.config import StageConfig
+from elastic.config import BudgetConfig, SearchConfig, SpaceImportConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
-from elastic.search_config import BudgetConfig, SearchConfig
-from elastic.space_config import SpaceImportConfig
 
 READERS = {
     "gate_proj": "down_proj",

@@ -146,7 +146,7 @@ class Run:
 
 @functools.lru_cache(maxsize=4)  # a command asks several times, and checking takes a while
 def _settings(text: str, where: str) -> TrainConfig:
-    from elastic.cli import from_dict
+    from elastic.config.parsing import from_dict
 
     try:
         value = yaml.safe_load(text)

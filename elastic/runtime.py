@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from elastic.config import ModelConfig
-    from elastic.search_config import TimingConfig
+    from elastic.config import ModelConfig, TimingConfig
 
 
 def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:

@@ -26,6 +26,8 @@ from elastic.budget import (
     room,
     violations,
 )
+from elastic.config import SearchConfig
+from elastic.config.search import ACCURACY
 from elastic.dims import BITS
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
@@ -37,7 +39,6 @@ from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.runtime import require_runtime, timing_of
 from elastic.sampler import generator_for
-from elastic.search_config import ACCURACY, SearchConfig
 from elastic.sensitivity import sensitivity
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import FACTORS, Supernet, load_run

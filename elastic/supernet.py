@@ -17,8 +17,8 @@ from elastic.adapters import METHODS, Adapter, check
 from elastic.adapters.attach import ElasticLinear, reorder_linear
 from elastic.binding import SearchSpace
 from elastic.classifier import widen_head_
-from elastic.cli import from_dict
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
+from elastic.config.parsing import from_dict
 from elastic.depth import Stack
 from elastic.dims import channel_index, numbers
 from elastic.errors import BaseMismatch, RunError

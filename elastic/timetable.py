@@ -18,6 +18,7 @@ import numpy as np
 
 from elastic import models, statistics
 from elastic.bench import CANDIDATE, Bench, shape_of
+from elastic.config import TableConfig, TimingConfig
 from elastic.dims import DEPTH
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
@@ -27,7 +28,6 @@ from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.sampler import generator_for
-from elastic.search_config import TableConfig, TimingConfig
 from elastic.space import BoundSpace, SubAdapter
 from elastic.supernet import FACTORS, read_order
 from elastic.table import Table

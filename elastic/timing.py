@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic import compression
 from elastic.bench import CANDIDATE, Bench
+from elastic.config import LatencyConfig
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
 from elastic.latency import REFERENCE, Measurement, distrust, per_second
@@ -17,7 +18,6 @@ from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.runtime import require_runtime, timing_of
-from elastic.search_config import LatencyConfig
 from elastic.supernet import load_run
 from elastic.timetable import Target, Timetable, record
 

@@ -22,7 +22,8 @@ from elastic.batching import (
     padded,
 )
 from elastic.binding import SearchSpace
-from elastic.config import SCORE, TrainConfig
+from elastic.config import TrainConfig
+from elastic.config.model import SCORE
 from elastic.data.labels import check_classes, classes_in
 from elastic.discovery import space_for
 from elastic.errors import ConfigError

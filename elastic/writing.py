@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from elastic import models
+from elastic.config import ExportConfig
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, require
-from elastic.export_config import ExportConfig
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
 from elastic.progress import say

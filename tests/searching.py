@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic import bench
+from elastic.config import SearchConfig, StudyConfig
 from elastic.objective import Objective
-from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
 from tests.tiny_runs import ONE_ROUND, fake_measure
 

@@ -8,10 +8,9 @@ import typing
 import pytest
 import torch
 
-from elastic.adapter_config import OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 from elastic.adapters import METHODS, check
 from elastic.adapters.base import Adapter
-from elastic.config import AdapterConfig
+from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 from elastic.errors import ConfigError, RunError
 from elastic.merging import compact
 from elastic.slicing import sliced

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 from elastic.adapters.attach import ElasticLinear
 from elastic.binding import SearchSpace
-from elastic.config import StageConfig
+from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
 from elastic.errors import ConfigError
-from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
 from elastic.formats import hf, peft
 from elastic.importance import channel_order

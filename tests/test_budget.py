@@ -10,13 +10,13 @@ import pytest
 
 from elastic import __main__, models
 from elastic.budget import room
+from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import count
 from elastic.errors import BudgetError
 from elastic.finalists import best_of
 from elastic.front import Evaluated, Measured
 from elastic.merging import compact
 from elastic.objective import Figures
-from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
 from elastic.supernet import load_run

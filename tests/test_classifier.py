@@ -15,17 +15,23 @@ from safetensors.torch import load_file, save_file
 from elastic import models, statistics
 from elastic.batching import answer_logits, collate, encode_all, encode_example
 from elastic.classifier import classes_of, head_of, start_head_
-from elastic.config import ModelConfig, SequenceConfig, StageConfig, TrainConfig
+from elastic.config import (
+    BudgetConfig,
+    EvaluateConfig,
+    ModelConfig,
+    SearchConfig,
+    SequenceConfig,
+    StageConfig,
+    TrainConfig,
+)
 from elastic.continual import train as train_any
 from elastic.data.labels import classes_in
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluate import evaluate
-from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import evaluate_run
 from elastic.formats import hf
 from elastic.merging import compact
 from elastic.run import Run
-from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.slicing import sliced
 from elastic.study import search
 from elastic.supernet import load_run

@@ -14,7 +14,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elastic import bench, models
 from elastic.classifier import classes_of
-from elastic.export_config import ExportConfig, MergeAdapterConfig, MergeConfig
+from elastic.config import (
+    BudgetConfig,
+    ExportConfig,
+    LatencyConfig,
+    MergeAdapterConfig,
+    MergeConfig,
+    SearchConfig,
+    TimingConfig,
+)
 from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
@@ -22,7 +30,6 @@ from elastic.latency import measure
 from elastic.merging import compact
 from elastic.run import Run
 from elastic.runners import runner_of
-from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.tasks import load_task

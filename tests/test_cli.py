@@ -15,15 +15,24 @@ from hypothesis import strategies as st
 import elastic
 from elastic.__main__ import COMMANDS, main
 from elastic.adapters import METHODS
-from elastic.cli import from_dict, parse
 from elastic.compression import MODES
-from elastic.config import AdapterConfig, ScheduleConfig, StageConfig, TaskConfig, TrainConfig
+from elastic.config import (
+    AdapterConfig,
+    BudgetConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LatencyConfig,
+    ScheduleConfig,
+    SearchConfig,
+    StageConfig,
+    TaskConfig,
+    TimingConfig,
+    TrainConfig,
+)
+from elastic.config.parsing import from_dict, parse
 from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
-from elastic.evaluate_config import EvaluateConfig
-from elastic.export_config import ExportConfig
 from elastic.run import Run, as_plain
-from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.tasks import TASKS
 from elastic.writers import FORMATS
 

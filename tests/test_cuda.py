@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from elastic import cuda
+from elastic.config import TimingConfig
 from elastic.cuda import CudaClock, GraphRunner, state
 from elastic.latency import clock_of, measure, state_of
 from elastic.runners import TorchRunner
 from elastic.runtime import timed_runner
-from elastic.search_config import TimingConfig
 from tests import tiny
 from tests.families import model_of
 from tests.test_latency import drive

@@ -11,16 +11,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
 from elastic.binding import SearchSpace
-from elastic.config import StageConfig
+from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig, TimingConfig
 from elastic.cost import Counter
 from elastic.errors import ConfigError, RunError
-from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.proposals import AdditiveSampler
-from elastic.search_config import TimingConfig
 from elastic.sensitivity import sensitivity
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet, read_order

@@ -11,14 +11,20 @@ from transformers import AutoTokenizer
 from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
 from elastic.binding import SearchSpace
-from elastic.config import AdapterConfig, StageConfig
+from elastic.config import (
+    AdapterConfig,
+    BudgetConfig,
+    ExportConfig,
+    LatencyConfig,
+    SearchConfig,
+    StageConfig,
+    TimingConfig,
+)
 from elastic.evaluate import answers, evaluate
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.merging import compact
 from elastic.runners import runner_of
-from elastic.search_config import BudgetConfig, LatencyConfig, SearchConfig, TimingConfig
 from elastic.slicing import sliced
 from elastic.study import search
 from elastic.supernet import Supernet

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from elastic import __main__, exporter, models
+from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.files import new_directory
 from elastic.formats import hf, onnx, openvino, peft, weigh

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import __main__, proof
-from elastic.config import ModelConfig, StageConfig
+from elastic.config import ExportConfig, ModelConfig, StageConfig
 from elastic.evaluate import answers, evaluate
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from elastic.adapter_config import OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 from elastic.adapters import METHODS
 from elastic.adapters.soslora import cross_expert
-from elastic.config import AdapterConfig
+from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.config import StageConfig
+from elastic.config import EvaluateConfig, ExportConfig, StageConfig
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, RunError
-from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import evaluate_run
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.harness import _file, runner_model
 from elastic.perplexity import window_losses

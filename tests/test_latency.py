@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.config import TimingConfig
 from elastic.latency import measure
 from elastic.runners import TorchRunner
-from elastic.search_config import TimingConfig
 from tests import tiny
 
 VOCABULARY = 50

@@ -9,9 +9,8 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from elastic import __main__, foreign, models
-from elastic.config import ModelConfig
+from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import BaseMismatch, ConfigError, RunError
-from elastic.export_config import ExportConfig, MergeAdapterConfig, MergeConfig
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf

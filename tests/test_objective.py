@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from elastic import objective
+from elastic.config import SearchConfig
 from elastic.cost import Cost
 from elastic.objective import LOOKS, Figures, Objective, chance, wins
-from elastic.search_config import SearchConfig
 from elastic.space import BoundSpace
 from elastic.statistics import Score
 

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
+from elastic.config import BudgetConfig
 from elastic.page import _volumes
-from elastic.search_config import BudgetConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from tests.test_study import config

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from elastic import __main__, bench
 from elastic.bench import Bench
+from elastic.config import LatencyConfig, SearchConfig, TableConfig, TimingConfig
 from elastic.errors import ConfigError, RunError
 from elastic.evaluate import evaluate
 from elastic.latency import Latency, Measurement
@@ -20,7 +21,6 @@ from elastic.merging import compact
 from elastic.precision import bits_of, smallest, split, with_bits
 from elastic.proposals import AdditiveSampler
 from elastic.rounding import round_
-from elastic.search_config import LatencyConfig, SearchConfig, TableConfig, TimingConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.table import Table, Tables

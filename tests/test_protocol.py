@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic import __main__, protocol
-from elastic.config import TaskConfig
+from elastic.config import EvaluateConfig, TaskConfig
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.evaluate import evaluate
-from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import _file
 from elastic.protocol import extract, file_of, kind_of, labels_in, matches, sets_of
 from elastic.run import Run

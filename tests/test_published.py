@@ -10,11 +10,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from elastic import __main__, models
 from elastic.binding import SearchSpace
-from elastic.cli import from_dict
-from elastic.config import ModelConfig, TrainConfig
+from elastic.config import ModelConfig, SearchConfig, TrainConfig
+from elastic.config.parsing import from_dict
 from elastic.errors import ConfigError
 from elastic.published import read
-from elastic.search_config import SearchConfig
 from tests.tiny_runs import space_file
 
 LLAMA = ("PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/"

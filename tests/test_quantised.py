@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from elastic import foreign, models, quantised
 from elastic.binding import SearchSpace
-from elastic.config import ModelConfig
+from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
-from elastic.export_config import ExportConfig, MergeAdapterConfig, MergeConfig
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf
@@ -22,7 +21,6 @@ from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.modules import dequantise_, modules_of
 from elastic.quantised import DEQUANTISE, QuantisedLinear
-from elastic.search_config import SearchConfig
 from elastic.slicing import sliced
 from elastic.study import search
 from elastic.supernet import Supernet, load_run, load_super_adapter, save_super_adapter

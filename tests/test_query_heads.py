@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from elastic.binding import SearchSpace
+from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
-from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.foreign import Update
 from elastic.formats import hf, onnx, openvino
 from elastic.importance import channel_order

@@ -19,12 +19,11 @@ from transformers import (
 from elastic import __main__
 from elastic.adapters import METHODS, check
 from elastic.binding import SearchSpace
-from elastic.cli import parse
-from elastic.config import TaskConfig, TrainConfig
+from elastic.config import SearchConfig, TaskConfig, TrainConfig
+from elastic.config.parsing import parse
 from elastic.continual import stage_config
 from elastic.errors import DataError
 from elastic.run import Run
-from elastic.search_config import SearchConfig
 from elastic.supernet import load_run
 from elastic.tasks import load_task
 from tests import tiny

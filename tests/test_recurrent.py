@@ -9,14 +9,20 @@ from elastic import bench, models
 from elastic.batching import answer_logits, collate, encode
 from elastic.behind import padded_behind
 from elastic.binding import SearchSpace
-from elastic.config import AdapterConfig, ModelConfig, StageConfig
+from elastic.config import (
+    AdapterConfig,
+    BudgetConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    StageConfig,
+    TimingConfig,
+)
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.runners import runner_of
-from elastic.search_config import BudgetConfig, SearchConfig, TimingConfig
 from elastic.study import search
 from elastic.tasks.base import Example
 from elastic.training import train

@@ -10,16 +10,13 @@ from transformers import AutoModelForSequenceClassification
 
 from elastic import bench, models, statistics
 from elastic.batching import encode_example
-from elastic.config import ModelConfig, TrainConfig
+from elastic.config import EvaluateConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
 from elastic.errors import ConfigError, DataError
 from elastic.evaluate import evaluate
-from elastic.evaluate_config import EvaluateConfig
 from elastic.evaluating import evaluate_run
-from elastic.export_config import ExportConfig
 from elastic.exporter import export
 from elastic.loss import answer_loss
 from elastic.run import Run
-from elastic.search_config import SearchConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.tasks import load_task
@@ -157,7 +154,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 
 
 def test_the_recipe_of_sts_b_is_complete():
-    from elastic.cli import parse
+    from elastic.config.parsing import parse
 
     config = parse(TrainConfig, ["--config", "lonas-bert-stsb-train"])
     assert (config.model.head, config.task.subset) == ("regression", "stsb")

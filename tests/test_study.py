@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from elastic import __main__, bench, finalists, models, study
-from elastic.config import TaskConfig
+from elastic.config import BudgetConfig, SearchConfig, TaskConfig
 from elastic.cost import count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
@@ -17,7 +17,6 @@ from elastic.front import Front
 from elastic.merging import compact
 from elastic.objective import Objective
 from elastic.run import Run
-from elastic.search_config import BudgetConfig, SearchConfig
 from elastic.space import SubAdapter
 from elastic.study import search
 from elastic.supernet import load_run

@@ -10,10 +10,10 @@ import torch
 
 from elastic import __main__, bench
 from elastic.bench import CANDIDATE, Bench
+from elastic.config import LatencyConfig, TableConfig, TimingConfig
 from elastic.errors import ConfigError, RunError
 from elastic.latency import Latency, Measurement
 from elastic.merging import compact
-from elastic.search_config import LatencyConfig, TableConfig, TimingConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.timetable import Target, Timetable, known_timetable, record, spearman

@@ -8,10 +8,17 @@ import torch
 from transformers import TrainingArguments
 
 from elastic import models, trainer, training
-from elastic.adapter_config import OloraConfig, ProloraConfig
 from elastic.adapters.attach import ElasticLinear
 from elastic.batching import encode_all
-from elastic.config import AdapterConfig, ModelConfig, ScheduleConfig, StageConfig, TaskConfig
+from elastic.config import (
+    AdapterConfig,
+    ModelConfig,
+    OloraConfig,
+    ProloraConfig,
+    ScheduleConfig,
+    StageConfig,
+    TaskConfig,
+)
 from elastic.dims import channel_index
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.modules import modules_of

@@ -6,10 +6,10 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from elastic.binding import SearchSpace
+from elastic.config import SpaceShowConfig
 from elastic.discovery import discover
 from elastic.dry import estimate, show_space
 from elastic.errors import ConfigError
-from elastic.space_config import SpaceShowConfig
 from elastic.training import train
 from elastic.trial import called, refusal, require_fits
 from tests import tiny

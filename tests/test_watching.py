@@ -210,8 +210,8 @@ def test_the_teacher_is_the_maximal_of_before(super_run, tmp_path):
 
 
 def test_nothing_is_left_to_search(super_run, tmp_path):
+    from elastic.config import SearchConfig
     from elastic.errors import RunError
-    from elastic.search_config import SearchConfig
     from elastic.study import search
 
     config, _ = super_run
@@ -221,8 +221,8 @@ def test_nothing_is_left_to_search(super_run, tmp_path):
 
 
 def test_from_takes_over_the_settings_of_a_run(super_run, tmp_path):
-    from elastic.cli import parse
     from elastic.config import TrainConfig
+    from elastic.config.parsing import parse
 
     config, before = super_run
     arguments = ["--from", str(before.path), "--sub_adapter", "minimal", "--distill", "0.5"]

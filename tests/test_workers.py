@@ -17,8 +17,8 @@ from optuna.storages import run_grpc_proxy_server
 from optuna.trial import TrialState
 
 from elastic import workers
+from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
-from elastic.search_config import SearchConfig, StudyConfig
 from elastic.study import search
 from elastic.workers import Worker, open_storage
 from tests.searching import KILLED_AT

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from elastic import __main__
+from elastic.config import ExportConfig, HfConfig
 from elastic.errors import ConfigError
-from elastic.export_config import ExportConfig, HfConfig
 from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf

@@ -16,9 +16,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from elastic.adapter_config import OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.binding import SearchSpace
-from elastic.config import AdapterConfig
+from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")

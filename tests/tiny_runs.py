@@ -12,11 +12,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
+from elastic.config import (
+    AdapterConfig,
+    ModelConfig,
+    StageConfig,
+    TaskConfig,
+    TimingConfig,
+    TrainConfig,
+)
 from elastic.cost import count
 from elastic.latency import Latency, Measurement
 from elastic.run import Run
-from elastic.search_config import TimingConfig
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests.tiny import ALPHA, RANK, space_dict

@@ -15,7 +15,7 @@ from elastic.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from elastic.adapter_config import AdapterConfig
+    from elastic.config import AdapterConfig
     from elastic.space import BoundSpace
 
 METHODS: dict[str, type[Adapter]] = {

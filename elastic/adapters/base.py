@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from elastic.adapter_config import AdapterConfig
+from elastic.config import AdapterConfig
 from elastic.errors import RunError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from elastic.adapter_config import AdapterConfig
 from elastic.adapters.base import Adapter, kaiming_
+from elastic.config import AdapterConfig
 
 
 class Lora(Adapter):

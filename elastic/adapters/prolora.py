@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from elastic.adapter_config import AdapterConfig
 from elastic.adapters.base import Adapter, kaiming_
+from elastic.config import AdapterConfig
 
 
 class Prolora(Adapter):

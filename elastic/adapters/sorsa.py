@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from elastic.adapter_config import AdapterConfig
 from elastic.adapters.base import Adapter
+from elastic.config import AdapterConfig
 
 OVERSAMPLED, POWER_ITERATIONS = 16, 4
 """Randomised SVD (Halko et al. 2011, arXiv 0909.4061): extra directions, and subspace iterations

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from elastic.adapter_config import AdapterConfig
 from elastic.adapters.base import Adapter
+from elastic.config import AdapterConfig
 
 
 class SosLora(Adapter):

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic import models
-from elastic.config import ModelConfig
-from elastic.export_config import ExportConfig
+from elastic.config import ExportConfig, ModelConfig
 from elastic.formats import genai
 from elastic.formats.weigh import Load
 from elastic.runners import Runner

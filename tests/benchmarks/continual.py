@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from elastic import TrainConfig, train
-from elastic.cli import parse
+from elastic.config.parsing import parse
 from tests.benchmarks.common import report
 
 ORDERS = (

@@ -16,6 +16,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from elastic.config import SearchConfig, TableConfig, TimingConfig
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Front
@@ -23,7 +24,6 @@ from elastic.merging import compact
 from elastic.pareto import hypervolume, non_dominated, thin
 from elastic.progress import track
 from elastic.run import Run
-from elastic.search_config import SearchConfig, TableConfig, TimingConfig
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.tasks import load_task

@@ -22,8 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic import models
 from elastic.binding import SearchSpace
-from elastic.config import AdapterConfig, ModelConfig, TrainConfig
-from elastic.export_config import ExportConfig, HfConfig
+from elastic.config import AdapterConfig, ExportConfig, HfConfig, ModelConfig, TrainConfig
 from elastic.exporter import export
 from elastic.run import Run
 from elastic.supernet import Supernet, save_super_adapter

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 from elastic import foreign, models
+from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.evaluate import evaluate
-from elastic.export_config import MergeAdapterConfig, MergeConfig
 from elastic.merging import combine, compact
 from elastic.run import Run
 from elastic.supernet import load_run

@@ -15,8 +15,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from elastic.config import SearchConfig, TimingConfig
 from elastic.run import Run
-from elastic.search_config import SearchConfig, TimingConfig
 from elastic.study import search
 from tests.benchmarks.common import report
 

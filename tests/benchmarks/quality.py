@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic import TrainConfig
-from elastic.cli import parse
+from elastic.config.parsing import parse
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.run import Run

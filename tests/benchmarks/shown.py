@@ -23,13 +23,13 @@ from pathlib import Path
 
 from elastic import SearchConfig, TrainConfig
 from elastic.bench import CANDIDATE, Bench, shape_of
-from elastic.cli import parse
+from elastic.config import TimingConfig
+from elastic.config.parsing import parse
 from elastic.cost import Counter
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json, write_text
 from elastic.run import Run
 from elastic.runtime import timing_of
-from elastic.search_config import TimingConfig
 from elastic.statistics import Score
 from elastic.study import search
 from elastic.supernet import load_run

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 
+from elastic.config import TableConfig, TimingConfig
 from elastic.files import read_json
 from elastic.run import Run
-from elastic.search_config import TableConfig, TimingConfig
 from elastic.supernet import load_run
 from elastic.timetable import Target, record
 from tests.benchmarks.common import RESULTS, report

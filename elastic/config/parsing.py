@@ -20,6 +20,7 @@ from elastic.files import shipped
 
 Config = TypeVar("Config")
 
+
 # A setting is explained by the docstring under its field.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastic.config import ModelConfig
+from elastic.config.model import ModelConfig
 from elastic.errors import require
 
 

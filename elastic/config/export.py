@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.latency import TimingConfig
 from elastic.errors import require
-from elastic.search_config import TimingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

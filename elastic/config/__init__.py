@@ -1,0 +1,24 @@
+"""Every setting with its default: frozen dataclasses, one root for each command. Without torch."""
+
+from elastic.config.adapter import (
+    AdapterConfig,
+    OloraConfig,
+    ProloraConfig,
+    SorsaConfig,
+    SosLoraConfig,
+)
+from elastic.config.evaluate import EvaluateConfig
+from elastic.config.export import ExportConfig, HfConfig, MergeAdapterConfig, MergeConfig
+from elastic.config.latency import LatencyConfig, TableConfig, TimingConfig
+from elastic.config.model import ModelConfig, TaskConfig
+from elastic.config.search import BudgetConfig, SearchConfig, StudyConfig
+from elastic.config.space import SpaceImportConfig, SpaceShowConfig
+from elastic.config.train import ScheduleConfig, SequenceConfig, StageConfig, TrainConfig
+
+__all__ = [
+    "AdapterConfig", "BudgetConfig", "EvaluateConfig", "ExportConfig", "HfConfig",
+    "LatencyConfig", "MergeAdapterConfig", "MergeConfig", "ModelConfig", "OloraConfig",
+    "ProloraConfig", "ScheduleConfig", "SearchConfig", "SequenceConfig", "SorsaConfig",
+    "SosLoraConfig", "SpaceImportConfig", "SpaceShowConfig", "StageConfig", "StudyConfig",
+    "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig",
+]  # fmt: skip
