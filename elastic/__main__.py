@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
 def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, call, print: what each entry does."""
     from elastic.config.parsing import parse
+    from elastic.distributed import is_main
     from elastic.errors import BudgetError, ElasticError
-    from elastic.processes import is_main
 
     kind, module, function = COMMANDS[command]
     if not sys.stderr.isatty():

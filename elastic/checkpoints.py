@@ -9,9 +9,9 @@ import os
 import shutil
 from pathlib import Path
 
+from elastic.console import say
 from elastic.errors import RunError
 from elastic.files import digest, read_json, write_json
-from elastic.progress import say
 
 BUILDING = "building"
 DIGESTS = "files.json"

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from elastic.calibration import completed
+from elastic.console import logging_at
 from elastic.errors import ConfigError, MissingExtra, require, unknown
 from elastic.formats import onnx, openvino, seq2seq, stored, tracing
 from elastic.formats import openvino as openvino_seq2seq
 from elastic.formats.onnx_weights import expose, lower
 from elastic.formats.stored import Weight
-from elastic.progress import logging_at
 
 GROUP = 64
 """Channels that share a scale in 4-bit modes. Layers whose number of channels it does not divide

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import models, plot, processes
+from elastic import distributed, models, plotting
 from elastic.config import TaskConfig, TrainConfig
+from elastic.console import say
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import answers, same_text
 from elastic.files import write_json, write_text
-from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score
@@ -131,11 +131,11 @@ class Sequential:
         print(json.dumps({"continual": str(self.run.path / "continual.json")}))
 
     def _plot(self, path: Path) -> None:
-        figure, axes = plot.canvas(8, 4.5)
+        figure, axes = plotting.canvas(8, 4.5)
         for i, task in enumerate(self.tasks):
             at = range(i, len(self.tasks))
             scores = [self.scores[t][i] for t in at]
-            ys, bars = plot.percent_bars(
+            ys, bars = plotting.percent_bars(
                 (score.accuracy for score in scores), (score.interval for score in scores)
             )
             axes.errorbar(at, ys, yerr=bars, marker="o", capsize=3, label=task)
@@ -145,7 +145,7 @@ class Sequential:
         axes.set_ylabel("test accuracy, % (95 % interval)")
         axes.set_ylim(-2, 102)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-        plot.save(figure, path)
+        plotting.save(figure, path)
 
 
 def train_sequence(config: TrainConfig) -> Sequential:
@@ -156,22 +156,22 @@ def train_sequence(config: TrainConfig) -> Sequential:
     from elastic import training
 
     run = Run(config.run)
-    with processes.main_first():
+    with distributed.main_first():
         run.claim(config)
     stages = _stages(config)
     tests = [
         _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
     ]
-    with processes.main_first():
+    with distributed.main_first():
         run.begin(config)
     scores = []
     for number, stage in enumerate(stages):
         say(f"Task {number + 1} of {len(stages)}: {config.tasks[number]}")
         trained = training.train(stage)
         seen = dict(zip(config.tasks[: number + 1], tests, strict=False))
-        scores.append(processes.shared(partial(_score_all, trained, seen, config)))
+        scores.append(distributed.shared(partial(_score_all, trained, seen, config)))
     found = Sequential(run, tuple(config.tasks), tuple(scores))
-    if processes.is_main():
+    if distributed.is_main():
         found.save()
     return found
 

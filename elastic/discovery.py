@@ -17,10 +17,10 @@ from torch import nn
 from elastic import models
 from elastic.binding import SearchSpace
 from elastic.config import SpaceShowConfig, TrainConfig
+from elastic.console import say
 from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
 from elastic.modules import modules_of
-from elastic.progress import say
 from elastic.trial import called, refusal
 
 if TYPE_CHECKING:

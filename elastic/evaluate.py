@@ -23,8 +23,8 @@ from elastic.batching import (
 )
 from elastic.behind import padding_is_seen
 from elastic.classifier import classes_of
+from elastic.console import track
 from elastic.prefix import common_start, read
-from elastic.progress import track
 from elastic.recurrent import is_recurrent
 from elastic.statistics import Score
 from elastic.tasks.base import Example, Judge

@@ -12,12 +12,12 @@ from elastic import models, protocol
 from elastic import statistics as metrics
 from elastic.classifier import classes_of, is_number
 from elastic.config import EvaluateConfig
+from elastic.console import say
 from elastic.errors import ConfigError
 from elastic.evaluate import evaluate
 from elastic.files import tag, write_json
 from elastic.harness import HarnessReport, run_harness
 from elastic.perplexity import Perplexity, perplexity_of
-from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from elastic import foreign, models
 from elastic.config import ExportConfig
+from elastic.console import say
 from elastic.cost import Counter, count
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
 from elastic.merging import combine, compact
-from elastic.progress import say
 from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict

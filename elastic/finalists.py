@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elastic.bench import Bench
 from elastic.budget import impossible, limits_accuracy_alone, met
 from elastic.config import SearchConfig
+from elastic.console import say, track
 from elastic.errors import BudgetError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
@@ -16,7 +17,6 @@ from elastic.front import Evaluated, Front, Measured, Member
 from elastic.objective import Figures, Objective
 from elastic.page import write_page
 from elastic.pareto import non_dominated, thin
-from elastic.progress import say, track
 from elastic.proposals import learn
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain

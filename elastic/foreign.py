@@ -19,10 +19,10 @@ from torch import Tensor
 from elastic import models
 from elastic.classifier import head_of
 from elastic.config import ModelConfig
+from elastic.console import say
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import read_json
 from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
-from elastic.progress import say
 from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elastic import plot
+from elastic import plotting
 from elastic.bench import CANDIDATE
 from elastic.budget import violations
 from elastic.files import new_directory, write_json, write_text
@@ -264,7 +264,7 @@ class Front:
         return f"{best.name} has {', '.join(told)}" if told else None
 
     def _plot(self, path: Path) -> None:
-        figure, axes = plot.canvas(8, 5)
+        figure, axes = plotting.canvas(8, 5)
 
         drawn = self.costs[0]
         axis = COSTS[drawn]
@@ -286,7 +286,7 @@ class Front:
                     label=f"{label} (estimate on n={self.full.accuracy_n})",
                 )
         xs = [cost(member.figures) for member in self.members]
-        ys, bars = plot.percent_bars(
+        ys, bars = plotting.percent_bars(
             (member.test["accuracy"] for member in self.members),
             (member.test["accuracy_interval"] for member in self.members),
         )
@@ -312,7 +312,7 @@ class Front:
         axes.set_xlabel(axis.title)
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8, loc="lower right")
-        plot.save(figure, path)
+        plotting.save(figure, path)
 
 
 def _ms(predicted: float, measured: float | None, full: float) -> str:

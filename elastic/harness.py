@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import EvaluateConfig
+from elastic.console import say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.files import read_json, tag, write_json
-from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.recurrent import decoded_together
 from elastic.run import Run

@@ -22,9 +22,9 @@ from elastic.classifier import (
     was_trained,
 )
 from elastic.config import ModelConfig
+from elastic.console import say
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.packaged import PACKAGED, unpacked
-from elastic.progress import say
 from elastic.recurrent import exact_, is_recurrent
 from elastic.reloaded import as_cut_, of_family_
 

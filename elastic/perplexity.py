@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from elastic import models
 from elastic.config import EvaluateConfig
+from elastic.console import track
 from elastic.errors import ConfigError, DataError, DataMissing
-from elastic.progress import track
 from elastic.run import Run
 from elastic.supernet import load_run
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from elastic.bench import ATTEMPTS
+from elastic.console import say
 from elastic.errors import RunError
 from elastic.formats import weigh
 from elastic.latency import REFERENCE, Measurement, clock_of, measure
-from elastic.progress import say
 from elastic.runners import Runner, runner_of
 from elastic.scoring import answer
 from elastic.statistics import Score, difference

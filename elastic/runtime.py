@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastic import models
+from elastic.console import say
 from elastic.errors import ConfigError, MissingExtra
-from elastic.progress import say
 from elastic.recurrent import decoded_together
 from elastic.runners import Runner, TorchRunner, runner_of
 

@@ -8,7 +8,7 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,13 @@ from elastic.budget import (
 )
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
+from elastic.console import counting_bar, say, track
 from elastic.dims import BITS
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
 from elastic.front import Front
 from elastic.objective import Figures, Objective
-from elastic.progress import say, search_bar, track
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.runtime import require_runtime, timing_of
@@ -50,6 +50,7 @@ from elastic.workers import POLL, Worker, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 IMPORTANCE_EXAMPLES, IMPORTANCE_BATCH = 64, 8
 FAILURES = 3
@@ -317,3 +318,16 @@ def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig
         starts[space.stratified(generator)] = None
     for sub in list(starts)[: config.starts]:
         study.enqueue_trial(space.indices(sub), skip_if_exists=True)
+
+
+@contextlib.contextmanager
+def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
+    """A bar over trials; call the value with the count and the latest figures."""
+    with counting_bar(transient=True) as progress:
+        task = progress.add_task("searching", total=total, completed=done)
+
+        def advance(count: int, figures: Any) -> None:
+            text = f"searching, last {figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
+            progress.update(task, completed=count, description=text)
+
+        yield advance

@@ -19,12 +19,12 @@ import numpy as np
 from elastic import models, statistics
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TableConfig, TimingConfig
+from elastic.console import say, track
 from elastic.dims import DEPTH
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
 from elastic.latency import distrust
 from elastic.packaged import cache_directory
-from elastic.progress import say, track
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.sampler import generator_for

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig, TableConfig
+from elastic.console import say
 from elastic.errors import RunError
 from elastic.files import read_json
-from elastic.progress import say
 from elastic.timetable import Target, Timetable, known_timetable, read_timetable, record
 from elastic.workers import Worker
 

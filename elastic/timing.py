@@ -11,10 +11,10 @@ from typing import Any
 from elastic import compression
 from elastic.bench import CANDIDATE, Bench
 from elastic.config import LatencyConfig
+from elastic.console import say
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
 from elastic.latency import REFERENCE, Measurement, distrust, per_second
-from elastic.progress import say
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.runtime import require_runtime, timing_of

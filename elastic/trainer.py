@@ -16,11 +16,11 @@ from elastic import checkpoints
 from elastic.adapters import METHODS
 from elastic.batching import IGNORED, Encoded, SimilarLengths, answer_logits, collate
 from elastic.config import TrainConfig
+from elastic.console import say
 from elastic.errors import TrainingError
 from elastic.files import write_json
 from elastic.loss import answer_loss
 from elastic.packing import pack
-from elastic.progress import say
 from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule, examples_per_step

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic import models, processes
+from elastic import distributed, models
 from elastic.adapters import METHODS, Adapter, check
 from elastic.batching import (
     IGNORED,
@@ -24,13 +24,13 @@ from elastic.batching import (
 from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
 from elastic.config.model import SCORE
+from elastic.console import say
 from elastic.data.labels import check_classes, classes_in
 from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
 from elastic.packing import DIFFERENCE, in_rows
-from elastic.progress import say
 from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
 from elastic.space import BoundSpace
@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> Run:
     configuration is resumed from its last checkpoint, or returned as it is when finished.
     """
     run, config = Run(config.run), with_classes(config)
-    with processes.main_first():
+    with distributed.main_first():
         finished = run.claim(config)
     if finished:
         say(f"{run.path}: already trained; nothing to do")
@@ -89,11 +89,11 @@ def train(config: TrainConfig) -> Run:
     task = load_task(config.task, config.seed)
     if config.model.classes:
         check_classes(task, config.model.classes)
-    with processes.main_first():
+    with distributed.main_first():
         run.begin(config)
 
     say(f"Loading {config.model.path}")
-    with processes.main_first():  # a packaged model is converted once
+    with distributed.main_first():  # a packaged model is converted once
         base = models.load(config.model, config.seed)
 
     pad = base.tokenizer.pad_token_id
@@ -107,18 +107,18 @@ def train(config: TrainConfig) -> Run:
         net = continued(base, space, config, before)
     else:
         net = build(base.model, space, config, calibration=examples, pad=pad)
-    schedule = Schedule.of(config, len(examples), processes.count())
+    schedule = Schedule.of(config, len(examples), distributed.count())
     what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
     say(
         f"Training {what}: {schedule.steps} steps of "
-        f"{examples_per_step(config, processes.count())} examples, "
+        f"{examples_per_step(config, distributed.count())} examples, "
         f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
     )
     with named_failure(run.checkpoints):
         trainer = fit(net, config, schedule, examples, run, pad=pad, only=only, watched=watched)
     factors = trainer.factors()
-    with processes.main_first():
-        if processes.is_main():
+    with distributed.main_first():
+        if distributed.is_main():
             if only:
                 write_json(run.sub_adapter, {"sub_adapter": only.as_dict()})
             save_super_adapter(
@@ -147,7 +147,7 @@ def _refuse_sharded(config: TrainConfig) -> None:
     DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
     gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
     """
-    sharding = processes.sharding()
+    sharding = distributed.sharding()
     method = config.adapter.resolved_method
     if sharding and METHODS[method].penalty is not Adapter.penalty:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _refuse_sharded(config: TrainConfig) -> None:
 
 def _refuse_apart(config: TrainConfig, bound: BoundSpace) -> None:
     """ConfigError where processes that gather every block together would run different ones."""
-    sharding = processes.sharding()
+    sharding = distributed.sharding()
     if sharding and bound.depths and config.draw_for == "process":
         raise ConfigError(
             f"sample_each process: {sharding} gathers every block on all processes, which wait for "
@@ -183,7 +183,7 @@ def build(
     if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
-    order = processes.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
+    order = distributed.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
     settings = {"order": order, "seed": config.seed}
     if config.resolved_order == "none":
         return Supernet(model, space, config.adapter, **settings)

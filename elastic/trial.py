@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.config import AdapterConfig
+from elastic.console import logging_at
 from elastic.errors import ConfigError
 from elastic.modules import modules_of
-from elastic.progress import logging_at
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:

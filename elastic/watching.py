@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from elastic.batching import IGNORED, answer_logits
+from elastic.console import counting_bar
 from elastic.errors import ConfigError, unknown
 from elastic.loss import answer_loss
-from elastic.progress import counting_bar
 from elastic.sampler import generator_for
 from elastic.supernet import Supernet
 

@@ -13,11 +13,11 @@ import torch
 
 from elastic import models
 from elastic.config import ExportConfig
+from elastic.console import say
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, require
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
-from elastic.progress import say
 from elastic.proof import NO_SCORE, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict

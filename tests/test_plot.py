@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic.plot import percent_bars
+from elastic.plotting import percent_bars
 from elastic.statistics import wilson
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from elastic.classifier import is_number
+from elastic.console import say
 from elastic.errors import DataError
-from elastic.progress import say
 
 if TYPE_CHECKING:
     from elastic.tasks.base import Task

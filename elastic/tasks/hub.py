@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic.config import TaskConfig
+from elastic.console import say
 from elastic.errors import DataError, DataMissing, MissingExtra
-from elastic.progress import say
 from elastic.tasks.base import Example, Split, Task, disjoint, limits
 from elastic.tasks.rows import example_of
 

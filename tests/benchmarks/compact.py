@@ -20,11 +20,11 @@ from elastic import models
 from elastic.binding import SearchSpace
 from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig, TimingConfig
+from elastic.console import say
 from elastic.cost import count
 from elastic.formats import onnx, openvino
 from elastic.latency import REFERENCE, measure
 from elastic.merging import compact
-from elastic.progress import say
 from elastic.runners import runner_of
 from elastic.space import SubAdapter
 from elastic.supernet import Supernet

@@ -17,12 +17,12 @@ import shutil
 from pathlib import Path
 
 from elastic.config import SearchConfig, TableConfig, TimingConfig
+from elastic.console import track
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Front
 from elastic.merging import compact
 from elastic.pareto import hypervolume, non_dominated, thin
-from elastic.progress import track
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet import load_run

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from elastic.batching import answer_logits, collated, encode_all
+from elastic.console import track
 from elastic.loss import answer_loss
-from elastic.progress import track
 from elastic.run import Run
 from elastic.sensitivity import sensitivity
 from elastic.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES

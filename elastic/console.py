@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress import track as rich_track
 
-from elastic.processes import is_main
+from elastic.distributed import is_main
 
 T = TypeVar("T")
 stderr = Console(stderr=True)
@@ -49,19 +49,6 @@ def counting_bar(*, transient: bool) -> Progress:
         transient=transient,
         disable=not stderr.is_terminal,
     )
-
-
-@contextlib.contextmanager
-def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
-    """A bar over trials; call the value with the count and the latest figures."""
-    with counting_bar(transient=True) as progress:
-        task = progress.add_task("searching", total=total, completed=done)
-
-        def advance(count: int, figures: Any) -> None:
-            text = f"searching, last {figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
-            progress.update(task, completed=count, description=text)
-
-        yield advance
 
 
 def say(message: str) -> None:
