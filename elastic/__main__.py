@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": (config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
     "latency": (config.LatencyConfig, "elastic.timing", "time_run"),
     "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
-    "space import": (config.SpaceImportConfig, "elastic.published", "import_space"),
+    "space import": (config.SpaceImportConfig, "elastic.spaces.nncf", "import_space"),
 }
 
 

@@ -19,7 +19,7 @@ from elastic.rounding import saved_bytes
 from elastic.runners import Runner, runner_of
 from elastic.runtime import open_runner
 from elastic.slicing import sliced
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from elastic.cost import Counter
 from elastic.errors import BudgetError, ConfigError
 from elastic.objective import Figures, Objective
 from elastic.run import Run
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""

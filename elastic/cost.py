@@ -9,7 +9,7 @@ from torch import nn
 from elastic.adapters.attach import ElasticLinear
 from elastic.modules import modules_of
 from elastic.quantised import QuantisedLinear
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
 
 
 @dataclass(frozen=True)

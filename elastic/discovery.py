@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from elastic import models
-from elastic.binding import SearchSpace
 from elastic.config import SpaceShowConfig, TrainConfig
 from elastic.console import say
-from elastic.dims import FIXED_HEADS, head_size_of
 from elastic.errors import ConfigError
 from elastic.modules import modules_of
+from elastic.spaces.declared import SearchSpace, describe
+from elastic.spaces.dims import FIXED_HEADS, head_size_of
 from elastic.trial import called, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 RANKS = [1.0, 0.5, 0.25]
 WIDTHS = [1.0, 0.875, 0.75, 0.625, 0.5]
@@ -43,7 +44,6 @@ KNOWN = {
 AUTO = "auto"
 RANK = 4
 """Of the factors that a cut is tried with."""
-
 Shape = tuple[int, int]
 
 
@@ -75,18 +75,6 @@ def discover(model: PreTrainedModel) -> SearchSpace:
         )
     declared = [_tried(model, section) for section in sections]
     return SearchSpace.from_dict(declared, "space auto")
-
-
-def describe(space: SearchSpace) -> list[str]:
-    """What a space cuts, a line for each kind of block."""
-    lines = []
-    for section in space.sections:
-        found = [f"{len(section.adapt)} adapted layers"]
-        for spec in section.groups:
-            what = spec.of or (*spec.outputs, "->", *spec.inputs)
-            found.append(f"{spec.name} ({' '.join(what)})")
-        lines.append(f"{section.blocks}: {', '.join(found)}")
-    return lines
 
 
 def _sections(model: nn.Module, used: set[str] | None) -> Iterator[dict[str, Any]]:

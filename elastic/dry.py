@@ -30,7 +30,7 @@ from elastic.modules import modules_of
 from elastic.quantised import packed_bytes
 from elastic.rehearsal import rehearse
 from elastic.schedule import Schedule
-from elastic.space import BoundSpace
+from elastic.spaces.bound import BoundSpace
 from elastic.supernet import Supernet, read_tensors
 from elastic.tasks import load_task
 from elastic.training import predecessor, with_classes

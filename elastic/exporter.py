@@ -22,11 +22,11 @@ from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
 from elastic.runtime import timing_of
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet import ABOUT, Supernet, load_run
 from elastic.tasks import load_task
 from elastic.tasks.base import Example
-from elastic.uniform import nearest_uniform
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS
 from elastic.writers.base import Source, Which

@@ -20,7 +20,7 @@ from elastic.pareto import non_dominated, thin
 from elastic.proposals import learn
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.tasks.base import Example
 from elastic.timetable import Target
 

@@ -17,7 +17,7 @@ from elastic.files import new_directory, write_json, write_text
 from elastic.latency import Measurement
 from elastic.objective import Figures
 from elastic.run import Run
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.timetable import Timetable
 
 

@@ -17,9 +17,9 @@ from elastic.batching import IGNORED
 from elastic.behind import padded_behind, padding_is_seen
 from elastic.classifier import classes_of
 from elastic.depth import states
-from elastic.dims import Cut, numbers
 from elastic.modules import modules_of
-from elastic.space import BoundSpace, Group
+from elastic.spaces.bound import BoundSpace, Group
+from elastic.spaces.dims import Cut, numbers
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from elastic.errors import RunError
 from elastic.foreign import Update
 from elastic.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 
 

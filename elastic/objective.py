@@ -13,10 +13,8 @@ from elastic.cost import Counter
 from elastic.evaluate import evaluate
 from elastic.latency import per_second
 from elastic.merging import compact
-from elastic.precision import bits_of, smallest, split, with_bits
 from elastic.rounding import round_
-from elastic.sampler import generator_for
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
 from elastic.supernet import Supernet
 from elastic.table import Table, Tables
 from elastic.tasks.base import Example

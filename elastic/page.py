@@ -17,7 +17,7 @@ from elastic.table import kinds
 from elastic.timetable import LATENCIES
 
 if TYPE_CHECKING:
-    from elastic.space import BoundSpace
+    from elastic.spaces.bound import BoundSpace
 
 
 def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path) -> None:

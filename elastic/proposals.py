@@ -11,8 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from elastic.sampler import generator_for
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.surrogate import Additive, Posterior, cheapest
 from elastic.table import Table, Tables, kinds, least, places, shares
 

@@ -21,7 +21,7 @@ from elastic.estimate import Batch
 from elastic.loss import answer_loss
 from elastic.meter import Meter
 from elastic.modules import modules_of, replace_module
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 
 FEW = 2

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
 from elastic.errors import RunError
 from elastic.files import read_json, write_text
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.declared import SearchSpace
 
 
 class Run:

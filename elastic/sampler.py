@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 from elastic.schedule import Schedule
-from elastic.space import BoundSpace, SubAdapter
-
-
-def generator_for(seed: int, *purpose: object) -> random.Random:
-    """A generator of its own for each purpose. String seeds are hashed with SHA-512 by the
-    standard library, alike on every platform."""
-    return random.Random("/".join(map(str, (seed, *purpose))))
-
+from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 
 MAXIMAL_EVERY = 4
 """Uniform draws never train the maximal sub-adapter, which then ends below smaller ones."""

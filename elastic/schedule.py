@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elastic.config import ScheduleConfig, StageConfig, TrainConfig
-from elastic.space import BoundSpace
+from elastic.spaces.bound import BoundSpace
 
 
 def examples_per_step(config: TrainConfig, processes: int = 1) -> int:

@@ -14,7 +14,7 @@ from elastic.batching import answer_logits
 from elastic.depth import states
 from elastic.loss import answer_loss
 from elastic.modules import modules_of
-from elastic.space import Group
+from elastic.spaces.bound import Group
 from elastic.supernet import Supernet
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.depth import settle_
 from elastic.modules import ModuleType, dequantise_, modules_of, plain_linear, replace_module
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 
 

@@ -19,7 +19,7 @@ from elastic.depth import original
 from elastic.merging import merged_weight
 from elastic.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 
 

@@ -29,7 +29,6 @@ from elastic.budget import (
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
 from elastic.console import counting_bar, say, track
-from elastic.dims import BITS
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
@@ -38,9 +37,9 @@ from elastic.objective import Figures, Objective
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.runtime import require_runtime, timing_of
-from elastic.sampler import generator_for
 from elastic.sensitivity import sensitivity
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.dims import BITS
 from elastic.supernet import FACTORS, Supernet, load_run
 from elastic.tasks import load_task
 from elastic.tasks.base import Example

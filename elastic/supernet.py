@@ -15,19 +15,19 @@ from torch import Tensor
 from elastic import models
 from elastic.adapters import METHODS, Adapter, check
 from elastic.adapters.attach import ElasticLinear, reorder_linear
-from elastic.binding import SearchSpace
 from elastic.classifier import widen_head_
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.console import track
 from elastic.depth import Stack
-from elastic.dims import channel_index, numbers
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.modules import replace_module
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.declared import SearchSpace
+from elastic.spaces.dims import channel_index, numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

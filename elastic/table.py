@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic.dims import BITS
-from elastic.precision import WHOLE
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import WHOLE, BoundSpace, SubAdapter
+from elastic.spaces.dims import BITS
 from elastic.surrogate import Additive
 
 NOISE = 0.01

@@ -20,15 +20,14 @@ from elastic import models, statistics
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TableConfig, TimingConfig
 from elastic.console import say, track
-from elastic.dims import DEPTH
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
 from elastic.latency import distrust
 from elastic.packaged import cache_directory
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.sampler import generator_for
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.dims import DEPTH
 from elastic.supernet import FACTORS, read_order
 from elastic.table import Table
 

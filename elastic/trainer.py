@@ -25,7 +25,7 @@ from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule, examples_per_step
 from elastic.slicing import module_tree
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import FACTORS, Supernet, read_factors
 from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
 

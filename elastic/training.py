@@ -21,7 +21,6 @@ from elastic.batching import (
     most_tokens,
     padded,
 )
-from elastic.binding import SearchSpace
 from elastic.config import TrainConfig
 from elastic.config.model import SCORE
 from elastic.console import say
@@ -33,7 +32,8 @@ from elastic.importance import channel_order
 from elastic.packing import DIFFERENCE, in_rows
 from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
-from elastic.space import BoundSpace
+from elastic.spaces.bound import BoundSpace
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import (
     Supernet,
     read_order,

@@ -22,7 +22,7 @@ from elastic.supernet import Supernet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from elastic.binding import SearchSpace
+    from elastic.spaces.declared import SearchSpace
 
 
 def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:

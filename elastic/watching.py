@@ -17,7 +17,7 @@ from elastic.batching import IGNORED, answer_logits
 from elastic.console import counting_bar
 from elastic.errors import ConfigError, unknown
 from elastic.loss import answer_loss
-from elastic.sampler import generator_for
+from elastic.spaces.bound import generator_for
 from elastic.supernet import Supernet
 
 

@@ -47,12 +47,12 @@ def write(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from elastic.binding import SearchSpace
     from elastic.formats import hf
     from elastic.formats.padding import padded
     from elastic.merging import compact
+    from elastic.spaces.declared import SearchSpace
+    from elastic.spaces.uniform import is_uniform
     from elastic.supernet import Supernet
-    from elastic.uniform import is_uniform
     from tests import families, tiny
 
     for family in FAMILIES:

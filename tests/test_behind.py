@@ -5,9 +5,9 @@ import torch
 
 from elastic.batching import Encoded, answer_logits, collate
 from elastic.behind import padding_is_seen
-from elastic.binding import SearchSpace
 from elastic.evaluate import answers, evaluate
 from elastic.importance import channel_order
+from elastic.spaces.declared import SearchSpace
 from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import FAMILIES, model_of

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from elastic.binding import SearchSpace
 from elastic.config import StageConfig
 from elastic.cost import Counter, count
 from elastic.merging import compact
 from elastic.slicing import sliced
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet, load_run
 from elastic.training import train
 from tests import tiny

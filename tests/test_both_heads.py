@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from elastic.adapters.attach import ElasticLinear
-from elastic.binding import SearchSpace
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.foreign import Update
@@ -21,7 +20,8 @@ from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.modules import modules_of
 from elastic.sensitivity import sensitivity
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from elastic.training import train
 from tests import tiny

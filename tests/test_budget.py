@@ -17,7 +17,7 @@ from elastic.finalists import best_of
 from elastic.front import Evaluated, Measured
 from elastic.merging import compact
 from elastic.objective import Figures
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.study import search
 from elastic.supernet import load_run
 from tests.test_page import data_of

@@ -30,9 +30,9 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.config.parsing import from_dict, parse
-from elastic.dims import DEPTH, DIMS
 from elastic.errors import ConfigError, RunError
 from elastic.run import Run, as_plain
+from elastic.spaces.dims import DEPTH, DIMS
 from elastic.tasks import TASKS
 from elastic.writers import FORMATS
 

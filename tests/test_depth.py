@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.batching import collate, encode
-from elastic.binding import SearchSpace
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig, TimingConfig
 from elastic.cost import Counter
 from elastic.errors import ConfigError, RunError
@@ -20,7 +19,8 @@ from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.proposals import AdditiveSampler
 from elastic.sensitivity import sensitivity
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet, read_order
 from elastic.table import Table, least, pinned
 from elastic.timetable import Target

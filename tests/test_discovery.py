@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from elastic import discovery, models
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, TrainConfig
-from elastic.discovery import describe, discover, space_for
+from elastic.discovery import discover, space_for
 from elastic.errors import ConfigError
 from elastic.merging import compact
+from elastic.spaces.declared import SearchSpace, describe
 from elastic.supernet import Supernet
 from elastic.training import train
 from tests import tiny

@@ -16,13 +16,13 @@ from transformers import BloomConfig, LlamaConfig
 from elastic import dry, models, rehearsal, training
 from elastic.__main__ import main
 from elastic.batching import Encoded, answer_logits, collate
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.continual import train
 from elastic.errors import ConfigError, DataError
 from elastic.loss import answer_loss
 from elastic.meter import FLOPS
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.test_bloom import save_bloom

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from elastic import bench, models
 from elastic.batching import IGNORED, collate, encode
-from elastic.binding import SearchSpace
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -26,6 +25,7 @@ from elastic.importance import channel_order
 from elastic.merging import compact
 from elastic.runners import runner_of
 from elastic.slicing import sliced
+from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.tasks.base import Example

@@ -22,7 +22,7 @@ from elastic.exporter import export
 from elastic.files import new_directory
 from elastic.formats import hf, onnx, openvino, peft, weigh
 from elastic.runners import TorchRunner
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import load_run
 from elastic.training import train
 from elastic.verify import NEW_TOKENS

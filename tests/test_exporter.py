@@ -20,7 +20,7 @@ from elastic.latency import measure
 from elastic.merging import compact
 from elastic.run import Run
 from elastic.runners import TorchRunner
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import load_run
 from elastic.tasks import load_task
 from elastic.training import train

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from elastic.binding import SearchSpace
 from elastic.errors import ConfigError
 from elastic.formats import hf
 from elastic.merging import compact
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

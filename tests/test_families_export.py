@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from elastic import bench
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ExportConfig, SearchConfig, StageConfig, TimingConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.merging import compact
 from elastic.runners import TorchRunner
+from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
 from elastic.training import train

@@ -11,13 +11,13 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from elastic.binding import SearchSpace
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
 from elastic.formats import bpe, gguf
 from elastic.merging import compact
+from elastic.spaces.declared import SearchSpace
+from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet import Supernet
-from elastic.uniform import is_uniform, nearest_uniform
 from tests import tiny
 from tests.families import model_of
 from tests.test_export_failures import small_files

@@ -11,7 +11,7 @@ from elastic import objective
 from elastic.config import SearchConfig
 from elastic.cost import Cost
 from elastic.objective import LOOKS, Figures, Objective, chance, wins
-from elastic.space import BoundSpace
+from elastic.spaces.bound import BoundSpace
 from elastic.statistics import Score
 
 N = 200

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.batching import IGNORED, Encoded, answer_logits, collate
-from elastic.binding import SearchSpace
 from elastic.config import ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.loss import answer_loss
 from elastic.packing import in_rows, pack, rows_of
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from elastic.training import require_apart, train
 from tests import tiny

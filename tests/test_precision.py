@@ -18,9 +18,9 @@ from elastic.errors import ConfigError, RunError
 from elastic.evaluate import evaluate
 from elastic.latency import Latency, Measurement
 from elastic.merging import compact
-from elastic.precision import bits_of, smallest, split, with_bits
 from elastic.proposals import AdditiveSampler
 from elastic.rounding import round_
+from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.table import Table, Tables

@@ -6,9 +6,9 @@ import numpy as np
 import optuna
 import pytest
 
-from elastic.dims import Cut
 from elastic.proposals import AdditiveSampler, learn
-from elastic.space import BoundSpace, Group
+from elastic.spaces.bound import BoundSpace, Group
+from elastic.spaces.dims import Cut
 from elastic.table import Table, kinds, places
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

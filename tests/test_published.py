@@ -9,11 +9,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from elastic import __main__, models
-from elastic.binding import SearchSpace
 from elastic.config import ModelConfig, SearchConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.errors import ConfigError
-from elastic.published import read
+from elastic.spaces.declared import SearchSpace
+from elastic.spaces.nncf import read
 from tests.tiny_runs import space_file
 
 LLAMA = ("PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/"

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from elastic import foreign, models, quantised
-from elastic.binding import SearchSpace
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
@@ -22,6 +21,7 @@ from elastic.merging import combine, compact
 from elastic.modules import dequantise_, modules_of
 from elastic.quantised import DEQUANTISE, QuantisedLinear
 from elastic.slicing import sliced
+from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet, load_run, load_super_adapter, save_super_adapter
 from elastic.training import train

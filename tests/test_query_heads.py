@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.binding import SearchSpace
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
 from elastic.foreign import Update
@@ -13,6 +12,7 @@ from elastic.importance import channel_order
 from elastic.merging import combine, compact
 from elastic.runners import TorchRunner
 from elastic.sensitivity import sensitivity
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

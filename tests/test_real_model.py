@@ -8,14 +8,14 @@ import torch
 
 from elastic import models
 from elastic.batching import collate, encode
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
 from elastic.importance import channel_order
 from elastic.merging import compact
 from elastic.runners import TorchRunner
-from elastic.sampler import generator_for
+from elastic.spaces.bound import generator_for
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from elastic.tasks import load_task
 from elastic.verify import agreement, probe

@@ -18,12 +18,12 @@ from transformers import (
 
 from elastic import __main__
 from elastic.adapters import METHODS, check
-from elastic.binding import SearchSpace
 from elastic.config import SearchConfig, TaskConfig, TrainConfig
 from elastic.config.parsing import parse
 from elastic.continual import stage_config
 from elastic.errors import DataError
 from elastic.run import Run
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import load_run
 from elastic.tasks import load_task
 from tests import tiny

@@ -8,7 +8,6 @@ import yaml
 from elastic import bench, models
 from elastic.batching import answer_logits, collate, encode
 from elastic.behind import padded_behind
-from elastic.binding import SearchSpace
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -23,6 +22,7 @@ from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.runners import runner_of
+from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.tasks.base import Example
 from elastic.training import train

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from elastic import models
-from elastic.binding import SearchSpace
 from elastic.config import ModelConfig
 from elastic.formats import hf
 from elastic.merging import compact
 from elastic.recurrent import is_recurrent
 from elastic.runners import runner_of
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

@@ -4,11 +4,11 @@ import pytest
 import torch
 import yaml
 
-from elastic.binding import SearchSpace
 from elastic.errors import ConfigError
 from elastic.importance import channel_order
 from elastic.merging import compact
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests import tiny
 from tests.test_supernet import close, one_function, several

@@ -14,10 +14,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.binding import SearchSpace
-from elastic.dims import GroupSpec
 from elastic.errors import ConfigError, RunError
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
+from elastic.spaces.dims import GroupSpec
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from elastic.binding import SearchSpace
 from elastic.formats import hf
 from elastic.merging import compact
 from elastic.meter import Meter
 from elastic.modules import linear_
+from elastic.spaces.declared import SearchSpace
 from elastic.streaming import streamed
 from elastic.supernet import Supernet
 from tests import tiny

@@ -17,7 +17,7 @@ from elastic.front import Front
 from elastic.merging import compact
 from elastic.objective import Objective
 from elastic.run import Run
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.tasks import load_task

@@ -21,7 +21,7 @@ from elastic.errors import BaseMismatch, RunError
 from elastic.merging import compact, merge_
 from elastic.modules import modules_of, plain_linear
 from elastic.slicing import sliced
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
 from tests import tiny
 from tests.tiny import ALPHA, RANK, logits, tokens

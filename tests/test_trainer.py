@@ -19,11 +19,11 @@ from elastic.config import (
     StageConfig,
     TaskConfig,
 )
-from elastic.dims import channel_index
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.modules import modules_of
 from elastic.run import Run
 from elastic.schedule import Schedule
+from elastic.spaces.dims import channel_index
 from elastic.supernet import load_run
 from elastic.trainer import ElasticTrainer
 from elastic.training import train

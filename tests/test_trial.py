@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from elastic.binding import SearchSpace
 from elastic.config import SpaceShowConfig
 from elastic.discovery import discover
 from elastic.dry import estimate, show_space
 from elastic.errors import ConfigError
+from elastic.spaces.declared import SearchSpace
 from elastic.training import train
 from elastic.trial import called, refusal, require_fits
 from tests import tiny

@@ -13,10 +13,10 @@ from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.run import Run
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.uniform import is_uniform
 from elastic.supernet import load_run
 from elastic.training import train
-from elastic.uniform import is_uniform
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
 

@@ -16,8 +16,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from elastic.config import AdapterConfig
-    from elastic.space import BoundSpace
+    from elastic.spaces.bound import BoundSpace
 
 METHODS: dict[str, type[Adapter]] = {
     "lora": Lora,

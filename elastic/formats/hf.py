@@ -19,13 +19,13 @@ from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 
-from elastic.dims import QUERIES
 from elastic.errors import ExportError
 from elastic.files import write_text
 from elastic.formats import shards
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.modules import linear_, modules_of
 from elastic.reloaded import PREFIX, as_cut_
+from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

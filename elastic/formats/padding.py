@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic.depth import renamed
-from elastic.dims import Ranges
 from elastic.formats import hf
 from elastic.modules import plain_linear, replace_module
 from elastic.slicing import module_tree
-from elastic.space import BoundSpace, SubAdapter
-from elastic.uniform import covering
+from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.dims import Ranges
+from elastic.spaces.uniform import covering
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from elastic.classifier import classes_of
 from elastic.errors import ExportError
 from elastic.modules import modules_of
 from elastic.recurrent import is_recurrent
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:

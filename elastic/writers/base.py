@@ -17,7 +17,7 @@ from elastic.formats import genai
 from elastic.formats.weigh import Load
 from elastic.runners import Runner
 from elastic.scoring import score
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
 from elastic.statistics import Score
 from elastic.supernet import Supernet
 from elastic.tasks.base import Example

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig
-from elastic.sampler import generator_for
+from elastic.spaces.bound import generator_for
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests.benchmarks.common import interleaved, llama, report, summary
 

@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 from elastic import models
-from elastic.binding import SearchSpace
 from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig, TimingConfig
 from elastic.console import say
@@ -26,7 +25,8 @@ from elastic.formats import onnx, openvino
 from elastic.latency import REFERENCE, measure
 from elastic.merging import compact
 from elastic.runners import runner_of
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests.benchmarks.common import report
 

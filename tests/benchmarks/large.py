@@ -21,10 +21,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic import models
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ExportConfig, HfConfig, ModelConfig, TrainConfig
 from elastic.exporter import export
 from elastic.run import Run
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet, save_super_adapter
 from tests import tiny
 from tests.benchmarks.common import report

@@ -24,7 +24,7 @@ from elastic.config.parsing import parse
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.run import Run
-from elastic.space import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.statistics import Score
 from elastic.supernet import load_run
 from elastic.tasks import load_task

@@ -22,11 +22,10 @@ import numpy as np
 import optuna
 from optuna import samplers
 
-from elastic.dims import Cut
 from elastic.pareto import hypervolume, non_dominated
 from elastic.proposals import AdditiveSampler, learn
-from elastic.sampler import generator_for
-from elastic.space import BoundSpace, Group, SubAdapter
+from elastic.spaces.bound import BoundSpace, Group, SubAdapter, generator_for
+from elastic.spaces.dims import Cut
 from elastic.table import places
 from tests.benchmarks.common import report
 

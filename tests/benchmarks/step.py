@@ -24,12 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from elastic import models
 from elastic.batching import IGNORED, answer_logits
-from elastic.binding import SearchSpace
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.loss import answer_loss
 from elastic.meter import Meter
-from elastic.sampler import generator_for
-from elastic.space import SubAdapter
+from elastic.spaces.bound import SubAdapter, generator_for
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests.benchmarks.common import RESULTS, TARGETS, llama, report, sides
 

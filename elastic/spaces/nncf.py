@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from elastic.binding import SearchSpace
 from elastic.config import BudgetConfig, SearchConfig, SpaceImportConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
+from elastic.spaces.declared import SearchSpace
 
 READERS = {
     "gate_proj": "down_proj",
@@ -135,7 +135,7 @@ class Imported:
     notes: Sequence[str] = field(default_factory=list)
 
     def show(self) -> None:
-        from elastic.discovery import describe
+        from elastic.spaces.declared import describe
 
         for line in (*describe(self.space), *(f"Note: {note}" for note in self.notes)):
             print(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import random as random_module
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from elastic.dims import DEPTH, Cut, Ranges, common, numbers
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
+from elastic.spaces.dims import BITS, DEPTH, Cut, Ranges, common, numbers
 
 
 @dataclass(frozen=True)
@@ -272,3 +273,43 @@ class BoundSpace:
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
+
+
+WHOLE = 32
+"""Bits of a weight that is not compressed."""
+
+
+def bits_of(mode: str | None) -> int:
+    """Of a weight in a mode of `elastic.compression`."""
+    return WHOLE if mode is None else int(mode.removeprefix("int").partition("_")[0])
+
+
+def with_bits(space: BoundSpace, modes: Sequence[str]) -> BoundSpace:
+    """The space whose sub-adapters may be compressed in these modes, too, of which no two have the
+    same bits; itself without any."""
+    if not modes:
+        return space
+    choices = sorted({WHOLE, *map(bits_of, modes)}, reverse=True)
+    return BoundSpace((*space.groups, Group(BITS, BITS, tuple(choices), ())), space.targets)
+
+
+def split(point: SubAdapter, modes: Sequence[str]) -> tuple[SubAdapter, str | None]:
+    """What is cut, and how it is compressed, of a point of that space."""
+    if not modes:
+        return point, None
+    *cut, (_, bits) = point.choices
+    return SubAdapter(tuple(cut)), {bits_of(mode): mode for mode in modes}.get(bits)
+
+
+def smallest(space: BoundSpace) -> list[SubAdapter]:
+    """Everything at its smallest, at every number of bits: fewer bits are smaller, not faster."""
+    least = space.indices(space.minimal())
+    if BITS not in least:
+        return [space.minimal()]
+    return [space.at({**least, BITS: i}) for i in range(len(space.groups[-1].choices))]
+
+
+def generator_for(seed: int, *purpose: object) -> random.Random:
+    """A generator of its own for each purpose. String seeds are hashed with SHA-512 by the
+    standard library, alike on every platform."""
+    return random.Random("/".join(map(str, (seed, *purpose))))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from elastic.dims import DEPTH, Cut
-from elastic.space import BoundSpace, Group, SubAdapter
+from elastic.spaces.bound import BoundSpace, Group, SubAdapter
+from elastic.spaces.dims import DEPTH, Cut
 
 Kind = tuple[str, int]
 """Dimension and full size: what one entry of a model's configuration says for all layers."""
