@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from elastic.behind import answers_of, padding_is_seen
-from elastic.classifier import classes_of, has_types, is_number, longest_text
 from elastic.data.labels import number_in
 from elastic.errors import DataError
+from elastic.models.kinds import classes_of, has_types, is_number, longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

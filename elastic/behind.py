@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elastic import caches
-from elastic.recurrent import is_recurrent
+from elastic.models import caches
+from elastic.models.kinds import is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import torch
 from elastic.config import TimingConfig
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.merging import compact
-from elastic.meter import Meter
+from elastic.models.meter import Meter
 from elastic.rounding import saved_bytes
 from elastic.runners import Runner, runner_of
 from elastic.runtime import open_runner

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from elastic import models
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.errors import BudgetError, ConfigError
+from elastic.models import loading
 from elastic.objective import Figures, Objective
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
@@ -68,7 +68,7 @@ def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> 
     exact = {name for name in ("params", "macs") if name in budget.limits()}
     if not exact:
         return
-    model = models.skeleton(trained.model)
+    model = loading.skeleton(trained.model)
     space = run.space().bind(model, trained.adapter.rank)
     counter = Counter(model, space)
     smallest, full = counter(space.minimal()), counter.full

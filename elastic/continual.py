@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import distributed, models, plotting
+from elastic import distributed, plotting
 from elastic.config import TaskConfig, TrainConfig
 from elastic.console import say
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import answers, same_text
 from elastic.files import write_json, write_text
+from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score
@@ -31,7 +32,7 @@ _PLACE = "{task}"
 
 def train(config: TrainConfig) -> Run | Sequential | Estimate:
     """`elastic train`: one task, or `tasks` one after another; or what either will need."""
-    if config.tasks and models.classifies(config.model):
+    if config.tasks and loading.classifies(config.model):
         raise ConfigError(
             f"tasks: a sequence is answered with text, {config.model.path} has a classification "
             "head; choose model.head language"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from elastic.adapters.attach import ElasticLinear
-from elastic.modules import modules_of
-from elastic.quantised import QuantisedLinear
+from elastic.models.modules import modules_of
+from elastic.models.quantised import QuantisedLinear
 from elastic.spaces.bound import BoundSpace, SubAdapter
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from elastic.modules import modules_of, replace_module
+from elastic.models.modules import modules_of, replace_module
 from elastic.spaces.blocks import _by_layer, counts
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from elastic import models
 from elastic.config import SpaceShowConfig, TrainConfig
 from elastic.console import say
 from elastic.errors import ConfigError
-from elastic.modules import modules_of
+from elastic.models import loading
+from elastic.models.modules import modules_of
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.spaces.dims import FIXED_HEADS, head_size_of
 from elastic.trial import called, refusal
@@ -52,11 +52,11 @@ def space_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     none, the one discovered."""
     if config.space != AUTO:
         return SearchSpace.load(config.space)
-    found = models.architecture_of(config.model).model_type
+    found = loading.architecture_of(config.model).model_type
     for space, types in KNOWN.items():
         if found in types:
             return SearchSpace.load(space)
-    space = discover(models.skeleton(config.model))
+    space = discover(loading.skeleton(config.model))
     for line in describe(space):
         say(f"Space of {found}: {line}")
     return space

@@ -17,17 +17,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic import models
 from elastic.adapters import METHODS
 from elastic.batching import encode_all, padded
-from elastic.classifier import classes_of
 from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
 from elastic.cost import Counter
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
 from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan, SpaceTable
-from elastic.modules import modules_of
-from elastic.quantised import packed_bytes
+from elastic.models import loading
+from elastic.models.kinds import classes_of
+from elastic.models.modules import modules_of
+from elastic.models.quantised import packed_bytes
 from elastic.rehearsal import rehearse
 from elastic.schedule import Schedule
 from elastic.spaces.bound import BoundSpace
@@ -56,13 +56,13 @@ def estimate(*runs: TrainConfig) -> Estimate:
     if runs[0].start_from:
         before = predecessor(runs[0])
     space = space_for(config)
-    device = models.resolve_device(config.model.device)
-    dtype = models.resolve_dtype(config.model.dtype, device)
+    device = loading.resolve_device(config.model.device)
+    dtype = loading.resolve_dtype(config.model.dtype, device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         notes.append(f"no {device} here: kernels of the CPU, which may save more or less")
         device = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = models.skeleton(config.model, dtype, device)
+        model = loading.skeleton(config.model, dtype, device)
         parameters = sum(p.numel() for p in model.parameters())
         base = _bytes(model) - _spared(model, config.model.quantise)
         shapes = {name: layer.weight.shape for name, layer in modules_of(model, nn.Linear)}
@@ -78,7 +78,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
                 adapter.succeed(adapter.state_dict(), torch.Generator())
-    require_fits(models.skeleton(config.model), space, config.adapter.rank)
+    require_fits(loading.skeleton(config.model), space, config.adapter.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
@@ -110,7 +110,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
 def show_space(config: SpaceShowConfig) -> SpaceTable:
     """`elastic space show`: reads no weights."""
     space = space_for(config)
-    model = models.skeleton(config.model)
+    model = loading.skeleton(config.model)
     bound = space.bind(model, config.rank)
     require_fits(model, space, config.rank)
     return _table(model, bound)
@@ -127,11 +127,11 @@ def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, l
         return replace(assumed, assumed=str(error)), []
     counts = [len(examples) for examples in tasks]
     sequences = min(config.batch_size, max(counts))
-    folder = models.locate(config.model.path, ["config.json"])
+    folder = loading.locate(config.model.path, ["config.json"])
     # transformers would make an empty tokenizer from the configuration alone.
     if not any(file for name in VOCABULARIES for file in Path(folder).glob(name)):
         return replace(assumed, sequences=sequences, assumed=f"{folder} has no tokenizer"), counts
-    tokenizer = models.load_tokenizer(replace(config.model, path=folder))
+    tokenizer = loading.load_tokenizer(replace(config.model, path=folder))
     encoded = encode_all(tokenizer, itertools.chain(*tasks), model)
     longest = max(len(one.source or one.ids) for one in encoded)
     return Batch(sequences, padded(longest), max(one.answer for one in encoded)), counts

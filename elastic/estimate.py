@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic.batching import Encoded, collate
-from elastic.classifier import classes_of
 from elastic.cost import Cost
+from elastic.models.kinds import classes_of
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from elastic.batching import (
     prompt_ids,
 )
 from elastic.behind import padding_is_seen
-from elastic.classifier import classes_of
 from elastic.console import track
+from elastic.models.kinds import classes_of, is_recurrent
 from elastic.prefix import common_start, read
-from elastic.recurrent import is_recurrent
 from elastic.statistics import Score
 from elastic.tasks.base import Example, Judge
 

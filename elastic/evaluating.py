@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import models, protocol
+from elastic import protocol
 from elastic import statistics as metrics
-from elastic.classifier import classes_of, is_number
 from elastic.config import EvaluateConfig
 from elastic.console import say
 from elastic.errors import ConfigError
 from elastic.evaluate import evaluate
 from elastic.files import tag, write_json
 from elastic.harness import HarnessReport, run_harness
+from elastic.models import loading
+from elastic.models.kinds import classes_of, is_number
 from elastic.perplexity import Perplexity, perplexity_of
 from elastic.provenance import provenance
 from elastic.run import Run
@@ -78,7 +79,7 @@ def evaluate_run(
     run = Run(config.run)
     trained = run.config()
     asked = next((name for name in ("tasks", "harness", "text") if getattr(config, name)), None)
-    if asked and models.classifies(trained.model):
+    if asked and loading.classifies(trained.model):
         raise ConfigError(
             f"{asked}: wants a model that answers with text, {run.path} has a classification head; "
             "evaluate it on a split of its own task"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import foreign, models
+from elastic import foreign
 from elastic.config import ExportConfig
 from elastic.console import say
 from elastic.cost import Counter, count
@@ -17,6 +17,7 @@ from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
 from elastic.merging import combine, compact
+from elastic.models import loading
 from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
@@ -127,7 +128,7 @@ def export(config: ExportConfig) -> Report:
             "formats": found,
             "samples": asked,
             **run.origin(),
-            "license": card.license_of(Path(models.locate(trained.model.path))),
+            "license": card.license_of(Path(loading.locate(trained.model.path))),
             "base_digest": base.digest,
             "seed": config.seed,
             **provenance(str(model.device)),
@@ -155,7 +156,7 @@ def _reasons(source: Source) -> dict[str, str]:
 def _instead_of(
     run: Run,
     config: ExportConfig,
-    base: models.Base,
+    base: loading.Base,
     net: Supernet,
     name: str,
     sub: SubAdapter,

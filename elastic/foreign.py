@@ -16,13 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from elastic import models
-from elastic.classifier import head_of
 from elastic.config import ModelConfig
 from elastic.console import say
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import read_json
 from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
+from elastic.models import loading
+from elastic.models.head import head_of
 from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def read(folder: Path, model: ModelConfig, base_digest: str) -> Update:
 @torch.no_grad()
 def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Update:
     """The maximal sub-adapter's update; factors are read, base weights are not."""
-    dtype = models.resolve_dtype(model.dtype, models.resolve_device(model.device))
-    net = load_super_adapter(models.skeleton(model).to(dtype), base_digest, folder, updates=True)
+    dtype = loading.resolve_dtype(model.dtype, loading.resolve_device(model.device))
+    net = load_super_adapter(loading.skeleton(model).to(dtype), base_digest, folder, updates=True)
     moved = net.permutations()
     deltas, ranks = {}, set()
     for site, adapter in net.adapters():
@@ -113,7 +113,7 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
         if not torch.isfinite(tensor).all():
             raise RunError(f"merge: {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
     dense = dataclasses.replace(model, quantise="none")
-    wide = models.load_model(models.locate(model.path), dense)
+    wide = loading.load_model(loading.locate(model.path), dense)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
     try:
         adapted = PeftModel.from_pretrained(wide, str(folder))

@@ -12,8 +12,8 @@ from elastic.config import EvaluateConfig
 from elastic.console import say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.files import read_json, tag, write_json
+from elastic.models.kinds import decoded_together
 from elastic.provenance import provenance
-from elastic.recurrent import decoded_together
 from elastic.run import Run
 from elastic.scoring import continued, likelihood
 from elastic.supernet import load_run

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from elastic.batching import IGNORED
 from elastic.behind import padded_behind, padding_is_seen
-from elastic.classifier import classes_of
 from elastic.depth import states
-from elastic.modules import modules_of
+from elastic.models.kinds import classes_of
+from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut, numbers
 

@@ -16,7 +16,7 @@ from elastic.config import MergeConfig
 from elastic.depth import renamed
 from elastic.errors import RunError
 from elastic.foreign import Update
-from elastic.modules import modules_of, plain_linear, replace_module
+from elastic.models.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet

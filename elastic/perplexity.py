@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from elastic import models
 from elastic.config import EvaluateConfig
 from elastic.console import track
 from elastic.errors import ConfigError, DataError, DataMissing
+from elastic.models import loading
 from elastic.run import Run
 from elastic.supernet import load_run
 
@@ -65,7 +65,7 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
     """`elastic evaluate RUN --text FILE`."""
     run = Run(config.run)
     trained = run.config()
-    architecture = models.architecture_of(trained.model)
+    architecture = loading.architecture_of(trained.model)
     if architecture.is_encoder_decoder:
         raise ConfigError(
             f"text: {run.path} has an encoder-decoder model, which continues no texts"

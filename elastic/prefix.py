@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from elastic import caches
 from elastic.batching import Encoded
-from elastic.classifier import classes_of
-from elastic.recurrent import is_recurrent
+from elastic.models import caches
+from elastic.models.kinds import classes_of, is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -19,8 +19,8 @@ from elastic.batching import answer_logits
 from elastic.depth import NUMBERS, running
 from elastic.estimate import Batch
 from elastic.loss import answer_loss
-from elastic.meter import Meter
-from elastic.modules import modules_of, replace_module
+from elastic.models.meter import Meter
+from elastic.models.modules import modules_of, replace_module
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 

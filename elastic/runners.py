@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from elastic import caches
-from elastic.classifier import classes_of
-from elastic.recurrent import is_recurrent
+from elastic.models import caches
+from elastic.models.kinds import classes_of, is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,10 +6,10 @@ import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from elastic import models
 from elastic.console import say
 from elastic.errors import ConfigError, MissingExtra
-from elastic.recurrent import decoded_together
+from elastic.models import loading, requirements
+from elastic.models.kinds import decoded_together
 from elastic.runners import Runner, TorchRunner, runner_of
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
     """As configured, without decoding what a classifier does not decode; ConfigError for a batch of
     sequences whose states transformers would mix."""
-    architecture = models.architecture_of(model)
+    architecture = loading.architecture_of(model)
     if decoded_together(architecture, timing.batch) < timing.batch:
         raise ConfigError(
             f"timing.batch {timing.batch}: transformers decodes one sequence at a time of "
             f"{architecture.model_type}; choose 1"
         )
-    return replace(timing, new_tokens=0) if models.classifies(model) else timing
+    return replace(timing, new_tokens=0) if loading.classifies(model) else timing
 
 
 def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
@@ -53,7 +53,7 @@ def require_runtime(runtime: str, model: ModelConfig) -> None:
     asked before anything slow begins."""
     if runtime == "torch":
         return
-    models.require_graph(model, f"timing.runtime {runtime}")
+    requirements.require_graph(model, f"timing.runtime {runtime}")
     from elastic.formats import openvino, tracing
 
     tracing.require()

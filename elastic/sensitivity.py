@@ -13,7 +13,7 @@ from elastic.adapters.attach import ElasticLinear
 from elastic.batching import answer_logits
 from elastic.depth import states
 from elastic.loss import answer_loss
-from elastic.modules import modules_of
+from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
 from elastic.supernet import Supernet
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from transformers import PreTrainedModel
 
 from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.depth import settle_
-from elastic.modules import ModuleType, dequantise_, modules_of, plain_linear, replace_module
+from elastic.models.modules import (
+    dequantise_,
+    module_tree,
+    modules_of,
+    plain_linear,
+    replace_module,
+)
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
-
-
-def module_tree(model: ModuleType) -> ModuleType:
-    """A copy of the modules around the same tensors: none is duplicated, ties stay ties."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @torch.no_grad()

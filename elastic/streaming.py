@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.depth import original
 from elastic.merging import merged_weight
-from elastic.modules import modules_of, plain_linear, replace_module
+from elastic.models.modules import modules_of, plain_linear, replace_module
 from elastic.slicing import sliced
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet

@@ -12,17 +12,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from elastic import models
 from elastic.adapters import METHODS, Adapter, check
 from elastic.adapters.attach import ElasticLinear, reorder_linear
-from elastic.classifier import widen_head_
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.console import track
 from elastic.depth import Stack
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
-from elastic.modules import replace_module
+from elastic.models import loading
+from elastic.models.digest import digest_of
+from elastic.models.head import widen_head_
+from elastic.models.modules import replace_module
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
@@ -348,14 +349,14 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
     return about
 
 
-def load_run(run: Run, dtype: str | None = None) -> tuple[TrainConfig, models.Base, Supernet]:
+def load_run(run: Run, dtype: str | None = None) -> tuple[TrainConfig, loading.Base, Supernet]:
     """Settings, base model (in `dtype`, else as trained) and supernet of a finished run;
     BaseMismatch comes before weights load."""
     config = run.config()
-    folder = models.locate(config.model.path)
-    digest = models.digest(folder)
+    folder = loading.locate(config.model.path)
+    digest = digest_of(folder)
     read_super_adapter(run.super_adapter, digest)
     wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
-    model = models.load_model(folder, wanted)
-    base = models.Base(model, models.load_tokenizer(config.model), digest)
+    model = loading.load_model(folder, wanted)
+    base = loading.Base(model, loading.load_tokenizer(config.model), digest)
     return config, base, load_super_adapter(model, digest, run.super_adapter)

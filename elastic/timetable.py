@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic import models, statistics
+from elastic import statistics
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TableConfig, TimingConfig
 from elastic.console import say, track
 from elastic.errors import RunError
 from elastic.files import read_json, write_json
 from elastic.latency import distrust
-from elastic.packaged import cache_directory
+from elastic.models import loading
+from elastic.models.packaged import cache_directory
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
@@ -58,7 +59,7 @@ class Target:
     def of(cls, run: Run, timing: TimingConfig, compress: str | None = None) -> Target:
         """Here, of this run's sub-adapters; reads no weights."""
         trained = run.config()
-        architecture = models.architecture_of(trained.model).to_dict()
+        architecture = loading.architecture_of(trained.model).to_dict()
         for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
             architecture.pop(name, None)
         sizes = {
@@ -72,8 +73,8 @@ class Target:
         text = json.dumps(sizes, sort_keys=True, default=str)
         device, dtype = "cpu", "float32"  # where and how the other runtimes run
         if timing.runtime == "torch":
-            device = models.resolve_device(trained.model.device)
-            dtype = str(models.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
+            device = loading.resolve_device(trained.model.device)
+            dtype = str(loading.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
         return cls(
             hashlib.sha256(text.encode()).hexdigest(),
             describe_device(str(device), timing.runtime),

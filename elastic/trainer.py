@@ -20,11 +20,11 @@ from elastic.console import say
 from elastic.errors import TrainingError
 from elastic.files import write_json
 from elastic.loss import answer_loss
+from elastic.models.modules import module_tree
 from elastic.packing import pack
 from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule, examples_per_step
-from elastic.slicing import module_tree
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import FACTORS, Supernet, read_factors
 from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic import distributed, models
+from elastic import distributed
 from elastic.adapters import METHODS, Adapter, check
 from elastic.batching import (
     IGNORED,
@@ -29,6 +29,7 @@ from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
+from elastic.models import loading, requirements
 from elastic.packing import DIFFERENCE, in_rows
 from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
@@ -73,10 +74,10 @@ def train(config: TrainConfig) -> Run:
     check_trackers(config.report_to)
     _refuse_sharded(config)
     space = space_for(config)
-    models.require_training(config.model)
+    requirements.require_training(config.model)
     if config.packing:
-        models.require_packing(config.model)
-    skeleton = models.skeleton(config.model)
+        requirements.require_packing(config.model)
+    skeleton = loading.skeleton(config.model)
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
     require_fits(skeleton, space, config.adapter.rank)
@@ -94,7 +95,7 @@ def train(config: TrainConfig) -> Run:
 
     say(f"Loading {config.model.path}")
     with distributed.main_first():  # a packaged model is converted once
-        base = models.load(config.model, config.seed)
+        base = loading.load(config.model, config.seed)
 
     pad = base.tokenizer.pad_token_id
     examples = encode_all(base.tokenizer, task.train, base.model)
@@ -154,7 +155,7 @@ def _refuse_sharded(config: TrainConfig) -> None:
             f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
             "use configs/accelerate/ddp.yaml"
         )
-    if sharding == "FSDP" and models.resolve_device(config.model.device).type == "cpu":
+    if sharding == "FSDP" and loading.resolve_device(config.model.device).type == "cpu":
         raise ConfigError(
             "FSDP: accelerate shards models on accelerators alone; on CPU processes use "
             "configs/accelerate/ddp.yaml"
@@ -206,7 +207,7 @@ def _logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return answer_logits(model, batch)[0].float()
 
 
-def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
+def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
     """The supernet in which the next task begins, or in which one sub-adapter goes on with its
     own; BaseMismatch on another base model."""
     read_super_adapter(before.super_adapter, base.digest)
@@ -222,13 +223,13 @@ def continued(base: models.Base, space: SearchSpace, config: TrainConfig, before
 def with_classes(config: TrainConfig) -> TrainConfig:
     """The settings as they are, or with the classes named: those that the run began with, of the
     run to go on from, else what the data say."""
-    if config.model.classes or not models.classifies(config.model):
+    if config.model.classes or not loading.classifies(config.model):
         return config
     classes: list[str] = []
     for path in filter(None, (config.run, config.start_from)):
         if not classes and Run(path).config_file.is_file():
             classes = Run(path).begun().model.classes
-    if not classes and models.regresses(config.model):
+    if not classes and loading.regresses(config.model):
         classes = SCORE
     classes = classes or classes_in(load_task(config.task, config.seed))
     return replace(config, model=replace(config.model, classes=classes))

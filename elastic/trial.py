@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from elastic.config import AdapterConfig
 from elastic.console import logging_at
 from elastic.errors import ConfigError
-from elastic.modules import modules_of
+from elastic.models.modules import modules_of
 from elastic.supernet import Supernet
 
 if TYPE_CHECKING:

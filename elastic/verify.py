@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.batching import encode_text, prompt_ids
-from elastic.classifier import classes_of
 from elastic.errors import ExportError
+from elastic.models.kinds import classes_of
 from elastic.runners import Runner, runner_of
 from elastic.tasks.base import Example
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from elastic import models
 from elastic.config import ExportConfig
 from elastic.console import say
 from elastic.cost import Counter, count
 from elastic.errors import ExportError, require
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.proof import NO_SCORE, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
@@ -36,22 +37,22 @@ def write_only(config: ExportConfig) -> Report:
     """
     run = Run(config.run)
     trained = run.config()
-    folder = models.locate(trained.model.path)
-    digest = models.digest(folder)
+    folder = loading.locate(trained.model.path)
+    digest = digest_of(folder)
     read_super_adapter(run.super_adapter, digest)
     require(
         trained.model.quantise == "none" and trained.model.dtype != "float64",
         f"prove false: {run.path} was trained with quantised or float64 weights, which are merged "
         "in another type than they are stored in; leave it out",
     )
-    dtype = models.stored_dtype(trained.model) or torch.float32
+    dtype = loading.stored_dtype(trained.model) or torch.float32
     stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
-    skeleton = models.skeleton(trained.model, dtype)
+    skeleton = loading.skeleton(trained.model, dtype)
     full = count(skeleton)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
     directory = run.export(config.name or name, sub, ["hf"])
-    base = models.load_model(folder, dataclasses.replace(stored, device="cpu"))
+    base = loading.load_model(folder, dataclasses.replace(stored, device="cpu"))
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
@@ -62,7 +63,7 @@ def write_only(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         say("Writing hf")
         hf.write(
-            found.model, models.load_tokenizer(trained.model), building / "hf", dtype=dtype,
+            found.model, loading.load_tokenizer(trained.model), building / "hf", dtype=dtype,
             max_shard_size=config.hf.max_shard_size, tensors=found.tensors,
         )  # fmt: skip
         cost = count(found.model)

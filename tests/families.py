@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from elastic.modules import linear_
+from elastic.models.modules import linear_
 from tests import tiny
 
 SMALL = {"vocab_size": tiny.VOCABULARY, "pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pytest import MonkeyPatch
 from transformers import TrainerCallback
 
-from elastic import models, trainer, training
+from elastic import trainer, training
 from elastic.batching import encode_all
 from elastic.config import ModelConfig, StageConfig, TaskConfig
+from elastic.models import loading
 from elastic.run import Run
 from elastic.schedule import Schedule
 from elastic.trainer import ElasticTrainer
@@ -38,7 +39,7 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
         task=TaskConfig(train_examples=16, validation_examples=1, test_examples=1),
     )
     net = tiny.supernet(method)
-    base = models.load(config.model)
+    base = loading.load(config.model)
     examples = training.load_task(config.task, 0).train
     encoded = encode_all(base.tokenizer, examples, base.model)
     schedule = Schedule(config.stages, config.lr, 1)

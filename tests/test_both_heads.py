@@ -18,7 +18,7 @@ from elastic.foreign import Update
 from elastic.formats import hf, peft
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
-from elastic.modules import modules_of
+from elastic.models.modules import modules_of
 from elastic.sensitivity import sensitivity
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from elastic import __main__, models
+from elastic import __main__
 from elastic.budget import room
 from elastic.config import BudgetConfig, SearchConfig
 from elastic.cost import count
@@ -16,6 +16,7 @@ from elastic.errors import BudgetError
 from elastic.finalists import best_of
 from elastic.front import Evaluated, Measured
 from elastic.merging import compact
+from elastic.models import loading
 from elastic.objective import Figures
 from elastic.spaces.bound import SubAdapter
 from elastic.study import search
@@ -39,7 +40,7 @@ def test_another_budget_reuses_what_was_evaluated(searched, tmp_path, asked):
 
 def test_percentages_are_of_the_full_model(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
-    counted = count(models.skeleton(run.config().model))
+    counted = count(loading.skeleton(run.config().model))
     budget = BudgetConfig(
         prefill_ms="90%", decode_ms="99%", params="85%", macs="90 %", max_accuracy_drop="50%",
         tokens_per_second="101%", memory_mb="98%",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic import caches
+from elastic.models import caches
 from tests.families import model_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

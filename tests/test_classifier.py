@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from elastic import models, statistics
+from elastic import statistics
 from elastic.batching import answer_logits, collate, encode_all, encode_example
-from elastic.classifier import classes_of, head_of, start_head_
 from elastic.config import (
     BudgetConfig,
     EvaluateConfig,
@@ -31,6 +30,9 @@ from elastic.evaluate import evaluate
 from elastic.evaluating import evaluate_run
 from elastic.formats import hf
 from elastic.merging import compact
+from elastic.models import loading
+from elastic.models.head import head_of, start_head_
+from elastic.models.kinds import classes_of
 from elastic.run import Run
 from elastic.slicing import sliced
 from elastic.study import search
@@ -71,7 +73,7 @@ def test_the_head_is_trained_saved_and_loaded_again(run):
     config, _, net = load_run(run)
     assert config.model.classes == ["no", "yes"] == list(classes_of(net.model))
     saved = load_file(run.super_adapter / "factors.safetensors")
-    started = models.load(config.model, config.seed)
+    started = loading.load(config.model, config.seed)
     for name, start in head_of(started.model).items():
         assert torch.equal(saved[name], net.head[name])
         assert not torch.equal(saved[name], start), f"{name} did not learn"
@@ -165,7 +167,7 @@ def labelled(folder, labels) -> TrainConfig:
      ("FALSE", False), (1, 1.0), ("1", "01"), (10, "1e1"), ("nan", "NaN")],
 )  # fmt: skip
 def test_labels_that_differ_in_spelling_alone_are_refused(tmp_path, monkeypatch, one, other):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     config = labelled(tmp_path, [one, one, "else", other])
     with pytest.raises(DataError) as caught:
         train(config)
@@ -192,7 +194,7 @@ def test_a_saved_head_of_these_classes_is_kept(tmp_path):
 
     def loaded(*classes: str, seed: int = 0):
         config = ModelConfig(path=str(folder), dtype="float32", device="cpu", classes=[*classes])
-        found = models.load_model(str(folder), config, seed)
+        found = loading.load_model(str(folder), config, seed)
         return classes_of(found), found.classifier.weight
 
     names, weight = loaded("down", "level", "up")
@@ -222,7 +224,7 @@ def test_what_an_encoder_was_not_saved_with_starts_alike_every_time(tmp_path):
     gone = next(name for name in state if "query.weight" in name)
     save_file({n: t for n, t in state.items() if n != gone}, tmp_path / "base/model.safetensors")
     with pytest.raises(ModelError, match=r"1 weights of BertFor.* missing .*query\.weight"):
-        models.load(run.config().model)
+        loading.load(run.config().model)
 
 
 def test_a_norm_in_a_head_starts_as_the_identity():
@@ -242,7 +244,7 @@ def test_a_class_that_training_never_sees_is_found_before_weights_load(tmp_path,
     config = classifier_config(tmp_path)
     with open(tmp_path / "test.jsonl", "a") as file:
         file.write(json.dumps({"one": "x", "other": "y", "label": "maybe"}) + "\n")
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(DataError, match=r"test split has answers that are no class.*: maybe; name"):
         train(dataclasses.replace(config, task=dataclasses.replace(config.task, test_examples=99)))
 
@@ -283,7 +285,7 @@ def test_an_unknown_class_is_named(run):
 @pytest.mark.parametrize("family", KINDS)
 def test_the_likeliest_class_counts_whatever_stands_beside_it(family, tmp_path):
     config = classifier_config(tmp_path, family, model={"classes": ["no", "yes"]})
-    base = models.load(config.model)
+    base = loading.load(config.model)
     generator = random.Random(0)
     examples = [
         Example(
@@ -314,7 +316,7 @@ def test_the_likeliest_class_counts_whatever_stands_beside_it(family, tmp_path):
 def test_the_second_sentence_is_told_from_the_first(tmp_path):
     config = classifier_config(tmp_path, model={"classes": ["no", "yes"]},
                                task={"second": "{other}"})  # fmt: skip
-    base = models.load(config.model)
+    base = loading.load(config.model)
     pairs = load_task(config.task, 0).test
     encoded = encode_example(base.tokenizer, base.model, pairs[0])
     first, second = (base.tokenizer(text)["input_ids"][1:]
@@ -333,7 +335,7 @@ def test_the_second_sentence_is_told_from_the_first(tmp_path):
 
 def test_a_long_text_is_cut_to_what_the_model_reads(tmp_path):
     config = classifier_config(tmp_path, model={"classes": ["no", "yes"]})
-    base = models.load(config.model)
+    base = loading.load(config.model)
     long = Example("x" * 500, "no")
     assert len(encode_example(base.tokenizer, base.model, long).ids) == 128
     roberta = model_of("roberta", torch.float32)  # its positions begin behind the padding's
@@ -350,7 +352,7 @@ def test_a_long_text_is_cut_to_what_the_model_reads(tmp_path):
 
 
 def test_a_conversation_is_read_whole(tmp_path):
-    base = models.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
+    base = loading.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
     turns = [(("user", said), ("assistant", "b"), ("user", "c")) for said in ("a", "x")]
     one, other = (
         encode_example(base.tokenizer, base.model, Example("c", "no", messages=each))
@@ -365,7 +367,7 @@ def test_a_decoder_looks_for_the_end_by_the_padding_it_gets(tmp_path):
     model.config.pad_token_id, model.config.eos_token_id = None, [5, 2]
     hf.write(model, tiny.tokenizer(), tmp_path / "base")
     config = classifier_config(tmp_path, "llama", model={"classes": ["no", "yes"]})
-    base = models.load(config.model)
+    base = loading.load(config.model)
     short, long = Example("ab", "no"), Example("a longer text than that", "no")
     alone = logits_of(base.model, base.tokenizer, [short])
     beside = logits_of(base.model, base.tokenizer, [short, long])[:1]

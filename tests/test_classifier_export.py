@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from elastic import bench, models
-from elastic.classifier import classes_of
+from elastic import bench
 from elastic.config import (
     BudgetConfig,
     ExportConfig,
@@ -28,6 +27,8 @@ from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
 from elastic.latency import measure
 from elastic.merging import compact
+from elastic.models import loading
+from elastic.models.kinds import classes_of
 from elastic.run import Run
 from elastic.runners import runner_of
 from elastic.study import search
@@ -133,7 +134,7 @@ def test_other_kinds_of_model(family, tmp_path):
     from elastic.supernet import Supernet
 
     config = classifier_config(tmp_path, family, model={"classes": ["no", "maybe", "yes"]})
-    base = models.load(config.model)
+    base = loading.load(config.model)
     net = tiny.randomize_(Supernet(base.model, space_for(config), config.adapter))
     small = compact(net, net.space.minimal())
     ids = tiny.tokens(2, 9).numpy()

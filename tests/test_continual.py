@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic import continual, models, training
+from elastic import continual, training
 from elastic.config import (
     AdapterConfig,
     ScheduleConfig,
@@ -21,6 +21,7 @@ from elastic.config import (
 from elastic.continual import Sequential, stage_config, train
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
 from elastic.evaluate import answers, same_text
+from elastic.models import loading
 from elastic.run import Run
 from elastic.statistics import Score
 from elastic.supernet import load_run
@@ -233,7 +234,7 @@ def test_a_finished_sequence_is_not_trained_again(finished, tiny_folder, data, m
     def forbidden(*_, **__):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(models, "load_model", forbidden)
+    monkeypatch.setattr(loading, "load_model", forbidden)
     settings = config(tiny_folder, data, finished.run.path)
     assert train(settings).scores == finished.scores
 
@@ -295,7 +296,7 @@ def test_lists_give_each_task_its_own_settings(tiny_folder, data, tmp_path):
 def test_an_unknown_task_is_named_before_anything_is_written(
     tiny_folder, data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("weights were loaded"))
     settings = config(tiny_folder, data, tmp_path / "run", tasks=["colours", "size"])
     with pytest.raises(ConfigError, match=r"unknown task 'size'; did you mean 'sizes'\?.*tastes"):
         train(settings)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from elastic import discovery, models
-from elastic.config import AdapterConfig, TrainConfig
+from elastic import discovery
+from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.discovery import discover, space_for
 from elastic.errors import ConfigError
 from elastic.merging import compact
+from elastic.models import loading
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.supernet import Supernet
 from elastic.training import train
@@ -122,8 +123,8 @@ def test_blocks_without_linear_layers_are_refused():
 
 
 def test_auto_is_the_shipped_space_of_a_known_type(tiny_folder, monkeypatch):
-    monkeypatch.setattr(models, "skeleton", lambda *_: pytest.fail("nothing needs to be built"))
-    config = TrainConfig(model=models.ModelConfig(path=str(tiny_folder)))
+    monkeypatch.setattr(loading, "skeleton", lambda *_: pytest.fail("nothing needs to be built"))
+    config = TrainConfig(model=ModelConfig(path=str(tiny_folder)))
     assert space_for(config).sections == SearchSpace.load("llama").sections
 
 

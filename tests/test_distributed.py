@@ -109,7 +109,7 @@ def test_what_sharding_cannot_do_is_refused_before_weights_load(
     tiny_folder, tmp_path, monkeypatch, variable, settings, message
 ):
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(training.models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training.loading, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         train(train_config(tiny_folder, tmp_path / "run", **settings))
 

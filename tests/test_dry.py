@@ -13,14 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, LlamaConfig
 
-from elastic import dry, models, rehearsal, training
+from elastic import dry, rehearsal, training
 from elastic.__main__ import main
 from elastic.batching import Encoded, answer_logits, collate
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.continual import train
 from elastic.errors import ConfigError, DataError
 from elastic.loss import answer_loss
-from elastic.meter import FLOPS
+from elastic.models import loading
+from elastic.models.meter import FLOPS
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
@@ -185,7 +186,7 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
         found = dry.estimate(config)
     assert len(steps) == (3 if distill else 2)
 
-    net = Supernet(models.load(config.model).model, SearchSpace.load(space), config.adapter)
+    net = Supernet(loading.load(config.model).model, SearchSpace.load(space), config.adapter)
     net.model.train()
     there = sum(tensor.nbytes for tensor in (*net.model.parameters(), *net.model.buffers()))
     assert there == found.memory.base + found.memory.factors
@@ -373,7 +374,7 @@ def test_without_data_or_tokenizer_lengths_are_assumed_and_it_says_so(tmp_path, 
     assert found.plan is None and found.compute.run is None and found.memory.total
 
     bare = tmp_path / "bare"
-    models.architecture_of(config.model).save_pretrained(bare)
+    loading.architecture_of(config.model).save_pretrained(bare)
     found = train(replace(config, model=ModelConfig(path=str(bare)), task=TaskConfig()))
     assert found.batch.assumed == f"{bare} has no tokenizer" and found.batch.length == 512
     assert found.plan.examples == 1024 and found.compute.run
@@ -411,7 +412,9 @@ def test_a_hub_model_costs_one_small_file(tmp_path, tiny_folder, monkeypatch):
 
     def snapshot_download(name, allow_patterns):
         asked.append((name, allow_patterns))
-        models.architecture_of(ModelConfig(path=str(tiny_folder))).save_pretrained(tmp_path / "hub")
+        loading.architecture_of(ModelConfig(path=str(tiny_folder))).save_pretrained(
+            tmp_path / "hub"
+        )
         return str(tmp_path / "hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -451,7 +454,7 @@ def test_bad_settings_are_refused_as_in_training(tmp_path, tiny_folder, capsys, 
 
 
 def test_a_model_that_reads_values_is_estimated_as_far_as_possible(tmp_path, tiny_folder, capsys):
-    architecture = models.architecture_of(ModelConfig(path=str(tiny_folder)))
+    architecture = loading.architecture_of(ModelConfig(path=str(tiny_folder)))
     architecture.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     architecture.save_pretrained(tmp_path / "base")
     text, found = dry_run(capsys, "--model.path", str(tmp_path / "base"), "--model.device", "cpu")
@@ -500,7 +503,7 @@ def test_a_quantised_base_takes_what_its_packed_tensors_take(tmp_path, kind):
     folder = tiny.save_tiny(tmp_path / "model", hidden_size=64, intermediate_size=128)
     config = train_config(folder, tmp_path / "run")
     config = replace(config, model=replace(config.model, quantise=kind))
-    base = models.load_model(str(folder), config.model)
+    base = loading.load_model(str(folder), config.model)
     held = sum(tensor.nbytes for tensor in (*base.parameters(), *base.buffers()))
     found = dry.estimate(config)
     assert found.memory.base == held < dry.estimate(train_config(folder, tmp_path)).memory.base

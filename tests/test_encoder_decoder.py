@@ -8,13 +8,14 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from elastic import bench, models
+from elastic import bench
 from elastic.batching import IGNORED, collate, encode
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
     ExportConfig,
     LatencyConfig,
+    ModelConfig,
     SearchConfig,
     StageConfig,
     TimingConfig,
@@ -23,6 +24,7 @@ from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
 from elastic.merging import compact
+from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
@@ -107,7 +109,7 @@ def test_prompts_go_to_the_encoder_and_answers_to_the_decoder(folder):
 
 
 def test_scores_and_answers_do_not_depend_on_the_batch(folder):
-    model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
+    model = loading.load_model(str(folder), ModelConfig(dtype="float32", device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = ["ab", "a longer prompt", "x", "what?"]
     asked = [Example(prompt, "") for prompt in prompts]
@@ -132,7 +134,7 @@ def test_scores_and_answers_do_not_depend_on_the_batch(folder):
 )
 def test_likelihood_is_the_decoders(folder, options):
     """The option whose summed log-probability, computed by hand without its end, is largest."""
-    model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
+    model = loading.load_model(str(folder), ModelConfig(dtype="float32", device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt in ("ab", "x", "what?", "a longer prompt"):
         sums = []
@@ -174,7 +176,7 @@ def run(folder, tmp_path_factory):
 
 
 def test_a_runner_decodes_what_a_forward_pass_says(folder):
-    model = models.load_model(str(folder), models.ModelConfig(dtype="float32", device="cpu"))
+    model = loading.load_model(str(folder), ModelConfig(dtype="float32", device="cpu"))
     source, target = tiny.tokens(3, 9), tiny.tokens(3, 5, seed=1)
     start = torch.full((3, 1), model.config.decoder_start_token_id)
     with torch.no_grad():

@@ -15,12 +15,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from elastic import __main__, exporter, models
+from elastic import __main__, exporter
 from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
 from elastic.exporter import export
 from elastic.files import new_directory
 from elastic.formats import hf, onnx, openvino, peft, weigh
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import load_run
@@ -161,10 +163,10 @@ def test_another_base_is_refused_before_its_weights(exported, tmp_path, tiny_fol
     settings["model"]["path"] = str(base)
     run.config_file.write_text(yaml.safe_dump(settings))
     load_run(run)  # the same weights in another folder are the same base
-    old = models.digest(base)
+    old = digest_of(base)
     tiny.save_tiny(base, seed=1)
-    new = models.digest(base)
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    new = digest_of(base)
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     before = snapshot(run.path)
     with pytest.raises(BaseMismatch) as caught:
         export(config(run, sub_adapter="maximal"))
@@ -237,7 +239,7 @@ def test_a_missing_runtime_is_named_before_anything_slow(
     exported, monkeypatch, kind, package, extra
 ):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(MissingExtra, match=rf"needs {package}, .*elastic-adapters\[{extra}\]"):
         export(config(exported, sub_adapter="maximal", formats=["hf", kind]))
 

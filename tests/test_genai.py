@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from elastic import models
-from elastic.classifier import classes_of
 from elastic.formats import genai, onnx, openvino
+from elastic.models import loading
+from elastic.models.kinds import classes_of
 from tests import tiny
 from tests.classification import classifier_config
 from tests.families import model_of
@@ -210,7 +210,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_reason(widths, tmp_path, monk
 def test_a_classifier_and_its_tokenizer_name_the_class(tmp_path):
     """A plain session, AutoTokenizer and the names in config.json; in OpenVINO the converted
     tokenizer as well."""
-    base = models.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
+    base = loading.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
     texts = ["a b", "c c c"]
     openvino.write(onnx.write(base.model, tmp_path / "onnx"), tmp_path / "openvino")
     for kind in ("onnx", "openvino"):

@@ -263,8 +263,8 @@ def test_llama_cpp_computes_the_same(family, overrides, tmp_path):
 def test_llama_cpp_goes_on_as_the_real_model_does(tmp_path):
     """SmolLM2 with other sizes in every layer: text to tokens, and greedy tokens."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    from elastic import models as bases
     from elastic.config import AdapterConfig, ModelConfig
+    from elastic.models import loading as bases
 
     config = ModelConfig(path="smollm2", dtype="float32", device="cpu")
     tokenizer = bases.load_tokenizer(config)

@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from elastic import models, trainer
+from elastic import trainer
 from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError
+from elastic.models import loading, requirements
 from elastic.supernet import Supernet
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
@@ -92,7 +93,7 @@ def test_float16_is_not_trained_without_a_loss_scaler(tiny_folder, tmp_path, mon
 
 
 def test_float16_loads_and_keeps_its_factors_wide(tiny_folder):
-    model = models.load_model(
+    model = loading.load_model(
         str(tiny_folder), ModelConfig(path=str(tiny_folder), dtype="float16", device="cpu")
     )
     net = tiny.randomize_(Supernet(model, tiny.space(), AdapterConfig(rank=RANK)))
@@ -112,7 +113,7 @@ def test_float16_asks_for_the_scaler(tiny_folder, tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(trainer, "OneDevice", arguments)
-    monkeypatch.setattr(models, "require_training", lambda config: None)
+    monkeypatch.setattr(requirements, "require_training", lambda config: None)
     for dtype in ("float16", "bfloat16"):
         model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")
         with pytest.raises(Stop):

@@ -8,13 +8,15 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from elastic import __main__, foreign, models
+from elastic import __main__, foreign
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import BaseMismatch, ConfigError, RunError
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.merging import combine, compact
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.supernet import Supernet, load_run, save_super_adapter
 from elastic.training import train
 from tests import tiny
@@ -46,7 +48,7 @@ def base_of(folder) -> ModelConfig:
 
 
 def load_base(folder):
-    return models.load_model(str(folder), base_of(folder))
+    return loading.load_model(str(folder), base_of(folder))
 
 
 def peft_adapter(folder, path, seed: int = 0, **settings):
@@ -290,7 +292,7 @@ def test_a_sorsa_an_olora_and_a_peft_adapter_in_one_sub_adapter(runs, tiny_folde
     assert report.contents["accuracy_n"] == 8
     net = load_run(runs["lora"])[2]
     base = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu")
-    digest = models.digest(tiny_folder)
+    digest = digest_of(tiny_folder)
     updates = [foreign.read(foreign.identify(str(p), digest), base, digest) for p in others]
     entries = [MergeAdapterConfig(path="", weight=0.5)] * 3
     expected = combine(net, net.space.heuristic(), updates, MergeConfig(adapters=entries)).model
@@ -363,7 +365,7 @@ def test_a_broken_peft_adapter_is_refused(runs, tmp_path, change, error, match):
 
 @pytest.fixture
 def forbid_weights(monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
 
 
 def test_what_is_no_adapter_is_refused_before_weights(runs, tmp_path, forbid_weights):
@@ -391,14 +393,14 @@ def test_a_super_adapter_of_another_base_is_refused_before_weights(runs, tmp_pat
 def test_a_peft_adapter_of_ours_knows_its_base(runs, tiny_folder, tmp_path, monkeypatch):
     written = export(config(runs["sorsa"], sub_adapter="maximal", formats=["peft"]))
     path = written.directory / "peft"
-    assert foreign.identify(str(path), models.digest(tiny_folder)) == path
+    assert foreign.identify(str(path), digest_of(tiny_folder)) == path
     with pytest.raises(BaseMismatch, match="was trained on a base with sha256"):
         foreign.identify(str(path), "sha256:other")
     # Read back, it is the update that the run's own directory holds.
     base = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu")
     mine, theirs = (
-        foreign.read(foreign.identify(str(place), models.digest(tiny_folder)), base,
-                     models.digest(tiny_folder)).deltas
+        foreign.read(foreign.identify(str(place), digest_of(tiny_folder)), base,
+                     digest_of(tiny_folder)).deltas
         for place in (runs["sorsa"].path, path)
     )  # fmt: skip
     assert mine.keys() == theirs.keys()

@@ -9,9 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from elastic import __main__, models
+from elastic import __main__
 from elastic.config import ModelConfig
 from elastic.errors import ModelError
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from tests import tiny
 from tests.tiny import RANK
 
@@ -20,8 +22,8 @@ from tests.tiny import RANK
 def test_a_saved_tiny_model_loads_as_any_base_does(tmp_path, tied):
     folder = tiny.save_tiny(tmp_path / "tiny", tie_word_embeddings=tied)
     settings = ModelConfig(path=str(folder), dtype="float32", device="cpu")
-    base = models.load(settings)
-    assert base.digest == models.digest(folder)
+    base = loading.load(settings)
+    assert base.digest == digest_of(folder)
     text = "Tom has 3 pens, then finds 12. How many?"
     assert base.tokenizer(text)["input_ids"] == tiny.tokenizer()(text)["input_ids"]
     assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == "<bos>" + text
@@ -30,25 +32,25 @@ def test_a_saved_tiny_model_loads_as_any_base_does(tmp_path, tied):
     assert torch.equal(base.model.lm_head.weight, expected)
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    bare = models.skeleton(settings)
+    bare = loading.skeleton(settings)
     assert next(bare.parameters()).is_meta
     assert tiny.space().bind(bare, RANK) == tiny.space().bind(base.model, RANK)
 
 
 def test_the_digest_knows_weights_not_files(tmp_path):
     folder = tiny.save_tiny(tmp_path / "one")
-    whole = models.digest(folder)
+    whole = digest_of(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     split = tmp_path / "two"
     split.mkdir()
     names = list(tensors)
     for part, chosen in enumerate((names[::2], names[1::2])):
         safetensors.torch.save_file({n: tensors[n] for n in chosen}, split / f"{part}.safetensors")
-    assert models.digest(split) == whole
+    assert digest_of(split) == whole
     changed = copy.deepcopy(tensors)
     changed[names[0]].view(-1)[0] += 1e-3
     safetensors.torch.save_file(changed, folder / "model.safetensors")
-    assert models.digest(folder) != whole
+    assert digest_of(folder) != whole
 
 
 def says(**settings) -> Callable[[bytes], bytes]:
@@ -78,8 +80,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, name, change, m
     folder = tiny.save_tiny(tmp_path / "base")
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     with pytest.raises(ModelError, match=f"^model.path {re.escape(str(folder))}: .*{message}"):
-        models.skeleton(ModelConfig(path=str(folder)))
-        models.load(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
+        loading.skeleton(ModelConfig(path=str(folder)))
+        loading.load(ModelConfig(path=str(folder), dtype="float32", device="cpu"))
     assert __main__.main(["train", str(tmp_path / "run"), "--model.path", str(folder)]) == 1
     assert f"error: model.path {folder}: " in capsys.readouterr().err
 
@@ -91,4 +93,4 @@ def test_a_digest_of_what_was_cut_off_names_the_file(tmp_path, length):
     for damaged in (whole[:length], b"\xff" * length, whole[:-1]):
         file.write_bytes(damaged)
         with pytest.raises(ModelError, match=rf"^{re.escape(str(file))}: .*fetch or save"):
-            models.digest(tmp_path)
+            digest_of(tmp_path)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from elastic import __main__, models
+from elastic import __main__
 from elastic.config import ModelConfig, SearchConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.errors import ConfigError
+from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.nncf import read
 from tests.tiny_runs import space_file
@@ -173,7 +174,7 @@ def test_show_prints_a_space_and_its_size(tiny_folder, tmp_path, capsys):
     assert __main__.main(command) == 0
     said = capsys.readouterr().out
     found = json.loads(said.splitlines()[-1])
-    bound = SearchSpace.load(file).bind(models.skeleton(ModelConfig(path=str(tiny_folder))), 8)
+    bound = SearchSpace.load(file).bind(loading.skeleton(ModelConfig(path=str(tiny_folder))), 8)
     assert found["sub_adapters"] == str(bound.size)
     assert "attention_rank" in said and "8, 4, 1" in said
     assert found["costs"]["minimal"]["params"] < found["costs"]["maximal"]["params"]

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from elastic import foreign, models, quantised
+from elastic import foreign
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
 from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
@@ -18,8 +18,10 @@ from elastic.foreign import Update
 from elastic.formats import hf
 from elastic.importance import channel_order
 from elastic.merging import combine, compact
-from elastic.modules import dequantise_, modules_of
-from elastic.quantised import DEQUANTISE, QuantisedLinear
+from elastic.models import loading, quantised
+from elastic.models.digest import digest_of
+from elastic.models.modules import dequantise_, modules_of
+from elastic.models.quantised import DEQUANTISE, QuantisedLinear
 from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
@@ -112,7 +114,7 @@ def test_the_kinds_are_those_of_the_configuration():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_that_transformers_dequantises(folder, kind):
-    mine = models.load_model(str(folder), config_of(folder, kind))
+    mine = loading.load_model(str(folder), config_of(folder, kind))
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, **quantised.loading(kind, torch.float32, CPU)
     ).dequantize()
@@ -203,7 +205,7 @@ def test_codes_do_not_depend_on_the_type_computed_in(tmp_path, kind, stored):
     """What is trained in bfloat16 and exported in float32 is one model."""
     folder = tiny.save_tiny(tmp_path / "tiny", dtype=stored)
     one, other = (
-        models.load_model(str(folder), config_of(folder, kind, dtype=dtype))
+        loading.load_model(str(folder), config_of(folder, kind, dtype=dtype))
         for dtype in ("bfloat16", "float32")
     )
     assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
@@ -219,7 +221,7 @@ def test_codes_do_not_depend_on_the_type_computed_in(tmp_path, kind, stored):
 
 @pytest.mark.parametrize(("kind", "bits"), [("nf4", 4 + 32 / 64), ("int8", 8 + 32 / 32)])
 def test_memory_is_a_few_bits_per_weight(folder, kind, bits):
-    layer = models.load_model(str(folder), config_of(folder, kind)).model.layers[0].mlp.up_proj
+    layer = loading.load_model(str(folder), config_of(folder, kind)).model.layers[0].mlp.up_proj
     held = [*layer.parameters(), *layer.buffers()]
     assert sum(t.nbytes for t in held) - layer.bias.nbytes == bits / 8 * 64 * 32
 
@@ -259,7 +261,7 @@ def test_saved_and_loaded_is_the_same(folder, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_digest_is_that_of_the_files(folder, kind):
-    assert models.load(config_of(folder, kind)).digest == models.digest(folder)
+    assert loading.load(config_of(folder, kind)).digest == digest_of(folder)
 
 
 @pytest.mark.parametrize("heads", [False, True])
@@ -286,7 +288,7 @@ def test_other_adapters_merge_as_into_the_dense_twin(folder, heads):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
 def test_a_peft_adapter_is_read_as_without_quantisation(tiny_folder, tmp_path):
     adapted = get_peft_model(
-        models.load_model(str(tiny_folder), config_of(tiny_folder, "none")),
+        loading.load_model(str(tiny_folder), config_of(tiny_folder, "none")),
         LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
     )
     adapted.save_pretrained(tmp_path / "peft")
@@ -301,7 +303,7 @@ def test_an_encoder_decoder_model_is_its_dense_twin(tmp_path, kind):
     folder = tiny.save_t5(tmp_path / "t5")
     nets = []
     for make in (lambda model: model, dequantise_):
-        base = make(models.load_model(str(folder), config_of(folder, kind)))
+        base = make(loading.load_model(str(folder), config_of(folder, kind)))
         net = Supernet(base, SearchSpace.from_dict(T5_SPACE), tiny.ADAPTERS["lora"])
         net.reorder(tiny.permutations(net))
         nets.append(tiny.randomize_(net))
@@ -320,7 +322,7 @@ def test_parameters_have_the_types_of_a_base_that_is_not_quantised(tmp_path, dty
     """T5 keeps float32 layers beside float16 ones."""
     folder = tiny.save_t5(tmp_path / "t5")
     packed, plain = (
-        models.load_model(str(folder), config_of(folder, kind, dtype=dtype))
+        loading.load_model(str(folder), config_of(folder, kind, dtype=dtype))
         for kind in ("nf4", "none")
     )
     types = {name: parameter.dtype for name, parameter in plain.named_parameters()}
@@ -420,7 +422,7 @@ def test_a_missing_library_names_its_extra(tiny_folder, tmp_path, monkeypatch, n
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = config_of(tiny_folder, "int8")
     with pytest.raises(MissingExtra, match=r"quantise int8 needs bitsandbytes.*\[quantised\]"):
-        models.load_model(str(tiny_folder), config)
+        loading.load_model(str(tiny_folder), config)
     with pytest.raises(MissingExtra):
         train(train_config(tiny_folder, tmp_path / "run", model=config))
     assert not (tmp_path / "run").exists()

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import models
 from elastic.batching import collate, encode
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
 from elastic.importance import channel_order
 from elastic.merging import compact
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import generator_for
 from elastic.spaces.declared import SearchSpace
@@ -29,21 +30,21 @@ CONFIG = ModelConfig(path="smollm2", dtype="float32", device="cpu")
 def folder():
     torch.set_num_threads(2)
     try:
-        return models.locate(CONFIG.path)
+        return loading.locate(CONFIG.path)
     except ModelError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
 def batches(folder):
-    tokenizer = models.load_tokenizer(CONFIG)
+    tokenizer = loading.load_tokenizer(CONFIG)
     task = load_task(TaskConfig(train_examples=32, validation_examples=1, test_examples=1), 0)
     encoded = [encode(tokenizer, e.prompt, e.answer) for e in task.train]
     return [collate(encoded, tokenizer.pad_token_id)]
 
 
 def supernet(folder, order: str, batches) -> Supernet:
-    model = models.load_model(folder, CONFIG)
+    model = loading.load_model(folder, CONFIG)
     space = SearchSpace.load("llama")
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     permutation = channel_order(model, space.bind(model, 32), order, inputs)
@@ -51,7 +52,7 @@ def supernet(folder, order: str, batches) -> Supernet:
 
 
 def test_the_digest_is_that_of_the_packaged_weights(folder):
-    assert models.digest(folder).startswith("sha256:6b54f4a29047134e")
+    assert digest_of(folder).startswith("sha256:6b54f4a29047134e")
 
 
 def test_activation_order_keeps_more_of_the_model_than_norm_order(folder, batches):

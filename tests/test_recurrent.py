@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from elastic import bench, models
+from elastic import bench
 from elastic.batching import answer_logits, collate, encode
 from elastic.behind import padded_behind
 from elastic.config import (
@@ -21,6 +21,7 @@ from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
+from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
@@ -133,7 +134,7 @@ def test_nothing_is_halved_and_the_function_is_the_same(folder):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours = models.load_model(str(folder), ModelConfig(dtype="float32", device="cpu"))
+    ours = loading.load_model(str(folder), ModelConfig(dtype="float32", device="cpu"))
     ids = tiny.tokens()
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with torch.no_grad():
@@ -160,7 +161,7 @@ def test_trained_searched_and_written(run, monkeypatch):
 
 
 def test_a_runtime_that_cannot_is_refused_before_weights_load(run, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ModelError, match="tracing would fix the length; choose torch"):
         search(SearchConfig(run=str(run.path), timing=TimingConfig(runtime="onnx")))
     with pytest.raises(ConfigError, match=r"timing\.batch 2: transformers decodes one sequence"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from elastic import bench, models, statistics
+from elastic import bench, statistics
 from elastic.batching import encode_example
 from elastic.config import EvaluateConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
 from elastic.errors import ConfigError, DataError
@@ -16,6 +16,7 @@ from elastic.evaluate import evaluate
 from elastic.evaluating import evaluate_run
 from elastic.exporter import export
 from elastic.loss import answer_loss
+from elastic.models import loading
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet import load_run
@@ -122,10 +123,10 @@ def test_a_saved_head_goes_on(run, tmp_path):
     report = export(ExportConfig(run=str(run.path), sub_adapter="maximal", timing=ONE_ROUND,
                                  formats=["hf"], name="whole"))  # fmt: skip
     saved = ModelConfig(path=str(report.directory / "hf"), dtype="float32", device="cpu")
-    assert models.regresses(saved)
+    assert loading.regresses(saved)
     _, base, net = load_run(run)
     example = Example("a b", "1.5")
-    loaded = models.load(dataclasses.replace(saved, classes=["score"]))
+    loaded = loading.load(dataclasses.replace(saved, classes=["score"]))
     values = [
         float(model(torch.tensor([encode_example(base.tokenizer, model, example).ids])).logits)
         for model in (net.model, loaded.model)
@@ -134,7 +135,7 @@ def test_a_saved_head_goes_on(run, tmp_path):
 
 
 def test_answers_that_are_no_numbers_are_refused_before_weights_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     for wrong in ("much", "nan", "inf"):
         numbers = rows(lambda *_, wrong=wrong: wrong)
         with pytest.raises(DataError, match=f"answer '{wrong}' is no number"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from elastic import models
 from elastic.config import ModelConfig
 from elastic.formats import hf
 from elastic.merging import compact
-from elastic.recurrent import is_recurrent
+from elastic.models import loading
+from elastic.models.kinds import is_recurrent
 from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
@@ -61,13 +61,13 @@ def test_a_compact_model_is_a_base_like_any_other(family, tmp_path):
     once = write(first, tmp_path / "once")
     assert hf_class(once) == f"Elastic{FAMILIES[family][0]}"
     with torch.device("cpu"):
-        base = models.load_model(str(once), read(once))
+        base = loading.load_model(str(once), read(once))
     assert type(base) is type(first) and base.config.model_type == first.config.model_type
     torch.testing.assert_close(output(base), output(first))
-    assert models.architecture_of(read(once)).model_type == first.config.model_type
+    assert loading.architecture_of(read(once)).model_type == first.config.model_type
     shapes = {name: layer.weight.shape for name, layer in base.named_modules()
               if isinstance(layer, nn.Linear)}  # fmt: skip
-    bare = models.skeleton(read(once))
+    bare = loading.skeleton(read(once))
     assert type(bare) is type(first) and shapes == {
         name: layer.weight.shape for name, layer in bare.named_modules()
         if isinstance(layer, nn.Linear)

@@ -16,7 +16,7 @@ from elastic.adapters.lora import Lora
 from elastic.batching import IGNORED, SimilarLengths, answer_logits, padded
 from elastic.config import AdapterConfig, StageConfig
 from elastic.loss import answer_loss
-from elastic.modules import plain_linear
+from elastic.models.modules import plain_linear
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests.tiny_runs import train_config

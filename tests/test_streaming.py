@@ -7,8 +7,8 @@ import torch
 
 from elastic.formats import hf
 from elastic.merging import compact
-from elastic.meter import Meter
-from elastic.modules import linear_
+from elastic.models.meter import Meter
+from elastic.models.modules import linear_
 from elastic.spaces.declared import SearchSpace
 from elastic.streaming import streamed
 from elastic.supernet import Supernet

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from elastic import __main__, bench, finalists, models, study
+from elastic import __main__, bench, finalists, study
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
 from elastic.cost import count
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
 from elastic.front import Front
 from elastic.merging import compact
+from elastic.models import loading
 from elastic.objective import Objective
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
@@ -102,7 +103,7 @@ def forbid_weights(monkeypatch):
     def load(*_, **__):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
 
 
 def config(run: Run, **overrides) -> SearchConfig:

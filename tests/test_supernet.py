@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from elastic import models
 from elastic.adapters.attach import ElasticLinear, FactorLinear
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.cost import Counter, count
 from elastic.errors import BaseMismatch, RunError
 from elastic.merging import compact, merge_
-from elastic.modules import modules_of, plain_linear
+from elastic.models.digest import digest_of
+from elastic.models.modules import modules_of, plain_linear
 from elastic.slicing import sliced
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
@@ -402,8 +402,8 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path, ordered):
 
 
 def test_another_base_is_refused_with_both_digests(tmp_path):
-    ours = models.digest(tiny.save_tiny(tmp_path / "ours", seed=0))
-    other = models.digest(tiny.save_tiny(tmp_path / "other", seed=1))
+    ours = digest_of(tiny.save_tiny(tmp_path / "ours", seed=0))
+    other = digest_of(tiny.save_tiny(tmp_path / "other", seed=1))
     save(tiny.supernet(), tmp_path / "net", ours)
     with pytest.raises(BaseMismatch) as caught:
         load_super_adapter(tiny.llama(), other, tmp_path / "net")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from elastic import models, trainer, training
+from elastic import trainer, training
 from elastic.adapters.attach import ElasticLinear
 from elastic.batching import encode_all
 from elastic.config import (
@@ -20,7 +20,8 @@ from elastic.config import (
     TaskConfig,
 )
 from elastic.errors import ConfigError, DataError, ModelError, RunError
-from elastic.modules import modules_of
+from elastic.models import loading
+from elastic.models.modules import modules_of
 from elastic.run import Run
 from elastic.schedule import Schedule
 from elastic.spaces.dims import channel_index
@@ -50,8 +51,8 @@ def forbid_weights(monkeypatch):
     def load(*_, **__):
         pytest.fail("weights were loaded")
 
-    monkeypatch.setattr(models, "load", load)
-    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "load_model", load)
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp
     train(train_config(tiny_folder, tmp_path / "run"))
     [(net, _)] = built
     config = ModelConfig(path=str(tiny_folder), dtype="float32")
-    original = models.load_model(str(tiny_folder), config).state_dict()
+    original = loading.load_model(str(tiny_folder), config).state_dict()
     moved = 0
     for group in net.space:
         for cut in group.cuts:
@@ -476,7 +477,7 @@ def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, rati
         lr=ScheduleConfig(base_lr=1e-3, shape="constant"), batch_size=32, save_steps=1,
     )  # fmt: skip
     run = train(config)
-    base = models.load(config.model)
+    base = loading.load(config.model)
     start = training.build(
         base.model, run.space(), config,
         calibration=encode_all(

@@ -78,7 +78,7 @@ def test_metrics_tell_stage_rate_pace_and_probes(tiny_folder, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused_before_weights_load(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.models, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training.loading, "load", lambda *_: pytest.fail("weights were loaded"))
     config = train_config(tiny_folder, tmp_path / "run", report_to=["tensorbord"])
     with pytest.raises(ConfigError, match=r"tensorbord.*did you mean 'tensorboard'"):
         train(config)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from elastic.adapters.base import Adapter
-from elastic.quantised import QuantisedLinear, frozen_linear
+from elastic.models.quantised import QuantisedLinear, frozen_linear
 
 Parts = tuple[tuple[int, int], ...] | None
 

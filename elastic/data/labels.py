@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from elastic.classifier import is_number
 from elastic.console import say
 from elastic.errors import DataError
+from elastic.models.kinds import is_number
 
 if TYPE_CHECKING:
     from elastic.tasks.base import Task

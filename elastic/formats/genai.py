@@ -11,14 +11,13 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import caches
-from elastic.classifier import classes_of
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.formats.onnx import FILE
 from elastic.formats.onnx_session import cache_names
 from elastic.formats.tracing import traceable
-from elastic.recurrent import is_recurrent
+from elastic.models import caches
+from elastic.models.kinds import classes_of, is_recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

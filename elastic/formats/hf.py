@@ -23,8 +23,7 @@ from elastic.errors import ExportError
 from elastic.files import write_text
 from elastic.formats import shards
 from elastic.formats.shards import Tensors, tensors_of
-from elastic.modules import linear_, modules_of
-from elastic.reloaded import PREFIX, as_cut_
+from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:

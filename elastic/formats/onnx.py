@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic import caches
-from elastic.classifier import classes_of, has_types
 from elastic.errors import ConfigError, unknown
 from elastic.formats import seq2seq
 from elastic.formats.onnx_session import at_the_end, cache_names, session_of, step_inputs
 from elastic.formats.tracing import Trace, require, require_float32, traceable, write_traced
+from elastic.models import caches
+from elastic.models.kinds import classes_of, has_types
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,8 +13,7 @@ import torch
 
 from elastic.depth import renamed
 from elastic.formats import hf
-from elastic.modules import plain_linear, replace_module
-from elastic.slicing import module_tree
+from elastic.models.modules import module_tree, plain_linear, replace_module
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.dims import Ranges
 from elastic.spaces.uniform import covering

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from elastic.adapters.attach import ElasticLinear
-from elastic.classifier import classes_of
 from elastic.errors import ExportError
-from elastic.modules import modules_of
-from elastic.recurrent import is_recurrent
+from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import Supernet
 

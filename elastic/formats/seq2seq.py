@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic import caches
 from elastic.formats.onnx_session import session_of
 from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
+from elastic.models import caches
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto

@@ -91,15 +91,15 @@ def _peft(load: Load) -> Callable[[], Runner]:
     import transformers
     from peft import PeftModel
 
-    from elastic import models
     from elastic.config import ModelConfig
+    from elastic.models import loading
     from elastic.runners import runner_of
 
     config = ModelConfig(**load.settings["model"])
-    getattr(transformers, (models.architecture_of(config).architectures or [""])[0], None)
+    getattr(transformers, (loading.architecture_of(config).architectures or [""])[0], None)
 
     def opened() -> Runner:
-        plain = models.load_model(models.locate(config.path), config)
+        plain = loading.load_model(loading.locate(config.path), config)
         return runner_of(PeftModel.from_pretrained(plain, load.folder).eval().get_base_model())
 
     return opened

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from elastic import models
 from elastic.config import ExportConfig, ModelConfig
 from elastic.formats import genai
 from elastic.formats.weigh import Load
@@ -38,7 +37,7 @@ class Source:
     sub: SubAdapter
     models: dict[Which, PreTrainedModel]
     """Merged: the sub-adapter cut out, and the maximal one."""
-    base: models.Base
+    base: loading.Base
     trained: ModelConfig
     formats: Mapping[str, Format]
     """By name; those that one is made from, or judged beside, are among them."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from elastic import models
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats import onnx, openvino, tracing
+from elastic.models import kinds
 from elastic.runners import Runner
 from elastic.writers.base import Format, Source, Which
 
@@ -25,7 +25,7 @@ class Onnx(Format):
             raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
 
     def why_not(self, source: Source) -> str | None:
-        return models.no_graph(source.models["compact"].config)
+        return kinds.no_graph(source.models["compact"].config)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         model = source.models[which]
@@ -50,7 +50,7 @@ class Openvino(Format):
         openvino.require()
 
     def why_not(self, source: Source) -> str | None:
-        return models.no_graph(source.models["compact"].config)
+        return kinds.no_graph(source.models["compact"].config)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         try:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from elastic import models
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.files import read_json
 from elastic.formats import hf, peft
 from elastic.formats.padding import padded
 from elastic.formats.weigh import Load
-from elastic.modules import dequantise_
+from elastic.models import loading
+from elastic.models.modules import dequantise_
 from elastic.run import as_plain
 from elastic.runners import Runner, runner_of
 from elastic.runtime import timed_runner
@@ -120,8 +120,8 @@ class Peft(_Torch):
         from peft import PeftModel
 
         # Dense like the full model it is timed against.
-        folder = models.locate(source.trained.path)
-        plain = dequantise_(models.load_model(folder, source.trained))
+        folder = loading.locate(source.trained.path)
+        plain = dequantise_(loading.load_model(folder, source.trained))
         adapted = PeftModel.from_pretrained(plain, str(directory)).eval()
         return runner_of(adapted.get_base_model())
 
@@ -145,4 +145,4 @@ class Peft(_Torch):
 def _stored(source: Source) -> torch.dtype:
     """The type that Hugging Face folders are written in."""
     dtype = source.models["compact"].dtype
-    return dtype if dtype == torch.float64 else models.stored_dtype(source.trained) or dtype
+    return dtype if dtype == torch.float64 else loading.stored_dtype(source.trained) or dtype

@@ -16,7 +16,6 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from elastic import models
 from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig, TimingConfig
 from elastic.console import say
@@ -24,6 +23,7 @@ from elastic.cost import count
 from elastic.formats import onnx, openvino
 from elastic.latency import REFERENCE, measure
 from elastic.merging import compact
+from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    base = models.load(ModelConfig(path="smollm2", dtype="float32"))
+    base = loading.load(ModelConfig(path="smollm2", dtype="float32"))
     net = Supernet(base.model, SearchSpace.from_dict(SPACE), AdapterConfig(rank=8))
     small = {name: compact(net, sized(net, pair)) for name, pair in WIDTHS.items()}
     macs = {name: count(model).macs for name, model in small.items()}

@@ -11,7 +11,7 @@ import statistics
 from peft import LoraConfig, get_peft_model
 
 from elastic.config import AdapterConfig
-from elastic.slicing import module_tree
+from elastic.models.modules import module_tree
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from tests.benchmarks.common import TARGETS, interleaved, llama, report, summary

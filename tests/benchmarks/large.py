@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elastic import models
 from elastic.config import AdapterConfig, ExportConfig, HfConfig, ModelConfig, TrainConfig
 from elastic.exporter import export
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet, save_super_adapter
@@ -59,13 +60,13 @@ def trained(base: Path, path: Path) -> Run:
     run = Run(path)
     run.begin(config)
     net = Supernet(
-        models.skeleton(config.model, torch.bfloat16), SearchSpace.load("lonas-llama"),
+        loading.skeleton(config.model, torch.bfloat16), SearchSpace.load("lonas-llama"),
         AdapterConfig(rank=32), start=False,
     )  # fmt: skip
     net.reorder(tiny.permutations(net))
     state = {name: 0.01 * torch.randn_like(tensor) for name, tensor in net.factor_state().items()}
     save_super_adapter(net, run.super_adapter, model=config.model, factors=state,
-                       base_digest=models.digest(base))  # fmt: skip
+                       base_digest=digest_of(base))  # fmt: skip
     return run
 
 

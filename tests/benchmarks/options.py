@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from elastic.meter import Meter
+from elastic.models.meter import Meter
 from tests.benchmarks.common import llama, report, sides
 from tests.benchmarks.step import Steps
 

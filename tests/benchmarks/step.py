@@ -22,11 +22,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
-from elastic import models
 from elastic.batching import IGNORED, answer_logits
 from elastic.config import AdapterConfig, ModelConfig
 from elastic.loss import answer_loss
-from elastic.meter import Meter
+from elastic.models import loading
+from elastic.models.meter import Meter
 from elastic.spaces.bound import SubAdapter, generator_for
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
@@ -185,8 +185,8 @@ def main() -> None:
     given = parser.parse_args()
 
     def smollm2() -> torch.nn.Module:
-        folder = given.smollm2 or models.locate("smollm2")
-        return models.load_model(folder, ModelConfig(path=folder, dtype="float32", device="cpu"))
+        folder = given.smollm2 or loading.locate("smollm2")
+        return loading.load_model(folder, ModelConfig(path=folder, dtype="float32", device="cpu"))
 
     result = "step-cuda" if CUDA else "step"
     file = RESULTS / f"{result}.json"

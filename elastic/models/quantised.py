@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 BLOCK = 64
 """Weights that share one scale in nf4."""
 

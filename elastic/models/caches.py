@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
     from transformers.utils import ModelOutput
 
+
 NAME, FORMER = "cache", "past_key_values"
 
 

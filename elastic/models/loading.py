@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -13,20 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.classifier import (
-    describe_,
-    is_classifier,
-    is_regressor,
-    last_layer,
-    start_head_,
-    was_trained,
-)
 from elastic.config import ModelConfig
 from elastic.console import say
-from elastic.errors import ConfigError, MissingExtra, ModelError
-from elastic.packaged import PACKAGED, unpacked
-from elastic.recurrent import exact_, is_recurrent
-from elastic.reloaded import as_cut_, of_family_
+from elastic.errors import ModelError
+from elastic.models.digest import FETCH, digest_of
+from elastic.models.head import describe_, last_layer, start_head_
+from elastic.models.kinds import exact_, is_classifier, is_regressor, require, was_trained
+from elastic.models.modules import as_cut_, of_family_
+from elastic.models.packaged import PACKAGED, unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +36,6 @@ class Base:
 
 EVERYTHING = ("*.json", "*.safetensors", "*.model")
 """What of a hub repository a model is loaded from."""
-FETCH = "if files are damaged or missing, fetch or save the model again"
 
 
 def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
@@ -77,7 +68,7 @@ def skeleton(
     bind a search space to. In the type of its configuration unless one is given."""
     import torch
 
-    from elastic.modules import linear_
+    from elastic.models.modules import linear_
 
     folder = locate(config.path, ["config.json"])
     architecture = _described(folder, config)
@@ -153,81 +144,17 @@ def _kind(architecture: PretrainedConfig, config: ModelConfig):
     return transformers.AutoModelForCausalLM
 
 
-def no_graph(architecture: PretrainedConfig) -> str | None:
-    """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
-    if is_recurrent(architecture):
-        return "recurrent models are not written as graphs: tracing would fix the length"
-    return None
-
-
-def require_graph(config: ModelConfig, what: str) -> None:
-    """ModelError for a model of which no graph can be written."""
-    if reason := no_graph(architecture_of(config)):
-        raise ModelError(f"{what}: {config.path}: {reason}; choose torch")
-
-
-def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
-    """MissingExtra or ModelError when the base cannot be loaded as configured; no weights are
-    read."""
-    if getattr(architecture, "quantization_config", None) is not None:
-        raise ModelError(
-            f"model.path {config.path} has been quantised already; give the original weights, "
-            "which model.quantise packs while they load"
-        )
-    if architecture.is_encoder_decoder and is_classifier(architecture, config.head):
-        raise ModelError(
-            f"model.path {config.path}: an encoder-decoder model with a classification head is not "
-            "supported; choose model.head language"
-        )
-    if config.quantise != "none":
-        if is_classifier(architecture, config.head):
-            raise ModelError(
-                f"model.quantise {config.quantise}: {config.path} gets a classification head, "
-                "beside which nothing is quantised yet; choose none"
-            )
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            what = f"model.quantise {config.quantise}"
-            raise MissingExtra("bitsandbytes", "quantised", what) from error
-
-
-def require_training(config: ModelConfig) -> None:
-    """What `require` raises, or ConfigError when the type cannot be trained on this device."""
-    architecture = architecture_of(config)
-    require(config, architecture)
-    device = resolve_device(config.device)
-    if config.dtype == "float16" and device.type == "cpu":
-        raise ConfigError(
-            "model.dtype float16 on cpu: small gradients vanish without a loss scaler, which only "
-            "accelerators have; choose bfloat16 or float32, or model.device cuda"
-        )
-
-
-def require_packing(config: ModelConfig) -> None:
-    """ConfigError for a model whose sequences cannot share a row; no weights are read."""
-    architecture, kind = architecture_of(config), None
-    if is_classifier(architecture, config.head):
-        kind = "a classification head, which answers once for every row"
-    elif architecture.is_encoder_decoder:
-        kind = "an encoder, whose rows answer in the decoder's"
-    elif is_recurrent(architecture):
-        kind = "a state, which one sequence would hand to the next"
-    if kind:
-        raise ConfigError(f"packing: {config.path} has {kind}; leave packing out")
-
-
 def load(config: ModelConfig, seed: int = 0) -> Base:
     """Weights, tokenizer and digest."""
     folder = locate(config.path)
     model = load_model(folder, config, seed)
-    return Base(model, load_tokenizer(config), digest(folder))
+    return Base(model, load_tokenizer(config), digest_of(folder))
 
 
 def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
     layers. A classification head that was not saved for these classes starts from the seed."""
-    from elastic.modules import linear_
+    from elastic.models.modules import linear_
 
     architecture = _described(folder, config)
     require(config, architecture)
@@ -237,7 +164,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     if is_classifier(architecture, config.head):
         return _load_classifier(folder, config, architecture, dtype, seed).to(device)
     if config.quantise != "none":
-        from elastic import quantised
+        from elastic.models import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
     with _readable(folder, config, "the weights cannot be loaded", FETCH):
@@ -256,7 +183,7 @@ def _load_classifier(
     dtype: torch.dtype,
     seed: int,
 ) -> PreTrainedModel:
-    from elastic.modules import linear_
+    from elastic.models.modules import linear_
 
     trained, before = was_trained(architecture), dict(architecture.id2label)
     kept = describe_(architecture, config.classes)
@@ -354,44 +281,3 @@ def _bfloat16_is_faster(device: str) -> bool:
         return min(times)
 
     return seconds(torch.bfloat16) < 0.67 * seconds(torch.float32)
-
-
-def digest(folder: Path | str) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors on disk, sorted by name.
-
-    Independent of how the weights are split into files and of the type they are loaded as.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no .safetensors weights (pickled weights are not read)")
-    entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
-    for file in files:
-        header, start = _safetensors_header(file)
-        entries |= {name: (file, entry, start) for name, entry in header.items()}
-    total = hashlib.sha256()
-    for name in sorted(entries):
-        file, entry, start = entries[name]
-        total.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
-        begin, end = entry["data_offsets"]
-        with file.open("rb") as stream:
-            stream.seek(start + begin)
-            left = end - begin
-            while left:
-                chunk = stream.read(min(left, 1 << 24))
-                if not chunk:
-                    raise ModelError(f"{file}: shorter than its header says; {FETCH}")
-                total.update(chunk)
-                left -= len(chunk)
-    return f"sha256:{total.hexdigest()}"
-
-
-def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and where its data starts."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-        except ValueError:
-            raise ModelError(f"{file}: cut off, or not written by safetensors; {FETCH}") from None
-    header.pop("__metadata__", None)
-    return header, 8 + length

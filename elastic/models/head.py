@@ -14,46 +14,10 @@ from torch import nn
 
 from elastic.config.model import SCORE
 from elastic.errors import ConfigError, ModelError
+from elastic.models.kinds import POOLER, classes_of, is_number, was_trained
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-ENDING, POOLER = "ForSequenceClassification", "pooler"
-
-
-def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
-    """Whether a model of this configuration gets a classification head."""
-    if head != "auto":
-        return head in ("classification", "regression")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
-
-    encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
-    return was_trained(architecture) or encoder
-
-
-def is_regressor(architecture: PretrainedConfig, head: str = "auto") -> bool:
-    """Whether that head answers with a number."""
-    saved = was_trained(architecture) and len(architecture.id2label) == 1
-    return head == "regression" or (head == "auto" and saved)
-
-
-def is_number(classes: Sequence[str]) -> bool:
-    """Whether what a head tells apart is no class, but a number."""
-    return list(classes) == SCORE
-
-
-def classes_of(model: nn.Module) -> tuple[str, ...]:
-    """What this model tells apart, in the order of its logits; empty if it answers with text."""
-    if not type(model).__name__.endswith(ENDING):
-        return ()
-    names = model.config.id2label
-    return tuple(names[number] for number in range(len(names)))
-
-
-def has_types(model: PreTrainedModel) -> bool:
-    """Whether it tells the first sentence of a pair from the second."""
-    return getattr(model.config, "type_vocab_size", 0) > 1
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
@@ -74,11 +38,6 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
         end = architecture.eos_token_id
         architecture.pad_token_id = end[0] if isinstance(end, list) else end
     return kept
-
-
-def was_trained(architecture: PretrainedConfig) -> bool:
-    """Whether the model was saved with a classification head."""
-    return (architecture.architectures or [""])[0].endswith(ENDING)
 
 
 def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -133,14 +92,3 @@ def widen_head_(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, nn.Para
 
 def _widened(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(next(module.parameters()).dtype) for x in inputs)
-
-
-def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that it reads at most, so that a padded batch of them still has a position each."""
-    longest = tokenizer.model_max_length
-    if positions := getattr(model.config, "max_position_embeddings", None):
-        longest = min(longest, positions)
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
-        longest = min(longest, table.num_embeddings - table.padding_idx - 1)
-    return longest

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from elastic.quantised import QuantisedLinear
+from elastic.models.quantised import QuantisedLinear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -52,3 +56,40 @@ def linear_(model: ModuleType) -> ModuleType:
     for name, layer in modules_of(model, Conv1D):
         replace_module(model, name, plain_linear(layer.weight.T, layer.bias))
     return model
+
+
+def module_tree(model: ModuleType) -> ModuleType:
+    """A copy of the modules around the same tensors: none is duplicated, ties stay ties."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+PREFIX = "elastic_"
+"""Before the family's type, in the type of what is written."""
+SIZES = ("linear_sizes", "attention_sizes")
+"""What its config says beside the family's."""
+
+
+def of_family_(config: PretrainedConfig) -> PretrainedConfig:
+    """A small class's config as its family's, in place: modules share the object."""
+    if config.model_type.startswith(PREFIX):
+        config.__class__ = _family(type(config))
+        for name in (*SIZES, "auto_map", "model_type"):
+            config.__dict__.pop(name, None)
+    return config
+
+
+def as_cut_(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of a small class as one of its family's, in place."""
+    if model.config.model_type.startswith(PREFIX):
+        model.__class__ = _family(type(model))
+        for module in model.modules():  # encoders and decoders have copies of their own
+            if hasattr(module, "config"):
+                of_family_(module.config)
+        model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _family(kind: type) -> type:
+    """The class of transformers that a small class is of; it derives from it, more than once."""
+    return next(each for each in kind.__mro__ if each.__module__.startswith("transformers."))

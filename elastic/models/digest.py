@@ -1,0 +1,53 @@
+"""What base weights are known by, whatever files and type they are in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import ModelError
+
+FETCH = "if files are damaged or missing, fetch or save the model again"
+
+
+def digest_of(folder: Path | str) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors on disk, sorted by name.
+
+    Independent of how the weights are split into files and of the type they are loaded as.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no .safetensors weights (pickled weights are not read)")
+    entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
+    for file in files:
+        header, start = _safetensors_header(file)
+        entries |= {name: (file, entry, start) for name, entry in header.items()}
+    total = hashlib.sha256()
+    for name in sorted(entries):
+        file, entry, start = entries[name]
+        total.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+        begin, end = entry["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            left = end - begin
+            while left:
+                chunk = stream.read(min(left, 1 << 24))
+                if not chunk:
+                    raise ModelError(f"{file}: shorter than its header says; {FETCH}")
+                total.update(chunk)
+                left -= len(chunk)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and where its data starts."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        except ValueError:
+            raise ModelError(f"{file}: cut off, or not written by safetensors; {FETCH}") from None
+    header.pop("__metadata__", None)
+    return header, 8 + length
