@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.batching import encode_example
+from elastic.data.encoding import encode_example
 from elastic.formats.onnx_session import step_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from elastic.tasks.base import Example
+    from elastic.data.task import Example
 
 Inputs = dict[str, np.ndarray]
 

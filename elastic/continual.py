@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from elastic import distributed, plotting
 from elastic.config import TaskConfig, TrainConfig
 from elastic.console import say
+from elastic.data import load_task
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluate import answers, same_text
 from elastic.files import write_json, write_text
@@ -21,11 +22,10 @@ from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score
-from elastic.tasks import load_task
 
 if TYPE_CHECKING:
+    from elastic.data.task import Example
     from elastic.dry import Estimate
-    from elastic.tasks.base import Example
 
 _PLACE = "{task}"
 

@@ -18,9 +18,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.adapters import METHODS
-from elastic.batching import encode_all, padded
 from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
 from elastic.cost import Counter
+from elastic.data import load_task
+from elastic.data.encoding import encode_all, padded
 from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
 from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan, SpaceTable
@@ -32,7 +33,6 @@ from elastic.rehearsal import rehearse
 from elastic.schedule import Schedule
 from elastic.spaces.bound import BoundSpace
 from elastic.supernet import Supernet, read_tensors
-from elastic.tasks import load_task
 from elastic.training import predecessor, with_classes
 from elastic.trial import require_fits
 

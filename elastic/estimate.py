@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elastic.batching import Encoded, collate
 from elastic.cost import Cost
+from elastic.data.collating import collate
+from elastic.data.encoding import Encoded
 from elastic.models.kinds import classes_of
 
 

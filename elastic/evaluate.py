@@ -11,22 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from elastic import protocol
-from elastic.batching import (
-    IGNORED,
-    Encoded,
-    answer_logits,
-    collate,
-    encode_example,
-    length_sorted,
-    prompt_ids,
-)
-from elastic.behind import padding_is_seen
 from elastic.console import track
+from elastic.data import llm_adapters
+from elastic.data.answers import answer_logits, padding_is_seen
+from elastic.data.collating import IGNORED, collate, length_sorted
+from elastic.data.encoding import Encoded, encode_example, prompt_ids
+from elastic.data.prefix import common_start, read
+from elastic.data.task import Example, Judge
 from elastic.models.kinds import classes_of, is_recurrent
-from elastic.prefix import common_start, read
 from elastic.statistics import Score
-from elastic.tasks.base import Example, Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -234,8 +227,8 @@ def answers(
 
 def judged(judge: Judge, text: str) -> tuple[bool, bool]:
     """Whether a generated text is right, and whether an answer was found in it."""
-    answer = protocol.extract(judge.kind, text)
-    return protocol.matches(judge.kind, answer, judge.expected), answer is not None
+    answer = llm_adapters.extract(judge.kind, text)
+    return llm_adapters.matches(judge.kind, answer, judge.expected), answer is not None
 
 
 def same_text(found: str, expected: str) -> bool:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import protocol
 from elastic import statistics as metrics
 from elastic.config import EvaluateConfig
 from elastic.console import say
+from elastic.data import llm_adapters, load_task
+from elastic.data.task import Example
 from elastic.errors import ConfigError
 from elastic.evaluate import evaluate
 from elastic.files import tag, write_json
@@ -23,8 +24,6 @@ from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score
 from elastic.supernet import load_run
-from elastic.tasks import llm_adapters, load_task
-from elastic.tasks.base import Example
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ def evaluate_run(
     if config.text:
         return perplexity_of(config)
     sets = {
-        name: llm_adapters.read(protocol.file_of(name, Path(config.data)))[: config.examples]
-        for name in protocol.sets_of(config.tasks)
+        name: llm_adapters.read(llm_adapters.file_of(name, Path(config.data)))[: config.examples]
+        for name in llm_adapters.sets_of(config.tasks)
     }
     if not sets:
         own = getattr(load_task(trained.task, trained.seed), config.split)

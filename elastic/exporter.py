@@ -12,6 +12,8 @@ from elastic import foreign
 from elastic.config import ExportConfig
 from elastic.console import say
 from elastic.cost import Counter, count
+from elastic.data import load_task
+from elastic.data.task import Example
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json, write_text
@@ -26,8 +28,6 @@ from elastic.runtime import timing_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet import ABOUT, Supernet, load_run
-from elastic.tasks import load_task
-from elastic.tasks.base import Example
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS
 from elastic.writers.base import Source, Which

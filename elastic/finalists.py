@@ -10,6 +10,7 @@ from elastic.bench import Bench
 from elastic.budget import impossible, limits_accuracy_alone, met
 from elastic.config import SearchConfig
 from elastic.console import say, track
+from elastic.data.task import Example
 from elastic.errors import BudgetError
 from elastic.evaluate import evaluate
 from elastic.files import write_json
@@ -21,7 +22,6 @@ from elastic.proposals import learn
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain
 from elastic.spaces.bound import SubAdapter
-from elastic.tasks.base import Example
 from elastic.timetable import Target
 
 if TYPE_CHECKING:

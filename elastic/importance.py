@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.batching import IGNORED
-from elastic.behind import padded_behind, padding_is_seen
+from elastic.data.answers import padded_behind, padding_is_seen
+from elastic.data.collating import IGNORED
 from elastic.depth import states
 from elastic.models.kinds import classes_of
 from elastic.models.modules import modules_of

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
 from elastic.cost import Counter
+from elastic.data.task import Example
 from elastic.evaluate import evaluate
 from elastic.latency import per_second
 from elastic.merging import compact
@@ -17,7 +18,6 @@ from elastic.rounding import round_
 from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
 from elastic.supernet import Supernet
 from elastic.table import Table, Tables
-from elastic.tasks.base import Example
 from elastic.timetable import Timetable
 
 if TYPE_CHECKING:

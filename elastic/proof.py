@@ -11,13 +11,13 @@ import torch
 
 from elastic.bench import ATTEMPTS
 from elastic.console import say
+from elastic.data.task import Example
 from elastic.errors import RunError
 from elastic.formats import weigh
 from elastic.latency import REFERENCE, Measurement, clock_of, measure
 from elastic.runners import Runner, runner_of
 from elastic.scoring import answer
 from elastic.statistics import Score, difference
-from elastic.tasks.base import Example
 from elastic.verify import Probe, agreement, require_agreement
 from elastic.writers import FORMATS
 from elastic.writers.base import Source

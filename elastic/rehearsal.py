@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic.adapters.attach import ElasticLinear
-from elastic.batching import answer_logits
+from elastic.data.answers import answer_logits, answer_loss
 from elastic.depth import NUMBERS, running
 from elastic.estimate import Batch
-from elastic.loss import answer_loss
 from elastic.models.meter import Meter
 from elastic.models.modules import modules_of, replace_module
 from elastic.spaces.bound import SubAdapter

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.batching import encode_example, encode_text, prompt_ids
 from elastic.console import track
+from elastic.data.encoding import encode_example, encode_text, prompt_ids
+from elastic.data.task import Example
 from elastic.evaluate import judged, rows_of
 from elastic.models.kinds import classes_of, is_number
 from elastic.runners import Runner
 from elastic.statistics import Score
-from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elastic.adapters.attach import ElasticLinear
-from elastic.batching import answer_logits
+from elastic.data.answers import answer_logits, answer_loss
 from elastic.depth import states
-from elastic.loss import answer_loss
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
 from elastic.supernet import Supernet

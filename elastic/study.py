@@ -17,7 +17,6 @@ from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from elastic import compression
-from elastic.batching import collated, encode_all
 from elastic.budget import (
     limits_accuracy_alone,
     refuse_by_counting,
@@ -29,6 +28,10 @@ from elastic.budget import (
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
 from elastic.console import counting_bar, say, track
+from elastic.data import load_task
+from elastic.data.collating import collated
+from elastic.data.encoding import encode_all
+from elastic.data.task import Example
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
@@ -41,8 +44,6 @@ from elastic.sensitivity import sensitivity
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet import FACTORS, Supernet, load_run
-from elastic.tasks import load_task
-from elastic.tasks.base import Example
 from elastic.timetable import Target
 from elastic.timetables import read_tables, require_same_tables, tables_of
 from elastic.workers import POLL, Worker, open_storage

@@ -14,14 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from elastic import checkpoints
 from elastic.adapters import METHODS
-from elastic.batching import IGNORED, Encoded, SimilarLengths, answer_logits, collate
 from elastic.config import TrainConfig
 from elastic.console import say
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED, SimilarLengths, collate, pack
+from elastic.data.encoding import Encoded
 from elastic.errors import TrainingError
 from elastic.files import write_json
-from elastic.loss import answer_loss
 from elastic.models.modules import module_tree
-from elastic.packing import pack
 from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule, examples_per_step

@@ -11,26 +11,19 @@ import torch
 
 from elastic import distributed
 from elastic.adapters import METHODS, Adapter, check
-from elastic.batching import (
-    IGNORED,
-    Encoded,
-    answer_logits,
-    collate,
-    collated,
-    encode_all,
-    most_tokens,
-    padded,
-)
 from elastic.config import TrainConfig
 from elastic.config.model import SCORE
 from elastic.console import say
+from elastic.data import load_task
+from elastic.data.answers import answer_logits
+from elastic.data.collating import DIFFERENCE, IGNORED, collate, collated, in_rows
+from elastic.data.encoding import Encoded, encode_all, most_tokens, padded
 from elastic.data.labels import check_classes, classes_in
 from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.importance import channel_order
 from elastic.models import loading, requirements
-from elastic.packing import DIFFERENCE, in_rows
 from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
 from elastic.spaces.bound import BoundSpace
@@ -42,7 +35,6 @@ from elastic.supernet import (
     read_tensors,
     save_super_adapter,
 )
-from elastic.tasks import load_task
 from elastic.trainer import fit
 from elastic.trial import require_fits
 from elastic.watching import check_trackers

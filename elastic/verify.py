@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.batching import encode_text, prompt_ids
+from elastic.data.encoding import encode_text, prompt_ids
+from elastic.data.task import Example
 from elastic.errors import ExportError
 from elastic.models.kinds import classes_of
 from elastic.runners import Runner, runner_of
-from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

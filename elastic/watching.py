@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from elastic.batching import IGNORED, answer_logits
 from elastic.console import counting_bar
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError, unknown
-from elastic.loss import answer_loss
 from elastic.spaces.bound import generator_for
 from elastic.supernet import Supernet
 

@@ -6,8 +6,8 @@ from pytest import MonkeyPatch
 from transformers import TrainerCallback
 
 from elastic import trainer, training
-from elastic.batching import encode_all
 from elastic.config import ModelConfig, StageConfig, TaskConfig
+from elastic.data.encoding import encode_all
 from elastic.models import loading
 from elastic.run import Run
 from elastic.schedule import Schedule

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from elastic.batching import Encoded, answer_logits, collate
-from elastic.behind import padding_is_seen
+from elastic.data.answers import answer_logits, padding_is_seen
+from elastic.data.collating import collate
+from elastic.data.encoding import Encoded
+from elastic.data.task import Example
 from elastic.evaluate import answers, evaluate
 from elastic.importance import channel_order
 from elastic.spaces.declared import SearchSpace
-from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

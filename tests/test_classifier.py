@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from elastic import statistics
-from elastic.batching import answer_logits, collate, encode_all, encode_example
 from elastic.config import (
     BudgetConfig,
     EvaluateConfig,
@@ -24,7 +23,12 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.continual import train as train_any
+from elastic.data import load_task
+from elastic.data.answers import answer_logits
+from elastic.data.collating import collate
+from elastic.data.encoding import encode_all, encode_example
 from elastic.data.labels import classes_in
+from elastic.data.task import Example, Task
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluate import evaluate
 from elastic.evaluating import evaluate_run
@@ -37,8 +41,6 @@ from elastic.run import Run
 from elastic.slicing import sliced
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
-from elastic.tasks.base import Example, Task
 from elastic.trainer import frozen
 from elastic.training import train, with_classes
 from tests import tiny

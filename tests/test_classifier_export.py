@@ -22,6 +22,7 @@ from elastic.config import (
     SearchConfig,
     TimingConfig,
 )
+from elastic.data import load_task
 from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
@@ -33,7 +34,6 @@ from elastic.run import Run
 from elastic.runners import runner_of
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny

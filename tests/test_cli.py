@@ -30,10 +30,10 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.config.parsing import from_dict, parse
+from elastic.data import TASKS
 from elastic.errors import ConfigError, RunError
 from elastic.run import Run, as_plain
 from elastic.spaces.dims import DEPTH, DIMS
-from elastic.tasks import TASKS
 from elastic.writers import FORMATS
 
 ROOT = Path(__file__).parent.parent

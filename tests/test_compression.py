@@ -13,11 +13,11 @@ from onnx import numpy_helper
 from elastic import compression
 from elastic.calibration import calibration_inputs
 from elastic.compression import MODES, check, compress
+from elastic.data.task import Example
 from elastic.errors import ConfigError, MissingExtra
 from elastic.formats import onnx, onnx_weights, openvino, tracing
 from elastic.rounding import Grid, rounded, saved_bytes
 from elastic.runners import runner_of
-from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import model_of
 from tests.test_formats_runtime import run, sliced_llama, tokens

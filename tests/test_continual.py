@@ -19,13 +19,13 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.continual import Sequential, stage_config, train
+from elastic.data.task import Example
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
 from elastic.evaluate import answers, same_text
 from elastic.models import loading
 from elastic.run import Run
 from elastic.statistics import Score
 from elastic.supernet import load_run
-from elastic.tasks.base import Example
 from elastic.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import snapshot, train_config

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from elastic.batching import collate, encode
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig, TimingConfig
 from elastic.cost import Counter
+from elastic.data.collating import collate
+from elastic.data.encoding import encode
 from elastic.errors import ConfigError, RunError
 from elastic.foreign import Update
 from elastic.formats import hf

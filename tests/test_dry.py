@@ -15,11 +15,12 @@ from transformers import BloomConfig, LlamaConfig
 
 from elastic import dry, rehearsal, training
 from elastic.__main__ import main
-from elastic.batching import Encoded, answer_logits, collate
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.continual import train
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import collate
+from elastic.data.encoding import Encoded
 from elastic.errors import ConfigError, DataError
-from elastic.loss import answer_loss
 from elastic.models import loading
 from elastic.models.meter import FLOPS
 from elastic.spaces.bound import SubAdapter

@@ -9,7 +9,6 @@ import yaml
 from transformers import AutoTokenizer
 
 from elastic import bench
-from elastic.batching import IGNORED, collate, encode
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -20,6 +19,9 @@ from elastic.config import (
     StageConfig,
     TimingConfig,
 )
+from elastic.data.collating import IGNORED, collate
+from elastic.data.encoding import encode
+from elastic.data.task import Example
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.importance import channel_order
@@ -30,7 +32,6 @@ from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet import Supernet
-from elastic.tasks.base import Example
 from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny

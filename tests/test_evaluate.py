@@ -10,19 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.batching import (
-    IGNORED,
-    Encoded,
-    answer_logits,
-    answer_width,
-    collate,
-    encode,
-    length_sorted,
-)
+from elastic.data.answers import answer_logits
+from elastic.data.collating import IGNORED, answer_width, collate, length_sorted
+from elastic.data.encoding import Encoded, encode
+from elastic.data.task import Example
 from elastic.errors import DataError
 from elastic.evaluate import evaluate
 from elastic.statistics import Score, difference, paired, wilson
-from elastic.tasks.base import Example
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import __main__, proof
 from elastic.config import ExportConfig, ModelConfig, StageConfig
+from elastic.data import load_task
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.files import write_json
@@ -22,7 +23,6 @@ from elastic.run import Run
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
 from tests import tiny

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.batching import IGNORED, Encoded, answer_logits, collate
 from elastic.config import ModelConfig, StageConfig
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED, collate, in_rows, pack, rows_of
+from elastic.data.encoding import Encoded
 from elastic.errors import ConfigError
-from elastic.loss import answer_loss
-from elastic.packing import in_rows, pack, rows_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
 from elastic.training import require_apart, train

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from elastic import __main__, bench
 from elastic.bench import Bench
 from elastic.config import LatencyConfig, SearchConfig, TableConfig, TimingConfig
+from elastic.data import load_task
 from elastic.errors import ConfigError, RunError
 from elastic.evaluate import evaluate
 from elastic.latency import Latency, Measurement
@@ -24,7 +25,6 @@ from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.study import search
 from elastic.supernet import load_run
 from elastic.table import Table, Tables
-from elastic.tasks import load_task
 from elastic.timetable import Target, record
 from elastic.timing import time_run
 from tests import tiny

@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from elastic import prefix
-from elastic.batching import Encoded, answer_logits, collate
+from elastic.data import prefix
+from elastic.data.answers import answer_logits
+from elastic.data.collating import collate
+from elastic.data.encoding import Encoded
+from elastic.data.prefix import read, shared
+from elastic.data.task import Example
 from elastic.evaluate import evaluate
 from elastic.merging import compact
-from elastic.prefix import read, shared
-from elastic.tasks.base import Example
 from tests import tiny
 from tests.families import DECODER, FAMILIES, GROUPED, SMALL, model_of
 from tests.test_families import ROUNDED

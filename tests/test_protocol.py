@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic import __main__, protocol
+from elastic import __main__
 from elastic.config import EvaluateConfig, TaskConfig
+from elastic.data import llm_adapters, load_task
+from elastic.data.llm_adapters import extract, file_of, kind_of, labels_in, matches, read, sets_of
+from elastic.data.task import Example, Judge
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.evaluate import evaluate
 from elastic.evaluating import _file
-from elastic.protocol import extract, file_of, kind_of, labels_in, matches, sets_of
 from elastic.run import Run
-from elastic.tasks import load_task
-from elastic.tasks.base import Example, Judge
-from elastic.tasks.llm_adapters import read
 from elastic.training import train
 from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER
 from tests.tiny_runs import randomize_factors, train_config
@@ -234,7 +233,7 @@ def test_options_are_scored_unless_beams_are_asked_for(model):
 def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys):
     folder = tmp_path / "data"
     (folder / "math").mkdir(parents=True)
-    for name in protocol.GROUPS["math"]:
+    for name in llm_adapters.GROUPS["math"]:
         value = {**SUM, "answer": "B"} if name == "aqua" else SUM
         (folder / "math" / f"{name}.test.jsonl").write_text(
             "\n".join(json.dumps({**value, "instruction": f"{i} + 3?"}) for i in range(3))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.batching import collate, encode
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig
+from elastic.data import load_task
+from elastic.data.collating import collate
+from elastic.data.encoding import encode
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
 from elastic.importance import channel_order
@@ -18,7 +20,6 @@ from elastic.runners import TorchRunner
 from elastic.spaces.bound import generator_for
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import Supernet
-from elastic.tasks import load_task
 from elastic.verify import agreement, probe
 from tests.tiny import randomize_
 

@@ -21,11 +21,11 @@ from elastic.adapters import METHODS, check
 from elastic.config import SearchConfig, TaskConfig, TrainConfig
 from elastic.config.parsing import parse
 from elastic.continual import stage_config
+from elastic.data import load_task
 from elastic.errors import DataError
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from tests import tiny
 
 LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b", "yahma/llama-7b-hf")

@@ -6,8 +6,6 @@ import torch
 import yaml
 
 from elastic import bench
-from elastic.batching import answer_logits, collate, encode
-from elastic.behind import padded_behind
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -17,6 +15,10 @@ from elastic.config import (
     StageConfig,
     TimingConfig,
 )
+from elastic.data.answers import answer_logits, padded_behind
+from elastic.data.collating import collate
+from elastic.data.encoding import encode
+from elastic.data.task import Example
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
@@ -25,7 +27,6 @@ from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
-from elastic.tasks.base import Example
 from elastic.training import train
 from tests import tiny
 from tests.families import model_of

@@ -9,19 +9,19 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from elastic import bench, statistics
-from elastic.batching import encode_example
 from elastic.config import EvaluateConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
+from elastic.data import load_task
+from elastic.data.answers import answer_loss
+from elastic.data.encoding import encode_example
+from elastic.data.task import Example
 from elastic.errors import ConfigError, DataError
 from elastic.evaluate import evaluate
 from elastic.evaluating import evaluate_run
 from elastic.exporter import export
-from elastic.loss import answer_loss
 from elastic.models import loading
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
-from elastic.tasks.base import Example
 from elastic.training import train
 from tests.classification import LETTERS, classifier_config
 from tests.tiny_runs import ONE_ROUND, fake_measure

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import protocol
+from elastic.data import llm_adapters
+from elastic.data.task import Example, Judge
 from elastic.evaluate import answers, evaluate
 from elastic.formats import onnx, openvino
 from elastic.runners import runner_of
 from elastic.scoring import answer, continued, likelihood, score
-from elastic.tasks.base import Example, Judge
 from tests import tiny
 from tests.families import model_of
 from tests.test_evaluate import examples
@@ -37,7 +37,7 @@ def judged(model, number: int = 8) -> list[Example]:
     texts = answers(model, TOKENIZER, asked, new_tokens=16)
     found = []
     for index, (example, text) in enumerate(zip(asked, texts, strict=True)):
-        said = protocol.extract("number", text) or "0"
+        said = llm_adapters.extract("number", text) or "0"
         expected = said if index % 2 else "12345678"
         judge = Judge("number", expected, (16, 5)[index % 4 == 0])
         found.append(dataclasses.replace(example, judge=judge))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from elastic.batching import answer_logits, collate, encode
-from elastic.loss import answer_loss
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import collate
+from elastic.data.encoding import encode
 from elastic.sensitivity import sensitivity
 from tests import tiny
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from elastic.adapters.attach import ElasticLinear
 from elastic.adapters.lora import Lora
-from elastic.batching import IGNORED, SimilarLengths, answer_logits, padded
 from elastic.config import AdapterConfig, StageConfig
-from elastic.loss import answer_loss
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED, SimilarLengths
+from elastic.data.encoding import padded
 from elastic.models.modules import plain_linear
 from elastic.trainer import ElasticTrainer
 from elastic.training import train

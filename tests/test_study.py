@@ -11,6 +11,7 @@ import pytest
 from elastic import __main__, bench, finalists, study
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
 from elastic.cost import count
+from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
 from elastic.front import Front
@@ -21,7 +22,6 @@ from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from elastic.timetable import Target
 from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP

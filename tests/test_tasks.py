@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic import tasks
-from elastic.batching import encode_example, prompt_ids
 from elastic.config import TaskConfig
+from elastic.data import TASKS, arithmetic, load_task
+from elastic.data.encoding import encode_example, prompt_ids
+from elastic.data.task import Example, Split
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
-from elastic.tasks import TASKS, load_task
-from elastic.tasks.base import Example, Split
 from tests import tiny
 
 SPLITS: list[Split] = ["train", "validation", "test"]
@@ -60,7 +59,7 @@ def test_a_problem_drawn_twice_counts_once(monkeypatch):
     def one_of_few(generator):
         return Example(f"problem {generator.randint(1, 300)}", "1")
 
-    monkeypatch.setattr(tasks.arithmetic, "_problem", one_of_few)
+    monkeypatch.setattr(arithmetic, "_problem", one_of_few)
     task = arithmetic(0, 100, 20, 40)
     assert [len(prompts(task, split)) for split in SPLITS] == [100, 20, 40]
 
@@ -95,7 +94,7 @@ def test_answers_are_right():
             assert int(example.answer) > 0 and example.answer == str(int(example.answer))
             assert example.options == ()
     seen = " ".join(example.prompt for example in task.train)
-    for template in (*tasks.arithmetic.FIRST, *tasks.arithmetic.MORE, *tasks.arithmetic.FEWER):
+    for template in (*arithmetic.FIRST, *arithmetic.MORE, *arithmetic.FEWER):
         assert any(f" {verb} " in seen for verb in VERBS if f" {verb} " in template), template
 
 

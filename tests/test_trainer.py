@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from elastic import trainer, training
 from elastic.adapters.attach import ElasticLinear
-from elastic.batching import encode_all
 from elastic.config import (
     AdapterConfig,
     ModelConfig,
@@ -19,6 +18,7 @@ from elastic.config import (
     StageConfig,
     TaskConfig,
 )
+from elastic.data.encoding import encode_all
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.models import loading
 from elastic.models.modules import modules_of

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from elastic import trainer, training
-from elastic.batching import IGNORED, collate, encode
 from elastic.config import StageConfig, TaskConfig
+from elastic.data.collating import IGNORED, collate
+from elastic.data.encoding import encode
 from elastic.errors import ConfigError, TrainingError
 from elastic.run import Run
 from elastic.supernet import Supernet, load_run

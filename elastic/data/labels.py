@@ -13,7 +13,7 @@ from elastic.errors import DataError
 from elastic.models.kinds import is_number
 
 if TYPE_CHECKING:
-    from elastic.tasks.base import Task
+    from elastic.data.task import Task
 
 
 MOST = 200

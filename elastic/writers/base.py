@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.config import ExportConfig, ModelConfig
+from elastic.data.task import Example
 from elastic.formats import genai
 from elastic.formats.weigh import Load
 from elastic.runners import Runner
@@ -19,10 +20,11 @@ from elastic.scoring import score
 from elastic.spaces.bound import SubAdapter
 from elastic.statistics import Score
 from elastic.supernet import Supernet
-from elastic.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from elastic.models import loading
 
 
 Which = Literal["compact", "full"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from elastic.data.task import Example
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.files import read_json
@@ -21,7 +22,6 @@ from elastic.run import as_plain
 from elastic.runners import Runner, runner_of
 from elastic.runtime import timed_runner
 from elastic.statistics import Score
-from elastic.tasks.base import Example
 from elastic.writers.base import Format, Source, Which
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import argparse
 import random
 import statistics
 
+from elastic.data import llm_adapters
+from elastic.data.task import Example
 from elastic.evaluate import evaluate
 from elastic.run import Run
-from elastic.tasks import llm_adapters
-from elastic.tasks.base import Example
 from tests.benchmarks.common import report, sides
 
 EXAMPLES, TURNS, SLOW, FAST = 1000, 5, 4, 100

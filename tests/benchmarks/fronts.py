@@ -18,6 +18,7 @@ from pathlib import Path
 
 from elastic.config import SearchConfig, TableConfig, TimingConfig
 from elastic.console import track
+from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Front
@@ -26,7 +27,6 @@ from elastic.pareto import hypervolume, non_dominated, thin
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from tests.benchmarks.common import report
 
 SEARCHES = {

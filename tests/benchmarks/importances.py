@@ -15,14 +15,15 @@ import math
 import numpy as np
 import torch
 
-from elastic.batching import answer_logits, collated, encode_all
 from elastic.console import track
-from elastic.loss import answer_loss
+from elastic.data import load_task
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import collated
+from elastic.data.encoding import encode_all
 from elastic.run import Run
 from elastic.sensitivity import sensitivity
 from elastic.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
 from elastic.table import kinds
-from elastic.tasks import load_task
 from elastic.timetable import spearman
 from tests.benchmarks.common import report
 

@@ -12,11 +12,11 @@ import argparse
 
 from elastic import foreign, models
 from elastic.config import MergeAdapterConfig, MergeConfig
+from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.merging import combine, compact
 from elastic.run import Run
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from tests.benchmarks.common import report
 
 WAYS = {

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from elastic import TrainConfig
 from elastic.config.parsing import parse
+from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.statistics import Score
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from elastic.training import train
 from tests.benchmarks.common import report
 

@@ -26,6 +26,7 @@ from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TimingConfig
 from elastic.config.parsing import parse
 from elastic.cost import Counter
+from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json, write_text
 from elastic.run import Run
@@ -33,7 +34,6 @@ from elastic.runtime import timing_of
 from elastic.statistics import Score
 from elastic.study import search
 from elastic.supernet import load_run
-from elastic.tasks import load_task
 from elastic.training import train
 from tests.benchmarks.common import report
 from tests.benchmarks.quality import difference

@@ -22,9 +22,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
-from elastic.batching import IGNORED, answer_logits
 from elastic.config import AdapterConfig, ModelConfig
-from elastic.loss import answer_loss
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED
 from elastic.models import loading
 from elastic.models.meter import Meter
 from elastic.spaces.bound import SubAdapter, generator_for

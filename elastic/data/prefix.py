@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from elastic.batching import Encoded
+from elastic.data.encoding import Encoded
 from elastic.models import caches
 from elastic.models.kinds import classes_of, is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
 
 SHORTEST = 8
 """Tokens below which a common start is not worth a forward pass of its own."""

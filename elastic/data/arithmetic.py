@@ -11,7 +11,7 @@ import hashlib
 import random
 
 from elastic.config import TaskConfig
-from elastic.tasks.base import Example, Split, Task, limits
+from elastic.data.task import Example, Split, Task, limits
 
 NAMES = ("Tom", "Ann", "Sam", "Ben", "Max", "Tim", "Dan", "Kim", "Bob", "Jim", "Lee")
 THINGS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "keys", "toys")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
+from elastic.data.rows import read_json, text_of
+from elastic.data.task import Example, Task, disjoint, limits
 from elastic.errors import DataError, DataMissing
-from elastic.tasks.base import Example, Task, disjoint, limits
-from elastic.tasks.rows import read_json, text_of
 
 QUESTIONS = {
     "TC": "Which topic is this text about? Choose one of the options.",

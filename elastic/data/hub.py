@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from elastic.config import TaskConfig
 from elastic.console import say
+from elastic.data.rows import example_of
+from elastic.data.task import Example, Split, Task, disjoint, limits
 from elastic.errors import DataError, DataMissing, MissingExtra
-from elastic.tasks.base import Example, Split, Task, disjoint, limits
-from elastic.tasks.rows import example_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

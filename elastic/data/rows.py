@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
+from elastic.data.task import Example, Task, disjoint, limits
 from elastic.errors import DataError, DataMissing
-from elastic.tasks.base import Example, Task, disjoint, limits
 
 CHAT = "chat"
 """The template of rows with `messages`."""
@@ -149,3 +149,8 @@ def _conversation(row: Mapping[str, Any], where: str) -> Example:
         raise DataError(f"{where}: the last message must be the assistant's, and not the only one")
     before = tuple((str(each["role"]), each["content"]) for each in messages[:-1])
     return Example(before[-1][1], messages[-1]["content"], messages=before)
+
+
+def load(config: TaskConfig, seed: int) -> Task:
+    """Of rows whose fields the settings name."""
+    return from_files(config, lambda row, where: example_of(row, config, where))
