@@ -25,13 +25,13 @@ _WHERE = {
     "ElasticError": "errors",
     "SearchSpace": "spaces.declared",
     "SubAdapter": "spaces.bound",
-    "Supernet": "supernet",
+    "Supernet": "supernet.supernet",
     "Run": "run",
     "train": "continual",
     "search": "study",
     "export": "exporter",
-    "compact": "merging",
-    "sliced": "slicing",
+    "compact": "supernet.compact",
+    "sliced": "supernet.compact",
 }
 
 __all__ = list(_WHERE)

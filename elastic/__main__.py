@@ -16,7 +16,7 @@ COMMANDS = {
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
     "latency": (config.LatencyConfig, "elastic.timing", "time_run"),
-    "space show": (config.SpaceShowConfig, "elastic.dry", "show_space"),
+    "space show": (config.SpaceShowConfig, "elastic.supernet.summary", "show_space"),
     "space import": (config.SpaceImportConfig, "elastic.spaces.nncf", "import_space"),
 }
 

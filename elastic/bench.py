@@ -13,14 +13,13 @@ import torch
 
 from elastic.config import TimingConfig
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
-from elastic.merging import compact
 from elastic.models.meter import Meter
 from elastic.rounding import saved_bytes
 from elastic.runners import Runner, runner_of
 from elastic.runtime import open_runner
-from elastic.slicing import sliced
 from elastic.spaces.bound import BoundSpace, SubAdapter
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

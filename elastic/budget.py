@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
-from elastic.cost import Counter
 from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
 from elastic.objective import Figures, Objective
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
+from elastic.supernet.cost import Counter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""

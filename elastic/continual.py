@@ -25,7 +25,7 @@ from elastic.statistics import Score
 
 if TYPE_CHECKING:
     from elastic.data.task import Example
-    from elastic.dry import Estimate
+    from elastic.estimate import Estimate
 
 _PLACE = "{task}"
 
@@ -253,7 +253,7 @@ def _score_all(
     """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
     files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
     if not all(file.is_file() for file in files.values()):
-        from elastic.supernet import load_run
+        from elastic.supernet.store import load_run
 
         _, base, net = load_run(trained)
         for name, examples in seen.items():

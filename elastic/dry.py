@@ -18,26 +18,26 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.adapters import METHODS
-from elastic.config import SpaceShowConfig, StageConfig, TrainConfig
-from elastic.cost import Counter
+from elastic.config import StageConfig, TrainConfig
 from elastic.data import load_task
 from elastic.data.encoding import encode_all, padded
-from elastic.discovery import space_for
 from elastic.errors import ConfigError, DataMissing
-from elastic.estimate import Batch, Choices, Compute, Estimate, Memory, Plan, SpaceTable
+from elastic.estimate import Batch, Compute, Estimate, Memory, Plan
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.rehearsal import rehearse
 from elastic.schedule import Schedule
-from elastic.spaces.bound import BoundSpace
-from elastic.supernet import Supernet, read_tensors
+from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.store import read_tensors
+from elastic.supernet.summary import _table
+from elastic.supernet.supernet import Supernet
 from elastic.training import predecessor, with_classes
-from elastic.trial import require_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 ASSUMED_LENGTH, ASSUMED_ANSWER = 512, 256
 """Tokens of the longest sequence, and of its answer, when the data cannot be read."""
@@ -107,15 +107,6 @@ def estimate(*runs: TrainConfig) -> Estimate:
     )
 
 
-def show_space(config: SpaceShowConfig) -> SpaceTable:
-    """`elastic space show`: reads no weights."""
-    space = space_for(config)
-    model = loading.skeleton(config.model)
-    bound = space.bind(model, config.rank)
-    require_fits(model, space, config.rank)
-    return _table(model, bound)
-
-
 def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, list[int]]:
     """The largest micro-batch, and the examples of every run (none if the data is not there)."""
     config = runs[-1]
@@ -181,17 +172,6 @@ def _measure(
     memory = replace(memory, activations=taught.saved, temporaries=taught.peak - taught.saved)
     whole = (sum(low for low, _ in spans), sum(high for _, high in spans)) if spans else None
     return memory, Compute(maximal, minimal, step(config.resolved_stages[-1]), whole)
-
-
-def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
-    counter = Counter(model, space)
-    costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
-    return SpaceTable(type(model).__name__, _choices(space), space.size, costs)
-
-
-def _choices(space: BoundSpace) -> list[Choices]:
-    kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
-    return [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
 
 
 def _trained_by(net: Supernet, shapes: Sequence[torch.Size]) -> dict[str, int]:

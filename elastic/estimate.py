@@ -4,63 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from elastic.cost import Cost
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.models.kinds import classes_of
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Groups of one name, in all blocks, with the same choices."""
-
-    name: str
-    dim: str
-    groups: int
-    choices: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SpaceTable:
-    """A search space on one architecture."""
-
-    architecture: str
-    space: Sequence[Choices]
-    sub_adapters: int
-    costs: Mapping[str, Cost]
-    """Of the maximal, heuristic and minimal sub-adapter, merged."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "sub_adapters": str(self.sub_adapters)}
-
-    def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(100, Console().width))
-        console.print(self.architecture, highlight=False)
-        for table in self.tables():
-            console.print(table)
-        print(json.dumps(self.as_dict()))
-
-    def tables(self) -> list:
-        from rich.table import Table
-
-        title = f"{self.sub_adapters:.1e} sub-adapters"
-        space = Table("group", "dimension", "groups", "choices", title=title)
-        for row in self.space:
-            space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
-        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
-        for name, cost in self.costs.items():
-            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
-        space.columns[2].justify = "right"
-        for column in costs.columns[1:]:
-            column.justify = "right"
-        return [space, costs]
+from elastic.supernet.summary import SpaceTable, _short
 
 
 @dataclass(frozen=True)
@@ -203,17 +155,6 @@ class Estimate(SpaceTable):
                 f"{_short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
             )
         return lines + [f"Note: {note}" for note in self.notes]
-
-
-def _short(number: float | None, unit: str = "") -> str:
-    """Three digits and a prefix: 13.5 GB."""
-    if number is None:
-        return "unknown"
-    prefixes = iter(("", "k", "M", "G", "T", "P", "E"))
-    prefix = next(prefixes)
-    while number >= 999.5:
-        number, prefix = number / 1000, next(prefixes)
-    return f"{number:.3g} {prefix}{unit}"
 
 
 def _span(flops: tuple[int, int]) -> str:

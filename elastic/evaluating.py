@@ -23,7 +23,7 @@ from elastic.perplexity import Perplexity, perplexity_of
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.statistics import Score
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 
 
 @dataclass(frozen=True)

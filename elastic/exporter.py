@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from elastic import foreign
 from elastic.config import ExportConfig
 from elastic.console import say
-from elastic.cost import Counter, count
 from elastic.data import load_task
 from elastic.data.task import Example
 from elastic.errors import ExportError
 from elastic.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.models import loading
 from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
@@ -27,7 +26,10 @@ from elastic.run import Run, as_plain
 from elastic.runtime import timing_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
-from elastic.supernet import ABOUT, Supernet, load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import Counter, count
+from elastic.supernet.store import ABOUT, load_run
+from elastic.supernet.supernet import Supernet
 from elastic.verify import inputs_of, probe
 from elastic.writers import FORMATS
 from elastic.writers.base import Source, Which

@@ -23,7 +23,7 @@ from elastic.files import read_json
 from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
 from elastic.models import loading
 from elastic.models.head import head_of
-from elastic.supernet import ABOUT, load_super_adapter, read_super_adapter
+from elastic.supernet.store import ABOUT, load_super_adapter, read_super_adapter
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ from elastic.models.kinds import decoded_together
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.scoring import continued, likelihood
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

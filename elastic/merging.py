@@ -11,40 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import ElasticLinear, FactorLinear
+from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import MergeConfig
-from elastic.depth import renamed
 from elastic.errors import RunError
 from elastic.foreign import Update
 from elastic.models.modules import modules_of, plain_linear, replace_module
-from elastic.slicing import sliced
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import Supernet
-
-
-@torch.no_grad()
-def merge_(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every factor layer of a sliced model by a plain linear with weight W + B A, in place.
-
-    Update and sum are formed in float32 (float64 for a float64 model) and cast once, so the error
-    is half a unit in the last place of the weight's type.
-    """
-    for site, layer in modules_of(model, FactorLinear):
-        merged = merged_weight(layer.weight, layer.A, layer.B)
-        bias = None if layer.bias is None else layer.bias.data
-        replace_module(model, site, plain_linear(merged, bias))
-    return model
-
-
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """weight + B A, (out, in), formed in float32 (float64 if it is) and rounded once."""
-    wide = _wide(weight)
-    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
-
-
-def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
-    """`sub` as a model of plain linear layers: sliced, then merged."""
-    return merge_(sliced(net, sub))
+from elastic.supernet.compact import _wide, sliced
+from elastic.supernet.depth import renamed
+from elastic.supernet.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -174,10 +149,6 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
         return getattr(model.get_submodule(site), leaf)
     except AttributeError:
         return None
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _norm(deltas: Mapping[str, Tensor]) -> float:

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
-from elastic.cost import Counter
 from elastic.data.task import Example
 from elastic.evaluate import evaluate
 from elastic.latency import per_second
-from elastic.merging import compact
 from elastic.rounding import round_
 from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import Counter
+from elastic.supernet.supernet import Supernet
 from elastic.table import Table, Tables
 from elastic.timetable import Timetable
 

@@ -17,7 +17,7 @@ from elastic.console import track
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.models import loading
 from elastic.run import Run
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

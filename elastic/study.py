@@ -40,10 +40,11 @@ from elastic.objective import Figures, Objective
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
 from elastic.runtime import require_runtime, timing_of
-from elastic.sensitivity import sensitivity
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import BITS
-from elastic.supernet import FACTORS, Supernet, load_run
+from elastic.supernet.group_importance import group_importance
+from elastic.supernet.store import FACTORS, load_run
+from elastic.supernet.supernet import Supernet
 from elastic.timetable import Target
 from elastic.timetables import read_tables, require_same_tables, tables_of
 from elastic.workers import POLL, Worker, open_storage
@@ -179,7 +180,7 @@ def _importance(
     sequences = encode_all(tokenizer, examples[:IMPORTANCE_EXAMPLES], net.model)
     say(f"Asking the gradients of {len(sequences)} training examples what matters")
     batches = list(collated(sequences, IMPORTANCE_BATCH, tokenizer.pad_token_id, net.model.device))
-    return sensitivity(net, track(batches, "gradients"))
+    return group_importance(net, track(batches, "gradients"))
 
 
 def _prepare(

@@ -29,11 +29,11 @@ from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import DEPTH
-from elastic.supernet import FACTORS, read_order
+from elastic.supernet.store import FACTORS, read_order
 from elastic.table import Table
 
 if TYPE_CHECKING:
-    from elastic.supernet import Supernet
+    from elastic.supernet.supernet import Supernet
 
 LATENCIES = ("prefill_ms", "decode_ms")
 METRICS = (*LATENCIES, "memory_mb")

@@ -16,7 +16,7 @@ from elastic.workers import Worker
 if TYPE_CHECKING:
     import optuna
 
-    from elastic.supernet import Supernet
+    from elastic.supernet.supernet import Supernet
 
 Given = Mapping[str | None, tuple[str, dict[str, Any]]]
 """By compression (None: as it is), the file of a table and what is in it."""

@@ -18,7 +18,7 @@ from elastic.latency import REFERENCE, Measurement, distrust, per_second
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.runtime import require_runtime, timing_of
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.timetable import Target, Timetable, record
 
 

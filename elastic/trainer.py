@@ -26,7 +26,8 @@ from elastic.run import Run
 from elastic.sampler import visits
 from elastic.schedule import Schedule, examples_per_step
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import FACTORS, Supernet, read_factors
+from elastic.supernet.store import FACTORS, read_factors
+from elastic.supernet.supernet import Supernet
 from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
 
 

@@ -19,24 +19,18 @@ from elastic.data.answers import answer_logits
 from elastic.data.collating import DIFFERENCE, IGNORED, collate, collated, in_rows
 from elastic.data.encoding import Encoded, encode_all, most_tokens, padded
 from elastic.data.labels import check_classes, classes_in
-from elastic.discovery import space_for
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
-from elastic.importance import channel_order
 from elastic.models import loading, requirements
 from elastic.run import Run
 from elastic.schedule import Schedule, examples_per_step
 from elastic.spaces.bound import BoundSpace
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import (
-    Supernet,
-    read_order,
-    read_super_adapter,
-    read_tensors,
-    save_super_adapter,
-)
+from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.importance import channel_order
+from elastic.supernet.store import read_order, read_super_adapter, read_tensors, save_super_adapter
+from elastic.supernet.supernet import Supernet
 from elastic.trainer import fit
-from elastic.trial import require_fits
 from elastic.watching import check_trackers
 
 if TYPE_CHECKING:
@@ -250,7 +244,7 @@ def predecessor(config: TrainConfig) -> Run:
             f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
             "model.classes alike"
         )
-    from elastic.discovery import space_for
+    from elastic.supernet.discovery import space_for
 
     if space_for(config).sections != before.space().sections:
         raise ConfigError(

@@ -18,7 +18,7 @@ from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError, unknown
 from elastic.spaces.bound import generator_for
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 
 
 class Probe:

@@ -13,7 +13,6 @@ import torch
 
 from elastic.config import ExportConfig
 from elastic.console import say
-from elastic.cost import Counter, count
 from elastic.errors import ExportError, require
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import card, hf
@@ -23,8 +22,9 @@ from elastic.proof import NO_SCORE, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
-from elastic.streaming import streamed
-from elastic.supernet import load_super_adapter, read_factors, read_super_adapter
+from elastic.supernet.compact import streamed
+from elastic.supernet.cost import Counter, count
+from elastic.supernet.store import load_super_adapter, read_factors, read_super_adapter
 
 UNPROVED = "neither loaded again nor compared: prove false"
 

@@ -49,10 +49,10 @@ def write(folder: Path) -> None:
 
     from elastic.formats import hf
     from elastic.formats.padding import padded
-    from elastic.merging import compact
     from elastic.spaces.declared import SearchSpace
     from elastic.spaces.uniform import is_uniform
-    from elastic.supernet import Supernet
+    from elastic.supernet.compact import compact
+    from elastic.supernet.supernet import Supernet
     from tests import families, tiny
 
     for family in FAMILIES:

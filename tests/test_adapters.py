@@ -12,9 +12,9 @@ from elastic.adapters import METHODS, check
 from elastic.adapters.base import Adapter
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 from elastic.errors import ConfigError, RunError
-from elastic.merging import compact
-from elastic.slicing import sliced
-from elastic.supernet import Supernet, load_super_adapter
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.store import load_super_adapter
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.test_supernet import MERGED, close, save
 from tests.tiny import ADAPTERS, ALPHA, RANK, logits, tokens

@@ -8,8 +8,8 @@ from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.data.task import Example
 from elastic.evaluate import answers, evaluate
-from elastic.importance import channel_order
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.importance import channel_order
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

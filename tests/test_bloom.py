@@ -6,11 +6,11 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from elastic.config import StageConfig
-from elastic.cost import Counter, count
-from elastic.merging import compact
-from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet, load_run
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.cost import Counter, count
+from elastic.supernet.store import load_run
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.foreign import Update
 from elastic.formats import hf, peft
-from elastic.importance import channel_order
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.models.modules import modules_of
-from elastic.sensitivity import sensitivity
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.group_importance import group_importance
+from elastic.supernet.importance import channel_order
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.families import model_of, output
@@ -160,14 +161,14 @@ def test_both_orders_are_measured(mode):
 
 def test_the_importance_of_each_is_what_it_is_without_the_other():
     batch = batch_of("abc")
-    both = sensitivity(NET, [batch])
+    both = group_importance(NET, [batch])
     for name in ("heads", "queries"):
         value = declared()
         del value["groups"][name]
         net = Supernet(tiny.llama(**GRID), SearchSpace.from_dict(value), tiny.ADAPTERS["lora"])
         for site, layer in modules_of(net.model, ElasticLinear):
             layer.load_state_dict(NET.layer(site).state_dict())  # in the order of both
-        for key, found in sensitivity(net, [batch]).items():
+        for key, found in group_importance(net, [batch]).items():
             assert found == pytest.approx(both[key], rel=1e-9), key
 
 

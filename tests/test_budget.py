@@ -11,16 +11,16 @@ import pytest
 from elastic import __main__
 from elastic.budget import room
 from elastic.config import BudgetConfig, SearchConfig
-from elastic.cost import count
 from elastic.errors import BudgetError
 from elastic.finalists import best_of
 from elastic.front import Evaluated, Measured
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.objective import Figures
 from elastic.spaces.bound import SubAdapter
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import count
+from elastic.supernet.store import load_run
 from tests.test_page import data_of
 from tests.test_study import config
 from tests.tiny_runs import copy_run, prefill_of

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from elastic.formats import card, hf
-from elastic.merging import compact
 from elastic.spaces.uniform import is_uniform, nearest_uniform
+from elastic.supernet.compact import compact
 from tests import tiny
 
 WIDTHS = {0: 192, 1: 128, 2: 128, 3: 128, 4: 0}

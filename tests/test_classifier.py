@@ -33,14 +33,13 @@ from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluate import evaluate
 from elastic.evaluating import evaluate_run
 from elastic.formats import hf
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.models.head import head_of, start_head_
 from elastic.models.kinds import classes_of
 from elastic.run import Run
-from elastic.slicing import sliced
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.store import load_run
 from elastic.trainer import frozen
 from elastic.training import train, with_classes
 from tests import tiny

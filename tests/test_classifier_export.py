@@ -27,13 +27,13 @@ from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
 from elastic.latency import measure
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.run import Run
 from elastic.runners import runner_of
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny
@@ -130,8 +130,8 @@ def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_kinds_of_model(family, tmp_path):
     """Written from a model that was cut, without training it."""
-    from elastic.discovery import space_for
-    from elastic.supernet import Supernet
+    from elastic.supernet.discovery import space_for
+    from elastic.supernet.supernet import Supernet
 
     config = classifier_config(tmp_path, family, model={"classes": ["no", "maybe", "yes"]})
     base = loading.load(config.model)

@@ -25,7 +25,7 @@ from elastic.evaluate import answers, same_text
 from elastic.models import loading
 from elastic.run import Run
 from elastic.statistics import Score
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import snapshot, train_config

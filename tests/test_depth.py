@@ -10,19 +10,21 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig, TimingConfig
-from elastic.cost import Counter
 from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ConfigError, RunError
 from elastic.foreign import Update
 from elastic.formats import hf
-from elastic.importance import channel_order
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.proposals import AdditiveSampler
-from elastic.sensitivity import sensitivity
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet, read_order
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import Counter
+from elastic.supernet.group_importance import group_importance
+from elastic.supernet.importance import channel_order
+from elastic.supernet.store import read_order
+from elastic.supernet.supernet import Supernet
 from elastic.table import Table, least, pinned
 from elastic.timetable import Target
 from elastic.training import train
@@ -236,7 +238,7 @@ def test_the_importance_of_a_depth_is_the_slope_of_the_loss():
         for hook in hooks:
             hook.remove()
     slope = (ends[0] - ends[1]) / (2 * STEP)
-    assert sensitivity(net, [batch])[DEPTH] == pytest.approx(abs(slope), rel=1e-3)
+    assert group_importance(net, [batch])[DEPTH] == pytest.approx(abs(slope), rel=1e-3)
 
 
 def test_adapters_from_elsewhere_lose_the_blocks_that_are_left_out():

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from elastic import discovery
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
-from elastic.discovery import discover, space_for
 from elastic.errors import ConfigError
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace, describe
-from elastic.supernet import Supernet
+from elastic.supernet import discovery
+from elastic.supernet.compact import compact
+from elastic.supernet.discovery import discover, space_for
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, LlamaConfig
 
-from elastic import dry, rehearsal, training
+from elastic import dry, estimate, rehearsal, training
 from elastic.__main__ import main
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
 from elastic.continual import train
@@ -25,7 +25,7 @@ from elastic.models import loading
 from elastic.models.meter import FLOPS
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.test_bloom import save_bloom
 from tests.tiny_runs import snapshot, space_file, train_config
@@ -174,13 +174,13 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
         model=ModelConfig(path=str(tmp_path / "base"), dtype=dtype, device="cpu"),
     )
     config = train_config(save(tmp_path / "base", **overrides), tmp_path / "run", **settings)
-    steps, rehearse = [], dry.rehearse
+    steps, rehearse = [], rehearsal.rehearse
 
     def spied(net, sub, batch, distill=0.0):
         steps.append((sub, distill, rehearse(net, sub, batch, distill)))
         return steps[-1][-1]
 
-    batch = dry.Batch(3, 24, 8)
+    batch = estimate.Batch(3, 24, 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry, "rehearse", spied)
         patch.setattr(dry, "_data", lambda *_: (batch, [32]))
@@ -294,8 +294,8 @@ def shaped(folder: Path, run: Path, **overrides) -> TrainConfig:
 def test_a_real_run_takes_the_operations_that_were_said(tmp_path, monkeypatch):
     config = shaped(tmp_path, tmp_path / "run", stages=[StageConfig(epochs=2)])
     found = train(replace(config, dry_run=True))
-    assert found.batch == dry.Batch(sequences=4, length=24, answer=3)
-    assert found.plan == dry.Plan(tasks=1, examples=16, stages=1, steps=4)
+    assert found.batch == estimate.Batch(sequences=4, length=24, answer=3)
+    assert found.plan == estimate.Plan(tasks=1, examples=16, stages=1, steps=4)
     assert found.compute.step == (2 * found.compute.maximal,) * 2
     # Its counter would count what is tried on tensors without data.
     monkeypatch.setattr(training, "require_fits", lambda *_: None)
@@ -361,8 +361,8 @@ def test_steps_and_lengths_are_those_of_the_data(tmp_path, tiny_folder):
         accumulation=2,
     )
     found = train(config)
-    assert found.plan == dry.Plan(tasks=1, examples=21, stages=2, steps=4 * 3)
-    assert found.batch == dry.Batch(sequences=4, length=48, answer=3)
+    assert found.plan == estimate.Plan(tasks=1, examples=21, stages=2, steps=4 * 3)
+    assert found.batch == estimate.Batch(sequences=4, length=48, answer=3)
     assert train(replace(config, batch_size=64)).batch.sequences == 21
 
 

@@ -24,14 +24,13 @@ from elastic.data.encoding import encode
 from elastic.data.task import Example
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
-from elastic.importance import channel_order
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.runners import runner_of
-from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.importance import channel_order
+from elastic.supernet.supernet import Supernet
 from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny

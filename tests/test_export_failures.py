@@ -25,7 +25,7 @@ from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
 from elastic.writers import in_torch

@@ -18,11 +18,11 @@ from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.latency import measure
-from elastic.merging import compact
 from elastic.run import Run
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from elastic.training import train
 from elastic.verify import NEW_TOKENS
 from tests import tiny

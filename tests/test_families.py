@@ -7,10 +7,10 @@ import torch
 
 from elastic.errors import ConfigError
 from elastic.formats import hf
-from elastic.merging import compact
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_supernet import close, one_function, several

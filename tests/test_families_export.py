@@ -10,11 +10,11 @@ from elastic import bench
 from elastic.config import AdapterConfig, ExportConfig, SearchConfig, StageConfig, TimingConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
-from elastic.merging import compact
 from elastic.runners import TorchRunner
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.families import FAMILIES, model_of

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
 from elastic.formats import bpe, gguf
-from elastic.merging import compact
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import is_uniform, nearest_uniform
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import model_of
 from tests.test_export_failures import small_files

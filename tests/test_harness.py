@@ -17,7 +17,7 @@ from elastic.exporter import export
 from elastic.harness import _file, runner_model
 from elastic.perplexity import window_losses
 from elastic.runners import runner_of
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config

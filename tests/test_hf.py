@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic.formats import hf
 from elastic.formats.padding import padded
-from elastic.merging import compact
+from elastic.supernet.compact import compact
 from tests import tiny
 from tests.families import model_of
 from tests.test_families import net_of

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from elastic.importance import channel_order
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import Cut, channel_index
+from elastic.supernet.importance import channel_order
 from tests import tiny
 from tests.families import FAMILIES, model_of
 

@@ -11,7 +11,7 @@ from elastic import trainer
 from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.models import loading, requirements
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests import tiny

@@ -14,10 +14,12 @@ from elastic.errors import BaseMismatch, ConfigError, RunError
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from elastic.supernet import Supernet, load_run, save_super_adapter
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run, save_super_adapter
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import MERGED, close

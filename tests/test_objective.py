@@ -9,10 +9,10 @@ import pytest
 
 from elastic import objective
 from elastic.config import SearchConfig
-from elastic.cost import Cost
 from elastic.objective import LOOKS, Figures, Objective, chance, wins
 from elastic.spaces.bound import BoundSpace
 from elastic.statistics import Score
+from elastic.supernet.cost import Cost
 
 N = 200
 COSTS = {"prefill_ms": 50.0, "decode_ms": 5.0, "memory_mb": 1.0}

@@ -14,7 +14,7 @@ from elastic.data.collating import IGNORED, collate, in_rows, pack, rows_of
 from elastic.data.encoding import Encoded
 from elastic.errors import ConfigError
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from elastic.training import require_apart, train
 from tests import tiny
 from tests.families import FAMILIES, model_of

@@ -10,7 +10,7 @@ import pytest
 from elastic.config import BudgetConfig
 from elastic.page import _volumes
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from tests.test_study import config
 from tests.tiny_runs import copy_run
 

@@ -18,12 +18,12 @@ from elastic.data import load_task
 from elastic.errors import ConfigError, RunError
 from elastic.evaluate import evaluate
 from elastic.latency import Latency, Measurement
-from elastic.merging import compact
 from elastic.proposals import AdditiveSampler
 from elastic.rounding import round_
 from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from elastic.table import Table, Tables
 from elastic.timetable import Target, record
 from elastic.timing import time_run

@@ -14,7 +14,7 @@ from elastic.data.encoding import Encoded
 from elastic.data.prefix import read, shared
 from elastic.data.task import Example
 from elastic.evaluate import evaluate
-from elastic.merging import compact
+from elastic.supernet.compact import compact
 from tests import tiny
 from tests.families import DECODER, FAMILIES, GROUPED, SMALL, model_of
 from tests.test_families import ROUNDED

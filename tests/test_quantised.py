@@ -11,21 +11,22 @@ from transformers import AutoModelForCausalLM
 
 from elastic import foreign
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
-from elastic.cost import Counter, count
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.exporter import export
 from elastic.foreign import Update
 from elastic.formats import hf
-from elastic.importance import channel_order
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.models import loading, quantised
 from elastic.models.digest import digest_of
 from elastic.models.modules import dequantise_, modules_of
 from elastic.models.quantised import DEQUANTISE, QuantisedLinear
-from elastic.slicing import sliced
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
-from elastic.supernet import Supernet, load_run, load_super_adapter, save_super_adapter
+from elastic.supernet.compact import compact, sliced
+from elastic.supernet.cost import Counter, count
+from elastic.supernet.importance import channel_order
+from elastic.supernet.store import load_run, load_super_adapter, save_super_adapter
+from elastic.supernet.supernet import Supernet
 from elastic.training import train
 from tests import tiny
 from tests.test_encoder_decoder import SPACE as T5_SPACE

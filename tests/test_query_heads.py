@@ -8,12 +8,13 @@ from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
 from elastic.foreign import Update
 from elastic.formats import hf, onnx, openvino
-from elastic.importance import channel_order
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.runners import TorchRunner
-from elastic.sensitivity import sensitivity
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.group_importance import group_importance
+from elastic.supernet.importance import channel_order
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_families import ROUNDED
@@ -191,7 +192,7 @@ def test_their_importance_is_the_slope_of_the_loss():
         ends.append(loss(net, batch))
         hook.remove()
     slope = (ends[0] - ends[1]) / (2 * STEP)
-    assert sensitivity(net, [batch])[FIRST] == pytest.approx(abs(slope), rel=1e-3)
+    assert group_importance(net, [batch])[FIRST] == pytest.approx(abs(slope), rel=1e-3)
 
 
 @pytest.mark.parametrize(

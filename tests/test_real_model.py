@@ -12,14 +12,14 @@ from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
-from elastic.importance import channel_order
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.runners import TorchRunner
 from elastic.spaces.bound import generator_for
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.importance import channel_order
+from elastic.supernet.supernet import Supernet
 from elastic.verify import agreement, probe
 from tests.tiny import randomize_
 

@@ -25,7 +25,7 @@ from elastic.data import load_task
 from elastic.errors import DataError
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from tests import tiny
 
 LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b", "yahma/llama-7b-hf")

@@ -22,11 +22,11 @@ from elastic.data.task import Example
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
-from elastic.importance import channel_order
 from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
+from elastic.supernet.importance import channel_order
 from elastic.training import train
 from tests import tiny
 from tests.families import model_of

@@ -21,7 +21,7 @@ from elastic.exporter import export
 from elastic.models import loading
 from elastic.run import Run
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.training import train
 from tests.classification import LETTERS, classifier_config
 from tests.tiny_runs import ONE_ROUND, fake_measure

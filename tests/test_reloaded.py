@@ -9,12 +9,12 @@ from torch import nn
 
 from elastic.config import ModelConfig
 from elastic.formats import hf
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.models.kinds import is_recurrent
 from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 

@@ -6,7 +6,7 @@ import torch
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import collate
 from elastic.data.encoding import encode
-from elastic.sensitivity import sensitivity
+from elastic.supernet.group_importance import group_importance
 from tests import tiny
 
 STEP = 1e-4
@@ -38,7 +38,7 @@ def scale_what_would_be_gone(net, group, by: float) -> None:
 @pytest.mark.parametrize("dim", ["rank", "width", "heads"])
 def test_it_is_the_slope_of_the_loss(dim):
     net, batch = tiny.supernet(heads=True), batch_of("abc")
-    found = sensitivity(net, [batch])
+    found = group_importance(net, [batch])
     for group in net.space:
         if group.dim != dim:
             continue
@@ -55,8 +55,8 @@ def test_it_is_the_slope_of_the_loss(dim):
 def test_examples_count_alike_whatever_stands_beside_them():
     prompts = ("abc", "a much longer one", "be", "cab")
     net = tiny.supernet()
-    alone = [sensitivity(net, [batch_of(prompt)]) for prompt in prompts]
-    together = sensitivity(net, [batch_of(*prompts[:3]), batch_of(prompts[3])])
+    alone = [group_importance(net, [batch_of(prompt)]) for prompt in prompts]
+    together = group_importance(net, [batch_of(*prompts[:3]), batch_of(prompts[3])])
     for name, value in together.items():
         mean = sum(one[name] ** 2 for one in alone) / len(alone)
         assert value == pytest.approx(mean**0.5, rel=1e-6)
@@ -66,7 +66,7 @@ def test_examples_count_alike_whatever_stands_beside_them():
 def test_every_method_has_a_share_of_it(method):
     net = tiny.supernet(method)
     before = net.factor_state()
-    found = sensitivity(net, [batch_of("abc", "cab")])
+    found = group_importance(net, [batch_of("abc", "cab")])
     assert list(found) == [group.name for group in net.space]
     assert all(value > 0 for value in found.values())
     after = net.factor_state()

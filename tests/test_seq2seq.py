@@ -11,9 +11,9 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from elastic.formats import onnx, openvino, seq2seq, tracing
-from elastic.merging import compact
 from elastic.runners import runner_of
 from elastic.runtime import open_written
+from elastic.supernet.compact import compact
 from tests import tiny
 from tests.test_encoder_decoder import drive, net_of
 

@@ -5,11 +5,11 @@ import torch
 import yaml
 
 from elastic.errors import ConfigError
-from elastic.importance import channel_order
-from elastic.merging import compact
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.importance import channel_order
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.test_supernet import close, one_function, several
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.adapters.lora import Lora
 from elastic.config import AdapterConfig, StageConfig
 from elastic.data.answers import answer_logits, answer_loss

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from elastic.formats import hf
-from elastic.merging import compact
 from elastic.models.meter import Meter
 from elastic.models.modules import linear_
 from elastic.spaces.declared import SearchSpace
-from elastic.streaming import streamed
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact, streamed
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.test_supernet import several

@@ -10,18 +10,18 @@ import pytest
 
 from elastic import __main__, bench, finalists, study
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
-from elastic.cost import count
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluate import evaluate
 from elastic.front import Front
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.objective import Objective
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import count
+from elastic.supernet.store import load_run
 from elastic.timetable import Target
 from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP

@@ -13,16 +13,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import ElasticLinear, FactorLinear
+from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import AdapterConfig, ModelConfig
-from elastic.cost import Counter, count
 from elastic.errors import BaseMismatch, RunError
-from elastic.merging import compact, merge_
 from elastic.models.digest import digest_of
 from elastic.models.modules import modules_of, plain_linear
-from elastic.slicing import sliced
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import Supernet, load_super_adapter, save_super_adapter
+from elastic.supernet.compact import compact, merge_, sliced
+from elastic.supernet.cost import Counter, count
+from elastic.supernet.store import load_super_adapter, save_super_adapter
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.tiny import ALPHA, RANK, logits, tokens
 

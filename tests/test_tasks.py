@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import TaskConfig
-from elastic.data import TASKS, arithmetic, load_task
+from elastic.data import TASKS, load_task
+from elastic.data import arithmetic as problems
 from elastic.data.encoding import encode_example, prompt_ids
 from elastic.data.task import Example, Split
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
@@ -59,7 +60,7 @@ def test_a_problem_drawn_twice_counts_once(monkeypatch):
     def one_of_few(generator):
         return Example(f"problem {generator.randint(1, 300)}", "1")
 
-    monkeypatch.setattr(arithmetic, "_problem", one_of_few)
+    monkeypatch.setattr(problems, "_problem", one_of_few)
     task = arithmetic(0, 100, 20, 40)
     assert [len(prompts(task, split)) for split in SPLITS] == [100, 20, 40]
 
@@ -94,7 +95,7 @@ def test_answers_are_right():
             assert int(example.answer) > 0 and example.answer == str(int(example.answer))
             assert example.options == ()
     seen = " ".join(example.prompt for example in task.train)
-    for template in (*arithmetic.FIRST, *arithmetic.MORE, *arithmetic.FEWER):
+    for template in (*problems.FIRST, *problems.MORE, *problems.FEWER):
         assert any(f" {verb} " in seen for verb in VERBS if f" {verb} " in template), template
 
 

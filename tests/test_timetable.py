@@ -13,9 +13,9 @@ from elastic.bench import CANDIDATE, Bench
 from elastic.config import LatencyConfig, TableConfig, TimingConfig
 from elastic.errors import ConfigError, RunError
 from elastic.latency import Latency, Measurement
-from elastic.merging import compact
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from elastic.timetable import Target, Timetable, known_timetable, record, spearman
 from elastic.timing import time_run
 from tests.test_study import config

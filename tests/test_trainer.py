@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from elastic import trainer, training
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.config import (
     AdapterConfig,
     ModelConfig,
@@ -25,7 +25,7 @@ from elastic.models.modules import modules_of
 from elastic.run import Run
 from elastic.schedule import Schedule
 from elastic.spaces.dims import channel_index
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from elastic.watching import MetricsFile

@@ -6,12 +6,12 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from elastic.config import SpaceShowConfig
-from elastic.discovery import discover
-from elastic.dry import estimate, show_space
+from elastic.dry import estimate
 from elastic.errors import ConfigError
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.discovery import called, discover, refusal, require_fits
+from elastic.supernet.summary import show_space
 from elastic.training import train
-from elastic.trial import called, refusal, require_fits
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.tiny_runs import space_file, train_config

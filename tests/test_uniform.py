@@ -9,15 +9,15 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.cost import Counter
 from elastic.errors import RunError
 from elastic.formats import hf
 from elastic.formats.padding import padded
-from elastic.merging import compact
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import covering, is_uniform, kinds, nearest_uniform, with_sizes
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import Counter
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.families import FAMILIES, GROUPED, model_of, output
 from tests.test_families import ROUNDED, net_of

@@ -14,7 +14,8 @@ from elastic.data.collating import IGNORED, collate
 from elastic.data.encoding import encode
 from elastic.errors import ConfigError, TrainingError
 from elastic.run import Run
-from elastic.supernet import Supernet, load_run
+from elastic.supernet.store import load_run
+from elastic.supernet.supernet import Supernet
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from elastic.watching import Pace, Probe

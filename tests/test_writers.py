@@ -15,7 +15,7 @@ from elastic.formats import hf
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import is_uniform
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.training import train
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config

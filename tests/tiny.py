@@ -18,7 +18,7 @@ from transformers import (
 
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = range(3)

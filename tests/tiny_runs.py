@@ -20,9 +20,9 @@ from elastic.config import (
     TimingConfig,
     TrainConfig,
 )
-from elastic.cost import count
 from elastic.latency import Latency, Measurement
 from elastic.run import Run
+from elastic.supernet.cost import count
 from elastic.trainer import ElasticTrainer
 from elastic.training import train
 from tests.tiny import ALPHA, RANK, space_dict

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic.depth import renamed
 from elastic.formats import hf
 from elastic.models.modules import module_tree, plain_linear, replace_module
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.dims import Ranges
 from elastic.spaces.uniform import covering
+from elastic.supernet.depth import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor

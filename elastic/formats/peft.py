@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.errors import ExportError
 from elastic.models.kinds import classes_of, is_recurrent
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from torch import Tensor

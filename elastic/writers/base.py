@@ -19,7 +19,7 @@ from elastic.runners import Runner
 from elastic.scoring import score
 from elastic.spaces.bound import SubAdapter
 from elastic.statistics import Score
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

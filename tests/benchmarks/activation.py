@@ -10,7 +10,7 @@ import itertools
 from elastic.config import AdapterConfig
 from elastic.spaces.bound import generator_for
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from tests.benchmarks.common import interleaved, llama, report, summary
 
 

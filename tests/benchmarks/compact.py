@@ -19,15 +19,15 @@ from pathlib import Path
 from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig, TimingConfig
 from elastic.console import say
-from elastic.cost import count
 from elastic.formats import onnx, openvino
 from elastic.latency import REFERENCE, measure
-from elastic.merging import compact
 from elastic.models import loading
 from elastic.runners import runner_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import count
+from elastic.supernet.supernet import Supernet
 from tests.benchmarks.common import report
 
 WIDTHS = {REFERENCE: (1.0, 1.0), "0.75": (1.0, 0.5), "0.5": (0.75, 0.25), "fixed": (64, 64)}

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from elastic.config import AdapterConfig
 from elastic.models.modules import module_tree
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from tests.benchmarks.common import TARGETS, interleaved, llama, report, summary
 
 REPETITIONS = 4

@@ -22,11 +22,11 @@ from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Front
-from elastic.merging import compact
 from elastic.pareto import hypervolume, non_dominated, thin
 from elastic.run import Run
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from tests.benchmarks.common import report
 
 SEARCHES = {

@@ -21,8 +21,8 @@ from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import collated
 from elastic.data.encoding import encode_all
 from elastic.run import Run
-from elastic.sensitivity import sensitivity
 from elastic.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
+from elastic.supernet.group_importance import group_importance
 from elastic.table import kinds
 from elastic.timetable import spearman
 from tests.benchmarks.common import report
@@ -42,7 +42,7 @@ def main() -> None:
             collated(encode_all(base.tokenizer, examples, base.model), size, pad, net.model.device)
         )
 
-    found = sensitivity(net, batches(task.train[:IMPORTANCE_EXAMPLES], IMPORTANCE_BATCH))
+    found = group_importance(net, batches(task.train[:IMPORTANCE_EXAMPLES], IMPORTANCE_BATCH))
     validation = batches(task.validation[: given.examples], 32)
 
     @torch.inference_mode()

@@ -26,7 +26,8 @@ from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet, save_super_adapter
+from elastic.supernet.store import save_super_adapter
+from elastic.supernet.supernet import Supernet
 from tests import tiny
 from tests.benchmarks.common import report
 

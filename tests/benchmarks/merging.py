@@ -14,9 +14,10 @@ from elastic import foreign, models
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.data import load_task
 from elastic.evaluate import evaluate
-from elastic.merging import combine, compact
+from elastic.merging import combine
 from elastic.run import Run
-from elastic.supernet import load_run
+from elastic.supernet.compact import compact
+from elastic.supernet.store import load_run
 from tests.benchmarks.common import report
 
 WAYS = {

@@ -27,7 +27,7 @@ from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.statistics import Score
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.training import train
 from tests.benchmarks.common import report
 

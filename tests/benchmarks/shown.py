@@ -25,7 +25,6 @@ from elastic import SearchConfig, TrainConfig
 from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TimingConfig
 from elastic.config.parsing import parse
-from elastic.cost import Counter
 from elastic.data import load_task
 from elastic.evaluate import evaluate
 from elastic.files import read_json, write_json, write_text
@@ -33,7 +32,8 @@ from elastic.run import Run
 from elastic.runtime import timing_of
 from elastic.statistics import Score
 from elastic.study import search
-from elastic.supernet import load_run
+from elastic.supernet.cost import Counter
+from elastic.supernet.store import load_run
 from elastic.training import train
 from tests.benchmarks.common import report
 from tests.benchmarks.quality import difference

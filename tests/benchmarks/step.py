@@ -29,7 +29,7 @@ from elastic.models import loading
 from elastic.models.meter import Meter
 from elastic.spaces.bound import SubAdapter, generator_for
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet import Supernet
+from elastic.supernet.supernet import Supernet
 from tests.benchmarks.common import RESULTS, TARGETS, llama, report, sides
 
 RANK, ALPHA, ANSWER, DRAWS = 32, 64, 4, 6

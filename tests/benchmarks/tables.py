@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from elastic.config import TableConfig, TimingConfig
 from elastic.files import read_json
 from elastic.run import Run
-from elastic.supernet import load_run
+from elastic.supernet.store import load_run
 from elastic.timetable import Target, record
 from tests.benchmarks.common import RESULTS, report
 

@@ -1,9 +1,9 @@
-"""Slices and merges one tensor at a time, from base weights that stay on disk.
+"""From the active part of a supernet to a small model of plain layers: sliced, merged, or made one
+tensor at a time from base weights that stay on disk.
 
 A model loaded in the type it was saved in is mapped into memory, not read: its pages come and go.
 What is cut of a tensor, permuted and merged exists from when it is asked for until it is written,
-so a compact model can be written by a machine that holds neither it nor its base.
-"""
+so a compact model can be written by a machine that holds neither it nor its base."""
 
 from __future__ import annotations
 
@@ -14,13 +14,73 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.adapters.attach import ElasticLinear, FactorLinear
-from elastic.depth import original
-from elastic.merging import merged_weight
-from elastic.models.modules import modules_of, plain_linear, replace_module
-from elastic.slicing import sliced
+from elastic.adapters.layers import ElasticLinear, FactorLinear
+from elastic.models.modules import (
+    dequantise_,
+    module_tree,
+    modules_of,
+    plain_linear,
+    replace_module,
+)
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet import Supernet
+from elastic.supernet.depth import original, settle_
+from elastic.supernet.supernet import Supernet
+
+
+@torch.no_grad()
+def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
+    """A new model with `sub`'s sizes, its factors beside the weights (unmerged).
+
+    Elastic layers are copied; everything else (embeddings, norms, uncut layers' biases) is shared
+    with the supernet, which must not change while the slice is in use. Ties stay ties. Quantised
+    weights become dense, in the type they are computed in.
+    """
+    sub = net.space.check(sub)
+    left_out = net.space.left_out(sub)
+    with net.active(sub):
+        model = module_tree(net.model)
+        for site, layer in modules_of(net.model, ElasticLinear):
+            if site.startswith(left_out):
+                continue
+            weight = layer.weight.clone(memory_format=torch.contiguous_format)
+            bias = None if layer.bias is None else layer.bias.clone()
+            factors = layer.factors()
+            if factors is None:
+                small = plain_linear(weight, bias)
+            else:
+                A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+                small = FactorLinear(weight, bias, A, B)
+            replace_module(model, site, small)
+    return dequantise_(settle_(model)).eval()
+
+
+@torch.no_grad()
+def merge_(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every factor layer of a sliced model by a plain linear with weight W + B A, in place.
+
+    Update and sum are formed in float32 (float64 for a float64 model) and cast once, so the error
+    is half a unit in the last place of the weight's type.
+    """
+    for site, layer in modules_of(model, FactorLinear):
+        merged = merged_weight(layer.weight, layer.A, layer.B)
+        bias = None if layer.bias is None else layer.bias.data
+        replace_module(model, site, plain_linear(merged, bias))
+    return model
+
+
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """weight + B A, (out, in), formed in float32 (float64 if it is) and rounded once."""
+    wide = _wide(weight)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
+
+
+def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
+    """`sub` as a model of plain linear layers: sliced, then merged."""
+    return merge_(sliced(net, sub))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from elastic.data.answers import padded_behind, padding_is_seen
 from elastic.data.collating import IGNORED
-from elastic.depth import states
 from elastic.models.kinds import classes_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut, numbers
+from elastic.supernet.depth import states
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
 from elastic.spaces.bound import BoundSpace, SubAdapter

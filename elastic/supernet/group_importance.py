@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic.adapters.attach import ElasticLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
-from elastic.depth import states
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
-from elastic.supernet import Supernet
+from elastic.supernet.depth import states
+from elastic.supernet.supernet import Supernet
 
 
-def sensitivity(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     """By group, the root mean square over examples of what the loss would change by, to first
     order, were that group alone cut to its smallest choice: √E[(Σ x · ∂L/∂x)²] over everything that
     would be gone (Molchanov et al. 2019, arXiv 1906.10771, with a gate per group instead of one

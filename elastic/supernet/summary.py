@@ -1,0 +1,97 @@
+"""`elastic space show`: what a search space cuts of a model, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter as Tally
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from elastic.config import SpaceShowConfig
+from elastic.models import loading
+from elastic.spaces.bound import BoundSpace
+from elastic.supernet.cost import Cost, Counter
+from elastic.supernet.discovery import require_fits, space_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Groups of one name, in all blocks, with the same choices."""
+
+    name: str
+    dim: str
+    groups: int
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SpaceTable:
+    """A search space on one architecture."""
+
+    architecture: str
+    space: Sequence[Choices]
+    sub_adapters: int
+    costs: Mapping[str, Cost]
+    """Of the maximal, heuristic and minimal sub-adapter, merged."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sub_adapters": str(self.sub_adapters)}
+
+    def show(self) -> None:
+        from rich.console import Console
+
+        console = Console(width=max(100, Console().width))
+        console.print(self.architecture, highlight=False)
+        for table in self.tables():
+            console.print(table)
+        print(json.dumps(self.as_dict()))
+
+    def tables(self) -> list:
+        from rich.table import Table
+
+        title = f"{self.sub_adapters:.1e} sub-adapters"
+        space = Table("group", "dimension", "groups", "choices", title=title)
+        for row in self.space:
+            space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
+        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
+        for name, cost in self.costs.items():
+            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
+        space.columns[2].justify = "right"
+        for column in costs.columns[1:]:
+            column.justify = "right"
+        return [space, costs]
+
+
+def _short(number: float | None, unit: str = "") -> str:
+    """Three digits and a prefix: 13.5 GB."""
+    if number is None:
+        return "unknown"
+    prefixes = iter(("", "k", "M", "G", "T", "P", "E"))
+    prefix = next(prefixes)
+    while number >= 999.5:
+        number, prefix = number / 1000, next(prefixes)
+    return f"{number:.3g} {prefix}{unit}"
+
+
+def show_space(config: SpaceShowConfig) -> SpaceTable:
+    """`elastic space show`: reads no weights."""
+    space = space_for(config)
+    model = loading.skeleton(config.model)
+    bound = space.bind(model, config.rank)
+    require_fits(model, space, config.rank)
+    return _table(model, bound)
+
+
+def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
+    counter = Counter(model, space)
+    costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
+    return SpaceTable(type(model).__name__, _choices(space), space.size, costs)
+
+
+def _choices(space: BoundSpace) -> list[Choices]:
+    kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
+    return [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
