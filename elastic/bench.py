@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic.config import TimingConfig
+from elastic.formats.rounding import saved_bytes
+from elastic.formats.runner import Runner, runner_of
 from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.models.meter import Meter
-from elastic.rounding import saved_bytes
-from elastic.runners import Runner, runner_of
 from elastic.runtime import open_runner
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.compact import compact, sliced

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, StaticCache
 
-from elastic.runners import TorchRunner
+from elastic.formats.runner import TorchRunner
 
 WARM_UP = 3
 """Steps before a graph is captured, which libraries use to choose and load their kernels."""

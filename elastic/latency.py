@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.config import TimingConfig
-from elastic.runners import Runner
+from elastic.formats.runner import Runner
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from elastic.config import SearchConfig
 from elastic.data.task import Example
 from elastic.evaluate import evaluate
+from elastic.formats.rounding import round_
 from elastic.latency import per_second
-from elastic.rounding import round_
 from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter

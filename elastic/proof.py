@@ -14,8 +14,8 @@ from elastic.console import say
 from elastic.data.task import Example
 from elastic.errors import RunError
 from elastic.formats import weigh
+from elastic.formats.runner import Runner, runner_of
 from elastic.latency import REFERENCE, Measurement, clock_of, measure
-from elastic.runners import Runner, runner_of
 from elastic.scoring import answer
 from elastic.statistics import Score, difference
 from elastic.verify import Probe, agreement, require_agreement

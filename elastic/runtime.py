@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from elastic.console import say
 from elastic.errors import ConfigError, MissingExtra
+from elastic.formats.runner import Runner, TorchRunner, runner_of
 from elastic.models import loading, requirements
 from elastic.models.kinds import decoded_together
-from elastic.runners import Runner, TorchRunner, runner_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,19 +73,7 @@ def open_runner(
     first (float32, then with compressed weights if asked)."""
     if timing.runtime == "torch":
         return timed_runner(model, timing)
-    from elastic import compression
-    from elastic.formats import onnx, openvino
+    from elastic.formats.graphs import GRAPHS, write
 
-    graph = onnx.write(model, directory)
-    if timing.runtime == "openvino":
-        graph = openvino.write(graph, directory)
-    if compress:
-        graph = compression.compress(graph, directory / compress, compress).path
-    return {"onnx": onnx, "openvino": openvino}[timing.runtime].open_runner(graph)
-
-
-def open_written(directory: Path, runtime: str) -> Runner:
-    """Of a model that was written into `directory` for onnx or openvino."""
-    from elastic.formats import onnx, openvino
-
-    return {"onnx": onnx, "openvino": openvino}[runtime].open_folder(directory)
+    graph = write(model, directory, timing.runtime, compress)
+    return GRAPHS[timing.runtime].open_runner(graph)

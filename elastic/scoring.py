@@ -14,8 +14,8 @@ from elastic.console import track
 from elastic.data.encoding import encode_example, encode_text, prompt_ids
 from elastic.data.task import Example
 from elastic.evaluate import judged, rows_of
+from elastic.formats.runner import Runner
 from elastic.models.kinds import classes_of, is_number
-from elastic.runners import Runner
 from elastic.statistics import Score
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ import optuna
 from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
-from elastic import compression
 from elastic.budget import (
     limits_accuracy_alone,
     refuse_by_counting,
@@ -35,6 +34,7 @@ from elastic.data.task import Example
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
 from elastic.finalists import finish
+from elastic.formats import compression
 from elastic.front import Front
 from elastic.objective import Figures, Objective
 from elastic.proposals import AdditiveSampler

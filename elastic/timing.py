@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elastic import compression
 from elastic.bench import CANDIDATE, Bench
 from elastic.config import LatencyConfig
 from elastic.console import say
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
+from elastic.formats import compression
 from elastic.latency import REFERENCE, Measurement, distrust, per_second
 from elastic.provenance import provenance
 from elastic.run import Run

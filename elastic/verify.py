@@ -11,8 +11,8 @@ import numpy as np
 from elastic.data.encoding import encode_text, prompt_ids
 from elastic.data.task import Example
 from elastic.errors import ExportError
+from elastic.formats.runner import Runner, runner_of
 from elastic.models.kinds import classes_of
-from elastic.runners import Runner, runner_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

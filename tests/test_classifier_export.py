@@ -26,11 +26,11 @@ from elastic.data import load_task
 from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
+from elastic.formats.runner import runner_of
 from elastic.latency import measure
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.run import Run
-from elastic.runners import runner_of
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import elastic
 from elastic.__main__ import COMMANDS, main
 from elastic.adapters import METHODS
-from elastic.compression import MODES
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -32,6 +31,7 @@ from elastic.config import (
 from elastic.config.parsing import from_dict, parse
 from elastic.data import TASKS
 from elastic.errors import ConfigError, RunError
+from elastic.formats.compression import MODES
 from elastic.run import Run, as_plain
 from elastic.spaces.dims import DEPTH, DIMS
 from elastic.writers import FORMATS

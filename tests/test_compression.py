@@ -10,14 +10,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from elastic import compression
-from elastic.calibration import calibration_inputs
-from elastic.compression import MODES, check, compress
 from elastic.data.task import Example
 from elastic.errors import ConfigError, MissingExtra
-from elastic.formats import onnx, onnx_weights, openvino, tracing
-from elastic.rounding import Grid, rounded, saved_bytes
-from elastic.runners import runner_of
+from elastic.formats import compression, onnx, onnx_compressed, openvino, tracing
+from elastic.formats.compression import MODES, calibration_inputs, check, compress
+from elastic.formats.rounding import Grid, rounded, saved_bytes
+from elastic.formats.runner import runner_of
 from tests import tiny
 from tests.families import model_of
 from tests.test_formats_runtime import run, sliced_llama, tokens
@@ -113,7 +111,7 @@ def test_it_computes_with_the_weights_it_says_it_has(
     fixture, kind, mode, request, tmp_path, monkeypatch
 ):
     """Prefill and decode, three rows; every linear layer and embedding is compressed."""
-    monkeypatch.setattr(onnx_weights, "ACCURACY_LEVEL", 0)
+    monkeypatch.setattr(onnx_compressed, "ACCURACY_LEVEL", 0)
     written = request.getfixturevalue(fixture)
     found = compress(written.paths[kind], tmp_path, mode)
     assert set(found.weights) == layers(written.model)
@@ -282,7 +280,7 @@ def test_nothing_is_printed(tied, tmp_path, capfd):
 def test_a_tied_head_of_odd_width_beside_a_constant_that_is_cast(tmp_path, monkeypatch):
     """40 channels fill two blocks of 32 in part; Gemma's graphs scale by a constant with a type of
     its own."""
-    monkeypatch.setattr(onnx_weights, "ACCURACY_LEVEL", 0)
+    monkeypatch.setattr(onnx_compressed, "ACCURACY_LEVEL", 0)
     helper, types = onnx_library.helper, onnx_library.TensorProto
     weight = np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32)
     nodes = [

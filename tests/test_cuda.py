@@ -10,8 +10,8 @@ import torch
 from elastic import cuda
 from elastic.config import TimingConfig
 from elastic.cuda import CudaClock, GraphRunner, state
+from elastic.formats.runner import TorchRunner
 from elastic.latency import clock_of, measure, state_of
-from elastic.runners import TorchRunner
 from elastic.runtime import timed_runner
 from tests import tiny
 from tests.families import model_of

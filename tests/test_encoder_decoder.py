@@ -24,8 +24,8 @@ from elastic.data.encoding import encode
 from elastic.data.task import Example
 from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
+from elastic.formats.runner import runner_of
 from elastic.models import loading
-from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.compact import compact, sliced

@@ -20,10 +20,10 @@ from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
 from elastic.exporter import export
 from elastic.files import new_directory
-from elastic.formats import hf, onnx, openvino, peft, weigh
+from elastic.formats import hf, onnx, onnx_decoder, openvino, peft, weigh
+from elastic.formats.runner import TorchRunner
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
 from elastic.training import train
@@ -205,7 +205,7 @@ def test_what_cannot_be_traced_is_named(exported, monkeypatch, kind, capfd):
     def forward(self, x):
         return torch.special.bessel_j0(x)
 
-    monkeypatch.setattr(onnx, "_example", untraceable(onnx._example, monkeypatch, forward))
+    monkeypatch.setattr(onnx, "_example", untraceable(onnx_decoder._example, monkeypatch, forward))
     before = snapshot(exported.path)
     arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
                  "--formats", f"hf,{kind}", "--accuracy", "false", "--timing.rounds", "1",

@@ -17,9 +17,9 @@ from elastic.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
+from elastic.formats.runner import TorchRunner
 from elastic.latency import measure
 from elastic.run import Run
-from elastic.runners import TorchRunner
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run

@@ -10,7 +10,7 @@ from elastic import bench
 from elastic.config import AdapterConfig, ExportConfig, SearchConfig, StageConfig, TimingConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
-from elastic.runners import TorchRunner
+from elastic.formats.runner import TorchRunner
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.compact import compact

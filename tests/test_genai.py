@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from elastic.formats import genai, onnx, openvino
+from elastic.formats import onnx, openvino, pipelines
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from tests import tiny
@@ -68,7 +68,7 @@ def folders(widths, heads, tmp_path_factory):
     for name, model in (("widths", widths), ("heads", heads)):
         folder = tmp_path_factory.mktemp(name)
         openvino.write(onnx.write(model, folder / "onnx"), folder / "openvino")
-        said = {kind: genai.companions(model, tokenizer(), folder / kind, kind)
+        said = {kind: pipelines.companions(model, tokenizer(), folder / kind, kind)
                 for kind in ("onnx", "openvino")}  # fmt: skip
         found[name] = folder, said
     return found
@@ -105,7 +105,7 @@ def generated(folder, rows: list[list[int]]) -> list[list[int]]:
 
 def test_onnxruntime_genai_generates_what_torch_generates(widths, folders):
     folder, said = folders["widths"]
-    assert said["onnx"] == {"onnxruntime-genai": genai.EQUAL_LENGTHS}
+    assert said["onnx"] == {"onnxruntime-genai": pipelines.EQUAL_LENGTHS}
     answers = [generated(folder / "onnx", [tiny.tokenizer()(p)["input_ids"]])[0] for p in PROMPTS]
     assert answers == [greedy(widths, prompt) for prompt in PROMPTS]
     assert len(set(map(tuple, answers))) == len(PROMPTS)
@@ -113,7 +113,7 @@ def test_onnxruntime_genai_generates_what_torch_generates(widths, folders):
 
 def test_with_all_logits_prompts_of_a_batch_may_differ_in_length(widths, tmp_path):
     onnx.write(widths, tmp_path, logits="all")
-    assert genai.companions(widths, tokenizer(), tmp_path, "onnx", logits="all") == {}
+    assert pipelines.companions(widths, tokenizer(), tmp_path, "onnx", logits="all") == {}
     answers = generated(tmp_path, [tiny.tokenizer()(prompt)["input_ids"] for prompt in PROMPTS])
     assert answers == [greedy(widths, prompt) for prompt in PROMPTS]
 
@@ -122,7 +122,7 @@ def test_a_model_without_positions_has_no_input_for_them(tmp_path):
     model = model_of("bloom", torch.float32)
     model.config.use_cache = True
     onnx.write(model, tmp_path)
-    genai.companions(model, tokenizer(), tmp_path, "onnx")
+    pipelines.companions(model, tokenizer(), tmp_path, "onnx")
     ids = tiny.tokenizer()(PROMPTS[0])["input_ids"]
     assert generated(tmp_path, [ids]) == [greedy(model, PROMPTS[0])]
 
@@ -130,13 +130,13 @@ def test_a_model_without_positions_has_no_input_for_them(tmp_path):
 def test_key_value_heads_that_differ_are_refused_with_the_reason(folders):
     folder, said = folders["heads"]
     assert "these have 2 of 16, 1 of 16" in said["onnx"]["onnxruntime-genai"]
-    assert not (folder / "onnx" / genai.CONFIG).exists()
+    assert not (folder / "onnx" / pipelines.CONFIG).exists()
 
 
 @pytest.mark.parametrize("family", ["t5", "bert, classes", "rwkv"])
 def test_what_is_no_decoder_is_refused_with_the_reason(family):
     words = {"t5": "encoder-decoder", "bert, classes": "class", "rwkv": "state"}
-    assert words[family] in genai.why_not(model_of(family, torch.float32))
+    assert words[family] in pipelines.why_not(model_of(family, torch.float32))
 
 
 @pytest.mark.parametrize("backend", ["PA", "SDPA"])
@@ -167,20 +167,22 @@ def test_the_chat_template_is_in_the_folder(folders):
 
 def test_what_paged_attention_does_not_do_is_said(tmp_path):
     """It reads past a sliding window, and may end the process where query heads share unevenly."""
-    said = genai.companions(model_of("mistral", torch.float32), tokenizer(), tmp_path, "openvino")
+    said = pipelines.companions(
+        model_of("mistral", torch.float32), tokenizer(), tmp_path, "openvino"
+    )
     assert "sliding window" in said["openvino-genai"]
     assert "ATTENTION_BACKEND='SDPA'" in said["openvino-genai"]
     uneven = tiny.llama(dtype=torch.float32)
-    assert genai.unpaged(uneven) is None and genai.unpaged(tiny.t5()) is None
+    assert pipelines.unpaged(uneven) is None and pipelines.unpaged(tiny.t5()) is None
     attention = uneven.model.layers[1].self_attn
     attention.q_proj, attention.o_proj = linear(32, 16), linear(16, 32)
     attention.num_key_value_groups = 1
-    assert "query heads for each key-value head (1, 2)" in genai.unpaged(uneven)
+    assert "query heads for each key-value head (1, 2)" in pipelines.unpaged(uneven)
     openvino.write(onnx.write(uneven, tmp_path), tmp_path)
-    genai.companions(uneven, tokenizer(), tmp_path, "onnx")
+    pipelines.companions(uneven, tokenizer(), tmp_path, "onnx")
     ids = tiny.tokenizer()(PROMPTS[0])["input_ids"]
     assert generated(tmp_path, [ids]) == [greedy(uneven, PROMPTS[0])]
-    genai.companions(uneven, tokenizer(), tmp_path, "openvino")
+    pipelines.companions(uneven, tokenizer(), tmp_path, "openvino")
     pipeline = openvino_genai.LLMPipeline(str(tmp_path), "CPU", ATTENTION_BACKEND="SDPA", **EXACT)
     found = pipeline.generate(PROMPTS[0], **SETTINGS)
     assert found == text(uneven, PROMPTS[0])
@@ -190,7 +192,7 @@ def test_without_openvino_tokenizers_the_graph_stays_and_the_reason_is_given(
     widths, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
-    said = genai.companions(widths, tokenizer(), tmp_path, "openvino")
+    said = pipelines.companions(widths, tokenizer(), tmp_path, "openvino")
     assert "pip install 'elastic-adapters[genai]'" in said["openvino-genai"]
     assert AutoTokenizer.from_pretrained(tmp_path)("ab") == tokenizer()("ab")
 
@@ -202,7 +204,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_a_reason(widths, tmp_path, monk
         raise RuntimeError("no such step: Strange\nand more")
 
     monkeypatch.setattr(openvino_tokenizers, "convert_tokenizer", fails)
-    said = genai.companions(widths, tokenizer(), tmp_path, "openvino")
+    said = pipelines.companions(widths, tokenizer(), tmp_path, "openvino")
     assert said["openvino-genai"].endswith("converted: RuntimeError: no such step: Strange")
     assert not list(tmp_path.glob("*.xml"))
 
@@ -214,7 +216,7 @@ def test_a_classifier_and_its_tokenizer_name_the_class(tmp_path):
     texts = ["a b", "c c c"]
     openvino.write(onnx.write(base.model, tmp_path / "onnx"), tmp_path / "openvino")
     for kind in ("onnx", "openvino"):
-        assert genai.companions(base.model, base.tokenizer, tmp_path / kind, kind) == {}
+        assert pipelines.companions(base.model, base.tokenizer, tmp_path / kind, kind) == {}
     loaded = AutoTokenizer.from_pretrained(tmp_path / "onnx")
     batch = loaded(texts, padding=True, return_tensors="pt")
     batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
@@ -230,10 +232,10 @@ def test_a_classifier_and_its_tokenizer_name_the_class(tmp_path):
     assert [names[str(row)] for row in found.argmax(-1)] == expected
 
     core = runtime.Core()
-    convert = core.compile_model(tmp_path / "openvino" / genai.TOKENIZER, "CPU")
+    convert = core.compile_model(tmp_path / "openvino" / pipelines.TOKENIZER, "CPU")
     compiled = core.compile_model(tmp_path / "openvino" / openvino.FILE, "CPU", EXACT)
     ids = convert(texts)
     np.testing.assert_array_equal(ids["input_ids"], feeds["input_ids"])
     np.testing.assert_array_equal(ids["attention_mask"], feeds["attention_mask"])
     np.testing.assert_allclose(compiled(feeds)["logits"], logits, atol=1e-5)
-    assert not (tmp_path / "openvino" / genai.DETOKENIZER).exists()
+    assert not (tmp_path / "openvino" / pipelines.DETOKENIZER).exists()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
-from elastic.formats import bpe, gguf
+from elastic.formats import gguf, gguf_tokenizer
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet.compact import compact
@@ -186,7 +186,7 @@ def test_qwen3_of_many_sizes_is_refused():
     assert "--hf.uniform, or let llama.cpp" in gguf.why_not(mixed)
 
 
-SPLIT = {name: Split(Regex(pattern), "isolated") for pattern, name in bpe.SPLITS.items()}
+SPLIT = {name: Split(Regex(pattern), "isolated") for pattern, name in gguf_tokenizer.SPLITS.items()}
 BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -204,7 +204,7 @@ BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
     ],
 )
 def test_how_a_tokenizer_splits_is_recognised(tokenizer, variant, tmp_path):
-    reason = bpe.why_not(tokenizer)
+    reason = gguf_tokenizer.why_not(tokenizer)
     assert (reason is None) == (variant is not None)
     if variant is None:
         assert "splits text" in reason

@@ -14,9 +14,9 @@ from elastic.config import EvaluateConfig, ExportConfig, StageConfig
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, RunError
 from elastic.evaluating import evaluate_run
 from elastic.exporter import export
+from elastic.formats.runner import runner_of
 from elastic.harness import _file, runner_model
 from elastic.perplexity import window_losses
-from elastic.runners import runner_of
 from elastic.supernet.store import load_run
 from elastic.training import train
 from tests import tiny

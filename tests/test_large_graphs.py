@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
-from elastic import compression
-from elastic.formats import onnx, openvino
-from elastic.runners import runner_of
+from elastic.formats import compression, onnx, openvino
+from elastic.formats.runner import runner_of
 
 pytestmark = pytest.mark.slow  # a few minutes and 10 GiB of memory each
 

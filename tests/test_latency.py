@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic.config import TimingConfig
+from elastic.formats.runner import TorchRunner
 from elastic.latency import measure
-from elastic.runners import TorchRunner
 from tests import tiny
 
 VOCABULARY = 50

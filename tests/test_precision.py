@@ -17,9 +17,9 @@ from elastic.config import LatencyConfig, SearchConfig, TableConfig, TimingConfi
 from elastic.data import load_task
 from elastic.errors import ConfigError, RunError
 from elastic.evaluate import evaluate
+from elastic.formats.rounding import round_
 from elastic.latency import Latency, Measurement
 from elastic.proposals import AdditiveSampler
-from elastic.rounding import round_
 from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.study import search
 from elastic.supernet.compact import compact

@@ -8,8 +8,8 @@ from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
 from elastic.foreign import Update
 from elastic.formats import hf, onnx, openvino
+from elastic.formats.runner import TorchRunner
 from elastic.merging import combine
-from elastic.runners import TorchRunner
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.group_importance import group_importance

@@ -12,9 +12,9 @@ from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ModelError
 from elastic.formats import hf, onnx, openvino
+from elastic.formats.runner import TorchRunner
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from elastic.runners import TorchRunner
 from elastic.spaces.bound import generator_for
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact

@@ -9,9 +9,9 @@ from torch import nn
 
 from elastic.config import ModelConfig
 from elastic.formats import hf
+from elastic.formats.runner import runner_of
 from elastic.models import loading
 from elastic.models.kinds import is_recurrent
-from elastic.runners import runner_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet

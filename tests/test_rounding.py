@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.compression import compress
-from elastic.formats import onnx_weights
-from elastic.rounding import Grid, grids, round_, rounded
-from elastic.runners import runner_of
+from elastic.formats import onnx_compressed
+from elastic.formats.compression import compress
+from elastic.formats.rounding import Grid, grids, round_, rounded
+from elastic.formats.runner import runner_of
 from tests.families import model_of
 from tests.test_compression import TOLERANCE, UNIFORM, Written, graph_runner, layers
 from tests.test_formats_runtime import sliced_llama
@@ -33,7 +33,7 @@ def written(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in UNIFORM if pair[1] != "int8_sym"])
 def test_it_answers_as_the_compressed_graph_does(written, kind, mode, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_weights, "ACCURACY_LEVEL", 0)
+    monkeypatch.setattr(onnx_compressed, "ACCURACY_LEVEL", 0)
     found = compress(written.paths[kind], tmp_path, mode)
     stored = {name: (weight.bits, weight.group) for name, weight in found.weights.items()}
     expected = grids(written.model, mode)

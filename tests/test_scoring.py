@@ -11,7 +11,7 @@ from elastic.data import llm_adapters
 from elastic.data.task import Example, Judge
 from elastic.evaluate import answers, evaluate
 from elastic.formats import onnx, openvino
-from elastic.runners import runner_of
+from elastic.formats.runner import runner_of
 from elastic.scoring import answer, continued, likelihood, score
 from tests import tiny
 from tests.families import model_of

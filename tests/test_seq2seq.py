@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from elastic.formats import onnx, openvino, seq2seq, tracing
-from elastic.runners import runner_of
-from elastic.runtime import open_written
+from elastic.formats import onnx, onnx_seq2seq, openvino, tracing
+from elastic.formats.graphs import open_written
+from elastic.formats.runner import runner_of
 from elastic.supernet.compact import compact
 from tests import tiny
 from tests.test_encoder_decoder import drive, net_of
@@ -156,11 +156,11 @@ def test_weights_are_stored_once_but_for_shared_embeddings(tmp_path):
     """Two branches read one set of them, and a head that is the embedding is none of its own."""
     model, vocabulary = tiny.t5(vocab_size=4096), 4096
     onnx.write(model, tmp_path)
-    openvino.write(tmp_path / seq2seq.DECODER, tmp_path)
+    openvino.write(tmp_path / onnx_seq2seq.DECODER, tmp_path)
     sizes = {side: sum(4 * tensor.numel() for tensor in {*getattr(model, side).parameters()})
              for side in ("encoder", "decoder")}  # fmt: skip
     assert sizes["decoder"] > vocabulary * model.config.d_model * 4
-    for side, file in (("encoder", seq2seq.ENCODER), ("decoder", seq2seq.DECODER)):
+    for side, file in (("encoder", onnx_seq2seq.ENCODER), ("decoder", onnx_seq2seq.DECODER)):
         graph = format_of.load(tmp_path / file).graph
         stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
         assert stored == pytest.approx(sizes[side], rel=0.01)
@@ -175,7 +175,8 @@ def test_external_weights_move_with_their_directory(model, tmp_path, monkeypatch
     openvino.write(graph, tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")
     assert {file.name for file in (tmp_path / "after").iterdir()} == {
-        *(f"{name}{end}" for name in (seq2seq.ENCODER, seq2seq.DECODER) for end in ("", ".data")),
+        *(f"{name}{end}" for name in (onnx_seq2seq.ENCODER, onnx_seq2seq.DECODER)
+          for end in ("", ".data")),
         *(f"openvino_{side}_model.{end}" for side in ("encoder", "decoder")
           for end in ("xml", "bin")),
     }  # fmt: skip

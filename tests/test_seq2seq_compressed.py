@@ -7,12 +7,11 @@ import onnx as format_of
 import openvino as runtime
 import pytest
 
-from elastic.compression import ENCODERS, compress
 from elastic.errors import ConfigError
-from elastic.formats import onnx, onnx_weights, openvino, seq2seq
-from elastic.formats import openvino as openvino_seq2seq
-from elastic.rounding import grids, round_
-from elastic.runners import runner_of
+from elastic.formats import onnx, onnx_compressed, onnx_seq2seq, openvino
+from elastic.formats.compression import ENCODERS, compress
+from elastic.formats.rounding import grids, round_
+from elastic.formats.runner import runner_of
 from tests import tiny
 from tests.test_compression import TOLERANCE, stored_bytes
 from tests.test_encoder_decoder import drive
@@ -27,10 +26,10 @@ def exact(monkeypatch):
     options = dict.fromkeys(("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"), "f32")
     options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     monkeypatch.setattr(
-        openvino_seq2seq, "compiled_on_cpu",
+        openvino, "compiled_on_cpu",
         lambda path, *_: runtime.Core().compile_model(path, "CPU", options),
     )  # fmt: skip
-    monkeypatch.setattr(onnx_weights, "ACCURACY_LEVEL", 0)
+    monkeypatch.setattr(onnx_compressed, "ACCURACY_LEVEL", 0)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4_sym"])
@@ -52,7 +51,7 @@ def test_it_answers_as_rounded(model, folder, exact, kind, mode, tmp_path):
 
 
 def test_weights_stay_shared_between_the_branches(folder, tmp_path):
-    graph = folder / seq2seq.DECODER
+    graph = folder / onnx_seq2seq.DECODER
     found = compress(graph, tmp_path, "int8")
     assert stored_bytes(found.path) < 0.3 * stored_bytes(graph)
     merged = format_of.load(found.path)
@@ -64,5 +63,5 @@ def test_weights_stay_shared_between_the_branches(folder, tmp_path):
 
 def test_activations_of_a_pair_are_not_looked_at(folder, tmp_path):
     with pytest.raises(ConfigError, match="'int4_awq' looks at activations, which are"):
-        compress(folder / seq2seq.DECODER, tmp_path, "int4_awq", [{"input_ids": SOURCE}])
+        compress(folder / onnx_seq2seq.DECODER, tmp_path, "int4_awq", [{"input_ids": SOURCE}])
     assert not list(tmp_path.iterdir())

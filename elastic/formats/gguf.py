@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from elastic.errors import ExportError
-from elastic.formats import bpe
+from elastic.formats import gguf_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
         )
     if kind == "llama3" and _architecture(model)[0] not in ("llama", "deci"):
         return f"{_architecture(model)[0]} has no rotary embeddings of type 'llama3'"
-    return None if tokenizer is None else bpe.why_not(tokenizer)
+    return None if tokenizer is None else gguf_tokenizer.why_not(tokenizer)
 
 
 def write(
@@ -119,7 +119,7 @@ def write(
     file = directory / FILE
     writer = GGUFWriter(file, _architecture(model)[0])
     _settings(writer, model, type, name)
-    bpe.write(writer, tokenizer, model.config.vocab_size)
+    gguf_tokenizer.write(writer, tokenizer, model.config.vocab_size)
     for tensor_name, tensor in _tensors(model):
         values, kind = _stored(tensor, type)
         writer.add_tensor_info(tensor_name, values.shape, values.dtype, values.nbytes, kind)

@@ -2,7 +2,7 @@
 
 Of a decoder the same graph does prefill (past of length 0) and decode: batch, sequence and past are
 all dynamic. KV heads may differ from layer to layer, as they do in a slice. Encoder-decoder models
-are two graphs, of `elastic.formats.seq2seq`.
+are two graphs, of `elastic.formats.onnx_seq2seq`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.errors import ConfigError, unknown
-from elastic.formats import seq2seq
-from elastic.formats.onnx_session import at_the_end, cache_names, session_of, step_inputs
+from elastic.formats import onnx_seq2seq
+from elastic.formats.onnx_decoder import _decoder
+from elastic.formats.onnx_session import at_the_end, session_of, step_inputs
 from elastic.formats.tracing import Trace, require, require_float32, traceable, write_traced
-from elastic.models import caches
 from elastic.models.kinds import classes_of, has_types
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from elastic.runners import Runner
+    from elastic.formats.runner import Runner
 
 
 __all__ = ["FILE", "OnnxRunner", "open_runner", "require", "write"]
@@ -40,7 +39,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     past_key_values.N.key and .value (batch, kv_heads, past, head_dim), present.N.* the same with
     past + sequence; logits (batch, 1 or sequence, vocab). Of a classifier: input_ids,
     attention_mask and, where the model has them, token_type_ids (batch, sequence); logits
-    (batch, classes). Of an encoder-decoder model: see `elastic.formats.seq2seq.write`.
+    (batch, classes). Of an encoder-decoder model: see `elastic.formats.onnx_seq2seq.write`.
     ExportError names what cannot be traced.
     """
     require()
@@ -50,7 +49,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if model.config.is_encoder_decoder:
-        return seq2seq.write(model, directory, logits=logits)
+        return onnx_seq2seq.write(model, directory, logits=logits)
     with traceable(model):
         trace = _classifier(model) if classes_of(model) else _decoder(model, logits)
         return write_traced(trace, directory / FILE)
@@ -76,72 +75,16 @@ def _classifier(model: PreTrainedModel) -> Trace:
     return Trace(Flat(), example, inputs, ["logits"], dynamic)
 
 
-def _decoder(model: PreTrainedModel, logits: str) -> Trace:
-    names, example = _example(model)
-    outputs = ["logits", *cache_names("present", len(names) // 2)]
-    inputs = ["input_ids", "attention_mask", "position_ids", *names]
-    dynamic = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "position_ids")}
-    dynamic |= {"attention_mask": {0: "batch", 1: "total"}}
-    dynamic |= {name: {0: "batch", 2: "past"} for name in names}
-    dynamic |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
-    dynamic |= {"logits": {0: "batch"} if logits == "last" else {0: "batch", 1: "sequence"}}
-    return Trace(_flat(model, logits), example, inputs, outputs, dynamic)
-
-
-def _example(model: PreTrainedModel):
-    """Names of the cached tensors and sample arguments to trace with, none of their axes 0 or 1."""
-    import torch
-
-    batch, sequence = 2, 3
-    ids = torch.ones(batch, sequence, dtype=torch.long, device=model.device)
-    past = caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
-    length = past[0].shape[2]
-    mask = torch.ones(batch, length + sequence, dtype=torch.long, device=model.device)
-    positions = torch.arange(length, length + sequence, device=model.device).repeat(batch, 1)
-    return cache_names("past_key_values", len(past) // 2), (ids, mask, positions, *past)
-
-
-def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
-    """The model as a function of tensors alone: no cache object enters or leaves."""
-    import torch
-
-    class Flat(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask, position_ids, *past):
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=True,
-                logits_to_keep=_last(input_ids) if logits == "last" else 0,
-                **caches.given(self.model, caches.filled(past)),
-            )
-            return output.logits, *caches.flattened(caches.of(output))
-
-    return Flat()
-
-
-def _last(input_ids: Tensor) -> Tensor:
-    """The last position by its index, not as a slice: then the graph says that it is one, which is
-    how onnxruntime-genai knows."""
-    import torch
-
-    return torch.tensor([-1], device=input_ids.device)
-
-
 def open_runner(path: Path, threads: int | None = None) -> Runner:
     """The runner for what `write` returned."""
-    pair = Path(path).name == seq2seq.DECODER
-    return (seq2seq.OnnxEncoderDecoder if pair else OnnxRunner)(path, threads)
+    pair = Path(path).name == onnx_seq2seq.DECODER
+    return (onnx_seq2seq.OnnxEncoderDecoder if pair else OnnxRunner)(path, threads)
 
 
 def graph_in(directory: Path) -> Path:
     """What `write` returned for this folder."""
-    there = (directory / seq2seq.DECODER).is_file()
-    return directory / (seq2seq.DECODER if there else FILE)
+    there = (directory / onnx_seq2seq.DECODER).is_file()
+    return directory / (onnx_seq2seq.DECODER if there else FILE)
 
 
 def open_folder(directory: Path, threads: int | None = None) -> Runner:

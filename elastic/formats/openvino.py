@@ -3,7 +3,7 @@
 Stateful: the KV cache lives inside the model as variables and never passes through its inputs.
 Inputs are input_ids, attention_mask, position_ids and beam_idx, the only output is logits: what
 openvino-genai's LLMPipeline expects. Encoder-decoder models are two files, of
-`elastic.formats.openvino_seq2seq`.
+optimum-intel.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elastic.errors import ExportError, MissingExtra
-from elastic.formats import seq2seq, tracing
+from elastic.formats import onnx_seq2seq, tracing
 from elastic.formats.onnx_session import at_the_end, step_inputs
 
 if TYPE_CHECKING:
-    from elastic.runners import Runner
+    from elastic.formats.runner import Runner
 
 
 FILE = "openvino_model.xml"
@@ -45,7 +45,7 @@ def write(onnx_path: Path, directory: Path) -> Path:
     require()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if Path(onnx_path).name == seq2seq.DECODER:
+    if Path(onnx_path).name == onnx_seq2seq.DECODER:
         return _write_pair(Path(onnx_path), directory)
     model = converted(onnx_path)
     stateful_(model, [p.any_name for p in model.inputs if p.any_name.startswith(PAST)])
@@ -203,11 +203,11 @@ class OpenVINORunner:
 
 
 ENCODER, DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
-START = ["elastic", seq2seq.START]
+START = ["elastic", onnx_seq2seq.START]
 
 
 def _write_pair(onnx_path: Path, directory: Path) -> Path:
-    """Convert the two files of `elastic.formats.seq2seq.write`, of which `onnx_path` is the
+    """Convert the two files of `elastic.formats.onnx_seq2seq.write`, of which `onnx_path` is the
     decoder; return `directory/openvino_decoder_model.xml`.
 
     Shapes: the decoder's input_ids (batch, sequence), encoder_attention_mask (batch, prompt),
@@ -215,11 +215,11 @@ def _write_pair(onnx_path: Path, directory: Path) -> Path:
     vocab). `beam_idx` names, for every row, the row of the previous step whose answer it continues;
     both must be answers to one prompt.
     """
-    save(converted(onnx_path.with_name(seq2seq.ENCODER)), directory / ENCODER)
+    save(converted(onnx_path.with_name(onnx_seq2seq.ENCODER)), directory / ENCODER)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        graph = seq2seq.unmerged(onnx_path)
-        model = converted(tracing.save(graph, Path(scratch) / seq2seq.DECODER))
-        start = {entry.key: entry.value for entry in graph.metadata_props}[seq2seq.START]
+        graph = onnx_seq2seq.unmerged(onnx_path)
+        model = converted(tracing.save(graph, Path(scratch) / onnx_seq2seq.DECODER))
+        start = {entry.key: entry.value for entry in graph.metadata_props}[onnx_seq2seq.START]
         names = [port.any_name for port in model.inputs]
         stateful_(model, [name for name in names if name.startswith(PAST) and ".decoder." in name])
         _computed_once(model, [name for name in names if ".encoder." in name])
@@ -270,7 +270,7 @@ class OpenVINOEncoderDecoder:
     ) -> np.ndarray:
         """Logits (batch, vocab) of the first token after the prompts (batch, prompt), of which
         those positions count whose mask is 1; forgets what came before."""
-        inputs = seq2seq.prompt_inputs(input_ids, attention_mask)
+        inputs = onnx_seq2seq.prompt_inputs(input_ids, attention_mask)
         self._given = {
             "encoder_hidden_states": self._encoder.infer(inputs)["last_hidden_state"],
             "encoder_attention_mask": inputs["attention_mask"],

@@ -27,7 +27,7 @@ import psutil
 from elastic.errors import RunError
 
 if TYPE_CHECKING:
-    from elastic.runners import Runner
+    from elastic.formats.runner import Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def _hf(load: Load) -> Callable[[], Runner]:
     import transformers
 
     from elastic.formats import hf
-    from elastic.runners import runner_of
+    from elastic.formats.runner import runner_of
 
     config = json.loads((Path(load.folder) / "config.json").read_text(encoding="utf-8"))
     getattr(transformers, config["architectures"][0].removeprefix("Elastic"), None)
@@ -92,8 +92,8 @@ def _peft(load: Load) -> Callable[[], Runner]:
     from peft import PeftModel
 
     from elastic.config import ModelConfig
+    from elastic.formats.runner import runner_of
     from elastic.models import loading
-    from elastic.runners import runner_of
 
     config = ModelConfig(**load.settings["model"])
     getattr(transformers, (loading.architecture_of(config).architectures or [""])[0], None)

@@ -1,7 +1,7 @@
 """Every format in one shape: a model is written into a folder, and runs from there."""
 
-from elastic.compression import MODES
 from elastic.config.export import GRAPHS
+from elastic.formats.compression import MODES
 from elastic.writers.base import Format
 from elastic.writers.compressed import Compressed
 from elastic.writers.gguf import Gguf

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.config import ExportConfig, ModelConfig
 from elastic.data.task import Example
-from elastic.formats import genai
+from elastic.formats import pipelines
+from elastic.formats.runner import Runner
 from elastic.formats.weigh import Load
-from elastic.runners import Runner
 from elastic.scoring import score
 from elastic.spaces.bound import SubAdapter
 from elastic.statistics import Score
@@ -68,7 +68,7 @@ class Source:
     def accompany(self, which: Which, directory: Path, runtime: str) -> None:
         """What stands beside a graph, so that its folder is all that a pipeline needs."""
         model, tokenizer = self.models[which], self.base.tokenizer
-        self.pipelines[directory] = genai.companions(
+        self.pipelines[directory] = pipelines.companions(
             model, tokenizer, directory, runtime, logits=self.config.logits
         )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elastic import compression
-from elastic.calibration import calibration_inputs
 from elastic.files import read_json, write_json
-from elastic.formats import onnx, openvino
+from elastic.formats import compression, onnx, openvino
+from elastic.formats.compression import calibration_inputs
+from elastic.formats.runner import Runner
 from elastic.formats.weigh import Load
-from elastic.runners import Runner
 from elastic.writers.base import Format, Source, Which
 
 

@@ -11,8 +11,8 @@ import torch
 
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats import onnx, openvino, tracing
+from elastic.formats.runner import Runner
 from elastic.models import kinds
-from elastic.runners import Runner
 from elastic.writers.base import Format, Source, Which
 
 

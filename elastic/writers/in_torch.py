@@ -15,11 +15,11 @@ from elastic.evaluate import evaluate
 from elastic.files import read_json
 from elastic.formats import hf, peft
 from elastic.formats.padding import padded
+from elastic.formats.runner import Runner, runner_of
 from elastic.formats.weigh import Load
 from elastic.models import loading
 from elastic.models.modules import dequantise_
 from elastic.run import as_plain
-from elastic.runners import Runner, runner_of
 from elastic.runtime import timed_runner
 from elastic.statistics import Score
 from elastic.writers.base import Format, Source, Which

@@ -16,13 +16,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from elastic.compression import compress
 from elastic.config import AdapterConfig, ModelConfig, TimingConfig
 from elastic.console import say
 from elastic.formats import onnx, openvino
+from elastic.formats.compression import compress
+from elastic.formats.runner import runner_of
 from elastic.latency import REFERENCE, measure
 from elastic.models import loading
-from elastic.runners import runner_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact

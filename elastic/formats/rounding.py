@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.compression import GROUP, MODES, SMALLEST_GROUP
+from elastic.formats.compression import GROUP, MODES, SMALLEST_GROUP
 
 KINDS = (nn.Linear, nn.Embedding)
 

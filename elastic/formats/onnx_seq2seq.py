@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import EncoderDecoderCache
 
+
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 START = "decoder_start_token_id"
 """Under which the graphs keep it in their metadata, so that a runner needs nothing but them."""

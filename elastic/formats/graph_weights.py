@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.formats.onnx_weights import CODES, SCALE, ZERO, attributes_of, initializers
+from elastic.formats.onnx_compressed import CODES, SCALE, ZERO, attributes_of, initializers
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,7 +34,7 @@ _FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat
 
 
 def in_onnx(model: ModelProto) -> dict[str, Weight]:
-    """Weights by the name of their layer, as `onnx_weights.lower` or `onnx.write` leave them."""
+    """Weights by the name of their layer, as `onnx_compressed.lower` or `onnx.write` leave them."""
     from onnx import numpy_helper
 
     tensors = initializers(model)

@@ -16,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
+
 CODES, SCALE, ZERO = "_quantized", "_scale", "_zero_point"
 """What NNCF appends to the name of a weight."""
 _HIDDEN = "_hidden"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 CONFIG = "genai_config.json"
 TOKENIZER, DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
 TYPE = "decoder"
@@ -34,7 +35,6 @@ EQUAL_LENGTHS = (
     "prompts of one batch must be of one length, for it pads on the right and the graph has logits "
     "of the last position alone; write it with logits all, or generate one by one"
 )
-
 UNPAGED = "open it with LLMPipeline(folder, 'CPU', ATTENTION_BACKEND='SDPA')"
 """The way around what paged attention, openvino-genai's own choice, does not do (2026.4)."""
 

@@ -12,28 +12,34 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.calibration import completed
 from elastic.console import logging_at
+from elastic.data.encoding import encode_example
 from elastic.errors import ConfigError, MissingExtra, require, unknown
-from elastic.formats import onnx, openvino, seq2seq, stored, tracing
-from elastic.formats import openvino as openvino_seq2seq
-from elastic.formats.onnx_weights import expose, lower
-from elastic.formats.stored import Weight
+from elastic.formats import graph_weights, onnx, onnx_seq2seq, openvino, tracing
+from elastic.formats.graph_weights import Weight
+from elastic.formats.onnx_compressed import expose, lower
+from elastic.formats.onnx_session import step_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elastic.data.task import Example
+
 
 GROUP = 64
 """Channels that share a scale in 4-bit modes. Layers whose number of channels it does not divide
 get the largest power of two that does; below `SMALLEST_GROUP` a layer gets 8 bits."""
 SMALLEST_GROUP = 32
 KINDS = {".onnx": "onnx", ".xml": "openvino"}
-ENCODERS = {each.DECODER: each.ENCODER for each in (seq2seq, openvino_seq2seq)}
+ENCODERS = {each.DECODER: each.ENCODER for each in (onnx_seq2seq, openvino)}
 
 
 @dataclass(frozen=True)
@@ -173,14 +179,14 @@ def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> di
     }
     model = _compressed(model, mode, [completed(each, shapes) for each in samples], group)
     openvino.save_model(model, written, compress_to_fp16=False)
-    return stored.in_openvino(core.read_model(written))
+    return graph_weights.in_openvino(core.read_model(written))
 
 
 def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
     import onnx as library
 
-    paired = graph.name == seq2seq.DECODER
-    model = seq2seq.unmerged(graph) if paired else library.load(graph)
+    paired = graph.name == onnx_seq2seq.DECODER
+    model = onnx_seq2seq.unmerged(graph) if paired else library.load(graph)
     shapes = {
         item.name: [axis.dim_value for axis in item.type.tensor_type.shape.dim]
         for item in model.graph.input
@@ -195,8 +201,8 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
             model = library.load(f"{outside}/{graph.name}", load_external_data=False)
         model = _compressed(model, mode, inputs, group, tied, outside if large else None)
     lower(model)
-    weights = stored.in_onnx(model)
-    model = seq2seq.remerged(model) if paired else model
+    weights = graph_weights.in_onnx(model)
+    model = onnx_seq2seq.remerged(model) if paired else model
     tracing.save(model, written)
     return weights
 
@@ -255,3 +261,40 @@ def _files(path: Path) -> tuple[Path, Path]:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in _files(path) if file.is_file())
+
+
+Inputs = dict[str, np.ndarray]
+
+
+def calibration_inputs(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, examples: Iterable[Example]
+) -> list[Inputs]:
+    """One per example: input_ids and attention_mask (1, length), and token_type_ids where the model
+    tells sentences apart. Prompt and answer of a language model, without the token that ends it,
+    which no model reads; the text of a classifier."""
+    found = []
+    for example in examples:
+        encoded = encode_example(tokenizer, model, example)
+        ids = encoded.ids[:-1] if encoded.label is None else encoded.ids
+        inputs = {"input_ids": np.array([ids], np.int64)}
+        inputs["attention_mask"] = np.ones_like(inputs["input_ids"])
+        if encoded.types:
+            inputs["token_type_ids"] = np.array([encoded.types], np.int64)
+        found.append(inputs)
+    return found
+
+
+def completed(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Inputs:
+    """All that a graph of `elastic.formats` reads for these tokens, with nothing before them.
+
+    `shapes` are those of the graph's inputs; of past_key_values.N.* (batch, kv_heads, past,
+    head_dim) the known axes 1 and 3 are read.
+    """
+    ids = inputs["input_ids"]
+    found = step_inputs(ids, 0, set(shapes))
+    if "beam_idx" in shapes:
+        found["beam_idx"] = np.arange(len(ids), dtype=np.int32)
+    for name, shape in shapes.items():
+        if name.startswith("past_key_values."):
+            found[name] = np.zeros((len(ids), shape[1], 0, shape[3]), np.float32)
+    return found | {name: array for name, array in inputs.items() if name in shapes}
