@@ -14,8 +14,8 @@ COMMANDS = {
     "train": (config.TrainConfig, "elastic.continual", "train"),
     "search": (config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
-    "evaluate": (config.EvaluateConfig, "elastic.evaluating", "evaluate_run"),
-    "latency": (config.LatencyConfig, "elastic.timing", "time_run"),
+    "evaluate": (config.EvaluateConfig, "elastic.evaluation.command", "evaluate_run"),
+    "latency": (config.LatencyConfig, "elastic.latency.command", "time_run"),
     "space show": (config.SpaceShowConfig, "elastic.supernet.summary", "show_space"),
     "space import": (config.SpaceImportConfig, "elastic.spaces.nncf", "import_space"),
 }

@@ -16,12 +16,12 @@ from elastic.config import TaskConfig, TrainConfig
 from elastic.console import say
 from elastic.data import load_task
 from elastic.errors import ConfigError, DataError, unknown
-from elastic.evaluate import answers, same_text
+from elastic.evaluation.evaluate import answers, same_text
+from elastic.evaluation.statistics import Score
 from elastic.files import write_json, write_text
 from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.statistics import Score
 
 if TYPE_CHECKING:
     from elastic.data.task import Example

@@ -14,16 +14,16 @@ from elastic.console import say
 from elastic.data import load_task
 from elastic.data.task import Example
 from elastic.errors import ExportError
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import card, hf
+from elastic.latency.runtime import timing_of
 from elastic.merging import combine
 from elastic.models import loading
 from elastic.proof import NO_SCORE, beside, prove, samples, size_of
 from elastic.provenance import provenance
 from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
-from elastic.runtime import timing_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact

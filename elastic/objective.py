@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
 from elastic.data.task import Example
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.formats.rounding import round_
-from elastic.latency import per_second
+from elastic.latency.cost_table import Table, Tables
+from elastic.latency.latency_table import Timetable
+from elastic.latency.measure import per_second
 from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.supernet import Supernet
-from elastic.table import Table, Tables
-from elastic.timetable import Timetable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ import numpy as np
 
 from elastic.files import write_text
 from elastic.front import COSTS, Evaluated, Front
+from elastic.latency.cost_table import kinds
+from elastic.latency.target import LATENCIES
 from elastic.pareto import hypervolume
-from elastic.table import kinds
-from elastic.timetable import LATENCIES
 
 if TYPE_CHECKING:
     from elastic.spaces.bound import BoundSpace

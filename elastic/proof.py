@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.bench import ATTEMPTS
 from elastic.console import say
 from elastic.data.task import Example
 from elastic.errors import RunError
-from elastic.formats import weigh
+from elastic.evaluation.in_runtime import answer
+from elastic.evaluation.statistics import Score, difference
 from elastic.formats.runner import Runner, runner_of
-from elastic.latency import REFERENCE, Measurement, clock_of, measure
-from elastic.scoring import answer
-from elastic.statistics import Score, difference
+from elastic.latency import weigh
+from elastic.latency.bench import ATTEMPTS
+from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure
 from elastic.verify import Probe, agreement, require_agreement
 from elastic.writers import FORMATS
 from elastic.writers.base import Source

@@ -11,9 +11,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from elastic.latency.additive import Additive, Posterior, cheapest
+from elastic.latency.cost_table import Table, Tables, kinds, least, places, shares
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
-from elastic.surrogate import Additive, Posterior, cheapest
-from elastic.table import Table, Tables, kinds, least, places, shares
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from elastic.latency import distrust
+from elastic.latency.measure import distrust
 
 LONGEST = 160
 """Characters of a prompt that are shown, its last ones."""

@@ -36,16 +36,16 @@ from elastic.files import digest, read_json
 from elastic.finalists import finish
 from elastic.formats import compression
 from elastic.front import Front
+from elastic.latency.runtime import require_runtime, timing_of
+from elastic.latency.target import Target
 from elastic.objective import Figures, Objective
 from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
-from elastic.runtime import require_runtime, timing_of
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import FACTORS, load_run
 from elastic.supernet.supernet import Supernet
-from elastic.timetable import Target
 from elastic.timetables import read_tables, require_same_tables, tables_of
 from elastic.workers import POLL, Worker, open_storage
 

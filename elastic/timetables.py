@@ -10,7 +10,8 @@ from elastic.config import SearchConfig, TableConfig
 from elastic.console import say
 from elastic.errors import RunError
 from elastic.files import read_json
-from elastic.timetable import Target, Timetable, known_timetable, read_timetable, record
+from elastic.latency.latency_table import Timetable, known_timetable, read_timetable, record
+from elastic.latency.target import Target
 from elastic.workers import Worker
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_weighing(monkeypatch):
     """Exports do not start processes, which import torch for seconds: tests/test_weigh.py does."""
-    from elastic.formats import weigh
+    from elastic.latency import weigh
 
     canned = [weigh.Weight(0.125, 10.0), weigh.Weight(0.25, 20.0)]
     monkeypatch.setattr(weigh, "weigh", lambda loads: canned)

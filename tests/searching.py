@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from elastic import bench
 from elastic.config import SearchConfig, StudyConfig
+from elastic.latency import measure
 from elastic.objective import Objective
 from elastic.study import search
 from tests.tiny_runs import ONE_ROUND, fake_measure
@@ -44,7 +44,7 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
         time.sleep(0.2)  # or the first process would be done before the last one begins
         return call(self, sub, *rivals)
 
-    bench.measure = fake_measure
+    measure.measure = fake_measure
     Objective.__call__ = told
     search(config)
 

@@ -7,7 +7,7 @@ from elastic.data.answers import answer_logits, padding_is_seen
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.data.task import Example
-from elastic.evaluate import answers, evaluate
+from elastic.evaluation.evaluate import answers, evaluate
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.importance import channel_order
 from tests import tiny

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from elastic import statistics
 from elastic.config import (
     BudgetConfig,
     EvaluateConfig,
@@ -30,8 +29,9 @@ from elastic.data.encoding import encode_all, encode_example
 from elastic.data.labels import classes_in
 from elastic.data.task import Example, Task
 from elastic.errors import ConfigError, DataError, ModelError, RunError
-from elastic.evaluate import evaluate
-from elastic.evaluating import evaluate_run
+from elastic.evaluation import statistics
+from elastic.evaluation.command import evaluate_run
+from elastic.evaluation.evaluate import evaluate
 from elastic.formats import hf
 from elastic.models import loading
 from elastic.models.head import head_of, start_head_

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from elastic import bench
 from elastic.config import (
     BudgetConfig,
     ExportConfig,
@@ -27,14 +26,15 @@ from elastic.exporter import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
 from elastic.formats.runner import runner_of
-from elastic.latency import measure
+from elastic.latency import bench
+from elastic.latency.command import time_run
+from elastic.latency.measure import measure
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny
 from tests.classification import classifier_config

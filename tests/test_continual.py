@@ -21,10 +21,10 @@ from elastic.config import (
 from elastic.continual import Sequential, stage_config, train
 from elastic.data.task import Example
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
-from elastic.evaluate import answers, same_text
+from elastic.evaluation.evaluate import answers, same_text
+from elastic.evaluation.statistics import Score
 from elastic.models import loading
 from elastic.run import Run
-from elastic.statistics import Score
 from elastic.supernet.store import load_run
 from elastic.trainer import ElasticTrainer
 from tests import tiny

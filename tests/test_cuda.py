@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import cuda
 from elastic.config import TimingConfig
-from elastic.cuda import CudaClock, GraphRunner, state
 from elastic.formats.runner import TorchRunner
-from elastic.latency import clock_of, measure, state_of
-from elastic.runtime import timed_runner
+from elastic.latency import cuda
+from elastic.latency.cuda import CudaClock, GraphRunner, state
+from elastic.latency.measure import clock_of, measure, state_of
+from elastic.latency.runtime import timed_runner
 from tests import tiny
 from tests.families import model_of
 from tests.test_latency import drive

@@ -15,6 +15,8 @@ from elastic.data.encoding import encode
 from elastic.errors import ConfigError, RunError
 from elastic.foreign import Update
 from elastic.formats import hf
+from elastic.latency.cost_table import Table, least, pinned
+from elastic.latency.target import Target
 from elastic.merging import combine
 from elastic.proposals import AdditiveSampler
 from elastic.spaces.bound import SubAdapter
@@ -25,8 +27,6 @@ from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.store import read_order
 from elastic.supernet.supernet import Supernet
-from elastic.table import Table, least, pinned
-from elastic.timetable import Target
 from elastic.training import train
 from tests import tiny
 from tests.families import FAMILIES, model_of, output

@@ -8,7 +8,6 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from elastic import bench
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -22,16 +21,17 @@ from elastic.config import (
 from elastic.data.collating import IGNORED, collate
 from elastic.data.encoding import encode
 from elastic.data.task import Example
-from elastic.evaluate import answers, evaluate
+from elastic.evaluation.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.formats.runner import runner_of
+from elastic.latency import bench
+from elastic.latency.command import time_run
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from elastic.timing import time_run
 from elastic.training import train
 from tests import tiny
 from tests.test_supernet import close, several

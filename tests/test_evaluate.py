@@ -15,8 +15,8 @@ from elastic.data.collating import IGNORED, answer_width, collate, length_sorted
 from elastic.data.encoding import Encoded, encode
 from elastic.data.task import Example
 from elastic.errors import DataError
-from elastic.evaluate import evaluate
-from elastic.statistics import Score, difference, paired, wilson
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score, difference, paired, wilson
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -124,7 +124,7 @@ def test_likelihood_score_equals_a_computation_one_by_one(model):
 def test_options_share_what_they_have_in_common(model, options, sequences, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules["elastic.evaluate"],
+        sys.modules["elastic.evaluation.evaluate"],
         "collate",
         lambda rows, pad: seen.extend(rows) or collate(rows, pad),
     )

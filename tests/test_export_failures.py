@@ -20,8 +20,9 @@ from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
 from elastic.exporter import export
 from elastic.files import new_directory
-from elastic.formats import hf, onnx, onnx_decoder, openvino, peft, weigh
+from elastic.formats import hf, onnx, onnx_decoder, openvino, peft
 from elastic.formats.runner import TorchRunner
+from elastic.latency import weigh
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from elastic import __main__, proof
 from elastic.config import ExportConfig, ModelConfig, StageConfig
 from elastic.data import load_task
-from elastic.evaluate import answers, evaluate
+from elastic.evaluation.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.formats.runner import TorchRunner
-from elastic.latency import measure
+from elastic.latency.measure import measure
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import bench
 from elastic.config import AdapterConfig, ExportConfig, SearchConfig, StageConfig, TimingConfig
 from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.formats.runner import TorchRunner
+from elastic.latency import bench
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.compact import compact

@@ -12,11 +12,11 @@ import torch
 
 from elastic.config import EvaluateConfig, ExportConfig, StageConfig
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, RunError
-from elastic.evaluating import evaluate_run
+from elastic.evaluation.command import evaluate_run
+from elastic.evaluation.harness import _file, runner_model
+from elastic.evaluation.perplexity import window_losses
 from elastic.exporter import export
 from elastic.formats.runner import runner_of
-from elastic.harness import _file, runner_model
-from elastic.perplexity import window_losses
 from elastic.supernet.store import load_run
 from elastic.training import train
 from tests import tiny

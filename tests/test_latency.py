@@ -9,7 +9,7 @@ import torch
 
 from elastic.config import TimingConfig
 from elastic.formats.runner import TorchRunner
-from elastic.latency import measure
+from elastic.latency.measure import measure
 from tests import tiny
 
 VOCABULARY = 50

@@ -9,9 +9,9 @@ import pytest
 
 from elastic import objective
 from elastic.config import SearchConfig
+from elastic.evaluation.statistics import Score
 from elastic.objective import LOOKS, Figures, Objective, chance, wins
 from elastic.spaces.bound import BoundSpace
-from elastic.statistics import Score
 from elastic.supernet.cost import Cost
 
 N = 200

@@ -2,8 +2,8 @@
 
 import pytest
 
+from elastic.evaluation.statistics import wilson
 from elastic.plotting import percent_bars
-from elastic.statistics import wilson
 
 
 @pytest.mark.parametrize("n", [1, 6, 8, 100, 200])

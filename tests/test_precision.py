@@ -11,22 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic import __main__, bench
-from elastic.bench import Bench
+from elastic import __main__
 from elastic.config import LatencyConfig, SearchConfig, TableConfig, TimingConfig
 from elastic.data import load_task
 from elastic.errors import ConfigError, RunError
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.formats.rounding import round_
-from elastic.latency import Latency, Measurement
+from elastic.latency import bench
+from elastic.latency.bench import Bench
+from elastic.latency.command import time_run
+from elastic.latency.cost_table import Table, Tables
+from elastic.latency.latency_table import record
+from elastic.latency.measure import Latency, Measurement
+from elastic.latency.target import Target
 from elastic.proposals import AdditiveSampler
 from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from elastic.table import Table, Tables
-from elastic.timetable import Target, record
-from elastic.timing import time_run
 from tests import tiny
 from tests.test_study import config, sub_of, trials_of
 from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of

@@ -13,7 +13,7 @@ from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.data.prefix import read, shared
 from elastic.data.task import Example
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.supernet.compact import compact
 from tests import tiny
 from tests.families import DECODER, FAMILIES, GROUPED, SMALL, model_of

@@ -6,10 +6,10 @@ import numpy as np
 import optuna
 import pytest
 
+from elastic.latency.cost_table import Table, kinds, places
 from elastic.proposals import AdditiveSampler, learn
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut
-from elastic.table import Table, kinds, places
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -14,8 +14,8 @@ from elastic.data import llm_adapters, load_task
 from elastic.data.llm_adapters import extract, file_of, kind_of, labels_in, matches, read, sets_of
 from elastic.data.task import Example, Judge
 from elastic.errors import ConfigError, DataError, DataMissing
-from elastic.evaluate import evaluate
-from elastic.evaluating import _file
+from elastic.evaluation.command import _file
+from elastic.evaluation.evaluate import evaluate
 from elastic.run import Run
 from elastic.training import train
 from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER

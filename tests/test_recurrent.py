@@ -5,7 +5,6 @@ import pytest
 import torch
 import yaml
 
-from elastic import bench
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
@@ -20,9 +19,10 @@ from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.data.task import Example
 from elastic.errors import ConfigError, ModelError
-from elastic.evaluate import answers, evaluate
+from elastic.evaluation.evaluate import answers, evaluate
 from elastic.exporter import export
 from elastic.formats.runner import runner_of
+from elastic.latency import bench
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search

@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from elastic import bench, statistics
 from elastic.config import EvaluateConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
 from elastic.data import load_task
 from elastic.data.answers import answer_loss
 from elastic.data.encoding import encode_example
 from elastic.data.task import Example
 from elastic.errors import ConfigError, DataError
-from elastic.evaluate import evaluate
-from elastic.evaluating import evaluate_run
+from elastic.evaluation import statistics
+from elastic.evaluation.command import evaluate_run
+from elastic.evaluation.evaluate import evaluate
 from elastic.exporter import export
+from elastic.latency import bench
 from elastic.models import loading
 from elastic.run import Run
 from elastic.study import search

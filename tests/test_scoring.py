@@ -9,10 +9,10 @@ import torch
 
 from elastic.data import llm_adapters
 from elastic.data.task import Example, Judge
-from elastic.evaluate import answers, evaluate
+from elastic.evaluation.evaluate import answers, evaluate
+from elastic.evaluation.in_runtime import answer, continued, likelihood, score
 from elastic.formats import onnx, openvino
 from elastic.formats.runner import runner_of
-from elastic.scoring import answer, continued, likelihood, score
 from tests import tiny
 from tests.families import model_of
 from tests.test_evaluate import examples

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from elastic import __main__, bench, finalists, study
+from elastic import __main__, finalists, study
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
 from elastic.data import load_task
 from elastic.errors import RunError
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.front import Front
+from elastic.latency import bench
+from elastic.latency.target import Target
 from elastic.models import loading
 from elastic.objective import Objective
 from elastic.run import Run
@@ -22,7 +24,6 @@ from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
-from elastic.timetable import Target
 from elastic.training import train
 from tests.tiny import ATTENTION, GATE_UP
 from tests.tiny_runs import (

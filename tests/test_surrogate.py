@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.surrogate import Additive, cheapest
+from elastic.latency.additive import Additive, cheapest
 
 KINDS = ["rank"] * 6 + ["width"] * 6
 SIZES = [[1.0, 0.5]] * 6 + [[1.0, 0.75, 0.5, 0.25]] * 6

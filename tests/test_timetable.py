@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from elastic import __main__, bench
-from elastic.bench import CANDIDATE, Bench
+from elastic import __main__
 from elastic.config import LatencyConfig, TableConfig, TimingConfig
 from elastic.errors import ConfigError, RunError
-from elastic.latency import Latency, Measurement
+from elastic.latency import bench
+from elastic.latency.bench import CANDIDATE, Bench
+from elastic.latency.command import time_run
+from elastic.latency.latency_table import Timetable, known_timetable, record, spearman
+from elastic.latency.measure import Latency, Measurement
+from elastic.latency.target import Target
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from elastic.timetable import Target, Timetable, known_timetable, record, spearman
-from elastic.timing import time_run
 from tests.test_study import config
 from tests.tiny import RANK
 from tests.tiny_runs import (
@@ -378,7 +380,7 @@ def test_a_report_has_both_models(trained, nothing_known, capsys):
 
 def test_real_runs_are_timed(trained, monkeypatch, nothing_known):
     """With the machine's own clock; nothing is asked of it but to go on."""
-    from elastic.latency import measure
+    from elastic.latency.measure import measure
 
     monkeypatch.setattr(bench, "measure", measure)
     with Bench(load_run(trained)[2], ONE_ROUND) as timed:

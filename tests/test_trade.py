@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from elastic import exporter
+from elastic.evaluation.statistics import Score, paired, wilson
 from elastic.exporter import export
-from elastic.statistics import Score, paired, wilson
 from elastic.writers import base, in_torch
 from tests import tiny
 from tests.test_exporter import active_logits, config, logits_close

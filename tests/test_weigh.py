@@ -5,7 +5,7 @@ import torch
 
 from elastic.errors import RunError
 from elastic.formats import hf, onnx
-from elastic.formats.weigh import Load, weigh
+from elastic.latency.weigh import Load, weigh
 from tests import tiny
 
 

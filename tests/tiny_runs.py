@@ -20,7 +20,7 @@ from elastic.config import (
     TimingConfig,
     TrainConfig,
 )
-from elastic.latency import Latency, Measurement
+from elastic.latency.measure import Latency, Measurement
 from elastic.run import Run
 from elastic.supernet.cost import count
 from elastic.trainer import ElasticTrainer

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.config import ExportConfig, ModelConfig
 from elastic.data.task import Example
+from elastic.evaluation.in_runtime import score
+from elastic.evaluation.statistics import Score
 from elastic.formats import pipelines
 from elastic.formats.runner import Runner
-from elastic.formats.weigh import Load
-from elastic.scoring import score
+from elastic.latency.weigh import Load
 from elastic.spaces.bound import SubAdapter
-from elastic.statistics import Score
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:

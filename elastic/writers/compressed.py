@@ -9,7 +9,7 @@ from elastic.files import read_json, write_json
 from elastic.formats import compression, onnx, openvino
 from elastic.formats.compression import calibration_inputs
 from elastic.formats.runner import Runner
-from elastic.formats.weigh import Load
+from elastic.latency.weigh import Load
 from elastic.writers.base import Format, Source, Which
 
 

@@ -11,17 +11,17 @@ import torch
 
 from elastic.data.task import Example
 from elastic.errors import ExportError
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score
 from elastic.files import read_json
 from elastic.formats import hf, peft
 from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
-from elastic.formats.weigh import Load
+from elastic.latency.runtime import timed_runner
+from elastic.latency.weigh import Load
 from elastic.models import loading
 from elastic.models.modules import dequantise_
 from elastic.run import as_plain
-from elastic.runtime import timed_runner
-from elastic.statistics import Score
 from elastic.writers.base import Format, Source, Which
 
 if TYPE_CHECKING:

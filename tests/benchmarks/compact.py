@@ -21,7 +21,7 @@ from elastic.console import say
 from elastic.formats import onnx, openvino
 from elastic.formats.compression import compress
 from elastic.formats.runner import runner_of
-from elastic.latency import REFERENCE, measure
+from elastic.latency.measure import REFERENCE, measure
 from elastic.models import loading
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace

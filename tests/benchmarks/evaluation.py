@@ -17,7 +17,7 @@ import statistics
 
 from elastic.data import llm_adapters
 from elastic.data.task import Example
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.run import Run
 from tests.benchmarks.common import report, sides
 

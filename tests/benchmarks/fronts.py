@@ -19,7 +19,7 @@ from pathlib import Path
 from elastic.config import SearchConfig, TableConfig, TimingConfig
 from elastic.console import track
 from elastic.data import load_task
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.files import read_json, write_json
 from elastic.front import Front
 from elastic.pareto import hypervolume, non_dominated, thin

@@ -20,11 +20,11 @@ from elastic.data import load_task
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import collated
 from elastic.data.encoding import encode_all
+from elastic.latency.cost_table import kinds
+from elastic.latency.latency_table import spearman
 from elastic.run import Run
 from elastic.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
 from elastic.supernet.group_importance import group_importance
-from elastic.table import kinds
-from elastic.timetable import spearman
 from tests.benchmarks.common import report
 
 

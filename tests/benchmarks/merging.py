@@ -13,7 +13,7 @@ import argparse
 from elastic import foreign, models
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.data import load_task
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
 from elastic.merging import combine
 from elastic.run import Run
 from elastic.supernet.compact import compact

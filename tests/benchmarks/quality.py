@@ -22,11 +22,11 @@ from pathlib import Path
 from elastic import TrainConfig
 from elastic.config.parsing import parse
 from elastic.data import load_task
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score
 from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
-from elastic.statistics import Score
 from elastic.supernet.store import load_run
 from elastic.training import train
 from tests.benchmarks.common import report

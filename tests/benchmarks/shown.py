@@ -22,15 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic import SearchConfig, TrainConfig
-from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TimingConfig
 from elastic.config.parsing import parse
 from elastic.data import load_task
-from elastic.evaluate import evaluate
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score
 from elastic.files import read_json, write_json, write_text
+from elastic.latency.bench import CANDIDATE, Bench, shape_of
+from elastic.latency.runtime import timing_of
 from elastic.run import Run
-from elastic.runtime import timing_of
-from elastic.statistics import Score
 from elastic.study import search
 from elastic.supernet.cost import Counter
 from elastic.supernet.store import load_run

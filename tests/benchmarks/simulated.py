@@ -22,11 +22,11 @@ import numpy as np
 import optuna
 from optuna import samplers
 
+from elastic.latency.cost_table import places
 from elastic.pareto import hypervolume, non_dominated
 from elastic.proposals import AdditiveSampler, learn
 from elastic.spaces.bound import BoundSpace, Group, SubAdapter, generator_for
 from elastic.spaces.dims import Cut
-from elastic.table import places
 from tests.benchmarks.common import report
 
 LAYERS, NOISE, EXAMPLES = 32, 0.8, 1000

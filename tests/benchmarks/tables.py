@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 
 from elastic.config import TableConfig, TimingConfig
 from elastic.files import read_json
+from elastic.latency.latency_table import record
+from elastic.latency.target import Target
 from elastic.run import Run
 from elastic.supernet.store import load_run
-from elastic.timetable import Target, record
 from tests.benchmarks.common import RESULTS, report
 
 

@@ -151,7 +151,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     """What to `measure` a model on this device with."""
     if device.type != "cuda":
         return time.perf_counter
-    from elastic.cuda import CudaClock
+    from elastic.latency.cuda import CudaClock
 
     return CudaClock(device)
 
@@ -160,7 +160,7 @@ def state_of(device: torch.device) -> dict[str, float | str] | None:
     """The clocks of a GPU at this moment; None on a CPU."""
     if device.type != "cuda":
         return None
-    from elastic.cuda import state
+    from elastic.latency.cuda import state
 
     return state(device)
 

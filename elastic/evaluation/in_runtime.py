@@ -13,10 +13,10 @@ import numpy as np
 from elastic.console import track
 from elastic.data.encoding import encode_example, encode_text, prompt_ids
 from elastic.data.task import Example
-from elastic.evaluate import judged, rows_of
+from elastic.evaluation.evaluate import judged, rows_of
+from elastic.evaluation.statistics import Score
 from elastic.formats.runner import Runner
 from elastic.models.kinds import classes_of, is_number
-from elastic.statistics import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

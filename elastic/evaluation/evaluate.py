@@ -18,8 +18,8 @@ from elastic.data.collating import IGNORED, collate, length_sorted
 from elastic.data.encoding import Encoded, encode_example, prompt_ids
 from elastic.data.prefix import common_start, read
 from elastic.data.task import Example, Judge
+from elastic.evaluation.statistics import Score
 from elastic.models.kinds import classes_of, is_recurrent
-from elastic.statistics import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elastic.bench import CANDIDATE, Bench
 from elastic.config import LatencyConfig
 from elastic.console import say
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
 from elastic.formats import compression
-from elastic.latency import REFERENCE, Measurement, distrust, per_second
+from elastic.latency.bench import CANDIDATE, Bench
+from elastic.latency.latency_table import Timetable, record
+from elastic.latency.measure import REFERENCE, Measurement, distrust, per_second
+from elastic.latency.runtime import require_runtime, timing_of
+from elastic.latency.target import Target
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.runtime import require_runtime, timing_of
 from elastic.supernet.store import load_run
-from elastic.timetable import Target, Timetable, record
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:
     plain = runner_of(model)
     if model.device.type != "cuda" or type(plain) is not TorchRunner:
         return plain
-    from elastic.cuda import GraphRunner
+    from elastic.latency.cuda import GraphRunner
 
     try:
         return GraphRunner(model, timing.batch, timing.prompt_tokens + timing.new_tokens)

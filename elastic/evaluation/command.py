@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import statistics as metrics
 from elastic.config import EvaluateConfig
 from elastic.console import say
 from elastic.data import llm_adapters, load_task
 from elastic.data.task import Example
 from elastic.errors import ConfigError
-from elastic.evaluate import evaluate
+from elastic.evaluation import statistics as metrics
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.harness import HarnessReport, run_harness
+from elastic.evaluation.perplexity import Perplexity, perplexity_of
+from elastic.evaluation.statistics import Score
 from elastic.files import tag, write_json
-from elastic.harness import HarnessReport, run_harness
 from elastic.models import loading
 from elastic.models.kinds import classes_of, is_number
-from elastic.perplexity import Perplexity, perplexity_of
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.statistics import Score
 from elastic.supernet.store import load_run
 
 

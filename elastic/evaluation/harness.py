@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from elastic.config import EvaluateConfig
 from elastic.console import say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
+from elastic.evaluation.in_runtime import continued, likelihood
 from elastic.files import read_json, tag, write_json
 from elastic.models.kinds import decoded_together
 from elastic.provenance import provenance
 from elastic.run import Run
-from elastic.scoring import continued, likelihood
 from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:

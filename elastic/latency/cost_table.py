@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elastic.latency.additive import Additive
 from elastic.spaces.bound import WHOLE, BoundSpace, SubAdapter
 from elastic.spaces.dims import BITS
-from elastic.surrogate import Additive
 
 NOISE = 0.01
 """Standard deviation of one measured latency, in parts of it."""

@@ -14,15 +14,16 @@ import torch
 from elastic.config import TimingConfig
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
-from elastic.latency import REFERENCE, Measurement, clock_of, measure, state_of
+from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
+from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
-from elastic.runtime import open_runner
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 CANDIDATE = "candidate"
 ATTEMPTS = 3

@@ -1,6 +1,6 @@
 """What a written model takes to run: seconds to load, and memory once it has answered a prompt.
 
-    python -m elastic.formats.weigh '{"runtime": "onnx", "folder": "...", ...}' ...
+    python -m elastic.latency.weigh '{"runtime": "onnx", "folder": "...", ...}' ...
 
 Each model is loaded in a process of its own, forked from one that has imported the runtime and
 nothing else, so that neither a library's memory nor that of the model before counts.
@@ -59,7 +59,7 @@ def weigh(loads: Sequence[Load]) -> list[Weight]:
         [
             sys.executable,
             "-m",
-            "elastic.formats.weigh",
+            "elastic.latency.weigh",
             *(json.dumps(asdict(load)) for load in loads),
         ],
         capture_output=True,

@@ -6,9 +6,6 @@ A search then knows the latency of whatever it may propose, and measures only wh
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,81 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic import statistics
-from elastic.bench import CANDIDATE, Bench, shape_of
 from elastic.config import TableConfig, TimingConfig
 from elastic.console import say, track
 from elastic.errors import RunError
+from elastic.evaluation import statistics
 from elastic.files import read_json, write_json
-from elastic.latency import distrust
-from elastic.models import loading
+from elastic.latency.bench import CANDIDATE, Bench, shape_of
+from elastic.latency.cost_table import Table
+from elastic.latency.measure import distrust
+from elastic.latency.target import LATENCIES, Target
 from elastic.models.packaged import cache_directory
 from elastic.provenance import provenance
-from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
-from elastic.spaces.dims import DEPTH
-from elastic.supernet.store import FACTORS, read_order
-from elastic.table import Table
 
 if TYPE_CHECKING:
     from elastic.supernet.supernet import Supernet
 
-LATENCIES = ("prefill_ms", "decode_ms")
+
 METRICS = (*LATENCIES, "memory_mb")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a latency is the latency of."""
-
-    model: str
-    """The architecture and the space, whatever the weights."""
-    device: str
-    runtime: str
-    dtype: str
-    merged: bool
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    compress: str | None = None
-    """How weights are compressed."""
-
-    @classmethod
-    def of(cls, run: Run, timing: TimingConfig, compress: str | None = None) -> Target:
-        """Here, of this run's sub-adapters; reads no weights."""
-        trained = run.config()
-        architecture = loading.architecture_of(trained.model).to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-            architecture.pop(name, None)
-        sizes = {
-            "architecture": architecture,
-            "space": run.space().as_dict(),
-            "rank": trained.adapter.rank,
-            "factors": None if timing.merged else _factors(run),
-        }
-        if blocks := _depths(run):
-            sizes["blocks"] = blocks
-        text = json.dumps(sizes, sort_keys=True, default=str)
-        device, dtype = "cpu", "float32"  # where and how the other runtimes run
-        if timing.runtime == "torch":
-            device = loading.resolve_device(trained.model.device)
-            dtype = str(loading.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
-        return cls(
-            hashlib.sha256(text.encode()).hexdigest(),
-            describe_device(str(device), timing.runtime),
-            timing.runtime,
-            dtype,
-            timing.merged,
-            timing.batch,
-            timing.prompt_tokens,
-            timing.new_tokens,
-            compress,
-        )
-
-    @property
-    def digest(self) -> str:
-        said = {name: value for name, value in asdict(self).items() if value is not None}
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -323,38 +263,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return statistics.spearman(a, b)
-
-
-def describe_device(device: str, runtime: str) -> str:
-    """The hardware, how much of it is used, and the runtime's version."""
-    about = provenance(device)
-    version = about["versions"].get("torch") if runtime == "torch" else _version(runtime)
-    return f"{about['device']}, {runtime} {version}"
-
-
-def _depths(run: Run) -> dict[str, list[int]]:
-    """In which order blocks are left out, by group."""
-    order = read_order(run.super_adapter)
-    names = (
-        f"{section.blocks}.{spec.name}"
-        for section in run.space().sections
-        for spec in section.groups
-        if spec.dim == DEPTH
-    )
-    return {name: order[name].tolist() for name in names if name in order}
-
-
-def _factors(run: Run) -> dict[str, list[int]]:
-    """Shapes of what runs beside the weights, from the file's header."""
-    from safetensors import safe_open
-
-    with safe_open(run.super_adapter / FACTORS, framework="numpy") as file:
-        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-
-
-def _version(runtime: str) -> str:
-    module = {"onnx": "onnxruntime", "openvino": "openvino"}[runtime]
-    return importlib.import_module(module).__version__
 
 
 def _cache_file(target: Target) -> Path:
