@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 
-from elastic import foreign, models
+from elastic import foreign
+from elastic.models import packaged
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
@@ -68,7 +69,7 @@ def main() -> None:
         rows,
         save=given.save,
         command="python -m tests.benchmarks.merging LONAS_RUN SORSA_RUN OLORA_RUN",
-        base=models.SMOLLM2,
+        base=packaged.SMOLLM2,
         merges=merges,
     )
 
