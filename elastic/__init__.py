@@ -27,7 +27,7 @@ _WHERE = {
     "SubAdapter": "spaces.bound",
     "Supernet": "supernet.supernet",
     "Run": "run",
-    "train": "continual",
+    "train": "training.command",
     "search": "study",
     "export": "exporter",
     "compact": "supernet.compact",

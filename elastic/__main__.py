@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from elastic import config
 
 COMMANDS = {
-    "train": (config.TrainConfig, "elastic.continual", "train"),
+    "train": (config.TrainConfig, "elastic.training.command", "train"),
     "search": (config.SearchConfig, "elastic.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluation.command", "evaluate_run"),

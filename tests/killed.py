@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import AdapterConfig, StageConfig
 from elastic.run import Run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.tiny_runs import train_config
 
 DIMS = ["rank", "width", "heads"]
@@ -34,7 +34,7 @@ def begin(config) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         code = 1
         try:
-            train(config)
+            train_one(config)
             code = 0
         finally:
             os._exit(code)

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import SequenceConfig, StageConfig, TaskConfig
-from elastic.continual import train
 from elastic.spaces.dims import DEPTH, DIMS
 from elastic.supernet.supernet import Supernet
+from elastic.training.command import train
 from tests import tiny
 from tests.steps import step_gradients
 from tests.tiny_runs import interrupted, space_file, train_config

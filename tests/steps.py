@@ -5,13 +5,14 @@ from __future__ import annotations
 from pytest import MonkeyPatch
 from transformers import TrainerCallback
 
-from elastic import trainer, training
+from elastic import data
 from elastic.config import ModelConfig, StageConfig, TaskConfig
 from elastic.data.encoding import encode_all
 from elastic.models import loading
 from elastic.run import Run
-from elastic.schedule import Schedule
-from elastic.trainer import ElasticTrainer
+from elastic.training import trainer
+from elastic.training.schedule import Schedule
+from elastic.training.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import space_file, train_config
 
@@ -40,7 +41,7 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
     )
     net = tiny.supernet(method)
     base = loading.load(config.model)
-    examples = training.load_task(config.task, 0).train
+    examples = data.load_task(config.task, 0).train
     encoded = encode_all(base.tokenizer, examples, base.model)
     schedule = Schedule(config.stages, config.lr, 1)
     real = ElasticTrainer.__init__

@@ -11,7 +11,7 @@ from elastic.supernet.compact import compact, sliced
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.store import load_run
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.test_supernet import close, several
 from tests.tiny_runs import train_config
@@ -108,6 +108,6 @@ def test_it_trains_from_the_command(tmp_path):
     stages = [StageConfig(), StageConfig(train_dims=["rank", "width"])]
     config = train_config(save_bloom(tmp_path / "base"), tmp_path / "run", space="bloom",
                           stages=stages)  # fmt: skip
-    net = load_run(train(config))[2]
+    net = load_run(train_one(config))[2]
     moved = [adapter.factors(tiny.RANK)[1].abs().max() > 0 for _, adapter in net.adapters()]
     assert len(moved) == 2 * 3 and all(moved)

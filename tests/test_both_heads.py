@@ -24,7 +24,7 @@ from elastic.supernet.compact import compact
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import model_of, output
 from tests.test_exporter import mixed_ranks
@@ -257,7 +257,7 @@ def test_both_are_trained_in_stages(tmp_path):
     dims = ["rank", "width", "heads", "query_heads"]
     stages = [StageConfig(train_dims=dims[:count]) for count in (3, 4)]
     space = space_file(tmp_path, declared())
-    run = train(train_config(base, tmp_path / "run", space=space, stages=stages))
+    run = train_one(train_config(base, tmp_path / "run", space=space, stages=stages))
     order = load_file(run.super_adapter / "order.safetensors")
     assert order["model.layers.0.heads"].shape == (KEYS,)
     assert order["model.layers.0.queries"].shape == (KEYS, QUERIES)

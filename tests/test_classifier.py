@@ -21,7 +21,6 @@ from elastic.config import (
     StageConfig,
     TrainConfig,
 )
-from elastic.continual import train as train_any
 from elastic.data import load_task
 from elastic.data.answers import answer_logits
 from elastic.data.collating import collate
@@ -40,8 +39,10 @@ from elastic.run import Run
 from elastic.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.store import load_run
-from elastic.trainer import frozen
-from elastic.training import train, with_classes
+from elastic.training.checks import with_classes
+from elastic.training.command import train as train_any
+from elastic.training.one_task import train_one
+from elastic.training.trainer import frozen
 from tests import tiny
 from tests.classification import classifier_config, task_of
 from tests.families import model_of
@@ -53,7 +54,7 @@ KINDS = ["bert, classes", "roberta", "llama"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(classifier_config(tmp_path_factory.mktemp("bert")))
+    return train_one(classifier_config(tmp_path_factory.mktemp("bert")))
 
 
 def examples_of(run: Run) -> tuple[Example, ...]:
@@ -99,19 +100,19 @@ def test_active_equals_sliced_equals_merged(run):
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch):
     config = classifier_config(tmp_path)
-    whole = train(config)
+    whole = train_one(config)
     stopped = dataclasses.replace(config, run=str(tmp_path / "stopped"))
     interrupted(stopped, monkeypatch, 6)
-    assert_same_factors(train(stopped), whole)
+    assert_same_factors(train_one(stopped), whole)
     other = dataclasses.replace(config, run=str(tmp_path / "other"), seed=1)
     heads = [load_file(run.super_adapter / "factors.safetensors")["classifier.weight"]
-             for run in (whole, train(other))]  # fmt: skip
+             for run in (whole, train_one(other))]  # fmt: skip
     assert not torch.allclose(*heads)
 
 
 def test_a_narrow_base_keeps_a_wide_head(tmp_path):
     config = classifier_config(tmp_path, model={"dtype": "bfloat16"}, stages=[StageConfig()])
-    _, base, net = load_run(train(config))
+    _, base, net = load_run(train_one(config))
     assert base.model.dtype == torch.bfloat16
     assert {head.dtype for head in net.head.values()} == {torch.float32}
 
@@ -171,7 +172,7 @@ def test_labels_that_differ_in_spelling_alone_are_refused(tmp_path, monkeypatch,
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     config = labelled(tmp_path, [one, one, "else", other])
     with pytest.raises(DataError) as caught:
-        train(config)
+        train_one(config)
     for label, count, text in ((one, 2, "rows 0"), (other, 1, "rows 3")):
         assert f"'{label}' ({count} rows, first '{text}')" in str(caught.value)
     named = ModelConfig(**vars(config.model) | {"classes": [str(one), str(other), "else"]})
@@ -213,7 +214,7 @@ def test_a_saved_head_of_these_classes_is_kept(tmp_path):
 def test_what_an_encoder_was_not_saved_with_starts_alike_every_time(tmp_path):
     """A masked language model has no pooler; below the head nothing else may be missing."""
     hf.write(model_of("minilm", torch.float32), tiny.tokenizer(), tmp_path / "base")
-    run = train(classifier_config(tmp_path, stages=[StageConfig()]))
+    run = train_one(classifier_config(tmp_path, stages=[StageConfig()]))
     found = []
     for _ in range(2):
         torch.rand(7)  # whatever else has drawn numbers
@@ -247,11 +248,13 @@ def test_a_class_that_training_never_sees_is_found_before_weights_load(tmp_path,
         file.write(json.dumps({"one": "x", "other": "y", "label": "maybe"}) + "\n")
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(DataError, match=r"test split has answers that are no class.*: maybe; name"):
-        train(dataclasses.replace(config, task=dataclasses.replace(config.task, test_examples=99)))
+        train_one(
+            dataclasses.replace(config, task=dataclasses.replace(config.task, test_examples=99))
+        )
 
 
 def test_going_on_keeps_head_and_order_of_classes(run, tmp_path):
-    from elastic.training import predecessor
+    from elastic.training.checks import predecessor
 
     config = dataclasses.replace(run.config(), run=str(tmp_path / "on"), start_from=str(run.path))
     with pytest.raises(ConfigError, match="has a classification head, and a sequence"):
@@ -262,16 +265,16 @@ def test_going_on_keeps_head_and_order_of_classes(run, tmp_path):
         predecessor(dataclasses.replace(alone, model=swapped))
     still = dataclasses.replace(alone.lr, base_lr=1e-12)
     unnamed = dataclasses.replace(alone.model, classes=[])
-    on = train(dataclasses.replace(alone, lr=still, model=unnamed, distill=0.5))
+    on = train_one(dataclasses.replace(alone, lr=still, model=unnamed, distill=0.5))
     state = (load_file(r.super_adapter / "factors.safetensors") for r in (run, on))
     torch.testing.assert_close(*state, atol=1e-9, rtol=1e-6)
 
 
 def test_a_finished_run_is_found_without_its_data(tmp_path):
     config = classifier_config(tmp_path, stages=[StageConfig()])
-    train(config)
+    train_one(config)
     (tmp_path / "train.jsonl").unlink()
-    assert train(config).super_adapter.is_dir()
+    assert train_one(config).super_adapter.is_dir()
 
 
 def test_an_unknown_class_is_named(run):
@@ -429,15 +432,15 @@ def test_what_needs_text_is_refused(run, tmp_path):
     folder = tiny.save_t5(tmp_path / "t5")
     both = dataclasses.replace(config.model, path=str(folder))
     with pytest.raises(ModelError, match="an encoder-decoder model with a classification head"):
-        train(dataclasses.replace(config, model=both))
+        train_one(dataclasses.replace(config, model=both))
     quantised = dataclasses.replace(config.model, quantise="int8")
     with pytest.raises(ModelError, match="beside which nothing is quantised yet"):
-        train(dataclasses.replace(config, model=quantised))
+        train_one(dataclasses.replace(config, model=quantised))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_counts_the_head(run, tmp_path):
-    from elastic.dry import estimate
+    from elastic.training.dry_run import estimate
 
     config = run.config()
     found = estimate(config)

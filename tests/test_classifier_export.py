@@ -35,7 +35,7 @@ from elastic.run import Run
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.classification import classifier_config
 from tests.test_latency import FakeRunner, Machine
@@ -46,7 +46,7 @@ OTHERS = ["roberta", "llama"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = train(classifier_config(tmp_path_factory.mktemp("bert"), task={"second": "{other}"}))
+    run = train_one(classifier_config(tmp_path_factory.mktemp("bert"), task={"second": "{other}"}))
     randomize_factors(run)
     return run
 
@@ -114,7 +114,7 @@ def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
         assert json.loads(file.metadata()["classes"]) == ["no", "yes"]
     trained = run.config()
     model = dataclasses.replace(trained.model, classes=["no", "yes", "perhaps"])
-    other = train(dataclasses.replace(trained, run=str(tmp_path / "other"), model=model))
+    other = train_one(dataclasses.replace(trained, run=str(tmp_path / "other"), model=model))
     _, _, net = load_run(run)
     for path in (adapter, other.path):
         merge = MergeConfig(adapters=[MergeAdapterConfig(path=str(path))])

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic import continual, training
 from elastic.config import (
     AdapterConfig,
     ScheduleConfig,
@@ -18,15 +17,18 @@ from elastic.config import (
     TaskConfig,
     TrainConfig,
 )
-from elastic.continual import Sequential, stage_config, train
 from elastic.data.task import Example
 from elastic.errors import BaseMismatch, ConfigError, DataError, RunError
+from elastic.evaluation import evaluate
 from elastic.evaluation.evaluate import answers, same_text
 from elastic.evaluation.statistics import Score
 from elastic.models import loading
 from elastic.run import Run
 from elastic.supernet.store import load_run
-from elastic.trainer import ElasticTrainer
+from elastic.training import one_task, sequence
+from elastic.training.command import train
+from elastic.training.sequence import Sequential, stage_config
+from elastic.training.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import snapshot, train_config
 
@@ -91,7 +93,7 @@ def tiny_space(folder) -> str:
 
 
 def factors(run: Run, number: int) -> dict[str, torch.Tensor]:
-    folder = continual.stage_path(run, number, TASKS[number]) / "super_adapter"
+    folder = sequence.stage_path(run, number, TASKS[number]) / "super_adapter"
     return load_file(folder / "factors.safetensors")
 
 
@@ -104,7 +106,7 @@ def finished(tiny_folder, data, tmp_path_factory):
 def test_every_seen_task_is_scored_after_each(finished):
     assert [len(row) for row in finished.scores] == [1, 2, 3]
     for number, name in enumerate(TASKS):
-        folder = continual.stage_path(finished.run, number, name) / "predictions"
+        folder = sequence.stage_path(finished.run, number, name) / "predictions"
         assert sorted(file.stem for file in folder.iterdir()) == sorted(TASKS[: number + 1])
         for seen, score in zip(TASKS, finished.scores[number], strict=False):
             rows = [json.loads(line) for line in (folder / f"{seen}.jsonl").open()]
@@ -116,7 +118,7 @@ def test_every_seen_task_is_scored_after_each(finished):
 
 
 def test_predictions_are_the_trained_models_own(finished):
-    stage = Run(continual.stage_path(finished.run, 1, TASKS[1]))
+    stage = Run(sequence.stage_path(finished.run, 1, TASKS[1]))
     _, base, net = load_run(stage)
     file = stage.path / "predictions" / f"{TASKS[0]}.jsonl"
     rows = [json.loads(line) for line in file.open()]
@@ -148,7 +150,7 @@ def test_the_past_is_frozen_and_the_order_kept(finished):
     assert torch.equal(third[f"{site}.B_old"][:, 4:], second[f"{site}.B"])
     assert not torch.equal(third[f"{site}.A"], second[f"{site}.A"])
     orders = [
-        (continual.stage_path(finished.run, n, name) / "super_adapter/order.safetensors")
+        (sequence.stage_path(finished.run, n, name) / "super_adapter/order.safetensors")
         .read_bytes()
         for n, name in enumerate(TASKS)
     ]  # fmt: skip
@@ -178,14 +180,14 @@ def test_new_factors_are_kept_away_from_the_old(tiny_folder, data, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "sorsa", "prolora", "soslora"])
 def test_any_method_continues_its_own_factors(tiny_folder, data, tmp_path, method, monkeypatch):
     started = []
-    real = training.continued
+    real = one_task.continued
 
     def remembered(*args):
         net = real(*args)
         started.append({k: v.clone() for k, v in net.factor_state().items()})
         return net
 
-    monkeypatch.setattr(training, "continued", remembered)
+    monkeypatch.setattr(one_task, "continued", remembered)
     found = train(config(tiny_folder, data, tmp_path / "run", method=method, tasks=TASKS[:2]))
     assert len(started) == 1
     for name, tensor in factors(found.run, 0).items():
@@ -208,7 +210,7 @@ def test_a_killed_sequence_resumes(finished, tiny_folder, data, tmp_path, monkey
 
         patch = (ElasticTrainer, "training_step", step)
     else:
-        real = continual.answers
+        real = evaluate.answers
 
         def tested(*args, **kwargs):
             seen.append(0)
@@ -216,9 +218,9 @@ def test_a_killed_sequence_resumes(finished, tiny_folder, data, tmp_path, monkey
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        patch = (continual, "answers", tested)
+        patch = (sequence, "answers", tested)
         if moment == "between":
-            patch = (training, "continued", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch = (one_task, "continued", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with monkeypatch.context() as context:
         context.setattr(*patch)
         with pytest.raises(KeyboardInterrupt):
@@ -255,7 +257,7 @@ def test_a_sequence_names_its_stages_where_one_run_is_needed(finished):
 
 
 def test_another_space_cannot_be_continued_in(finished, tiny_folder, data, tmp_path):
-    before = continual.stage_path(finished.run, 0, TASKS[0])
+    before = sequence.stage_path(finished.run, 0, TASKS[0])
     settings = config(
         tiny_folder, data, tmp_path / "run", tasks=TASKS[1:], start_from=str(before), space="llama"
     )
@@ -327,7 +329,7 @@ def test_another_method_cannot_continue(finished, tiny_folder, data, tmp_path, w
         "rank": dataclasses.replace(tiny.ADAPTERS["olora"], rank=2),
         "scale": AdapterConfig(method="olora", rank=4, alpha=1.0),
     }[what]
-    before = continual.stage_path(finished.run, 0, TASKS[0])
+    before = sequence.stage_path(finished.run, 0, TASKS[0])
     settings = config(
         tiny_folder,
         data,
@@ -343,7 +345,7 @@ def test_another_method_cannot_continue(finished, tiny_folder, data, tmp_path, w
 
 def test_another_base_cannot_continue(finished, data, tmp_path):
     other = tiny.save_tiny(tmp_path / "other", seed=5)
-    before = continual.stage_path(finished.run, 0, TASKS[0])
+    before = sequence.stage_path(finished.run, 0, TASKS[0])
     settings = config(other, data, tmp_path / "run", tasks=TASKS[1:], start_from=str(before))
     with pytest.raises(BaseMismatch, match="sha256"):
         train(settings)

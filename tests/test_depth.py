@@ -27,7 +27,7 @@ from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.store import read_order
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_families import ROUNDED
@@ -373,14 +373,14 @@ def test_processes_that_gather_blocks_draw_one_depth(tmp_path, monkeypatch):
     config = train_config(base, tmp_path / "run", space=space_file(tmp_path, declared()),
                           sample_each="process")  # fmt: skip
     with pytest.raises(ConfigError, match="DeepSpeed gathers every block"):
-        train(config)
+        train_one(config)
 
 
 def test_a_latency_table_is_of_one_order_of_blocks(tmp_path):
     """What it holds of sub-adapters names the blocks that they leave out."""
     base = tiny.save_tiny(tmp_path / "base", num_hidden_layers=5)
     runs = [
-        train(train_config(base, tmp_path / order / "run", order=order, stages=[StageConfig()],
+        train_one(train_config(base, tmp_path / order / "run", order=order, stages=[StageConfig()],
                            space=space_file(tmp_path, declared())))
         for order in ("none", "norm", "activation")
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from elastic.supernet import discovery
 from elastic.supernet.compact import compact
 from elastic.supernet.discovery import discover, space_for
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import FAMILIES, model_of, output
 from tests.test_families import ROUNDED
@@ -133,6 +133,6 @@ def test_an_unknown_type_trains_with_what_was_found(tiny_folder, tmp_path, monke
     config = train_config(
         tiny_folder, tmp_path / "run", space="auto", adapter=AdapterConfig(rank=8)
     )
-    run = train(config)
+    run = train_one(config)
     assert "Space of llama: model.layers.*" in capsys.readouterr().err
     assert {spec.dim for spec in run.space().sections[0].groups} == {"rank", "width", "heads"}

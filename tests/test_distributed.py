@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic import training
+from elastic import models
 from elastic.config import AdapterConfig
-from elastic.continual import train
 from elastic.errors import ConfigError
 from elastic.files import read_json
 from elastic.run import Run
+from elastic.training.command import train
 from tests import tiny
 from tests.several import REGULARISED, RUNS, config_of, gradients, write_tasks
 from tests.steps import step_gradients
@@ -109,7 +109,7 @@ def test_what_sharding_cannot_do_is_refused_before_weights_load(
     tiny_folder, tmp_path, monkeypatch, variable, settings, message
 ):
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(training.loading, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models.loading, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message):
         train(train_config(tiny_folder, tmp_path / "run", **settings))
 

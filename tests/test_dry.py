@@ -13,10 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, LlamaConfig
 
-from elastic import dry, estimate, rehearsal, training
 from elastic.__main__ import main
 from elastic.config import AdapterConfig, ModelConfig, StageConfig, TaskConfig, TrainConfig
-from elastic.continual import train
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
@@ -26,6 +24,9 @@ from elastic.models.meter import FLOPS
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.supernet import Supernet
+from elastic.training import dry_run as dry
+from elastic.training import estimate, fake_step, one_task
+from elastic.training.command import train
 from tests import tiny
 from tests.test_bloom import save_bloom
 from tests.tiny_runs import snapshot, space_file, train_config
@@ -174,7 +175,7 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
         model=ModelConfig(path=str(tmp_path / "base"), dtype=dtype, device="cpu"),
     )
     config = train_config(save(tmp_path / "base", **overrides), tmp_path / "run", **settings)
-    steps, rehearse = [], rehearsal.rehearse
+    steps, rehearse = [], fake_step.rehearse
 
     def spied(net, sub, batch, distill=0.0):
         steps.append((sub, distill, rehearse(net, sub, batch, distill)))
@@ -224,17 +225,17 @@ def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, di
         save(tmp_path / "base", **overrides), tmp_path / "run", space=space, distill=distill,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    trained, train = [], rehearsal._train
+    trained, train = [], fake_step._train
 
     def spied(net, *arguments, **settings):
         trained.append(len(settings.get("left_out", ())))
         return train(net, *arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehearsal, "_train", spied)
+        patch.setattr(fake_step, "_train", spied)
         few = dry.estimate(config)
         assert min(trained) > 0  # blocks were left out in every measurement
-        patch.setattr(rehearsal, "_alike", lambda model: [])
+        patch.setattr(fake_step, "_alike", lambda model: [])
         trained.clear()
         assert dry.estimate(config) == few
         assert max(trained) == 0
@@ -245,7 +246,7 @@ def test_blocks_that_differ_are_not_taken_for_each_other():
         net = tiny.supernet(num_hidden_layers=8)
         with net.active(net.space.maximal()):
             change(net)
-            return rehearsal._alike(net.model)
+            return fake_step._alike(net.model)
 
     names = [f"model.layers.{number}" for number in range(8)]
     layer = names[3]
@@ -298,7 +299,7 @@ def test_a_real_run_takes_the_operations_that_were_said(tmp_path, monkeypatch):
     assert found.plan == estimate.Plan(tasks=1, examples=16, stages=1, steps=4)
     assert found.compute.step == (2 * found.compute.maximal,) * 2
     # Its counter would count what is tried on tensors without data.
-    monkeypatch.setattr(training, "require_fits", lambda *_: None)
+    monkeypatch.setattr(one_task, "require_fits", lambda *_: None)
     with Flops() as flops:
         train(config)
     assert found.compute.run == (flops.get_total_flops(),) * 2
@@ -329,7 +330,7 @@ def peak_of_training(config: TrainConfig, folder: Path) -> int:
     """The most bytes allocated at once by `elastic train`, as torch's profiler saw them; the base,
     whose file is mapped into memory, is not among them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        training.train(config)
+        one_task.train_one(config)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
@@ -371,7 +372,10 @@ def test_without_data_or_tokenizer_lengths_are_assumed_and_it_says_so(tmp_path, 
     config = train_config(tiny_folder, tmp_path / "run", dry_run=True, task=missing)
     found = train(config)
     assert "none.jsonl: no such data file" in found.batch.assumed
-    assert (found.batch.length, found.batch.answer) == (dry.ASSUMED_LENGTH, dry.ASSUMED_ANSWER)
+    assert (found.batch.length, found.batch.answer) == (
+        dry.ASSUMED_LENGTH,
+        dry.ASSUMED_ANSWER,
+    )
     assert found.plan is None and found.compute.run is None and found.memory.total
 
     bare = tmp_path / "bare"

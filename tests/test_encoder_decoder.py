@@ -32,7 +32,7 @@ from elastic.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.test_supernet import close, several
 from tests.tiny_runs import ONE_ROUND, fake_measure, train_config
@@ -166,7 +166,7 @@ def test_padding_does_not_count_in_the_order_of_channels(folder):
 def run(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     (place / "t5.yaml").write_text(yaml.safe_dump(SPACE))
-    return train(
+    return train_one(
         train_config(
             folder, place / "run", space=str(place / "t5.yaml"), adapter=AdapterConfig(rank=8),
             stages=[StageConfig(), StageConfig(train_dims=["rank", "width"])],

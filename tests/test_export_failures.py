@@ -27,7 +27,7 @@ from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from elastic.verify import NEW_TOKENS
 from elastic.writers import in_torch
 from tests import tiny
@@ -105,7 +105,7 @@ FAULTS = {
 def exported(tiny_folder, tmp_path_factory):
     """A run with an export called "kept"."""
     folder = tmp_path_factory.mktemp("exported")
-    run = train(train_config(tiny_folder, folder / "run"))
+    run = train_one(train_config(tiny_folder, folder / "run"))
     randomize_factors(run)
     export(config(run, sub_adapter="maximal", name="kept"))
     return run

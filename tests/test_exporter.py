@@ -23,7 +23,7 @@ from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from elastic.verify import NEW_TOKENS
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, move_factors, randomize_factors, train_config
@@ -46,7 +46,7 @@ def runs(tiny_folder, tmp_path_factory):
     for dtype in TOLERANCE:
         folder = tmp_path_factory.mktemp(dtype)
         model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")
-        found[dtype] = train(train_config(tiny_folder, folder / "run", model=model))
+        found[dtype] = train_one(train_config(tiny_folder, folder / "run", model=model))
         randomize_factors(found[dtype])
     return found
 
@@ -163,7 +163,7 @@ def test_hf_folder_is_the_active_sub_adapter(runs, nets, tmp_path, dtype, shape)
 
 def test_a_bfloat16_base_is_written_as_bfloat16(tmp_path, monkeypatch):
     base = tiny.save_tiny(tmp_path / "base", dtype=torch.bfloat16)
-    run = train(train_config(base, tmp_path / "run"))
+    run = train_one(train_config(base, tmp_path / "run"))
     timed = {}
 
     def noted(runners, *args, **kwargs):
@@ -325,7 +325,7 @@ def test_exported_is_what_every_method_trained(tiny_folder, tmp_path, method):
     """The command compares each written model with the supernet; here the folders are loaded. The
     graphs come from the same merged weights, so one method tells for all."""
     settings = dict(adapter=tiny.ADAPTERS[method], stages=[StageConfig()])
-    run = train(train_config(tiny_folder, tmp_path / "run", **settings))
+    run = train_one(train_config(tiny_folder, tmp_path / "run", **settings))
     move_factors(run)
     net = load_run(run)[2]
     file = write_sub(mixed(net), tmp_path / "mixed.json")

@@ -15,7 +15,7 @@ from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.test_latency import drive
@@ -75,7 +75,7 @@ def test_every_decoder_goes_all_the_way(family, tmp_path, monkeypatch):
     hf.write(model, tiny.tokenizer(), tmp_path / "base")
     dims = {spec.dim for spec in SearchSpace.load(FAMILIES[family][1]).sections[0].groups}
     stages = [StageConfig(), StageConfig(train_dims=sorted(dims))]
-    run = train(train_config(tmp_path / "base", tmp_path / "run", space="auto", stages=stages,
+    run = train_one(train_config(tmp_path / "base", tmp_path / "run", space="auto", stages=stages,
                              adapter=AdapterConfig(rank=8)))  # fmt: skip
     search(SearchConfig(run=str(run.path), trials=4, starts=3, timing=ONE_ROUND, test_front=3))
     once = TimingConfig(prompt_tokens=4, new_tokens=1, rounds=1, max_rounds=1)

@@ -18,7 +18,7 @@ from elastic.evaluation.perplexity import window_losses
 from elastic.exporter import export
 from elastic.formats.runner import runner_of
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
 
@@ -42,7 +42,7 @@ WORDS = (
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run = train(train_config(tiny_folder, folder / "run", stages=[StageConfig()]))
+    run = train_one(train_config(tiny_folder, folder / "run", stages=[StageConfig()]))
     randomize_factors(run)
     return run
 

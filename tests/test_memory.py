@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from elastic import trainer
 from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.models import loading, requirements
 from elastic.supernet.supernet import Supernet
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
+from elastic.training import trainer
+from elastic.training.one_task import train_one
+from elastic.training.trainer import ElasticTrainer
 from tests import tiny
 from tests.steps import step_gradients
 from tests.tiny import ALPHA, RANK, tokens
@@ -48,7 +48,7 @@ def test_checkpointing_trains_the_same_factors(tiny_folder, tmp_path, monkeypatc
     runs, counts = [], []
     for name, on in (("kept", False), ("again", True)):
         config = train_config(tiny_folder, tmp_path / name, model=model, **settings)
-        runs.append(train(dataclasses.replace(config, gradient_checkpointing=on)))
+        runs.append(train_one(dataclasses.replace(config, gradient_checkpointing=on)))
         counts.append(sum(calls))
         calls.clear()
     assert_same_factors(*runs)
@@ -88,7 +88,7 @@ def test_float16_is_not_trained_without_a_loss_scaler(tiny_folder, tmp_path, mon
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", pytest.fail)
     model = ModelConfig(path=str(tiny_folder), dtype="float16", device="cpu")
     with pytest.raises(ConfigError, match=r"float16 on cpu.*choose bfloat16 or float32"):
-        train(train_config(tiny_folder, tmp_path / "run", model=model))
+        train_one(train_config(tiny_folder, tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()
 
 
@@ -117,7 +117,7 @@ def test_float16_asks_for_the_scaler(tiny_folder, tmp_path, monkeypatch):
     for dtype in ("float16", "bfloat16"):
         model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")
         with pytest.raises(Stop):
-            train(train_config(tiny_folder, tmp_path / dtype, model=model))
+            train_one(train_config(tiny_folder, tmp_path / dtype, model=model))
     assert asked == [True, False]
 
 

@@ -20,7 +20,7 @@ from elastic.models.digest import digest_of
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run, save_super_adapter
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.test_supernet import MERGED, close
 from tests.tiny import logits, tokens
@@ -268,7 +268,7 @@ def runs(tiny_folder, tmp_path_factory):
     found = {}
     for method in ("lora", "sorsa", "olora"):
         adapter = tiny.ADAPTERS[method]
-        found[method] = train(train_config(tiny_folder, folder / method, adapter=adapter))
+        found[method] = train_one(train_config(tiny_folder, folder / method, adapter=adapter))
         move_factors(found[method])
     peft_adapter(tiny_folder, folder / "peft")
     return found

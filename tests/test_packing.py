@@ -15,7 +15,8 @@ from elastic.data.encoding import Encoded
 from elastic.errors import ConfigError
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.supernet import Supernet
-from elastic.training import require_apart, train
+from elastic.training.checks import require_apart
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.test_families import ROUNDED
@@ -99,8 +100,8 @@ def test_sequences_that_would_see_each_other_are_refused(family):
 def test_a_packed_run_learns_what_a_padded_one_does(tiny_folder, tmp_path):
     """Steps hold the same examples when an epoch is one step, in whatever order."""
     settings = dict(batch_size=32, stages=[StageConfig(epochs=3)])
-    padded = train(train_config(tiny_folder, tmp_path / "padded", **settings))
-    packed = train(train_config(tiny_folder, tmp_path / "packed", packing=True, **settings))
+    padded = train_one(train_config(tiny_folder, tmp_path / "padded", **settings))
+    packed = train_one(train_config(tiny_folder, tmp_path / "packed", packing=True, **settings))
     for name, tensor in factors(padded).items():
         torch.testing.assert_close(factors(packed)[name], tensor, rtol=1e-3, atol=2e-5)
     before, after = metrics(padded), metrics(packed)
@@ -117,5 +118,5 @@ def test_models_that_cannot_pack_are_refused_before_weights_load(
 ):
     model = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu", **settings)
     with pytest.raises(ConfigError, match=message):
-        train(train_config(tiny_folder, tmp_path / "run", packing=True, model=model))
+        train_one(train_config(tiny_folder, tmp_path / "run", packing=True, model=model))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.evaluation.command import _file
 from elastic.evaluation.evaluate import evaluate
 from elastic.run import Run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER
 from tests.tiny_runs import randomize_factors, train_config
 
@@ -238,7 +238,7 @@ def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys):
         (folder / "math" / f"{name}.test.jsonl").write_text(
             "\n".join(json.dumps({**value, "instruction": f"{i} + 3?"}) for i in range(3))
         )
-    run = train(train_config(tiny_folder, tmp_path / "run"))
+    run = train_one(train_config(tiny_folder, tmp_path / "run"))
     randomize_factors(run)
     command = ["evaluate", str(run.path), "--sub_adapter", "heuristic", "--tasks", "math",
                "--data", str(folder), "--examples", "2", "--beams", "2"]  # fmt: skip

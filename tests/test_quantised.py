@@ -27,7 +27,7 @@ from elastic.supernet.cost import Counter, count
 from elastic.supernet.importance import channel_order
 from elastic.supernet.store import load_run, load_super_adapter, save_super_adapter
 from elastic.supernet.supernet import Supernet
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.test_encoder_decoder import SPACE as T5_SPACE
 from tests.test_supernet import MERGED, close, several
@@ -346,20 +346,20 @@ def run(request, tiny_folder, tmp_path_factory):
         accumulation=2,
         gradient_checkpointing=True,
     )
-    found = train(config)
+    found = train_one(config)
     move_factors(found)
     return found
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch):
     settings = {"model": config_of(tiny_folder, "nf4"), "accumulation": 2, "save_steps": 1}
-    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    whole = train_one(train_config(tiny_folder, tmp_path / "whole", **settings))
     config = train_config(tiny_folder, tmp_path / "killed", **settings)
     run = interrupted(config, monkeypatch, 3)
     assert not run.super_adapter.exists()
-    train(config)
+    train_one(config)
     assert_same_factors(run, whole)
-    other = train(
+    other = train_one(
         train_config(tiny_folder, tmp_path / "dense", **settings | {"model": _dense(tiny_folder)})
     )
     with pytest.raises(AssertionError):
@@ -425,7 +425,7 @@ def test_a_missing_library_names_its_extra(tiny_folder, tmp_path, monkeypatch, n
     with pytest.raises(MissingExtra, match=r"quantise int8 needs bitsandbytes.*\[quantised\]"):
         loading.load_model(str(tiny_folder), config)
     with pytest.raises(MissingExtra):
-        train(train_config(tiny_folder, tmp_path / "run", model=config))
+        train_one(train_config(tiny_folder, tmp_path / "run", model=config))
     assert not (tmp_path / "run").exists()
 
 
@@ -436,5 +436,5 @@ def test_a_base_that_is_packed_already_is_refused(tmp_path, tiny_folder, no_weig
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": packed}))
     for kind in ("none", "nf4"):
         with pytest.raises(ModelError, match=r"quantised already; give the original weights"):
-            train(train_config(folder, tmp_path / "run", model=config_of(folder, kind)))
+            train_one(train_config(folder, tmp_path / "run", model=config_of(folder, kind)))
     assert not (tmp_path / "run").exists()

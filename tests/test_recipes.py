@@ -20,12 +20,12 @@ from elastic import __main__
 from elastic.adapters import METHODS, check
 from elastic.config import SearchConfig, TaskConfig, TrainConfig
 from elastic.config.parsing import parse
-from elastic.continual import stage_config
 from elastic.data import load_task
 from elastic.errors import DataError
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.store import load_run
+from elastic.training.sequence import stage_config
 from tests import tiny
 
 LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b", "yahma/llama-7b-hf")

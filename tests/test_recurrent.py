@@ -27,7 +27,7 @@ from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.study import search
 from elastic.supernet.importance import channel_order
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import model_of
 from tests.test_encoder_decoder import drive
@@ -61,7 +61,7 @@ def run(folder, tmp_path_factory):
     space["groups"]["depth"] = {"dim": "depth", "choices": [8, 6, 4]}
     (place / "space.yaml").write_text(yaml.safe_dump(space))
     dims = ["rank", "width", "depth"]
-    return train(
+    return train_one(
         train_config(
             folder, place / "run", space=str(place / "space.yaml"), progressivity=dims,
             stages=[StageConfig(), StageConfig(train_dims=dims)], adapter=AdapterConfig(rank=8),

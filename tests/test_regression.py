@@ -23,7 +23,7 @@ from elastic.models import loading
 from elastic.run import Run
 from elastic.study import search
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.classification import LETTERS, classifier_config
 from tests.tiny_runs import ONE_ROUND, fake_measure
 
@@ -44,7 +44,7 @@ def config_of(folder, numbers: list[dict], **overrides) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(config_of(tmp_path_factory.mktemp("numbers"), rows()))
+    return train_one(config_of(tmp_path_factory.mktemp("numbers"), rows()))
 
 
 def test_the_loss_is_the_squared_error():
@@ -140,7 +140,7 @@ def test_answers_that_are_no_numbers_are_refused_before_weights_load(tmp_path, m
     for wrong in ("much", "nan", "inf"):
         numbers = rows(lambda *_, wrong=wrong: wrong)
         with pytest.raises(DataError, match=f"answer '{wrong}' is no number"):
-            train(config_of(tmp_path / wrong, numbers))
+            train_one(config_of(tmp_path / wrong, numbers))
 
 
 @pytest.mark.parametrize(

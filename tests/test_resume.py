@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from elastic import checkpoints
 from elastic.config import AdapterConfig, StageConfig, TaskConfig
 from elastic.run import Run
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
+from elastic.training import checkpoints
+from elastic.training.one_task import train_one
+from elastic.training.trainer import ElasticTrainer
 from tests.tiny_runs import assert_same_factors, interrupted, metrics, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
@@ -51,7 +51,7 @@ RESUMABLE = {
 @pytest.mark.parametrize("kind", RESUMABLE)
 def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch, kind):
     settings = RESUMABLE[kind]
-    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    whole = train_one(train_config(tiny_folder, tmp_path / "whole", **settings))
     config = train_config(tiny_folder, tmp_path / "stopped", **settings)
     run = interrupted(config, monkeypatch, 3)
     assert not run.super_adapter.exists()
@@ -63,7 +63,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeyp
         ElasticTrainer, "train",
         lambda self, **kwargs: (resumed.append(kwargs), trained(self, **kwargs)),
     )  # fmt: skip
-    train(config)
+    train_one(config)
     assert resumed[0]["resume_from_checkpoint"] is not None
     assert_same(run, whole)
 
@@ -113,7 +113,7 @@ def stopped(tiny_folder, tmp_path_factory):
         run = interrupted(config, patch, 5)
     found = [checkpoints.step_of(path) for path in run.checkpoints.glob("checkpoint-*")]
     assert sorted(found) == [2, 4]
-    return config, run, train(train_config(tiny_folder, folder / "whole"))
+    return config, run, train_one(train_config(tiny_folder, folder / "whole"))
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     run = Run(config.run)
     DAMAGE[kind](run.checkpoints / "checkpoint-4")
     assert checkpoints.newest(run.checkpoints) == run.checkpoints / "checkpoint-2"
-    train(config)
+    train_one(config)
     said = capsys.readouterr().err.replace("\n", "")
     assert "checkpoint-4: damaged" in said and "Resuming from" in said
     assert_same(run, whole)
@@ -138,7 +138,7 @@ def test_all_damaged_begins_anew(stopped, tmp_path, capsys):
     shutil.copytree(run.path, config.run)
     for step in (2, 4):
         flip_a_byte(Path(config.run) / "train" / "checkpoints" / f"checkpoint-{step}")
-    train(config)
+    train_one(config)
     assert_same(Run(config.run), whole)
 
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import ScheduleConfig, StageConfig
-from elastic.sampler import MAXIMAL_EVERY, visits
-from elastic.schedule import Schedule
+from elastic.training.schedule import MAXIMAL_EVERY, Schedule, visits
 from tests import tiny
 
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)

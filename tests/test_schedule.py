@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from elastic.config import ScheduleConfig, StageConfig, TrainConfig
 from elastic.errors import ConfigError
-from elastic.schedule import Position, Schedule
+from elastic.training.schedule import Position, Schedule
 from tests import tiny
 
 ALL = ["rank", "width", "heads"]

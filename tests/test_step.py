@@ -18,8 +18,8 @@ from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED, SimilarLengths
 from elastic.data.encoding import padded
 from elastic.models.modules import plain_linear
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
+from elastic.training.one_task import train_one
+from elastic.training.trainer import ElasticTrainer
 from tests.tiny_runs import train_config
 
 
@@ -191,7 +191,9 @@ def test_a_step_is_the_mean_of_the_sub_adapters_it_visits(tiny_folder, tmp_path,
 
     monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
     stage = StageConfig(train_dims=["rank", "width", "heads"])
-    run = train(train_config(tiny_folder, tmp_path / "run", sampling="sandwich", stages=[stage]))
+    run = train_one(
+        train_config(tiny_folder, tmp_path / "run", sampling="sandwich", stages=[stage])
+    )
     logged = json.loads(run.metrics.read_text().splitlines()[0])["loss"]
     first = seen[:3]
     assert len({whole.item() for _, whole in first}) == 3

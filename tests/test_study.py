@@ -24,7 +24,7 @@ from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.tiny import ATTENTION, GATE_UP
 from tests.tiny_runs import (
     ONE_ROUND,
@@ -60,7 +60,7 @@ def choices_task(folder) -> TaskConfig:
 def trained_run(base, folder, declared=None) -> Run:
     space = space_file(folder, declared)
     config = train_config(base, folder / "run", space=space, task=choices_task(folder))
-    run = train(config)
+    run = train_one(config)
     randomize_factors(run)
     return run
 

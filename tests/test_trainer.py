@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from elastic import trainer, training
+from elastic import data
 from elastic.adapters.layers import ElasticLinear
 from elastic.config import (
     AdapterConfig,
@@ -23,12 +23,13 @@ from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.run import Run
-from elastic.schedule import Schedule
 from elastic.spaces.dims import channel_index
 from elastic.supernet.store import load_run
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
-from elastic.watching import MetricsFile
+from elastic.training import one_task, trainer
+from elastic.training.callbacks import MetricsFile
+from elastic.training.one_task import train_one
+from elastic.training.schedule import Schedule
+from elastic.training.trainer import ElasticTrainer
 from tests import tiny
 from tests.steps import step_gradients
 from tests.tiny_runs import (
@@ -59,14 +60,14 @@ def forbid_weights(monkeypatch):
 def built(monkeypatch):
     """The supernets that training builds, with the state each had at the start."""
     nets = []
-    build = training.build
+    build = one_task.build
 
     def remembered(*args, **kwargs):
         net = build(*args, **kwargs)
         nets.append((net, {k: v.clone() for k, v in net.model.state_dict().items()}))
         return net
 
-    monkeypatch.setattr(training, "build", remembered)
+    monkeypatch.setattr(one_task, "build", remembered)
     return nets
 
 
@@ -80,14 +81,14 @@ def test_training_lowers_the_loss(tiny_folder, tmp_path):
         stages=[StageConfig(epochs=6)],
         lr=ScheduleConfig(base_lr=0.01),
     )
-    losses = [row["loss"] for row in metrics(train(config))]
+    losses = [row["loss"] for row in metrics(train_one(config))]
     per_epoch = len(losses) // 6
     first, last = sum(losses[:per_epoch]), sum(losses[-per_epoch:])
     assert last < 0.8 * first
 
 
 def test_only_factors_change(tiny_folder, tmp_path, built):
-    train(train_config(tiny_folder, tmp_path / "run"))
+    train_one(train_config(tiny_folder, tmp_path / "run"))
     [(net, before)] = built
     after = net.model.state_dict()
     assert after.keys() == before.keys()
@@ -99,7 +100,7 @@ def test_only_factors_change(tiny_folder, tmp_path, built):
 
 
 def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp_path, built):
-    train(train_config(tiny_folder, tmp_path / "run"))
+    train_one(train_config(tiny_folder, tmp_path / "run"))
     [(net, _)] = built
     config = ModelConfig(path=str(tiny_folder), dtype="float32")
     original = loading.load_model(str(tiny_folder), config).state_dict()
@@ -123,7 +124,7 @@ def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp
 
 def test_same_seed_same_factors(tiny_folder, tmp_path):
     one, two, other = (
-        train(train_config(tiny_folder, tmp_path / name, seed=seed))
+        train_one(train_config(tiny_folder, tmp_path / name, seed=seed))
         for name, seed in (("one", 3), ("two", 3), ("other", 4))
     )
     assert_same_factors(one, two)
@@ -146,7 +147,7 @@ def test_learning_rates_are_the_schedules(tiny_folder, tmp_path, monkeypatch, se
 
     monkeypatch.setattr(MetricsFile, "on_pre_optimizer_step", note, raising=False)
     config = train_config(tiny_folder, tmp_path / "run", **settings)
-    run = train(config)
+    run = train_one(config)
     schedule = Schedule(config.stages, config.lr, steps_per_epoch=4)
     expected = [schedule.learning_rate(step) for step in range(schedule.steps)]
     assert len(set(expected)) > 4
@@ -185,7 +186,7 @@ def test_how_often_a_sub_adapter_is_drawn(tiny_folder, tmp_path, visits, each):
         tiny_folder, tmp_path / "run", stages=[OPEN], sample_each=each, accumulation=2,
         task=TaskConfig(train_examples=24, validation_examples=8, test_examples=8),
     )  # fmt: skip
-    train(config)
+    train_one(config)
     assert all(drawn == active for *_, drawn, active in visits)
     place = {"step": [0, 0, 0], "micro_batch": [0, 1, 0]}[each]
     steps = [0, 0, 1, 2, 2, 3]
@@ -205,11 +206,11 @@ def gradients(folder, run, monkeypatch, **settings):
             named = model.named_parameters()
             found.append({n: p.grad.clone() for n, p in named if p.requires_grad})
 
-    build = training.build
+    build = one_task.build
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFile, "on_pre_optimizer_step", note, raising=False)
-        patch.setattr(training, "build", lambda *a, **k: tiny.randomize_(build(*a, **k)))
-        train(train_config(folder, run, stages=[StageConfig()], max_grad_norm=1e9, **settings))
+        patch.setattr(one_task, "build", lambda *a, **k: tiny.randomize_(build(*a, **k)))
+        train_one(train_config(folder, run, stages=[StageConfig()], max_grad_norm=1e9, **settings))
     return found[0], metrics(Run(run))[0]["loss"]
 
 
@@ -239,13 +240,13 @@ def test_accumulated_batches_are_one_large_batch(tiny_folder, tmp_path, monkeypa
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory):
     config = train_config(tiny_folder, tmp_path_factory.mktemp("finished") / "run")
-    train(config)
+    train_one(config)
     return config
 
 
 def test_a_finished_run_is_not_trained_again(finished, forbid_weights):
     before = snapshot(Run(finished.run).path)
-    assert train(finished).path == Run(finished.run).path
+    assert train_one(finished).path == Run(finished.run).path
     assert snapshot(Run(finished.run).path) == before
 
 
@@ -260,20 +261,20 @@ def test_a_finished_run_is_not_trained_again(finished, forbid_weights):
 def test_another_configuration_is_refused(finished, forbid_weights, change, named):
     before = snapshot(Run(finished.run).path)
     with pytest.raises(RunError, match=f"another run.*{named}"):
-        train(dataclasses.replace(finished, **change))
+        train_one(dataclasses.replace(finished, **change))
     assert snapshot(Run(finished.run).path) == before
 
 
 def test_a_moved_run_is_still_the_same(finished, forbid_weights, tmp_path):
     shutil.copytree(finished.run, tmp_path / "moved")
-    train(dataclasses.replace(finished, run=str(tmp_path / "moved")))
+    train_one(dataclasses.replace(finished, run=str(tmp_path / "moved")))
 
 
 def test_a_directory_of_other_things_is_refused(tiny_folder, tmp_path, forbid_weights):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
-        train(train_config(tiny_folder, tmp_path / "run"))
+        train_one(train_config(tiny_folder, tmp_path / "run"))
     assert list(snapshot(tmp_path / "run")) == ["letter.txt"]
 
 
@@ -291,24 +292,24 @@ def test_a_bad_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_wei
     spoil(declared)
     space = space_file(tmp_path / "spaces", declared)
     with pytest.raises(ConfigError, match=r"tiny-space\.yaml"):
-        train(train_config(tiny_folder, tmp_path / "run", space=space))
+        train_one(train_config(tiny_folder, tmp_path / "run", space=space))
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights):
     with pytest.raises(ConfigError, match=r"lama.*did you mean 'llama'"):
-        train(train_config(tiny_folder, tmp_path / "run", space="lama"))
+        train_one(train_config(tiny_folder, tmp_path / "run", space="lama"))
 
 
 def test_an_order_that_changes_the_model_is_refused(tiny_folder, tmp_path, monkeypatch):
     """Moving the channels of gate and down, but not those of up: where shapes tell nothing, because
     the model needs values, numbers do."""
-    monkeypatch.setattr(training, "require_fits", lambda *_: None)
+    monkeypatch.setattr(one_task, "require_fits", lambda *_: None)
     declared = tiny.space_dict()
     declared["groups"]["mlp_width"]["outputs"] = ["mlp.gate_proj"]
     space = space_file(tmp_path, declared)
     with pytest.raises(ConfigError, match="does not name all layers that share its channels"):
-        train(train_config(tiny_folder, tmp_path / "run", space=space))
+        train_one(train_config(tiny_folder, tmp_path / "run", space=space))
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n", "{broken"])
@@ -318,7 +319,7 @@ def test_bad_data_is_refused_before_weights(tiny_folder, tmp_path, forbid_weight
         file.write_text(content)
     task = TaskConfig(name="jsonl", train=str(file), test=str(file))
     with pytest.raises(DataError, match=r"train\.jsonl"):
-        train(train_config(tiny_folder, tmp_path / "run", task=task))
+        train_one(train_config(tiny_folder, tmp_path / "run", task=task))
     assert not (tmp_path / "run").exists()
 
 
@@ -326,12 +327,12 @@ def test_a_missing_model_is_refused_before_weights(tmp_path, forbid_weights):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(ModelError, match=folder.name):
-            train(train_config(folder, tmp_path / "run"))
+            train_one(train_config(folder, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
-    train(train_config(tiny_folder, tmp_path / "run"))
+    train_one(train_config(tiny_folder, tmp_path / "run"))
     [(net, before)] = built
     layers = [(s, m) for s, m in modules_of(net.model, ElasticLinear) if m.adapter is not None]
     assert {site for site, _ in layers} == set(net.space.targets)
@@ -341,7 +342,7 @@ def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
 
 
 def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
-    run = train(train_config(tiny_folder, tmp_path / "run", lr=ScheduleConfig(base_lr=0.05)))
+    run = train_one(train_config(tiny_folder, tmp_path / "run", lr=ScheduleConfig(base_lr=0.05)))
     [(net, _)] = built
     loaded = load_run(run)[2]
     ids = tiny.tokens()
@@ -368,7 +369,7 @@ def test_a_rank_the_method_cannot_have_is_refused_before_weights(
         tiny_folder, tmp_path / "run", adapter=adapter, space=wide_space(tmp_path)
     )
     with pytest.raises(ConfigError, match=match):
-        train(config)
+        train_one(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -436,7 +437,7 @@ def test_the_loss_logged_is_the_tasks_alone(tiny_folder, tmp_path):
     rows = {}
     for weight in (0.0, 5.0):
         adapter = dataclasses.replace(tiny.ADAPTERS["olora"], olora=OloraConfig(lambda_2=weight))
-        run = train(train_config(tiny_folder, tmp_path / str(weight), adapter=adapter))
+        run = train_one(train_config(tiny_folder, tmp_path / str(weight), adapter=adapter))
         rows[weight] = metrics(run)[0]
     assert rows[0.0]["loss"] == rows[5.0]["loss"]
     assert "penalty" not in rows[0.0] and rows[5.0]["penalty"] > 1
@@ -451,7 +452,7 @@ def test_every_method_learns(tiny_folder, tmp_path, method):
         stages=[StageConfig(epochs=3), StageConfig(train_dims=["rank", "width", "heads"])],
         lr=ScheduleConfig(base_lr=0.01),
     )
-    run = train(config)
+    run = train_one(config)
     losses = [row["loss"] for row in metrics(run)]
     assert sum(losses[8:12]) < 0.97 * sum(losses[:4])
     _, base, net = load_run(run)
@@ -462,10 +463,10 @@ def test_every_method_learns(tiny_folder, tmp_path, method):
 def test_a_killed_soslora_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeypatch):
     """Its schedules are functions of the step, so resuming needs no state of them."""
     settings = dict(adapter=tiny.ADAPTERS["soslora"])
-    whole = train(train_config(tiny_folder, tmp_path / "whole", **settings))
+    whole = train_one(train_config(tiny_folder, tmp_path / "whole", **settings))
     config = train_config(tiny_folder, tmp_path / "killed", **settings)
     interrupted(config, monkeypatch, 5)
-    assert_same_factors(train(config), whole)
+    assert_same_factors(train_one(config), whole)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
@@ -476,12 +477,12 @@ def test_output_side_factors_learn_at_their_own_rate(tiny_folder, tmp_path, rati
         tiny_folder, tmp_path / "run", adapter=adapter, stages=[StageConfig()],
         lr=ScheduleConfig(base_lr=1e-3, shape="constant"), batch_size=32, save_steps=1,
     )  # fmt: skip
-    run = train(config)
+    run = train_one(config)
     base = loading.load(config.model)
-    start = training.build(
+    start = one_task.build(
         base.model, run.space(), config,
         calibration=encode_all(
-            base.tokenizer, training.load_task(config.task, 0).train, base.model
+            base.tokenizer, data.load_task(config.task, 0).train, base.model
         ),
         pad=tiny.PAD,
     ).factor_state()  # fmt: skip
@@ -512,7 +513,7 @@ def test_schedules_of_soslora_follow_the_steps(tiny_folder, tmp_path):
     """What is saved is the temperature of the last step, counted from 0."""
     settings = dataclasses.replace(tiny.ADAPTERS["soslora"].soslora, gate_anneal=1.0)
     adapter = dataclasses.replace(tiny.ADAPTERS["soslora"], soslora=settings)
-    run = train(train_config(tiny_folder, tmp_path / "run", adapter=adapter))
+    run = train_one(train_config(tiny_folder, tmp_path / "run", adapter=adapter))
     steps = len(metrics(run))
     assert steps == 8
     expected = 2.0 + (steps - 1) / steps * (1.0 - 2.0)
@@ -522,7 +523,7 @@ def test_schedules_of_soslora_follow_the_steps(tiny_folder, tmp_path):
 
 def test_a_process_trains_on_one_device_of_several(tiny_folder, tmp_path, monkeypatch):
     """The Trainer would split every batch over all of them, and steps would be fewer."""
-    alone = train(train_config(tiny_folder, tmp_path / "alone"))
+    alone = train_one(train_config(tiny_folder, tmp_path / "alone"))
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    run = train(train_config(tiny_folder, tmp_path / "several"))
+    run = train_one(train_config(tiny_folder, tmp_path / "several"))
     assert_same_factors(run, alone)

@@ -6,12 +6,12 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from elastic.config import SpaceShowConfig
-from elastic.dry import estimate
 from elastic.errors import ConfigError
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.discovery import called, discover, refusal, require_fits
 from elastic.supernet.summary import show_space
-from elastic.training import train
+from elastic.training.dry_run import estimate
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.families import FAMILIES, model_of
 from tests.tiny_runs import space_file, train_config
@@ -46,7 +46,7 @@ def test_groups_that_are_not_whole_are_refused_before_weights_load(
     file = space_file(tmp_path / "space", declared(BROKEN[broken]))
     config = train_config(tiny_folder, tmp_path / "run", space=file, order=order)
     with pytest.raises(ConfigError, match=message):
-        train(config)
+        train_one(config)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=message):
         estimate(config)

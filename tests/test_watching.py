@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from elastic import trainer, training
+from elastic import data, models
 from elastic.config import StageConfig, TaskConfig
 from elastic.data.collating import IGNORED, collate
 from elastic.data.encoding import encode
@@ -16,9 +16,10 @@ from elastic.errors import ConfigError, TrainingError
 from elastic.run import Run
 from elastic.supernet.store import load_run
 from elastic.supernet.supernet import Supernet
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
-from elastic.watching import Pace, Probe
+from elastic.training import trainer
+from elastic.training.callbacks import Pace, Probe
+from elastic.training.one_task import train_one
+from elastic.training.trainer import ElasticTrainer
 from tests import tiny
 from tests.tiny_runs import metrics, train_config
 
@@ -61,7 +62,7 @@ def test_a_probe_compares_three_sub_adapters_on_the_same_examples():
 
 def test_metrics_tell_stage_rate_pace_and_probes(tiny_folder, tmp_path):
     config = train_config(tiny_folder, tmp_path / "run", probe_steps=3, report_to=["tensorboard"])
-    run = train(config)
+    run = train_one(config)
     found = metrics(run)
     assert [row["stage"] for row in found] == [1] * 4 + [2] * 4
     probed = [row["step"] for row in found if "loss_maximal" in row]
@@ -80,15 +81,15 @@ def test_metrics_tell_stage_rate_pace_and_probes(tiny_folder, tmp_path):
 
 
 def test_an_unknown_tracker_is_refused_before_weights_load(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.loading, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models.loading, "load", lambda *_: pytest.fail("weights were loaded"))
     config = train_config(tiny_folder, tmp_path / "run", report_to=["tensorbord"])
     with pytest.raises(ConfigError, match=r"tensorbord.*did you mean 'tensorboard'"):
-        train(config)
+        train_one(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_probe_when_it_is_off(tiny_folder, tmp_path):
-    run = train(train_config(tiny_folder, tmp_path / "run", probe_steps=0))
+    run = train_one(train_config(tiny_folder, tmp_path / "run", probe_steps=0))
     assert not any("loss_maximal" in row for row in metrics(run))
 
 
@@ -111,7 +112,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_folder, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(ElasticTrainer, "compute_loss", loss)
         with pytest.raises(TrainingError) as caught:
-            train(config)
+            train_one(config)
     run = Run(config.run)
     message = str(caught.value)
     assert "step 6, stage 2" in message and "nan" in message
@@ -119,11 +120,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_folder, tmp_path, monkeypatc
     about = json.loads((run.path / "train" / "failed.json").read_text())
     [(sub, ids)] = seen
     assert about["sub_adapter"] == sub.as_dict() and about["step"] == 6
-    task = training.load_task(config.task, config.seed)
+    task = data.load_task(config.task, config.seed)
     chosen = [task.train[number] for number in about["examples"]]
     encoded = [encode(tiny.tokenizer(), e.prompt, e.answer) for e in chosen]
     assert torch.equal(collate(encoded, tiny.PAD)["input_ids"], ids)
-    train(config)  # with what caused it gone, it goes on
+    train_one(config)  # with what caused it gone, it goes on
     assert run.super_adapter.is_dir() and len(metrics(run)) == 8
 
 
@@ -141,7 +142,7 @@ def test_factors_that_are_no_numbers_are_not_kept(tiny_folder, tmp_path, monkeyp
     with pytest.raises(
         TrainingError, match=r"step 4, stage 1: .*not finite.*the checkpoint of step 2"
     ):
-        train(config)
+        train_one(config)
 
 
 # One sub-adapter alone.
@@ -150,7 +151,7 @@ def test_factors_that_are_no_numbers_are_not_kept(tiny_folder, tmp_path, monkeyp
 @pytest.fixture(scope="module")
 def super_run(tiny_folder, tmp_path_factory):
     config = train_config(tiny_folder, tmp_path_factory.mktemp("super") / "run")
-    return config, train(config)
+    return config, train_one(config)
 
 
 def alone(config, tmp_path, **settings):
@@ -176,7 +177,7 @@ def test_a_sub_adapter_goes_on_alone(super_run, tmp_path, monkeypatch, distill):
         return value
 
     monkeypatch.setattr(ElasticTrainer, "compute_loss", loss)
-    run = train(alone(config, tmp_path, sub_adapter="minimal", distill=distill))
+    run = train_one(alone(config, tmp_path, sub_adapter="minimal", distill=distill))
     _, _, net = load_run(run)
     minimal = net.space.minimal()
     assert set(visited) == {minimal} and len(visited) == 4
@@ -217,7 +218,7 @@ def test_nothing_is_left_to_search(super_run, tmp_path):
     from elastic.study import search
 
     config, _ = super_run
-    run = train(alone(config, tmp_path, sub_adapter="heuristic"))
+    run = train_one(alone(config, tmp_path, sub_adapter="heuristic"))
     with pytest.raises(RunError, match="one sub-adapter alone"):
         search(SearchConfig(run=str(run.path)))
 

@@ -16,14 +16,14 @@ from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import is_uniform
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_folder) -> Run:
-    made = train(train_config(tiny_folder, tmp_path_factory.mktemp("writers") / "run"))
+    made = train_one(train_config(tiny_folder, tmp_path_factory.mktemp("writers") / "run"))
     randomize_factors(made)
     return made
 

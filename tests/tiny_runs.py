@@ -23,8 +23,8 @@ from elastic.config import (
 from elastic.latency.measure import Latency, Measurement
 from elastic.run import Run
 from elastic.supernet.cost import count
-from elastic.trainer import ElasticTrainer
-from elastic.training import train
+from elastic.training.one_task import train_one
+from elastic.training.trainer import ElasticTrainer
 from tests.tiny import ALPHA, RANK, space_dict
 
 ONE_ROUND = TimingConfig(prompt_tokens=4, new_tokens=1, rounds=1, max_rounds=1)
@@ -83,7 +83,7 @@ def interrupted(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int)
     with monkeypatch.context() as patch:
         patch.setattr(ElasticTrainer, "training_step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            train(config)
+            train_one(config)
     return Run(config.run)
 
 

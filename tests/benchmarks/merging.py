@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 
 from elastic import foreign
-from elastic.models import packaged
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
 from elastic.merging import combine
+from elastic.models import packaged
 from elastic.run import Run
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run

@@ -28,7 +28,7 @@ from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.benchmarks.common import report
 
 WIDTHS = (1.0, 0.75, 0.625, 0.5)
@@ -121,7 +121,7 @@ def main() -> None:
         each = []
         for seed in given.seeds:
             run = given.runs / given.task / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-            trained = train(settings(given.data, run, given.task, variant, seed))
+            trained = train_one(settings(given.data, run, given.task, variant, seed))
             each.append(scores(trained, given.split, given.examples))
         found[variant] = {width: [one[width] for one in each] for width in WIDTHS}
     rows = {}

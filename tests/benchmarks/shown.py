@@ -34,7 +34,7 @@ from elastic.run import Run
 from elastic.study import search
 from elastic.supernet.cost import Counter
 from elastic.supernet.store import load_run
-from elastic.training import train
+from elastic.training.one_task import train_one
 from tests.benchmarks.common import report
 from tests.benchmarks.quality import difference
 
@@ -89,7 +89,7 @@ def unify(data: Path, runs: Path) -> None:
 
 def trained(data: Path, folder: Path, task: str, kind: str, seed: int) -> Run:
     model, settings, _ = TASKS[task]
-    return train(parse(TrainConfig, [
+    return train_one(parse(TrainConfig, [
         "--run", str(folder / f"{task}-{kind}-{seed}"), "--model.path", model,
         "--seed", str(seed),
         *(setting.format(data=data, runs=folder) for setting in settings),

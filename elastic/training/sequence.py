@@ -19,35 +19,14 @@ from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluation.evaluate import answers, same_text
 from elastic.evaluation.statistics import Score
 from elastic.files import write_json, write_text
-from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
 
 if TYPE_CHECKING:
     from elastic.data.task import Example
-    from elastic.estimate import Estimate
+
 
 _PLACE = "{task}"
-
-
-def train(config: TrainConfig) -> Run | Sequential | Estimate:
-    """`elastic train`: one task, or `tasks` one after another; or what either will need."""
-    if config.tasks and loading.classifies(config.model):
-        raise ConfigError(
-            f"tasks: a sequence is answered with text, {config.model.path} has a classification "
-            "head; choose model.head language"
-        )
-    if config.tasks and config.adapter.method == "auto":
-        config = replace(config, adapter=replace(config.adapter, method="olora"))
-    if config.dry_run:
-        from elastic.dry import estimate
-
-        return estimate(*(_stages(config) if config.tasks else [config]))
-    if config.tasks:
-        return train_sequence(config)
-    from elastic import training  # takes seconds to import, which a dry run does without
-
-    return training.train(config)
 
 
 @dataclass(frozen=True)
@@ -154,12 +133,12 @@ def train_sequence(config: TrainConfig) -> Sequential:
 
     All data is read and checked before weights load. A killed sequence resumes within its stage.
     """
-    from elastic import training
+    from elastic.training import one_task
 
     run = Run(config.run)
     with distributed.main_first():
         run.claim(config)
-    stages = _stages(config)
+    stages = stage_configs(config)
     tests = [
         _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
     ]
@@ -168,7 +147,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
     scores = []
     for number, stage in enumerate(stages):
         say(f"Task {number + 1} of {len(stages)}: {config.tasks[number]}")
-        trained = training.train(stage)
+        trained = one_task.train_one(stage)
         seen = dict(zip(config.tasks[: number + 1], tests, strict=False))
         scores.append(distributed.shared(partial(_score_all, trained, seen, config)))
     found = Sequential(run, tuple(config.tasks), tuple(scores))
@@ -177,7 +156,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
     return found
 
 
-def _stages(config: TrainConfig) -> list[TrainConfig]:
+def stage_configs(config: TrainConfig) -> list[TrainConfig]:
     return [stage_config(config, number) for number in range(len(config.tasks))]
 
 

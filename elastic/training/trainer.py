@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from elastic import checkpoints
 from elastic.adapters import METHODS
 from elastic.config import TrainConfig
 from elastic.console import say
@@ -23,12 +22,12 @@ from elastic.errors import TrainingError
 from elastic.files import write_json
 from elastic.models.modules import module_tree
 from elastic.run import Run
-from elastic.sampler import visits
-from elastic.schedule import Schedule, examples_per_step
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import FACTORS, read_factors
 from elastic.supernet.supernet import Supernet
-from elastic.watching import Bar, MetricsFile, Pace, Probe, trackers
+from elastic.training import checkpoints
+from elastic.training.callbacks import Bar, MetricsFile, Pace, Probe, trackers
+from elastic.training.schedule import Schedule, examples_per_step, visits
 
 
 class OneDevice(TrainingArguments):

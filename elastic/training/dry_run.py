@@ -22,18 +22,18 @@ from elastic.config import StageConfig, TrainConfig
 from elastic.data import load_task
 from elastic.data.encoding import encode_all, padded
 from elastic.errors import ConfigError, DataMissing
-from elastic.estimate import Batch, Compute, Estimate, Memory, Plan
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
-from elastic.rehearsal import rehearse
-from elastic.schedule import Schedule
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.store import read_tensors
 from elastic.supernet.summary import _table
 from elastic.supernet.supernet import Supernet
-from elastic.training import predecessor, with_classes
+from elastic.training.checks import predecessor, with_classes
+from elastic.training.estimate import Batch, Compute, Estimate, Memory, Plan
+from elastic.training.fake_step import rehearse
+from elastic.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from elastic import distributed
-from elastic.adapters import METHODS, Adapter, check
+from elastic.adapters import check
 from elastic.config import TrainConfig
-from elastic.config.model import SCORE
 from elastic.console import say
 from elastic.data import load_task
 from elastic.data.answers import answer_logits
-from elastic.data.collating import DIFFERENCE, IGNORED, collate, collated, in_rows
-from elastic.data.encoding import Encoded, encode_all, most_tokens, padded
-from elastic.data.labels import check_classes, classes_in
+from elastic.data.collating import collated
+from elastic.data.encoding import Encoded, encode_all, most_tokens
+from elastic.data.labels import check_classes
 from elastic.errors import ConfigError
 from elastic.files import named_failure, write_json
 from elastic.models import loading, requirements
 from elastic.run import Run
-from elastic.schedule import Schedule, examples_per_step
-from elastic.spaces.bound import BoundSpace
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.importance import channel_order
 from elastic.supernet.store import read_order, read_super_adapter, read_tensors, save_super_adapter
 from elastic.supernet.supernet import Supernet
-from elastic.trainer import fit
-from elastic.watching import check_trackers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from elastic.training.callbacks import check_trackers
+from elastic.training.checks import (
+    predecessor,
+    refuse_differing_depths,
+    refuse_sharded,
+    require_apart,
+    tell_what_is_cut,
+    with_classes,
+)
+from elastic.training.schedule import Schedule, examples_per_step
+from elastic.training.trainer import fit
 
 WATCHED = 16
 """Validation examples on which the losses of three sub-adapters are compared over time."""
@@ -45,7 +44,7 @@ CHANGE = 0.1
 """Of the logits, in norm, that rounding may explain in any type."""
 
 
-def train(config: TrainConfig) -> Run:
+def train_one(config: TrainConfig) -> Run:
     """Train as configured and write RUN/super_adapter; returns the run.
 
     Space, data and run directory are checked before weights are read. A run of the same
@@ -58,7 +57,7 @@ def train(config: TrainConfig) -> Run:
         say(f"{run.path}: already trained; nothing to do")
         return run
     check_trackers(config.report_to)
-    _refuse_sharded(config)
+    refuse_sharded(config)
     space = space_for(config)
     requirements.require_training(config.model)
     if config.packing:
@@ -67,7 +66,7 @@ def train(config: TrainConfig) -> Run:
     bound = space.bind(skeleton, config.adapter.rank)
     check(config.adapter, skeleton, bound)
     require_fits(skeleton, space, config.adapter.rank)
-    _refuse_apart(config, bound)
+    refuse_differing_depths(config, bound)
     before = predecessor(config) if config.start_from else None
     only = None
     if config.sub_adapter:
@@ -86,7 +85,7 @@ def train(config: TrainConfig) -> Run:
     pad = base.tokenizer.pad_token_id
     examples = encode_all(base.tokenizer, task.train, base.model)
     if config.model.classes:
-        _tell_what_is_cut(examples, most_tokens(base.model, base.tokenizer))
+        tell_what_is_cut(examples, most_tokens(base.model, base.tokenizer))
     watched = encode_all(base.tokenizer, task.validation[:WATCHED], base.model)
     if config.packing:
         require_apart(base.model, examples, pad)
@@ -120,44 +119,6 @@ def train(config: TrainConfig) -> Run:
             )
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
-
-
-def _tell_what_is_cut(examples: Sequence[Encoded], longest: int) -> None:
-    if full := sum(len(example.ids) == longest for example in examples):
-        say(f"{full} of {len(examples)} texts fill the {longest} tokens that the model reads; what "
-            "they have beyond is cut")  # fmt: skip
-
-
-def _refuse_sharded(config: TrainConfig) -> None:
-    """ConfigError for what DeepSpeed and FSDP leave no place for.
-
-    DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
-    gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
-    """
-    sharding = distributed.sharding()
-    method = config.adapter.resolved_method
-    if sharding and METHODS[method].penalty is not Adapter.penalty:
-        raise ConfigError(
-            f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
-            "use configs/accelerate/ddp.yaml"
-        )
-    if sharding == "FSDP" and loading.resolve_device(config.model.device).type == "cpu":
-        raise ConfigError(
-            "FSDP: accelerate shards models on accelerators alone; on CPU processes use "
-            "configs/accelerate/ddp.yaml"
-        )
-    if sharding == "DeepSpeed" and config.sampling == "sandwich":
-        raise ConfigError("sampling: sandwich does not work with DeepSpeed; use DDP or FSDP")
-
-
-def _refuse_apart(config: TrainConfig, bound: BoundSpace) -> None:
-    """ConfigError where processes that gather every block together would run different ones."""
-    sharding = distributed.sharding()
-    if sharding and bound.depths and config.draw_for == "process":
-        raise ConfigError(
-            f"sample_each process: {sharding} gathers every block on all processes, which wait for "
-            "each other forever where a depth differs; choose sample_each step"
-        )
 
 
 def build(
@@ -204,70 +165,3 @@ def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, befor
     else:
         net.succeed(factors, config.seed)
     return net
-
-
-def with_classes(config: TrainConfig) -> TrainConfig:
-    """The settings as they are, or with the classes named: those that the run began with, of the
-    run to go on from, else what the data say."""
-    if config.model.classes or not loading.classifies(config.model):
-        return config
-    classes: list[str] = []
-    for path in filter(None, (config.run, config.start_from)):
-        if not classes and Run(path).config_file.is_file():
-            classes = Run(path).begun().model.classes
-    if not classes and loading.regresses(config.model):
-        classes = SCORE
-    classes = classes or classes_in(load_task(config.task, config.seed))
-    return replace(config, model=replace(config.model, classes=classes))
-
-
-def predecessor(config: TrainConfig) -> Run:
-    """The finished run to continue from; ConfigError if it trained something else."""
-    before = Run(config.start_from)
-    theirs = before.config()
-    for name in ("method", "rank", "scale"):
-        field = "resolved_method" if name == "method" else name
-        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
-        if mine != other:
-            raise ConfigError(
-                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
-                "a sequence keeps one method, rank and scale"
-            )
-    if theirs.model.classes and not config.sub_adapter:
-        raise ConfigError(
-            f"start_from: {before.path} has a classification head, and a sequence of tasks is "
-            "answered with text; give sub_adapter to train that one on"
-        )
-    if theirs.model.classes != config.model.classes:
-        raise ConfigError(
-            f"start_from: {before.path} tells {', '.join(theirs.model.classes) or 'no classes'} "
-            f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
-            "model.classes alike"
-        )
-    from elastic.supernet.discovery import space_for
-
-    if space_for(config).sections != before.space().sections:
-        raise ConfigError(
-            f"start_from: {before.path} was trained in another search space than {config.space}; "
-            f"a sequence keeps one"
-        )
-    return before
-
-
-@torch.no_grad()
-def require_apart(model: PreTrainedModel, sequences: Sequence[Encoded], pad: int) -> None:
-    """ConfigError when two sequences in one row are not what each is alone: the model's code looks
-    beyond its own, or takes no positions."""
-    pair = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
-    length = padded(sum(len(sequence.ids) for sequence in pair))
-    found = []
-    for batch in (in_rows(pair, [range(len(pair))], length, pad), collate(pair, pad)):
-        logits, labels = answer_logits(model, {k: x.to(model.device) for k, x in batch.items()})
-        found.append(logits[labels != IGNORED].float())
-    together, alone = found
-    change = float((together - alone).norm() / alone.norm())
-    if not change <= DIFFERENCE:
-        raise ConfigError(
-            f"packing: {type(model).__name__} computes something else for a sequence that shares "
-            f"its row (the logits differ by {change:.0%}); leave packing out"
-        )

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
-from elastic.estimate import Batch
 from elastic.models.meter import Meter
 from elastic.models.modules import modules_of, replace_module
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import NUMBERS, running
 from elastic.supernet.supernet import Supernet
+from elastic.training.estimate import Batch
 
 FEW = 2
 """The first block is none of the rest: what enters it has no gradient."""

@@ -1,0 +1,132 @@
+"""What must hold before a base model is trained: checked without weights where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic import distributed
+from elastic.adapters import METHODS, Adapter
+from elastic.config import TrainConfig
+from elastic.config.model import SCORE
+from elastic.console import say
+from elastic.data import load_task
+from elastic.data.answers import answer_logits
+from elastic.data.collating import DIFFERENCE, IGNORED, collate, in_rows
+from elastic.data.encoding import Encoded, padded
+from elastic.data.labels import classes_in
+from elastic.errors import ConfigError
+from elastic.models import loading
+from elastic.run import Run
+from elastic.spaces.bound import BoundSpace
+from elastic.supernet.discovery import space_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def tell_what_is_cut(examples: Sequence[Encoded], longest: int) -> None:
+    if full := sum(len(example.ids) == longest for example in examples):
+        say(f"{full} of {len(examples)} texts fill the {longest} tokens that the model reads; what "
+            "they have beyond is cut")  # fmt: skip
+
+
+def refuse_sharded(config: TrainConfig) -> None:
+    """ConfigError for what DeepSpeed and FSDP leave no place for.
+
+    DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
+    gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
+    """
+    sharding = distributed.sharding()
+    method = config.adapter.resolved_method
+    if sharding and METHODS[method].penalty is not Adapter.penalty:
+        raise ConfigError(
+            f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
+            "use configs/accelerate/ddp.yaml"
+        )
+    if sharding == "FSDP" and loading.resolve_device(config.model.device).type == "cpu":
+        raise ConfigError(
+            "FSDP: accelerate shards models on accelerators alone; on CPU processes use "
+            "configs/accelerate/ddp.yaml"
+        )
+    if sharding == "DeepSpeed" and config.sampling == "sandwich":
+        raise ConfigError("sampling: sandwich does not work with DeepSpeed; use DDP or FSDP")
+
+
+def refuse_differing_depths(config: TrainConfig, bound: BoundSpace) -> None:
+    """ConfigError where processes that gather every block together would run different ones."""
+    sharding = distributed.sharding()
+    if sharding and bound.depths and config.draw_for == "process":
+        raise ConfigError(
+            f"sample_each process: {sharding} gathers every block on all processes, which wait for "
+            "each other forever where a depth differs; choose sample_each step"
+        )
+
+
+def with_classes(config: TrainConfig) -> TrainConfig:
+    """The settings as they are, or with the classes named: those that the run began with, of the
+    run to go on from, else what the data say."""
+    if config.model.classes or not loading.classifies(config.model):
+        return config
+    classes: list[str] = []
+    for path in filter(None, (config.run, config.start_from)):
+        if not classes and Run(path).config_file.is_file():
+            classes = Run(path).begun().model.classes
+    if not classes and loading.regresses(config.model):
+        classes = SCORE
+    classes = classes or classes_in(load_task(config.task, config.seed))
+    return replace(config, model=replace(config.model, classes=classes))
+
+
+def predecessor(config: TrainConfig) -> Run:
+    """The finished run to continue from; ConfigError if it trained something else."""
+    before = Run(config.start_from)
+    theirs = before.config()
+    for name in ("method", "rank", "scale"):
+        field = "resolved_method" if name == "method" else name
+        mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
+        if mine != other:
+            raise ConfigError(
+                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
+                "a sequence keeps one method, rank and scale"
+            )
+    if theirs.model.classes and not config.sub_adapter:
+        raise ConfigError(
+            f"start_from: {before.path} has a classification head, and a sequence of tasks is "
+            "answered with text; give sub_adapter to train that one on"
+        )
+    if theirs.model.classes != config.model.classes:
+        raise ConfigError(
+            f"start_from: {before.path} tells {', '.join(theirs.model.classes) or 'no classes'} "
+            f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
+            "model.classes alike"
+        )
+
+    if space_for(config).sections != before.space().sections:
+        raise ConfigError(
+            f"start_from: {before.path} was trained in another search space than {config.space}; "
+            f"a sequence keeps one"
+        )
+    return before
+
+
+@torch.no_grad()
+def require_apart(model: PreTrainedModel, sequences: Sequence[Encoded], pad: int) -> None:
+    """ConfigError when two sequences in one row are not what each is alone: the model's code looks
+    beyond its own, or takes no positions."""
+    pair = sorted(sequences, key=lambda sequence: len(sequence.ids))[:2]
+    length = padded(sum(len(sequence.ids) for sequence in pair))
+    found = []
+    for batch in (in_rows(pair, [range(len(pair))], length, pad), collate(pair, pad)):
+        logits, labels = answer_logits(model, {k: x.to(model.device) for k, x in batch.items()})
+        found.append(logits[labels != IGNORED].float())
+    together, alone = found
+    change = float((together - alone).norm() / alone.norm())
+    if not change <= DIFFERENCE:
+        raise ConfigError(
+            f"packing: {type(model).__name__} computes something else for a sequence that shares "
+            f"its row (the logits differ by {change:.0%}); leave packing out"
+        )

@@ -1,0 +1,35 @@
+"""`elastic train`: one task, several one after another, or what either will need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from elastic.config import TrainConfig
+from elastic.errors import ConfigError
+from elastic.models import loading
+from elastic.run import Run
+from elastic.training.sequence import Sequential, stage_configs, train_sequence
+
+if TYPE_CHECKING:
+    from elastic.training.estimate import Estimate
+
+
+def train(config: TrainConfig) -> Run | Sequential | Estimate:
+    """`elastic train`: one task, or `tasks` one after another; or what either will need."""
+    if config.tasks and loading.classifies(config.model):
+        raise ConfigError(
+            f"tasks: a sequence is answered with text, {config.model.path} has a classification "
+            "head; choose model.head language"
+        )
+    if config.tasks and config.adapter.method == "auto":
+        config = replace(config, adapter=replace(config.adapter, method="olora"))
+    if config.dry_run:
+        from elastic.training.dry_run import estimate
+
+        return estimate(*(stage_configs(config) if config.tasks else [config]))
+    if config.tasks:
+        return train_sequence(config)
+    from elastic.training import one_task  # takes seconds to import, which a dry run does without
+
+    return one_task.train_one(config)
