@@ -28,7 +28,7 @@ _WHERE = {
     "Supernet": "supernet.supernet",
     "Run": "run",
     "train": "training.command",
-    "search": "study",
+    "search": "searching.study",
     "export": "exporter",
     "compact": "supernet.compact",
     "sliced": "supernet.compact",

@@ -12,7 +12,7 @@ from elastic import config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.training.command", "train"),
-    "search": (config.SearchConfig, "elastic.study", "search"),
+    "search": (config.SearchConfig, "elastic.searching.study", "search"),
     "export": (config.ExportConfig, "elastic.exporter", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluation.command", "evaluate_run"),
     "latency": (config.LatencyConfig, "elastic.latency.command", "time_run"),

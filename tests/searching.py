@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic.config import SearchConfig, StudyConfig
 from elastic.latency import measure
-from elastic.objective import Objective
-from elastic.study import search
+from elastic.searching.objective import Objective
+from elastic.searching.study import search
 from tests.tiny_runs import ONE_ROUND, fake_measure
 
 KILLED_AT = 3

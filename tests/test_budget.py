@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 from elastic import __main__
-from elastic.budget import room
 from elastic.config import BudgetConfig, SearchConfig
 from elastic.errors import BudgetError
-from elastic.finalists import best_of
-from elastic.front import Evaluated, Measured
 from elastic.models import loading
-from elastic.objective import Figures
+from elastic.searching.budget import room
+from elastic.searching.finalists import best_of
+from elastic.searching.front import Evaluated, Measured
+from elastic.searching.objective import Figures
+from elastic.searching.study import search
 from elastic.spaces.bound import SubAdapter
-from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run

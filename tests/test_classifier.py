@@ -36,7 +36,7 @@ from elastic.models import loading
 from elastic.models.head import head_of, start_head_
 from elastic.models.kinds import classes_of
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.store import load_run
 from elastic.training.checks import with_classes

@@ -32,7 +32,7 @@ from elastic.latency.measure import measure
 from elastic.models import loading
 from elastic.models.kinds import classes_of
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one

@@ -18,7 +18,7 @@ from elastic.formats import hf
 from elastic.latency.cost_table import Table, least, pinned
 from elastic.latency.target import Target
 from elastic.merging import combine
-from elastic.proposals import AdditiveSampler
+from elastic.searching.sampler import AdditiveSampler
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact

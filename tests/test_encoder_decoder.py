@@ -27,8 +27,8 @@ from elastic.formats.runner import runner_of
 from elastic.latency import bench
 from elastic.latency.command import time_run
 from elastic.models import loading
+from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
-from elastic.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet

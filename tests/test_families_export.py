@@ -11,8 +11,8 @@ from elastic.exporter import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.formats.runner import TorchRunner
 from elastic.latency import bench
+from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
-from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from elastic import objective
 from elastic.config import SearchConfig
 from elastic.evaluation.statistics import Score
-from elastic.objective import LOOKS, Figures, Objective, chance, wins
+from elastic.searching import objective
+from elastic.searching.objective import LOOKS, Figures, Objective, chance, wins
 from elastic.spaces.bound import BoundSpace
 from elastic.supernet.cost import Cost
 

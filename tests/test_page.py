@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from elastic.config import BudgetConfig
-from elastic.page import _volumes
-from elastic.study import search
+from elastic.searching.page import _volumes
+from elastic.searching.study import search
 from elastic.supernet.store import load_run
 from tests.test_study import config
 from tests.tiny_runs import copy_run

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.pareto import hypervolume, non_dominated, thin
+from elastic.searching.pareto import hypervolume, non_dominated, thin
 
 # Few distinct values, so that ties and duplicates are common.
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.5, 7.0])

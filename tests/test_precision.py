@@ -24,9 +24,9 @@ from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import record
 from elastic.latency.measure import Latency, Measurement
 from elastic.latency.target import Target
-from elastic.proposals import AdditiveSampler
+from elastic.searching.sampler import AdditiveSampler
+from elastic.searching.study import search
 from elastic.spaces.bound import bits_of, smallest, split, with_bits
-from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests import tiny

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from elastic.latency.cost_table import Table, kinds, places
-from elastic.proposals import AdditiveSampler, learn
+from elastic.searching.sampler import AdditiveSampler, learn
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut
 

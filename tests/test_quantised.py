@@ -20,8 +20,8 @@ from elastic.models import loading, quantised
 from elastic.models.digest import digest_of
 from elastic.models.modules import dequantise_, modules_of
 from elastic.models.quantised import DEQUANTISE, QuantisedLinear
+from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
-from elastic.study import search
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.importance import channel_order

@@ -24,8 +24,8 @@ from elastic.exporter import export
 from elastic.formats.runner import runner_of
 from elastic.latency import bench
 from elastic.models import loading
+from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
-from elastic.study import search
 from elastic.supernet.importance import channel_order
 from elastic.training.one_task import train_one
 from tests import tiny

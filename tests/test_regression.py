@@ -21,7 +21,7 @@ from elastic.exporter import export
 from elastic.latency import bench
 from elastic.models import loading
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.study import search
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
 from tests.classification import LETTERS, classifier_config

@@ -8,19 +8,20 @@ from dataclasses import replace
 
 import pytest
 
-from elastic import __main__, finalists, study
+from elastic import __main__
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluation.evaluate import evaluate
-from elastic.front import Front
-from elastic.latency import bench
+from elastic.latency import bench, target
 from elastic.latency.target import Target
 from elastic.models import loading
-from elastic.objective import Objective
 from elastic.run import Run
+from elastic.searching import finalists, study
+from elastic.searching.front import Front
+from elastic.searching.objective import Objective
+from elastic.searching.study import search
 from elastic.spaces.bound import SubAdapter
-from elastic.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
@@ -208,7 +209,7 @@ def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monke
         patch.setattr(bench, "measure", forbidden)
         again = search(settings)
         elsewhere = replace(Target.of(run, settings.timing), device="another")
-        patch.setattr(study.Target, "of", lambda *_: elsewhere)
+        patch.setattr(target.Target, "of", lambda *_: elsewhere)
         patch.setattr(study, "_subject", lambda _: {})
         there = search(settings)
     assert again.members == front.members == there.members

@@ -17,7 +17,7 @@ from elastic.latency.command import time_run
 from elastic.latency.latency_table import Timetable, known_timetable, record, spearman
 from elastic.latency.measure import Latency, Measurement
 from elastic.latency.target import Target
-from elastic.study import search
+from elastic.searching.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.test_study import config

@@ -215,7 +215,7 @@ def test_the_teacher_is_the_maximal_of_before(super_run, tmp_path):
 def test_nothing_is_left_to_search(super_run, tmp_path):
     from elastic.config import SearchConfig
     from elastic.errors import RunError
-    from elastic.study import search
+    from elastic.searching.study import search
 
     config, _ = super_run
     run = train_one(alone(config, tmp_path, sub_adapter="heuristic"))

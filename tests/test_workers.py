@@ -16,11 +16,11 @@ import pytest
 from optuna.storages import run_grpc_proxy_server
 from optuna.trial import TrialState
 
-from elastic import workers
 from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
-from elastic.study import search
-from elastic.workers import Worker, open_storage
+from elastic.searching import workers
+from elastic.searching.study import search
+from elastic.searching.workers import Worker, open_storage
 from tests.searching import KILLED_AT
 from tests.tiny_runs import ONE_ROUND, copy_run
 

@@ -21,10 +21,10 @@ from elastic.console import track
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import read_json, write_json
-from elastic.front import Front
-from elastic.pareto import hypervolume, non_dominated, thin
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.front import Front
+from elastic.searching.pareto import hypervolume, non_dominated, thin
+from elastic.searching.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.benchmarks.common import report

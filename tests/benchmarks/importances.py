@@ -23,7 +23,7 @@ from elastic.data.encoding import encode_all
 from elastic.latency.cost_table import kinds
 from elastic.latency.latency_table import spearman
 from elastic.run import Run
-from elastic.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
+from elastic.searching.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
 from elastic.supernet.group_importance import group_importance
 from tests.benchmarks.common import report
 

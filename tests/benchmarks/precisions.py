@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elastic.config import SearchConfig, TimingConfig
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.study import search
 from tests.benchmarks.common import report
 
 

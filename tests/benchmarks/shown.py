@@ -31,7 +31,7 @@ from elastic.files import read_json, write_json, write_text
 from elastic.latency.bench import CANDIDATE, Bench, shape_of
 from elastic.latency.runtime import timing_of
 from elastic.run import Run
-from elastic.study import search
+from elastic.searching.study import search
 from elastic.supernet.cost import Counter
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one

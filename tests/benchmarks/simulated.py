@@ -23,8 +23,8 @@ import optuna
 from optuna import samplers
 
 from elastic.latency.cost_table import places
-from elastic.pareto import hypervolume, non_dominated
-from elastic.proposals import AdditiveSampler, learn
+from elastic.searching.pareto import hypervolume, non_dominated
+from elastic.searching.sampler import AdditiveSampler, learn
 from elastic.spaces.bound import BoundSpace, Group, SubAdapter, generator_for
 from elastic.spaces.dims import Cut
 from tests.benchmarks.common import report

@@ -12,12 +12,13 @@ from elastic.errors import RunError
 from elastic.files import read_json
 from elastic.latency.latency_table import Timetable, known_timetable, read_timetable, record
 from elastic.latency.target import Target
-from elastic.workers import Worker
+from elastic.searching.workers import Worker
 
 if TYPE_CHECKING:
     import optuna
 
     from elastic.supernet.supernet import Supernet
+
 
 Given = Mapping[str | None, tuple[str, dict[str, Any]]]
 """By compression (None: as it is), the file of a table and what is in it."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.files import write_text
-from elastic.front import COSTS, Evaluated, Front
 from elastic.latency.cost_table import kinds
 from elastic.latency.target import LATENCIES
-from elastic.pareto import hypervolume
+from elastic.searching.front import COSTS, Evaluated, Front
+from elastic.searching.pareto import hypervolume
 
 if TYPE_CHECKING:
     from elastic.spaces.bound import BoundSpace

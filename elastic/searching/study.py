@@ -16,14 +16,6 @@ import optuna
 from optuna import samplers
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
-from elastic.budget import (
-    limits_accuracy_alone,
-    refuse_by_counting,
-    refuse_by_extremes,
-    refuse_decoding,
-    room,
-    violations,
-)
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
 from elastic.console import counting_bar, say, track
@@ -33,21 +25,29 @@ from elastic.data.encoding import encode_all
 from elastic.data.task import Example
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest, read_json
-from elastic.finalists import finish
 from elastic.formats import compression
-from elastic.front import Front
 from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
-from elastic.objective import Figures, Objective
-from elastic.proposals import AdditiveSampler
 from elastic.run import Run, as_plain, differences
+from elastic.searching.budget import (
+    limits_accuracy_alone,
+    refuse_by_counting,
+    refuse_by_extremes,
+    refuse_decoding,
+    room,
+    violations,
+)
+from elastic.searching.finalists import finish
+from elastic.searching.front import Front
+from elastic.searching.objective import Figures, Objective
+from elastic.searching.sampler import AdditiveSampler
+from elastic.searching.tables import read_tables, require_same_tables, tables_of
+from elastic.searching.workers import POLL, Worker, open_storage
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import FACTORS, load_run
 from elastic.supernet.supernet import Supernet
-from elastic.timetables import read_tables, require_same_tables, tables_of
-from elastic.workers import POLL, Worker, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

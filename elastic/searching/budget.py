@@ -8,8 +8,8 @@ from dataclasses import replace
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
 from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
-from elastic.objective import Figures, Objective
 from elastic.run import Run
+from elastic.searching.objective import Figures, Objective
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.cost import Counter
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic import plotting
-from elastic.budget import violations
 from elastic.files import new_directory, write_json, write_text
 from elastic.latency.bench import CANDIDATE
 from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import Measurement
-from elastic.objective import Figures
 from elastic.run import Run
+from elastic.searching.budget import violations
+from elastic.searching.objective import Figures
 from elastic.spaces.bound import SubAdapter
 
 

@@ -6,26 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from elastic.budget import impossible, limits_accuracy_alone, met
 from elastic.config import SearchConfig
 from elastic.console import say, track
 from elastic.data.task import Example
 from elastic.errors import BudgetError
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import write_json
-from elastic.front import Evaluated, Front, Measured, Member
 from elastic.latency.bench import Bench
 from elastic.latency.target import Target
-from elastic.objective import Figures, Objective
-from elastic.page import write_page
-from elastic.pareto import non_dominated, thin
-from elastic.proposals import learn
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain
+from elastic.searching.budget import impossible, limits_accuracy_alone, met
+from elastic.searching.front import Evaluated, Front, Measured, Member
+from elastic.searching.objective import Figures, Objective
+from elastic.searching.page import write_page
+from elastic.searching.pareto import non_dominated, thin
+from elastic.searching.sampler import learn
 from elastic.spaces.bound import SubAdapter
 
 if TYPE_CHECKING:
     import optuna
+
 
 SCORES, TIMES = "test scores", "measured"
 """What a study keeps of its finalists, by sub-adapter and compression."""
