@@ -29,7 +29,7 @@ _WHERE = {
     "Run": "run",
     "train": "training.command",
     "search": "searching.study",
-    "export": "exporter",
+    "export": "exporting.command",
     "compact": "supernet.compact",
     "sliced": "supernet.compact",
 }

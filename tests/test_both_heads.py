@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from elastic.adapters.layers import ElasticLinear
 from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig
 from elastic.errors import ConfigError
-from elastic.foreign import Update
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import combine
 from elastic.formats import hf, peft
-from elastic.merging import combine
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace

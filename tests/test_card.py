@@ -6,7 +6,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from elastic.formats import card, hf
+from elastic.exporting import card
+from elastic.formats import hf
 from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet.compact import compact
 from tests import tiny

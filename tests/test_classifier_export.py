@@ -22,7 +22,7 @@ from elastic.config import (
     TimingConfig,
 )
 from elastic.data import load_task
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.formats import hf, onnx
 from elastic.formats import openvino as openvino_format
 from elastic.formats.runner import runner_of

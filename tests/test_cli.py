@@ -31,10 +31,10 @@ from elastic.config import (
 from elastic.config.parsing import from_dict, parse
 from elastic.data import TASKS
 from elastic.errors import ConfigError, RunError
+from elastic.exporting.targets import FORMATS
 from elastic.formats.compression import MODES
 from elastic.run import Run, as_plain
 from elastic.spaces.dims import DEPTH, DIMS
-from elastic.writers import FORMATS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))  # test_distributed.py loads accelerate/

@@ -13,11 +13,11 @@ from elastic.config import MergeAdapterConfig, MergeConfig, StageConfig, TimingC
 from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ConfigError, RunError
-from elastic.foreign import Update
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import combine
 from elastic.formats import hf
 from elastic.latency.cost_table import Table, least, pinned
 from elastic.latency.target import Target
-from elastic.merging import combine
 from elastic.searching.sampler import AdditiveSampler
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace

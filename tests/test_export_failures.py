@@ -15,10 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from elastic import __main__, exporter
+from elastic import __main__
 from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
-from elastic.exporter import export
+from elastic.exporting import command, proof, targets
+from elastic.exporting.command import export
+from elastic.exporting.proof import NEW_TOKENS
 from elastic.files import new_directory
 from elastic.formats import hf, onnx, onnx_decoder, openvino, peft
 from elastic.formats.runner import TorchRunner
@@ -28,8 +30,6 @@ from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from elastic.verify import NEW_TOKENS
-from elastic.writers import in_torch
 from tests import tiny
 from tests.test_exporter import config, hidden, write_sub
 from tests.tiny_runs import copy_run, randomize_factors, snapshot, train_config
@@ -322,15 +322,15 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
             return super().decode(input_ids) * np.nan
 
     before = snapshot(exported.path)
-    real = exporter.probe
-    monkeypatch.setattr(in_torch, "runner_of", Nan)
+    real = proof.probe
+    monkeypatch.setattr(targets, "runner_of", Nan)
     probes = []
 
     def honest(*args):
         probes.append(real(*args))
         return probes[-1]
 
-    monkeypatch.setattr(exporter, "probe", honest)
+    monkeypatch.setattr(command, "probe", honest)
     with pytest.raises(ExportError, match=r"^hf: its logits are not numbers"):
         export(config(exported, sub_adapter="maximal"))
     assert len(probes) == 4 and all(len(p.logits) == NEW_TOKENS for p in probes)

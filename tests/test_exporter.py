@@ -10,11 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from elastic import __main__, proof
+from elastic import __main__
 from elastic.config import ExportConfig, ModelConfig, StageConfig
 from elastic.data import load_task
 from elastic.evaluation.evaluate import answers, evaluate
-from elastic.exporter import export
+from elastic.exporting import proof
+from elastic.exporting.command import export
+from elastic.exporting.proof import NEW_TOKENS
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.formats.runner import TorchRunner
@@ -24,7 +26,6 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from elastic.verify import NEW_TOKENS
 from tests import tiny
 from tests.tiny_runs import ONE_ROUND, move_factors, randomize_factors, train_config
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elastic.config import AdapterConfig, ExportConfig, SearchConfig, StageConfig, TimingConfig
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.formats import hf, onnx, openvino, peft
 from elastic.formats.runner import TorchRunner
 from elastic.latency import bench

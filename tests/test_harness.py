@@ -15,7 +15,7 @@ from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, Ru
 from elastic.evaluation.command import evaluate_run
 from elastic.evaluation.harness import _file, runner_model
 from elastic.evaluation.perplexity import window_losses
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.formats.runner import runner_of
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one

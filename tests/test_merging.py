@@ -8,13 +8,14 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from elastic import __main__, foreign
+from elastic import __main__
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import BaseMismatch, ConfigError, RunError
-from elastic.exporter import export
-from elastic.foreign import Update
+from elastic.exporting import foreign
+from elastic.exporting.command import export
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import combine
 from elastic.formats import hf
-from elastic.merging import combine
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.supernet.compact import compact

@@ -9,13 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from elastic import foreign
 from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
 from elastic.errors import ConfigError, MissingExtra, ModelError
-from elastic.exporter import export
-from elastic.foreign import Update
+from elastic.exporting import foreign
+from elastic.exporting.command import export
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import combine
 from elastic.formats import hf
-from elastic.merging import combine
 from elastic.models import loading, quantised
 from elastic.models.digest import digest_of
 from elastic.models.modules import dequantise_, modules_of

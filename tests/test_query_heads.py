@@ -6,10 +6,10 @@ import torch
 
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
-from elastic.foreign import Update
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import combine
 from elastic.formats import hf, onnx, openvino
 from elastic.formats.runner import TorchRunner
-from elastic.merging import combine
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.group_importance import group_importance

@@ -11,6 +11,7 @@ from elastic.data import load_task
 from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ModelError
+from elastic.exporting.proof import agreement, probe
 from elastic.formats import hf, onnx, openvino
 from elastic.formats.runner import TorchRunner
 from elastic.models import loading
@@ -20,7 +21,6 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from elastic.verify import agreement, probe
 from tests.tiny import randomize_
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from elastic.data.encoding import encode
 from elastic.data.task import Example
 from elastic.errors import ConfigError, ModelError
 from elastic.evaluation.evaluate import answers, evaluate
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.formats.runner import runner_of
 from elastic.latency import bench
 from elastic.models import loading

@@ -17,7 +17,7 @@ from elastic.errors import ConfigError, DataError
 from elastic.evaluation import statistics
 from elastic.evaluation.command import evaluate_run
 from elastic.evaluation.evaluate import evaluate
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.latency import bench
 from elastic.models import loading
 from elastic.run import Run

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from elastic.proof import NOT_BESIDE
-from elastic.report import Report, verdict
+from elastic.exporting.proof import NOT_BESIDE
+from elastic.exporting.report import Report, verdict
 
 
 def entry(prefill=0.5, decode=0.8, control=0.01, trusted=True, **more) -> dict:

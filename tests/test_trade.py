@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from elastic import exporter
 from elastic.evaluation.statistics import Score, paired, wilson
-from elastic.exporter import export
-from elastic.writers import base, in_torch
+from elastic.exporting import command, contract, targets
+from elastic.exporting.command import export
 from tests import tiny
 from tests.test_exporter import active_logits, config, logits_close
 
@@ -30,8 +29,8 @@ def test_the_full_model_is_asked_the_same_examples_once_in_every_runtime(run, mo
 
         return answering
 
-    monkeypatch.setattr(exporter, "evaluate", canned(compact=5, full=7))
-    monkeypatch.setattr(base, "score", canned(compact=2, full=6))
+    monkeypatch.setattr(command, "evaluate", canned(compact=5, full=7))
+    monkeypatch.setattr(contract, "score", canned(compact=2, full=6))
     report = export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True,
                            compress=["int8"], runtime_examples=5))  # fmt: skip
     assert asked == [
@@ -63,8 +62,8 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):
         seen[label] = tiny.logits(model, ids)[:, -1]
         return Score((True,))
 
-    monkeypatch.setattr(base, "score", scored)
-    monkeypatch.setattr(exporter, "evaluate", evaluated)
+    monkeypatch.setattr(contract, "score", scored)
+    monkeypatch.setattr(command, "evaluate", evaluated)
     export(config(run, sub_adapter="minimal", formats=["hf", "onnx"], accuracy=True, name="asked"))
     for which, sub in (("compact", net.space.minimal()), ("full", net.space.maximal())):
         expected = active_logits(net, sub, ids)[:, -1]
@@ -75,7 +74,7 @@ def test_who_is_asked_is_who_the_label_says(run, nets, monkeypatch):
 
 def test_nothing_is_asked_where_no_example_is(run, monkeypatch):
     pytest.importorskip("onnxruntime")
-    for module, name in ((exporter, "evaluate"), (base, "score"), (in_torch, "evaluate")):
+    for module, name in ((command, "evaluate"), (contract, "score"), (targets, "evaluate")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("asked"))
     report = export(
         config(run, sub_adapter="minimal", formats=["hf", "onnx"], runtime_examples=0, name="none")

@@ -9,7 +9,7 @@ import torch
 from elastic import __main__
 from elastic.config import ExportConfig, HfConfig
 from elastic.errors import ConfigError
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.run import Run

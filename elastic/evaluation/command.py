@@ -13,7 +13,7 @@ from elastic.console import say
 from elastic.data import llm_adapters, load_task
 from elastic.data.task import Example
 from elastic.errors import ConfigError
-from elastic.evaluation import statistics as metrics
+from elastic.evaluation import statistics
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.harness import HarnessReport, run_harness
 from elastic.evaluation.perplexity import Perplexity, perplexity_of
@@ -141,11 +141,11 @@ def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]
     if is_number(classes):
         expected, said = ([float(one) for one in each] for each in
                           ((example.answer for example in examples), score.said))  # fmt: skip
-        return {"pearson": metrics.pearson(expected, said),
-                "spearman": metrics.spearman(expected, said)}  # fmt: skip
-    table = metrics.confusion(classes, [example.answer for example in examples], score.said)
-    f1 = dict(zip(classes, metrics.f1(table), strict=True))
-    return {"matthews": metrics.matthews(table), "f1": f1}
+        return {"pearson": statistics.pearson(expected, said),
+                "spearman": statistics.spearman(expected, said)}  # fmt: skip
+    table = statistics.confusion(classes, [example.answer for example in examples], score.said)
+    f1 = dict(zip(classes, statistics.f1(table), strict=True))
+    return {"matthews": statistics.matthews(table), "f1": f1}
 
 
 def _predictions(examples: Sequence[Example], score: Score) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic.config import AdapterConfig, ExportConfig, HfConfig, ModelConfig, TrainConfig
-from elastic.exporter import export
+from elastic.exporting.command import export
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.run import Run

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 
-from elastic import foreign
 from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
-from elastic.merging import combine
+from elastic.exporting import foreign
+from elastic.exporting.merge import combine
 from elastic.models import packaged
 from elastic.run import Run
 from elastic.supernet.compact import compact

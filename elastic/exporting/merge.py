@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import MergeConfig
 from elastic.errors import RunError
-from elastic.foreign import Update
+from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear, replace_module
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import _wide, sliced

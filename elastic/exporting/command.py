@@ -8,32 +8,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic import foreign
+import torch
+
 from elastic.config import ExportConfig
 from elastic.console import say
 from elastic.data import load_task
 from elastic.data.task import Example
-from elastic.errors import ExportError
+from elastic.errors import ExportError, require
 from elastic.evaluation.evaluate import evaluate
+from elastic.exporting import card, foreign
+from elastic.exporting.contract import Source, Which
+from elastic.exporting.merge import combine
+from elastic.exporting.proof import NO_SCORE, beside, inputs_of, probe, prove, samples, size_of
+from elastic.exporting.report import Report, verdict
+from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, read_json, write_json, write_text
-from elastic.formats import card, hf
+from elastic.formats import hf
 from elastic.latency.runtime import timing_of
-from elastic.merging import combine
 from elastic.models import loading
-from elastic.proof import NO_SCORE, beside, prove, samples, size_of
+from elastic.models.digest import digest_of
 from elastic.provenance import provenance
-from elastic.report import Report, verdict
 from elastic.run import Run, as_plain
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
-from elastic.supernet.compact import compact
+from elastic.supernet.compact import compact, streamed
 from elastic.supernet.cost import Counter, count
-from elastic.supernet.store import ABOUT, load_run
+from elastic.supernet.store import (
+    ABOUT,
+    load_run,
+    load_super_adapter,
+    read_factors,
+    read_super_adapter,
+)
 from elastic.supernet.supernet import Supernet
-from elastic.verify import inputs_of, probe
-from elastic.writers import FORMATS
-from elastic.writers.base import Source, Which
-from elastic.writing import write_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,3 +201,69 @@ def _costs(net: Supernet, sub: SubAdapter, model: PreTrainedModel) -> dict[str, 
         "params": cost.params, "macs": cost.macs,
         "full_params": full.params, "full_macs": full.macs,
     }  # fmt: skip
+
+
+UNPROVED = "neither loaded again nor compared: prove false"
+
+
+def write_only(config: ExportConfig) -> Report:
+    """Write RUN/export/NAME/hf, at most `hf.max_shard_size` of it in memory at a time.
+
+    The base is read in the type it was saved in, so that its file is mapped, not copied; sums of
+    weights and updates are formed in float32 and rounded once.
+    """
+    run = Run(config.run)
+    trained = run.config()
+    folder = loading.locate(trained.model.path)
+    digest = digest_of(folder)
+    read_super_adapter(run.super_adapter, digest)
+    require(
+        trained.model.quantise == "none" and trained.model.dtype != "float64",
+        f"prove false: {run.path} was trained with quantised or float64 weights, which are merged "
+        "in another type than they are stored in; leave it out",
+    )
+    dtype = loading.stored_dtype(trained.model) or torch.float32
+    stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
+    skeleton = loading.skeleton(trained.model, dtype)
+    full = count(skeleton)
+    net = load_super_adapter(skeleton, digest, run.super_adapter)
+    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    directory = run.export(config.name or name, sub, ["hf"])
+    base = loading.load_model(folder, dataclasses.replace(stored, device="cpu"))
+    net.model.config.pad_token_id = base.config.pad_token_id
+    if base.can_generate():
+        net.model.generation_config = base.generation_config
+    factors = read_factors(run.super_adapter)
+    found = streamed(base, net, sub, {key: factors[key] for key in net.head})
+    if reason := hf.why_not(found.model):
+        raise ExportError(f"hf: {reason}")
+    with new_directory(directory) as building:
+        say("Writing hf")
+        hf.write(
+            found.model, loading.load_tokenizer(trained.model), building / "hf", dtype=dtype,
+            max_shard_size=config.hf.max_shard_size, tensors=found.tensors,
+        )  # fmt: skip
+        cost = count(found.model)
+        written = {"path": str(directory / "hf"), "unproved": UNPROVED, "bytes": 0}
+        contents = {
+            "verdict": verdict({"hf": written}),
+            "name": name,
+            "sub_adapter": sub.as_dict(),
+            **NO_SCORE,
+            "params": cost.params, "macs": cost.macs,
+            "full_params": full.params, "full_macs": Counter(net.model, net.space).full.macs,
+            "timing": as_plain(config.timing),
+            "formats": {"hf": written},
+            "samples": [],
+            **run.origin(),
+            "license": card.license_of(Path(folder)),
+            "base_digest": digest,
+            "seed": config.seed,
+            **provenance("cpu"),
+        }  # fmt: skip
+        card.write(contents, building / "hf")
+        written["bytes"] = size_of(building / "hf")
+        report = Report(directory, contents)
+        write_json(building / "report.json", contents)
+        write_text(building / "report.md", report.markdown())
+    return report

@@ -1,0 +1,290 @@
+"""Every way to write a model, in one shape: it is written into a folder, and runs from there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from elastic.config.export import GRAPHS
+from elastic.data.task import Example
+from elastic.errors import ExportError, MissingExtra
+from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score
+from elastic.exporting.contract import Format, Source, Which
+from elastic.files import read_json, write_json
+from elastic.formats import compression, gguf, hf, onnx, openvino, peft, tracing
+from elastic.formats.compression import MODES, calibration_inputs
+from elastic.formats.padding import padded
+from elastic.formats.runner import Runner, runner_of
+from elastic.latency.runtime import timed_runner
+from elastic.latency.weigh import Load
+from elastic.models import kinds, loading
+from elastic.models.modules import dequantise_
+from elastic.run import as_plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _Torch(Format):
+    """Runs in transformers, on the device of the run."""
+
+    def limit(self, source: Source) -> float | None:
+        return 1e-9 if source.models["compact"].dtype == torch.float64 else 1e-4
+
+    def timed(self, source: Source, runner: Runner) -> Runner:
+        return timed_runner(runner.model, source.config.timing)
+
+    def device(self, source: Source) -> str:
+        return str(source.models["compact"].device)
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        return str(runner.model.dtype).removeprefix("torch.")
+
+    def as_torch(self, source: Source, runner: Runner) -> bool:
+        return runner.model.dtype == source.models["compact"].dtype
+
+    def score(
+        self, source: Source, which: Which, runner: Runner, examples: Sequence[Example]
+    ) -> Score:
+        return evaluate(
+            runner.model, source.base.tokenizer, examples,
+            batch_tokens=source.config.batch_tokens,
+            label=f"scoring the {which} model in {self.runtime}",
+        )  # fmt: skip
+
+
+class Hf(_Torch):
+    """In the type the base model was saved in; reloading is bit for bit at that type."""
+
+    runtime = "hf"
+
+    def why_not(self, source: Source) -> str | None:
+        return None if source.config.hf.padded else hf.why_not(source.models["compact"])
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        tokenizer = source.base.tokenizer
+        hf.write(
+            self._model(source, which), tokenizer, directory, dtype=_stored(source),
+            max_shard_size=source.config.hf.max_shard_size,
+        )  # fmt: skip
+
+    def _model(self, source: Source, which: Which) -> PreTrainedModel:
+        model = source.models[which]
+        if which == "compact" and source.config.hf.padded:
+            return padded(model, source.net.space, source.sub)
+        return model
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        stored, model = _stored(source), self._model(source, which)
+        loaded = hf.load(directory, stored, source.trained.trust_remote_code)
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
+                raise ExportError(f"hf: {name} is not the same bit for bit after reloading")
+        return runner_of(loaded.to(model.device))
+
+    def limit(self, source: Source) -> float | None:
+        # Rounding to a narrower stored type is the user's choice of base, not a fault.
+        narrow = _stored(source) not in (torch.float32, torch.float64)
+        return None if narrow else super().limit(source)
+
+    def full(self, source: Source, kind: str) -> Runner:
+        full = source.models["full"]
+        return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
+
+    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+        dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
+        trusted = source.trained.trust_remote_code
+        return super()._load(source, folder, dtype=dtype, device=device, trust_remote_code=trusted)
+
+
+class Peft(_Torch):
+    """On the untouched base model, in memory as on disk."""
+
+    runtime = "peft"
+
+    def why_not(self, source: Source) -> str | None:
+        if source.config.merge.adapters:
+            return "merged with other adapters, whose sum need not have a low rank"
+        return peft.why_not(source.net, source.sub)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        peft.write(
+            source.net, source.sub, directory,
+            base_model=source.trained.path, base_digest=source.base.digest,
+        )  # fmt: skip
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        from peft import PeftModel
+
+        # Dense like the full model it is timed against.
+        folder = loading.locate(source.trained.path)
+        plain = dequantise_(loading.load_model(folder, source.trained))
+        adapted = PeftModel.from_pretrained(plain, str(directory)).eval()
+        return runner_of(adapted.get_base_model())
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return runner_of(source.models["full"])
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        _, full = source.formats["hf"].loads(source, "hf", directory)
+        dtype = source.trained.dtype
+        settings = {**full.settings, "dtype": dtype}
+        own = self._load(
+            source, directory, device=self.device(source),
+            model=as_plain(dataclasses.replace(source.trained, quantise="none")),
+        )  # fmt: skip
+        return own, dataclasses.replace(full, settings=settings)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
+
+
+def _stored(source: Source) -> torch.dtype:
+    """The type that Hugging Face folders are written in."""
+    dtype = source.models["compact"].dtype
+    return dtype if dtype == torch.float64 else loading.stored_dtype(source.trained) or dtype
+
+
+class Onnx(Format):
+    runtime = "onnx"
+
+    def require(self) -> None:
+        tracing.require()
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
+
+    def why_not(self, source: Source) -> str | None:
+        return kinds.no_graph(source.models["compact"].config)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        model = source.models[which]
+        wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        onnx.write(wide, directory, logits=source.config.logits)
+        source.accompany(which, directory, "onnx")
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return onnx.open_folder(directory)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"pipelines": source.pipelines[directory]}
+
+
+class Openvino(Format):
+    """Compared in float32, run at the precision that the device chooses."""
+
+    runtime = "openvino"
+
+    def require(self) -> None:
+        tracing.require()
+        openvino.require()
+
+    def why_not(self, source: Source) -> str | None:
+        return kinds.no_graph(source.models["compact"].config)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        try:
+            graph = source.folder("onnx", which)
+        except ExportError as error:
+            raise ExportError(f"openvino, by way of {error}") from error
+        openvino.write(onnx.graph_in(graph), directory)
+        source.accompany(which, directory, "openvino")
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return openvino.open_folder(directory, precision=None)
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        return openvino.open_folder(directory)
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        return runner.precision
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"pipelines": source.pipelines[directory]}
+
+
+class Compressed(Format):
+    """A graph whose weights have fewer bits, beside the full model's graph as it is."""
+
+    def __init__(self, kind: str, whole: Format, mode: str) -> None:
+        self.kind, self.whole, self.mode = kind, whole, mode
+        self.runtime = self.whole.runtime
+
+    def require(self) -> None:
+        self.whole.require()
+        if self.kind in compression.MODES[self.mode].formats:
+            compression.check(self.mode, self.kind)
+
+    def why_not(self, source: Source) -> str | None:
+        known = compression.MODES[self.mode].formats
+        if self.kind not in known:
+            return f"NNCF has {self.mode} for {' and '.join(known)} alone"
+        paired = source.models["compact"].config.is_encoder_decoder
+        if paired and compression.MODES[self.mode].calibrated:
+            return "activations are not computed for the two graphs of an encoder-decoder model"
+        return self.whole.why_not(source)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        examples = []
+        if compression.MODES[self.mode].calibrated:
+            chosen = source.train[: source.config.compress_examples]
+            examples = calibration_inputs(source.base.tokenizer, source.models[which], chosen)
+        find = {"onnx": onnx, "openvino": openvino}[self.kind].graph_in
+        graph = find(source.folder(self.kind, which))
+        made = compression.compress(graph, directory, self.mode, examples)
+        write_json(directory / "compression.json", made.as_dict())
+        source.accompany(which, directory, self.kind)
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        return self.whole.open(source, which, directory)
+
+    def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
+        return self.whole.exact(source, directory, runner)
+
+    def limit(self, source: Source) -> float | None:
+        return None  # it rounds on purpose
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return self.whole.full(source, self.kind)
+
+    def precision(self, source: Source, runner: Runner) -> str:
+        return f"{self.mode}, {self.whole.precision(source, runner)}"
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        return self.whole.loads(source, self.kind, directory)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        compressed = read_json(directory / "compression.json")
+        return {"compression": compressed, **self.whole.about(source, directory)}
+
+
+class Gguf(Format):
+    """For llama.cpp, in half precision; nothing here runs it, so what was written is read back."""
+
+    def why_not(self, source: Source) -> str | None:
+        return gguf.why_not(source.models["compact"], source.base.tokenizer)
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        model = source.models[which]
+        file = gguf.write(model, source.base.tokenizer, directory, name=source.name)
+        gguf.check(file, model)
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Hf(),
+    "peft": Peft(),
+    "onnx": Onnx(),
+    "openvino": Openvino(),
+    "gguf": Gguf(),
+}
+
+
+FORMATS |= {
+    f"{kind}-{mode}": Compressed(kind, FORMATS[kind], mode) for kind in GRAPHS for mode in MODES
+}
