@@ -16,7 +16,7 @@ from elastic.files import read_json
 from elastic.run import Run
 from elastic.training.command import train
 from tests import tiny
-from tests.several import REGULARISED, RUNS, config_of, gradients, write_tasks
+from tests.programs.several import REGULARISED, RUNS, config_of, gradients, write_tasks
 from tests.steps import step_gradients
 from tests.test_resume import logged
 from tests.tiny_runs import train_config
@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 
 def launch(model: Path, folder: Path, *names: str) -> None:
-    script = Path(__file__).with_name("several.py")
+    script = Path(__file__).parents[1] / "programs" / "several.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, *torchrun, str(script), str(model), str(folder), *names],

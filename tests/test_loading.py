@@ -3,7 +3,7 @@ environment for each, a gigabyte and minutes."""
 
 import pytest
 
-from tests import loading
+from tests.programs import loading
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeyp
 def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     """Also while a checkpoint is being written: every second kill waits for that."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed.py")),
+        [sys.executable, str(Path(__file__).parents[1] / "programs" / "killed.py"),
          str(tiny_folder), str(tmp_path), "0", "5"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

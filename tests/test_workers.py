@@ -21,7 +21,7 @@ from elastic.errors import RunError
 from elastic.searching import workers
 from elastic.searching.study import search
 from elastic.searching.workers import Worker, open_storage
-from tests.searching import KILLED_AT
+from tests.programs.searching import KILLED_AT
 from tests.tiny_runs import ONE_ROUND, copy_run
 
 TRIALS, WORKERS = 20, 4
@@ -54,7 +54,7 @@ def storage(request, tmp_path):
 def test_four_workers_of_which_one_is_killed(trained, tmp_path, storage):
     run = copy_run(trained, tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("searching.py")),
+        [sys.executable, str(Path(__file__).parents[1] / "programs" / "searching.py"),
          str(run.path), storage, str(WORKERS), str(TRIALS)],
         capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,6 +1,6 @@
 """Written folders in other versions of transformers, which load them and compute the same.
 
-    python -m tests.loading 4.57.6 5.5.4        (minutes: each makes an environment of its own)
+    python -m tests.programs.loading 4.57.6 5.5.4        (minutes: each makes an environment of its own)
 
 The folders are written here; `read` runs in the other environment, as a file, where nothing of
 this project is installed.
