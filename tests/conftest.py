@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests; builders live in tests/tiny.py."""
+"""Fixtures shared by all tests; builders live in tests/helpers/."""
+
+from __future__ import annotations
 
 import gc
 import os
@@ -8,10 +10,15 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread than computing
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 # Few examples: one of them builds a model. No deadline: the machine may be busy.
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+
+
 settings.load_profile("quick")
 
 
@@ -35,7 +42,7 @@ def own_cache(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A saved tiny model with its tokenizer; do not write into it."""
-    from tests.tiny import save_tiny
+    from tests.helpers.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
@@ -51,6 +58,44 @@ def no_weighing(monkeypatch):
 
 @pytest.fixture
 def tiny_llama():
-    from tests.tiny import llama
+    from tests.helpers.tiny import llama
 
     return llama()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """A trained run; searches use copies of it."""
+    from tests.helpers.searches import trained_run
+
+    return trained_run(tiny_folder, tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def fake_latency(tmp_path_factory):
+    """Latency follows from the number of parameters; what is measured is kept apart."""
+    from elastic.latency import bench
+    from tests.helpers.tiny_runs import fake_measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure", fake_measure)
+        patch.setenv("ELASTIC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    """Drawing takes longer than these searches; the one in `searched`, made before this, draws."""
+    from elastic.searching.front import Front
+
+    monkeypatch.setattr(Front, "_plot", lambda self, path: None)
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch):
+    from elastic.models import loading
+
+    def load(*_, **__):
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(loading, "load_model", load)

@@ -15,9 +15,9 @@ from elastic.errors import ConfigError, RunError
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.test_supernet import MERGED, close, save
-from tests.tiny import ADAPTERS, ALPHA, RANK, logits, tokens
+from tests.helpers import tiny
+from tests.helpers.laws import MERGED, close, save
+from tests.helpers.tiny import ADAPTERS, ALPHA, RANK, logits, tokens
 
 WHICH = ["maximal", "minimal", "heuristic", "uniform-.6", "random"]
 SOS_TOTAL = AdapterConfig(method="soslora", rank=8, soslora=SosLoraConfig(experts=4))

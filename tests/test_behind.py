@@ -10,8 +10,8 @@ from elastic.data.task import Example
 from elastic.evaluation.evaluate import answers, evaluate
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.importance import channel_order
-from tests import tiny
-from tests.families import FAMILIES, model_of
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
 
 EAGER = ("gemma2", "mistral", "llama", "bloom", "opt", "gpt-neox")
 ASKED = [

@@ -1,5 +1,7 @@
 """The shipped Bloom space on a small random Bloom: what was tested of it is here."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import nn
@@ -12,23 +14,10 @@ from elastic.supernet.cost import Counter, count
 from elastic.supernet.store import load_run
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.test_supernet import close, several
-from tests.tiny_runs import train_config
-
-
-def bloom(dtype: torch.dtype = torch.float64, **overrides) -> BloomForCausalLM:
-    """Two random layers, biases and norms moved away from where they start."""
-    settings = dict(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=2, n_head=4,
-                    pad_token_id=tiny.PAD, bos_token_id=tiny.BOS, eos_token_id=tiny.EOS,
-                    initializer_range=0.2)  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = BloomForCausalLM(BloomConfig(**(settings | overrides)))
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval().requires_grad_(False)
+from tests.helpers import tiny
+from tests.helpers.families import bloom, save_bloom
+from tests.helpers.laws import close, several
+from tests.helpers.tiny_runs import train_config
 
 
 def net_of(method: str = "lora", dtype: torch.dtype = torch.float64) -> Supernet:
@@ -96,12 +85,6 @@ def test_the_order_of_channels_leaves_the_base_model_as_it_is():
     net.reorder(tiny.permutations(net))
     close(logits(net.model), expected, 1e-6)
     assert any(torch.any(order != torch.arange(len(order))) for order in net.order.values())
-
-
-def save_bloom(folder, **overrides):
-    bloom(torch.float32, **overrides).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_it_trains_from_the_command(tmp_path):

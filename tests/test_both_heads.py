@@ -25,15 +25,12 @@ from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import model_of, output
-from tests.test_exporter import mixed_ranks
-from tests.test_families import ROUNDED
-from tests.test_query_heads import same_in_every_runtime
-from tests.test_sensitivity import batch_of
-from tests.test_streaming import same, without_data
-from tests.test_supernet import close, one_function
-from tests.tiny_runs import space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.exports import mixed_ranks
+from tests.helpers.families import ROUNDED, model_of, output
+from tests.helpers.graphs import same_in_every_runtime
+from tests.helpers.laws import batch_of, close, one_function, same, without_data
+from tests.helpers.tiny_runs import space_file, train_config
 
 KEYS, QUERIES, SIZE = 3, 4, 4
 GRID = {"hidden_size": 48, "num_attention_heads": KEYS * QUERIES, "num_key_value_heads": KEYS,

@@ -21,9 +21,10 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
-from tests.test_page import data_of
-from tests.test_study import config
-from tests.tiny_runs import copy_run, prefill_of
+from tests.helpers.searches import config, data_of
+from tests.helpers.tiny_runs import copy_run, prefill_of
+
+pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
 
 
 def test_another_budget_reuses_what_was_evaluated(searched, tmp_path, asked):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from elastic.models import caches
-from tests.families import model_of
+from tests.helpers.families import model_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

@@ -10,7 +10,7 @@ from elastic.exporting import card
 from elastic.formats import hf
 from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet.compact import compact
-from tests import tiny
+from tests.helpers import tiny
 
 WIDTHS = {0: 192, 1: 128, 2: 128, 3: 128, 4: 0}
 CONTENTS = {

@@ -43,10 +43,10 @@ from elastic.training.checks import with_classes
 from elastic.training.command import train as train_any
 from elastic.training.one_task import train_one
 from elastic.training.trainer import frozen
-from tests import tiny
-from tests.classification import classifier_config, task_of
-from tests.families import model_of
-from tests.tiny_runs import assert_same_factors, interrupted
+from tests.helpers import tiny
+from tests.helpers.classification import classifier_config, task_of
+from tests.helpers.families import model_of
+from tests.helpers.tiny_runs import assert_same_factors, interrupted
 
 KINDS = ["bert, classes", "roberta", "llama"]
 """An encoder with token types, one whose positions count from the padding, and a decoder."""

@@ -36,10 +36,10 @@ from elastic.searching.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.classification import classifier_config
-from tests.test_latency import FakeRunner, Machine
-from tests.tiny_runs import ONE_ROUND, fake_measure, randomize_factors
+from tests.helpers import tiny
+from tests.helpers.classification import classifier_config
+from tests.helpers.clock import FakeRunner, Machine
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, randomize_factors
 
 OTHERS = ["roberta", "llama"]
 

@@ -391,7 +391,7 @@ def test_a_run_that_is_not_there_says_how_to_make_one(tmp_path):
 
 
 def test_names_of_sub_adapters(tmp_path):
-    from tests import tiny
+    from tests.helpers import tiny
 
     space = tiny.space().bind(tiny.llama(), tiny.RANK)
     run = Run(tmp_path)

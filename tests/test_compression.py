@@ -1,5 +1,7 @@
 """A compressed graph computes with the rounded weights that it says it has, and has them all."""
 
+from __future__ import annotations
+
 import shutil
 import sys
 
@@ -12,47 +14,26 @@ from onnx import numpy_helper
 
 from elastic.data.task import Example
 from elastic.errors import ConfigError, MissingExtra
-from elastic.formats import compression, onnx, onnx_compressed, openvino, tracing
+from elastic.formats import compression, onnx, onnx_compressed, tracing
 from elastic.formats.compression import MODES, calibration_inputs, check, compress
 from elastic.formats.rounding import Grid, rounded, saved_bytes
 from elastic.formats.runner import runner_of
-from tests import tiny
-from tests.families import model_of
-from tests.test_formats_runtime import run, sliced_llama, tokens
+from tests.helpers import tiny
+from tests.helpers.families import model_of
+from tests.helpers.graphs import (
+    PAIRS,
+    ROUNDED_TOLERANCE,
+    UNIFORM,
+    Written,
+    graph_runner,
+    layers,
+    sliced_llama,
+    stored_bytes,
+    tokens,
+)
 
 KINDS = ["onnx", "openvino"]
-PAIRS = [(kind, mode) for mode, each in MODES.items() for kind in each.formats]
-UNIFORM = [pair for pair in PAIRS if pair[1] in ("int8", "int8_sym", "int4", "int4_sym")]
-TOLERANCE = 3e-4
-"""Of the largest logit: float32 sums in another order."""
-PROMPT, STEPS = tokens(3, 5) % tiny.VOCABULARY, tokens(3, 3, seed=1) % tiny.VOCABULARY
 EXAMPLES = [Example(f"{a} + {b} =", str(a + b)) for a in range(4) for b in range(2)]
-
-
-class Written:
-    """A model and its graphs."""
-
-    def __init__(self, model, folder):
-        self.model = model
-        self.paths = {"onnx": onnx.write(model, folder)}
-        self.paths["openvino"] = openvino.write(self.paths["onnx"], folder)
-        self.steps = STEPS[:, :0] if hasattr(model, "num_labels") else STEPS
-
-    def logits(self, runner) -> np.ndarray:
-        return run(runner, PROMPT, self.steps)
-
-
-def graph_runner(path, *, exact: bool = False):
-    """Exact: activations stay in float32, which the kernels of OpenVINO need to be told."""
-    if path.suffix == ".onnx":
-        return onnx.OnnxRunner(path, threads=1)
-    runner = openvino.OpenVINORunner(path, threads=1)
-    if exact:
-        options = dict.fromkeys(("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"), "f32")
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        compiled = openvino_library.Core().compile_model(path, "CPU", options)
-        runner._request = compiled.create_infer_request()
-    return runner
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +74,6 @@ def simulated(written: Written, found: compression.Compressed):
     return logits
 
 
-def layers(model) -> set[str]:
-    """Names of everything with a weight to compress, tied ones once."""
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    found = {module.weight: name for name, module in reversed(list(model.named_modules()))
-             if isinstance(module, kinds)}  # fmt: skip
-    return set(found.values())
-
-
 @pytest.mark.parametrize(
     ("fixture", "kind", "mode"),
     [("tied", *pair) for pair in UNIFORM]
@@ -118,7 +91,9 @@ def test_it_computes_with_the_weights_it_says_it_has(
     assert max(weight.bits for weight in found.weights.values()) == 8
     expected = simulated(written, found)
     logits = written.logits(graph_runner(found.path, exact=True))
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * abs(expected).max())
+    np.testing.assert_allclose(
+        logits, expected, rtol=0, atol=ROUNDED_TOLERANCE * abs(expected).max()
+    )
     assert abs(expected - written.logits(runner_of(written.model))).max() > 1e-2
 
 
@@ -172,14 +147,6 @@ def test_the_size_is_that_of_codes_and_scales(tied, kind, mode, tmp_path):
     assert after - (before - floats) == pytest.approx(expected, rel=0.02)
     assert saved_bytes(tied.model, mode) == pytest.approx(floats - expected, rel=0.04)
     assert found.bytes < found.bytes_before
-
-
-def stored_bytes(path) -> int:
-    """Of all constants, without the graph."""
-    if path.suffix == ".xml":
-        return path.with_suffix(".bin").stat().st_size
-    tensors = onnx_library.load(path).graph.initializer
-    return sum(numpy_helper.to_array(tensor).nbytes for tensor in tensors)
 
 
 def test_openvino_stays_stateful(tied, tmp_path):

@@ -29,8 +29,8 @@ from elastic.training import one_task, sequence
 from elastic.training.command import train
 from elastic.training.sequence import Sequential, stage_config
 from elastic.training.trainer import ElasticTrainer
-from tests import tiny
-from tests.tiny_runs import snapshot, train_config
+from tests.helpers import tiny
+from tests.helpers.tiny_runs import snapshot, train_config
 
 TASKS = ["colours", "sizes", "tastes"]
 LABELS = {"colours": ["red", "blue"], "sizes": ["big", "tiny"], "tastes": ["sour", "sweet"]}

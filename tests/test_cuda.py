@@ -13,9 +13,9 @@ from elastic.latency import cuda
 from elastic.latency.cuda import CudaClock, GraphRunner, state
 from elastic.latency.measure import clock_of, measure, state_of
 from elastic.latency.runtime import timed_runner
-from tests import tiny
-from tests.families import model_of
-from tests.test_latency import drive
+from tests.helpers import tiny
+from tests.helpers.clock import drive
+from tests.helpers.families import model_of
 
 
 def written_once(step):

@@ -28,11 +28,10 @@ from elastic.supernet.importance import channel_order
 from elastic.supernet.store import read_order
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import FAMILIES, model_of, output
-from tests.test_families import ROUNDED
-from tests.test_supernet import close, one_function, several
-from tests.tiny_runs import space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
+from tests.helpers.laws import close, one_function, several
+from tests.helpers.tiny_runs import space_file, train_config
 
 BLOCKS = "model.layers.*"
 DEPTH = f"{BLOCKS}.depth"
@@ -223,7 +222,7 @@ def test_what_does_not_run_is_not_trained(method):
 
 
 def test_the_importance_of_a_depth_is_the_slope_of_the_loss():
-    from tests.test_sensitivity import STEP, batch_of, loss
+    from tests.helpers.laws import STEP, batch_of, loss
 
     net, batch = net_of(), batch_of("abc")
     names = net.space.left_out(net.space.minimal())

@@ -13,11 +13,10 @@ from elastic.supernet.compact import compact
 from elastic.supernet.discovery import discover, space_for
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import FAMILIES, model_of, output
-from tests.test_families import ROUNDED
-from tests.test_supernet import close, several
-from tests.tiny_runs import train_config
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
+from tests.helpers.laws import close, several
+from tests.helpers.tiny_runs import train_config
 
 UNLISTED = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon", "gpt-neox", "bert, classes", "t5",
             "flan-t5", "qwen3", "rwkv"]  # fmt: skip

@@ -15,11 +15,10 @@ from elastic.errors import ConfigError
 from elastic.files import read_json
 from elastic.run import Run
 from elastic.training.command import train
-from tests import tiny
+from tests.helpers import tiny
+from tests.helpers.steps import step_gradients
+from tests.helpers.tiny_runs import logged, train_config
 from tests.programs.several import REGULARISED, RUNS, config_of, gradients, write_tasks
-from tests.steps import step_gradients
-from tests.test_resume import logged
-from tests.tiny_runs import train_config
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 

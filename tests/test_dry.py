@@ -27,9 +27,9 @@ from elastic.supernet.supernet import Supernet
 from elastic.training import dry_run as dry
 from elastic.training import estimate, fake_step, one_task
 from elastic.training.command import train
-from tests import tiny
-from tests.test_bloom import save_bloom
-from tests.tiny_runs import snapshot, space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.families import save_bloom
+from tests.helpers.tiny_runs import snapshot, space_file, train_config
 
 R = 32
 

@@ -1,5 +1,7 @@
 """Encoder-decoder models go the way of decoders."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
@@ -31,47 +33,17 @@ from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.importance import channel_order
-from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.test_supernet import close, several
-from tests.tiny_runs import ONE_ROUND, fake_measure, train_config
-
-SPACE = [
-    {
-        "blocks": "*.block.*.layer.0",
-        "adapt": ["SelfAttention.q", "SelfAttention.v"],
-        "groups": {"rank": {"dim": "rank", "of": ["SelfAttention.q", "SelfAttention.v"],
-                            "choices": [1.0, 0.5, 1]}},
-    },
-    {
-        "blocks": "encoder.block.*.layer.1",
-        "adapt": ["DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"],
-        "groups": {"width": {"dim": "width", "choices": [1.0, 0.5, 0.25],
-                             "outputs": ["DenseReluDense.wi_0", "DenseReluDense.wi_1"],
-                             "inputs": ["DenseReluDense.wo"]}},
-    },
-    {
-        "blocks": "decoder.block.*.layer.2",
-        "adapt": ["DenseReluDense.wo"],
-        "groups": {"width": {"dim": "width", "choices": [1.0, 0.5],
-                             "outputs": ["DenseReluDense.wi_0", "DenseReluDense.wi_1"],
-                             "inputs": ["DenseReluDense.wo"]}},
-    },
-]  # fmt: skip
+from tests.helpers import tiny
+from tests.helpers.laws import close, several
+from tests.helpers.seq2seq import SPACE, drive, net_of
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, train_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     # MLPs of 96, 48 and 24: OpenVINO ends the process at 32 (see `tests.test_exporter.mixed`).
     return tiny.save_t5(tmp_path_factory.mktemp("t5"), d_ff=96)
-
-
-def net_of(method: str = "lora") -> Supernet:
-    net = Supernet(tiny.t5(dtype=torch.float64), SearchSpace.from_dict(SPACE),
-                   tiny.ADAPTERS[method])  # fmt: skip
-    net.reorder(tiny.permutations(net))
-    return tiny.randomize_(net)
 
 
 def outputs(model, source, target) -> torch.Tensor:
@@ -183,12 +155,6 @@ def test_a_runner_decodes_what_a_forward_pass_says(folder):
         expected = model(input_ids=source, decoder_input_ids=torch.cat([start, target], 1)).logits
     found = drive(runner_of(model), source.numpy(), target.numpy())
     np.testing.assert_allclose(found, expected.transpose(0, 1).numpy(), rtol=0, atol=1e-5)
-
-
-def drive(runner, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(1 + length, batch, vocab): logits of the first token, and after each of `target`."""
-    steps = [runner.prefill(source)]
-    return np.stack(steps + [runner.decode(target[:, i : i + 1]) for i in range(target.shape[1])])
 
 
 def test_searched_and_written(run, monkeypatch):

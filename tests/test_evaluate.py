@@ -1,5 +1,7 @@
 """A score is what generation would have earned, one example at a time."""
 
+from __future__ import annotations
+
 import math
 import random
 import sys
@@ -17,59 +19,8 @@ from elastic.data.task import Example
 from elastic.errors import DataError
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score, difference, paired, wilson
-from tests import tiny
-
-TOKENIZER = tiny.tokenizer()
-PROMPTS = [
-    f"{name} has {number} {thing}. How many?"
-    for number, (name, thing) in enumerate(
-        [("Tom", "pens"), ("Ann", "books"), ("Sam", "eggs"), ("Evangeline", "old coins"),
-         ("Ben", "cards"), ("Mia", "shells"), ("Leo", "stamps"), ("Z", "x")],
-        start=11,
-    )
-]  # fmt: skip
-LEARNT = [" 1", " 23", " 456", " 7", " 89", " 1000"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    """A tiny model that has learnt six answers by heart, so that it can be right at all."""
-    model = tiny.llama(initializer_range=0.1)
-    texts = [encode(TOKENIZER, p, a.strip()) for p, a in zip(PROMPTS, LEARNT, strict=False)]
-    batch = collate(texts, tiny.PAD)
-    model.requires_grad_(True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        logits, labels = answer_logits(model, batch)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    return model.requires_grad_(False)
-
-
-def generated(model, prompt: str, most: int = 12) -> str:
-    """What greedy generation says after the prompt, up to the end token if there is one."""
-    ids = torch.tensor([TOKENIZER(prompt)["input_ids"]])
-    whole = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False
-    )
-    return TOKENIZER.decode(whole[0, ids.shape[1] :])
-
-
-def examples(model) -> list[Example]:
-    """Answers taken from the model's own generations, and spoilt ones beside them."""
-    found = []
-    for prompt in PROMPTS:
-        said = generated(model, prompt).removesuffix("<eos>").strip() or "?"
-        found.append(Example(prompt, said))
-        found.append(Example(prompt, said + "1"))  # goes on where generation stops
-        found.append(Example(prompt, said[:-1] or "?"))  # stops where generation goes on
-        found.append(Example(prompt, "x" + said[1:]))
-    return found
+from tests.helpers import tiny
+from tests.helpers.learnt import PROMPTS, TOKENIZER, examples, generated
 
 
 def test_exact_score_equals_greedy_generation(model):

@@ -1,9 +1,9 @@
 """An export that fails says why, ends with an error and leaves what was there before."""
 
-import contextlib
+from __future__ import annotations
+
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -30,9 +30,9 @@ from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.test_exporter import config, hidden, write_sub
-from tests.tiny_runs import copy_run, randomize_factors, snapshot, train_config
+from tests.helpers import tiny
+from tests.helpers.exports import config, hidden, small_files, write_sub
+from tests.helpers.tiny_runs import copy_run, randomize_factors, snapshot, train_config
 
 
 def wrong_frequencies(write):
@@ -243,19 +243,6 @@ def test_a_missing_runtime_is_named_before_anything_slow(
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(MissingExtra, match=rf"needs {package}, .*elastic-adapters\[{extra}\]"):
         export(config(exported, sub_adapter="maximal", formats=["hf", kind]))
-
-
-@contextlib.contextmanager
-def small_files(most: int = 60_000):
-    """No file may grow beyond this: a real failure of whatever writes."""
-    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, signals)
 
 
 @pytest.mark.parametrize("kind", ["hf", "onnx", "openvino"])

@@ -1,5 +1,7 @@
 """What is written computes what was trained, and whatever does not is never kept."""
 
+from __future__ import annotations
+
 import json
 import random
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import __main__
-from elastic.config import ExportConfig, ModelConfig, StageConfig
+from elastic.config import StageConfig
 from elastic.data import load_task
 from elastic.evaluation.evaluate import answers, evaluate
 from elastic.exporting import proof
@@ -21,61 +23,28 @@ from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.formats.runner import TorchRunner
 from elastic.latency.measure import measure
-from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.tiny_runs import ONE_ROUND, move_factors, randomize_factors, train_config
+from tests.helpers import tiny
+from tests.helpers.exports import (
+    TOLERANCE,
+    active_logits,
+    config,
+    hidden,
+    logits_close,
+    mixed_ranks,
+    write_sub,
+)
+from tests.helpers.tiny_runs import move_factors, train_config
 
 FIELDS = {
     "path", "bytes", "max_abs_diff", "greedy_tokens_equal",
     "prefill_ms", "decode_ms", "full_prefill_ms", "full_decode_ms",
 }  # fmt: skip
-# Of the largest logit. float32: sums in another order, over two layers; float64: the same.
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 NEAR_TIE = 0.02
 """Of the largest logit: what 8-bit caches change of a random model's logits, and some more."""
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_folder, tmp_path_factory):
-    """By dtype, a run whose factors are large enough to show. Exports go into it, under one name
-    per test."""
-    found = {}
-    for dtype in TOLERANCE:
-        folder = tmp_path_factory.mktemp(dtype)
-        model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")
-        found[dtype] = train_one(train_config(tiny_folder, folder / "run", model=model))
-        randomize_factors(found[dtype])
-    return found
-
-
-@pytest.fixture(scope="module")
-def run(runs):
-    return runs["float32"]
-
-
-@pytest.fixture(scope="module")
-def nets(runs):
-    """By dtype, the supernet, which no test changes."""
-    return {dtype: load_run(run)[2] for dtype, run in runs.items()}
-
-
-def config(run: Run, **overrides) -> ExportConfig:
-    settings = dict(formats=["hf"], accuracy=False, timing=ONE_ROUND)
-    return ExportConfig(run=str(run.path), **(settings | overrides))
-
-
-def logits_close(found: torch.Tensor, expected: torch.Tensor, dtype: str = "float32") -> None:
-    atol = TOLERANCE[dtype] * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-def active_logits(net, sub, ids) -> torch.Tensor:
-    with net.active(sub) as model:
-        return tiny.logits(model, ids)
 
 
 def mixed(net, seed: int = 0) -> SubAdapter:
@@ -87,13 +56,6 @@ def mixed(net, seed: int = 0) -> SubAdapter:
         if len(widths) > 1 and 32 not in widths:
             return sub
     raise AssertionError("no such sub-adapter")
-
-
-def mixed_ranks(net) -> SubAdapter:
-    """Full size but for ranks, which differ from layer to layer."""
-    indices = {g.name: i % len(g.choices) if g.dim == "rank" else 0
-               for i, g in enumerate(net.space)}  # fmt: skip
-    return net.space.at(indices)
 
 
 def decided(model, example, new_tokens: int) -> list[int]:
@@ -109,15 +71,6 @@ def decided(model, example, new_tokens: int) -> list[int]:
     ties = (best - second < NEAR_TIE * logits.abs().max()).tolist()
     answer = written.sequences[0, prompt.shape[1] :].tolist()
     return answer[: ties.index(True)] if True in ties else answer
-
-
-def write_sub(sub: SubAdapter, file) -> str:
-    write_json(file, sub.as_dict())
-    return str(file)
-
-
-def hidden(folder) -> list[str]:
-    return [path.name for path in folder.rglob(".*")]
 
 
 # hf

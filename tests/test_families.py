@@ -1,5 +1,7 @@
 """Every family that a space is shipped for: bound, cut, merged and counted as the laws have it."""
 
+from __future__ import annotations
+
 import random
 
 import pytest
@@ -11,21 +13,13 @@ from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import FAMILIES, model_of, output
-from tests.test_supernet import close, one_function, several
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of, net_of, output
+from tests.helpers.laws import close, one_function, several
 
 BLOOM = ("self_attention.query_key_value", "self_attention.dense")
 FIXED_WIDTH = {"bloom"}
 """Families whose configuration does not say how wide the MLP is."""
-ROUNDED = {"bloom", "gemma", "gemma2", "gpt-neox", "rwkv", "t5", "flan-t5"}
-"""Families whose code rounds to float32 somewhere, whatever the type."""
-
-
-def net_of(family: str) -> Supernet:
-    net = Supernet(model_of(family), SearchSpace.load(FAMILIES[family][1]), tiny.ADAPTERS["lora"])
-    net.reorder(tiny.permutations(net))
-    return tiny.randomize_(net)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

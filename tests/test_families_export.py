@@ -16,10 +16,10 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import FAMILIES, model_of
-from tests.test_latency import drive
-from tests.tiny_runs import ONE_ROUND, fake_measure, train_config
+from tests.helpers import tiny
+from tests.helpers.clock import drive
+from tests.helpers.families import FAMILIES, model_of
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, train_config
 
 DECODERS = [
     name

@@ -1,56 +1,24 @@
 """A written model computes what torch computes: at any prompt length, batch, and along decode."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from elastic.errors import ConfigError
 from elastic.formats import onnx, onnx_session, openvino, tracing
+from tests.helpers.graphs import VOCAB, run, sliced_llama, tokens
 
 onnxruntime = pytest.importorskip("onnxruntime")
+
+
 pytest.importorskip("onnx")
 
-VOCAB, HEAD_DIM = 128, 16
+
 RUNTIMES = ["onnx", "openvino"]
 TOLERANCE = 2e-4
 """Of the largest logit: float32 sums in another order, over two layers and five steps."""
-
-
-def sliced_llama(*, tied: bool, vocab: int = VOCAB) -> LlamaForCausalLM:
-    """Two layers unlike each other: MLP widths 96 and 48, KV heads 2 and 1, query heads 4 and 2."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,  # with the usual 0.02 attention hardly moves the logits
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
-    shapes = {
-        (attention, "q_proj"): (64, 2 * HEAD_DIM),
-        (attention, "k_proj"): (64, HEAD_DIM),
-        (attention, "v_proj"): (64, HEAD_DIM),
-        (attention, "o_proj"): (2 * HEAD_DIM, 64),
-        (mlp, "gate_proj"): (64, 48),
-        (mlp, "up_proj"): (64, 48),
-        (mlp, "down_proj"): (48, 64),
-    }
-    for (owner, name), (inputs, outputs) in shapes.items():
-        linear = torch.nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
-        torch.nn.init.normal_(linear.weight, std=0.3)
-        setattr(owner, name, linear)
-    return model
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, (batch, length))
 
 
 def follow(model, prompt: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -61,12 +29,6 @@ def follow(model, prompt: np.ndarray, steps: np.ndarray) -> np.ndarray:
     whole = torch.from_numpy(np.concatenate([prompt, steps], axis=1))
     logits = model(input_ids=whole, use_cache=False).logits
     return logits[:, prompt.shape[1] - 1 :].transpose(0, 1).numpy()
-
-
-def run(runner, prompt: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The runner's logits for `follow`'s arguments."""
-    first = runner.prefill(prompt)
-    return np.stack([first, *(runner.decode(steps[:, [i]]) for i in range(steps.shape[1]))])
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:

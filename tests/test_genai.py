@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from elastic.formats import onnx, openvino, pipelines
 from elastic.models import loading
 from elastic.models.kinds import classes_of
-from tests import tiny
-from tests.classification import classifier_config
-from tests.families import model_of
-from tests.test_formats_runtime import sliced_llama
+from tests.helpers import tiny
+from tests.helpers.classification import classifier_config
+from tests.helpers.families import model_of
+from tests.helpers.graphs import sliced_llama
 
 PROMPTS = ["Tom has 3", "ab", "what is it?"]
 NEW = 12

@@ -1,5 +1,7 @@
 """GGUF files: read back tensor by tensor, by transformers, and run by llama.cpp itself."""
 
+from __future__ import annotations
+
 import random
 
 import numpy as np
@@ -18,13 +20,11 @@ from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import model_of
-from tests.test_export_failures import small_files
+from tests.helpers import tiny
+from tests.helpers.exports import small_files
+from tests.helpers.families import LLAMA3, model_of
 
 TEXT = "Tom's 12 apples, and 345 pears; he said: \"I'll eat them all!\"  Ça va?\n\n"
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
 
 
 def byte_level(*steps, normalizer=None) -> PreTrainedTokenizerFast:

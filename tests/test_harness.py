@@ -19,8 +19,8 @@ from elastic.exporting.command import export
 from elastic.formats.runner import runner_of
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
+from tests.helpers import tiny
+from tests.helpers.tiny_runs import ONE_ROUND, randomize_factors, train_config
 
 TASK = """
 task: {name}

@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM
 from elastic.formats import hf
 from elastic.formats.padding import padded
 from elastic.supernet.compact import compact
-from tests import tiny
-from tests.families import model_of
-from tests.test_families import net_of
-from tests.test_gguf import LLAMA3
-from tests.test_reloaded import mixed
+from tests.helpers import tiny
+from tests.helpers.families import LLAMA3, model_of, net_of
+from tests.helpers.laws import mixed
 
 
 def stored(folder) -> dict[str, str]:

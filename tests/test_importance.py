@@ -6,8 +6,8 @@ import torch
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import Cut, channel_index
 from elastic.supernet.importance import channel_order
-from tests import tiny
-from tests.families import FAMILIES, model_of
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
 
 
 def bound(model, heads=True):

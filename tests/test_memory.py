@@ -14,10 +14,10 @@ from elastic.supernet.supernet import Supernet
 from elastic.training import trainer
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
-from tests import tiny
-from tests.steps import step_gradients
-from tests.tiny import ALPHA, RANK, tokens
-from tests.tiny_runs import assert_same_factors, train_config
+from tests.helpers import tiny
+from tests.helpers.steps import step_gradients
+from tests.helpers.tiny import ALPHA, RANK, tokens
+from tests.helpers.tiny_runs import assert_same_factors, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
 SETTINGS = {

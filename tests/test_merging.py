@@ -22,10 +22,10 @@ from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.test_supernet import MERGED, close
-from tests.tiny import logits, tokens
-from tests.tiny_runs import ONE_ROUND, copy_run, move_factors, snapshot, train_config
+from tests.helpers import tiny
+from tests.helpers.laws import MERGED, close
+from tests.helpers.tiny import logits, tokens
+from tests.helpers.tiny_runs import ONE_ROUND, copy_run, move_factors, snapshot, train_config
 
 # peft 0.21 still reads the old name of a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -14,8 +14,8 @@ from elastic.config import ModelConfig
 from elastic.errors import ModelError
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from tests import tiny
-from tests.tiny import RANK
+from tests.helpers import tiny
+from tests.helpers.tiny import RANK
 
 
 @pytest.mark.parametrize("tied", [False, True])

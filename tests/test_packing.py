@@ -17,11 +17,10 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import require_apart
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import FAMILIES, model_of
-from tests.test_families import ROUNDED
-from tests.test_supernet import close
-from tests.tiny_runs import factors, metrics, train_config
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of
+from tests.helpers.laws import close
+from tests.helpers.tiny_runs import factors, metrics, train_config
 
 CAUSAL = [
     name

@@ -1,5 +1,7 @@
 """report.html holds the whole search, needs nothing beside itself, and shows what is asked for."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
@@ -11,8 +13,11 @@ from elastic.config import BudgetConfig
 from elastic.searching.page import _volumes
 from elastic.searching.study import search
 from elastic.supernet.store import load_run
-from tests.test_study import config
-from tests.tiny_runs import copy_run
+from tests.helpers.searches import config, data_of
+from tests.helpers.tiny_runs import copy_run
+
+pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -22,12 +27,6 @@ def searched(trained, fake_latency, tmp_path_factory):
     run = copy_run(trained, tmp_path_factory.mktemp("page") / "a <b>&amp; run")
     budget = BudgetConfig(prefill_ms="90%", max_accuracy_drop=0.3)
     return run, search(config(run, trials=12, starts=6, budget=budget, test_front=3))
-
-
-def data_of(run) -> dict:
-    page = run.report.read_text()
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
-    return json.loads(found[1])
 
 
 def test_the_page_holds_the_whole_search(searched):

@@ -29,9 +29,11 @@ from elastic.searching.study import search
 from elastic.spaces.bound import bits_of, smallest, split, with_bits
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from tests import tiny
-from tests.test_study import config, sub_of, trials_of
-from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of
+from tests.helpers import tiny
+from tests.helpers.searches import config, sub_of, trials_of
+from tests.helpers.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of
+
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 MODES = ["int8", "int4"]
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)

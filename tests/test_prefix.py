@@ -15,9 +15,8 @@ from elastic.data.prefix import read, shared
 from elastic.data.task import Example
 from elastic.evaluation.evaluate import evaluate
 from elastic.supernet.compact import compact
-from tests import tiny
-from tests.families import DECODER, FAMILIES, GROUPED, SMALL, model_of
-from tests.test_families import ROUNDED
+from tests.helpers import tiny
+from tests.helpers.families import DECODER, FAMILIES, GROUPED, ROUNDED, SMALL, model_of
 
 TOKENIZER = tiny.tokenizer()
 OTHERS = ("rwkv", "bert, classes", "bert, a score", "roberta", "minilm", "t5", "flan-t5")

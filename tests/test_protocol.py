@@ -18,8 +18,8 @@ from elastic.evaluation.command import _file
 from elastic.evaluation.evaluate import evaluate
 from elastic.run import Run
 from elastic.training.one_task import train_one
-from tests.test_evaluate import LEARNT, PROMPTS, TOKENIZER
-from tests.tiny_runs import randomize_factors, train_config
+from tests.helpers.learnt import LEARNT, PROMPTS, TOKENIZER
+from tests.helpers.tiny_runs import randomize_factors, train_config
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.nncf import read
-from tests.tiny_runs import space_file
+from tests.helpers.tiny_runs import space_file
 
 LLAMA = ("PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/"
          "ModuleList[layers]/LlamaDecoderLayer[{}]/")  # fmt: skip

@@ -28,11 +28,17 @@ from elastic.supernet.importance import channel_order
 from elastic.supernet.store import load_run, load_super_adapter, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.test_encoder_decoder import SPACE as T5_SPACE
-from tests.test_supernet import MERGED, close, several
-from tests.tiny import logits, tokens
-from tests.tiny_runs import ONE_ROUND, assert_same_factors, interrupted, move_factors, train_config
+from tests.helpers import tiny
+from tests.helpers.laws import MERGED, close, several
+from tests.helpers.seq2seq import SPACE as T5_SPACE
+from tests.helpers.tiny import logits, tokens
+from tests.helpers.tiny_runs import (
+    ONE_ROUND,
+    assert_same_factors,
+    interrupted,
+    move_factors,
+    train_config,
+)
 
 pytest.importorskip("bitsandbytes")
 

@@ -1,6 +1,7 @@
 """Every key-value head keeps its own most important query heads."""
 
-import numpy as np
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -8,19 +9,16 @@ from elastic.config import MergeAdapterConfig, MergeConfig
 from elastic.errors import ConfigError
 from elastic.exporting.foreign import Update
 from elastic.exporting.merge import combine
-from elastic.formats import hf, onnx, openvino
-from elastic.formats.runner import TorchRunner
+from elastic.formats import hf
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import FAMILIES, model_of, output
-from tests.test_families import ROUNDED
-from tests.test_latency import drive
-from tests.test_sensitivity import STEP, batch_of, loss
-from tests.test_supernet import close, one_function, several
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
+from tests.helpers.graphs import same_in_every_runtime
+from tests.helpers.laws import STEP, batch_of, close, loss, one_function, several
 
 QUERIES = {"dim": "query_heads", "outputs": ["self_attn.q_proj"], "inputs": ["self_attn.o_proj"],
            "choices": [4, 3, 1]}  # fmt: skip
@@ -143,18 +141,6 @@ def test_uniform_ones_are_the_family_s_own_class(tmp_path):
         assert (not (folder / hf.CODE).exists()) is plain
         if plain:
             assert (again.config.num_attention_heads, again.config.num_key_value_heads) == (4, 2)
-
-
-def same_in_every_runtime(small, folder) -> None:
-    ids = tiny.tokens(2, 9).numpy()
-    expected = drive(TorchRunner(small), ids, 5)
-    graph = onnx.write(small, folder)
-    for runner in (
-        onnx.OnnxRunner(graph),
-        openvino.OpenVINORunner(openvino.write(graph, folder)),
-    ):
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(drive(runner, ids, 5), expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_every_runtime_computes_the_same(tmp_path):

@@ -21,7 +21,7 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from tests.tiny import randomize_
+from tests.helpers.tiny import randomize_
 
 pytestmark = pytest.mark.slow
 CONFIG = ModelConfig(path="smollm2", dtype="float32", device="cpu")

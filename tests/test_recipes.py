@@ -26,7 +26,7 @@ from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.store import load_run
 from elastic.training.sequence import stage_config
-from tests import tiny
+from tests.helpers import tiny
 
 LLAMA = ("meta-llama/Llama-2-7b-hf", "huggyllama/llama-7b", "yahma/llama-7b-hf")
 PARAMETERS = {

@@ -28,10 +28,10 @@ from elastic.searching.study import search
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.importance import channel_order
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import model_of
-from tests.test_encoder_decoder import drive
-from tests.tiny_runs import ONE_ROUND, fake_measure, train_config
+from tests.helpers import tiny
+from tests.helpers.families import model_of
+from tests.helpers.seq2seq import drive
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, train_config
 
 PAIRS = [("a", "b"), ("a much longer prompt", "and its answer"), ("ab", "cde")]
 

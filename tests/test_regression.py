@@ -24,8 +24,8 @@ from elastic.run import Run
 from elastic.searching.study import search
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests.classification import LETTERS, classifier_config
-from tests.tiny_runs import ONE_ROUND, fake_measure
+from tests.helpers.classification import LETTERS, classifier_config
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure
 
 
 def rows(number=lambda a, b: abs(ord(a) - ord(b)) / 2) -> list[dict]:

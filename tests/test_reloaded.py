@@ -1,7 +1,8 @@
 """What was written comes back as a base: cut again, it is as if cut for the first time."""
 
+from __future__ import annotations
+
 import json
-import random
 
 import pytest
 import torch
@@ -15,16 +16,11 @@ from elastic.models.kinds import is_recurrent
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import FAMILIES, model_of, output
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of, output
+from tests.helpers.laws import mixed
 
 AGAIN = ["qwen3", "phi3", "gpt2", "bloom", "rwkv", "bert, classes", "t5"]
-
-
-def mixed(net):
-    """A sub-adapter whose layers differ."""
-    subs = (net.space.random(random.Random(seed)) for seed in range(20))
-    return next(sub for sub in subs if not hf.is_plain(compact(net, sub)))
 
 
 def cut(model, family):

@@ -1,5 +1,7 @@
 """A run that was killed ends up bit for bit like one that was not."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -15,17 +17,9 @@ from elastic.run import Run
 from elastic.training import checkpoints
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
-from tests.tiny_runs import assert_same_factors, interrupted, metrics, train_config
+from tests.helpers.tiny_runs import assert_same_factors, interrupted, logged, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
-RATES = ("examples_per_second", "tokens_per_second")
-
-
-def logged(run: Run) -> list[dict]:
-    """All that was logged but the pace, which is no function of the settings."""
-    rows = metrics(run)
-    assert all(rate in row for row in rows for rate in RATES)
-    return [{key: value for key, value in row.items() if key not in RATES} for row in rows]
 
 
 def assert_same(run: Run, whole: Run) -> None:

@@ -12,9 +12,15 @@ from elastic.formats import onnx_compressed
 from elastic.formats.compression import compress
 from elastic.formats.rounding import Grid, grids, round_, rounded
 from elastic.formats.runner import runner_of
-from tests.families import model_of
-from tests.test_compression import TOLERANCE, UNIFORM, Written, graph_runner, layers
-from tests.test_formats_runtime import sliced_llama
+from tests.helpers.families import model_of
+from tests.helpers.graphs import (
+    ROUNDED_TOLERANCE,
+    UNIFORM,
+    Written,
+    graph_runner,
+    layers,
+    sliced_llama,
+)
 
 MODELS = {
     "llama, sliced": lambda: sliced_llama(tied=True),
@@ -40,7 +46,7 @@ def test_it_answers_as_the_compressed_graph_does(written, kind, mode, tmp_path, 
     assert stored == {name: (grid.bits, grid.group) for name, grid in expected.items()}
     near = round_(copy.deepcopy(written.model), mode, kind)
     logits = written.logits(graph_runner(found.path, exact=True))
-    tolerance = TOLERANCE * abs(logits).max()
+    tolerance = ROUNDED_TOLERANCE * abs(logits).max()
     np.testing.assert_allclose(written.logits(runner_of(near)), logits, rtol=0, atol=tolerance)
     assert abs(written.logits(runner_of(written.model)) - logits).max() > 10 * tolerance
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from elastic.config import ScheduleConfig, StageConfig
 from elastic.training.schedule import MAXIMAL_EVERY, Schedule, visits
-from tests import tiny
+from tests.helpers import tiny
 
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
 ALL = ["rank", "width", "heads"]

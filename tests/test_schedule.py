@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from elastic.config import ScheduleConfig, StageConfig, TrainConfig
 from elastic.errors import ConfigError
 from elastic.training.schedule import Position, Schedule
-from tests import tiny
+from tests.helpers import tiny
 
 ALL = ["rank", "width", "heads"]
 N = 5

@@ -13,9 +13,9 @@ from elastic.evaluation.evaluate import answers, evaluate
 from elastic.evaluation.in_runtime import answer, continued, likelihood, score
 from elastic.formats import onnx, openvino
 from elastic.formats.runner import runner_of
-from tests import tiny
-from tests.families import model_of
-from tests.test_evaluate import examples
+from tests.helpers import tiny
+from tests.helpers.families import model_of
+from tests.helpers.learnt import examples
 
 TOKENIZER = tiny.tokenizer()
 WORDS = ["one", "two", "three, or more", "a", "ab", "b", "yes", "no"]

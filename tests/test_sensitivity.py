@@ -1,25 +1,13 @@
 """Importances are what cutting a little of a group does to the loss, by finite differences."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
-from elastic.data.answers import answer_logits, answer_loss
-from elastic.data.collating import collate
-from elastic.data.encoding import encode
 from elastic.supernet.group_importance import group_importance
-from tests import tiny
-
-STEP = 1e-4
-
-
-def batch_of(*prompts: str) -> dict[str, torch.Tensor]:
-    tokenizer = tiny.tokenizer()
-    return collate([encode(tokenizer, prompt, "bad") for prompt in prompts], 0)
-
-
-def loss(net, batch) -> float:
-    with torch.no_grad():
-        return float(answer_loss(*answer_logits(net.model, batch)))
+from tests.helpers import tiny
+from tests.helpers.laws import STEP, batch_of, loss
 
 
 def scale_what_would_be_gone(net, group, by: float) -> None:

@@ -10,8 +10,8 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.importance import channel_order
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.test_supernet import close, one_function, several
+from tests.helpers import tiny
+from tests.helpers.laws import close, one_function, several
 
 LAYERS = 2
 

@@ -18,8 +18,8 @@ from elastic.errors import ConfigError, RunError
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import GroupSpec
-from tests import tiny
-from tests.families import FAMILIES, model_of
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
 
 SHIPPED = sorted(Path(__file__).parent.parent.joinpath("search_spaces").rglob("*.yaml"))
 

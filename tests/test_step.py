@@ -20,7 +20,7 @@ from elastic.data.encoding import padded
 from elastic.models.modules import plain_linear
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
-from tests.tiny_runs import train_config
+from tests.helpers.tiny_runs import train_config
 
 
 def elastic_linear(*, bias: bool, dropout: float = 0.0, seed: int = 0) -> ElasticLinear:

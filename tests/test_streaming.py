@@ -1,5 +1,7 @@
 """What is sliced and merged one tensor at a time is what `compact` makes of all at once."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest
@@ -7,13 +9,12 @@ import torch
 
 from elastic.formats import hf
 from elastic.models.meter import Meter
-from elastic.models.modules import linear_
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact, streamed
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import FAMILIES, model_of
-from tests.test_supernet import several
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
+from tests.helpers.laws import same, without_data
 
 DEPTHS = {"dim": "depth", "choices": [1.0, 0.5], "drop_ends": True}
 
@@ -27,26 +28,6 @@ def pair(family: str, method: str = "lora") -> tuple[torch.nn.Module, Supernet, 
     net.reorder(order)
     tiny.randomize_(net)
     return base, net, without_data(base, net, space, method, order)
-
-
-def without_data(base, net, space, method, order) -> Supernet:
-    with torch.device("meta"):
-        shell = type(base)(copy.deepcopy(base.config)).to(base.dtype)
-    bare = Supernet(linear_(shell), space, tiny.ADAPTERS[method], order=order, start=False)
-    bare.load_factors(net.factor_state())
-    return bare
-
-
-def same(base, net, bare) -> None:
-    for sub in several(net, draws=1):
-        expected = compact(net, sub).state_dict()
-        found = streamed(base, bare, sub, {name: x.detach() for name, x in net.head.items()})
-        assert list(found.tensors) == list(expected)
-        for name, tensor in expected.items():
-            made = found.tensors[name]()
-            assert torch.equal(made, tensor), name
-            assert found.model.state_dict()[name].shape == made.shape
-            assert found.model.state_dict()[name].dtype == made.dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)

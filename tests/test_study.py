@@ -1,7 +1,8 @@
 """A search is repeatable, resumable and honest about its budget. Latency is a function of the
 parameter count here; accuracy is real."""
 
-import csv
+from __future__ import annotations
+
 import json
 import shutil
 from dataclasses import replace
@@ -9,137 +10,24 @@ from dataclasses import replace
 import pytest
 
 from elastic import __main__
-from elastic.config import BudgetConfig, SearchConfig, TaskConfig
+from elastic.config import BudgetConfig, SearchConfig
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluation.evaluate import evaluate
 from elastic.latency import bench, target
 from elastic.latency.target import Target
-from elastic.models import loading
 from elastic.run import Run
 from elastic.searching import finalists, study
-from elastic.searching.front import Front
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
-from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
-from elastic.training.one_task import train_one
-from tests.tiny import ATTENTION, GATE_UP
-from tests.tiny_runs import (
-    ONE_ROUND,
-    copy_run,
-    decode_of,
-    fake_measure,
-    prefill_of,
-    randomize_factors,
-    space_file,
-    train_config,
-)
+from tests.helpers.searches import config, front_of, measured, sub_of, trained_run, trials_of
+from tests.helpers.tiny import ATTENTION, GATE_UP
+from tests.helpers.tiny_runs import copy_run, decode_of, fake_measure, prefill_of, randomize_factors
 
-NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia")
-
-
-def choices_task(folder) -> TaskConfig:
-    """Which of two letters: even random weights are right now and then, and sub-adapters differ."""
-    splits = {"train": range(32), "validation": range(32, 62), "test": range(62, 84)}
-    files = {}
-    for split, numbers in splits.items():
-        rows = []
-        for n in numbers:
-            options = [chr(97 + n % 26), chr(97 + (n * 7 + 3) % 26)]
-            prompt = f"{NAMES[n % 6]} {n}:"
-            rows.append({"prompt": prompt, "options": options, "answer": options[n % 2]})
-        files[split] = folder / f"{split}.jsonl"
-        files[split].write_text("\n".join(json.dumps(row) for row in rows))
-    return TaskConfig(
-        name="jsonl", options="options", **{split: str(file) for split, file in files.items()}
-    )
-
-
-def trained_run(base, folder, declared=None) -> Run:
-    space = space_file(folder, declared)
-    config = train_config(base, folder / "run", space=space, task=choices_task(folder))
-    run = train_one(config)
-    randomize_factors(run)
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_folder, tmp_path_factory):
-    """A trained run; searches use copies of it."""
-    return trained_run(tiny_folder, tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fake_latency(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "measure", fake_measure)
-        patch.setenv("ELASTIC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """Drawing takes longer than these searches; the one in `searched`, made before this, draws."""
-    monkeypatch.setattr(Front, "_plot", lambda self, path: None)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Every sub-adapter the objective was called with, in order."""
-    seen = []
-    call = Objective.__call__
-
-    def spied(self, sub, *rivals):
-        seen.append(sub)
-        return call(self, sub, *rivals)
-
-    monkeypatch.setattr(Objective, "__call__", spied)
-    return seen
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch):
-    def load(*_, **__):
-        pytest.fail("weights were loaded")
-
-    monkeypatch.setattr(loading, "load_model", load)
-
-
-def config(run: Run, **overrides) -> SearchConfig:
-    settings = dict(trials=8, starts=4, population=4, timing=ONE_ROUND, test_front=50, race=0.0)
-    return SearchConfig(run=str(run.path), **(settings | overrides))
-
-
-def measured(run: Run) -> list[dict[str, str]]:
-    """The trials without what is believed of them, which every further one may change."""
-    believed = ("accuracy_estimate", "feasible")
-    return [{k: v for k, v in row.items() if k not in believed} for row in trials_of(run)]
-
-
-def trials_of(run: Run) -> list[dict[str, str]]:
-    return list(csv.DictReader((run.search / "trials.csv").read_text().splitlines()))
-
-
-def front_of(run: Run) -> list[dict]:
-    return json.loads(run.front.read_text())
-
-
-def sub_of(row) -> SubAdapter:
-    return SubAdapter(tuple(json.loads(row["sub_adapter"]).items()))
-
-
-# What a search leaves behind.
-
-
-@pytest.fixture(scope="module")
-def searched(trained, fake_latency, tmp_path_factory):
-    """(run, front) of a search with a budget that some sub-adapters miss."""
-    run = copy_run(trained, tmp_path_factory.mktemp("searched") / "run")
-    budget = BudgetConfig(prefill_ms="85%", min_accuracy=0.1)
-    return run, search(config(run, trials=16, starts=6, budget=budget))
+pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
 
 
 def test_files_of_a_search(searched):

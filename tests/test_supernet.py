@@ -1,67 +1,35 @@
 """Active, sliced and merged are one function; what is inactive takes no part in anything."""
 
+from __future__ import annotations
+
 import errno
 import os
-import random
-from collections.abc import Callable
 
 import pytest
-import safetensors
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from elastic.adapters.layers import ElasticLinear, FactorLinear
-from elastic.config import AdapterConfig, ModelConfig
+from elastic.config import AdapterConfig
 from elastic.errors import BaseMismatch, RunError
 from elastic.models.digest import digest_of
 from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact, merge_, sliced
 from elastic.supernet.cost import Counter, count
-from elastic.supernet.store import load_super_adapter, save_super_adapter
+from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.tiny import ALPHA, RANK, logits, tokens
-
-MERGED = 1e-9
-"""Of the largest logit: W x + B (A x) and (W + B A) x round differently, over two layers."""
+from tests.helpers import tiny
+from tests.helpers.laws import MERGED, close, save, several
+from tests.helpers.tiny import ALPHA, RANK, logits, tokens
 
 KINDS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "biased": {"attention_bias": True, "mlp_bias": True},
 }
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-12) -> None:
-    assert expected.abs().max() > 0.1, "a comparison of zeros proves nothing"
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=relative * float(expected.abs().max())
-    )
-
-
-def one_function(
-    net: Supernet, sub: SubAdapter, compute: Callable[[PreTrainedModel], torch.Tensor], precision
-) -> tuple[torch.Tensor, PreTrainedModel]:
-    """What `sub` computes, and its compact model: active, sliced and merged it is the same, and the
-    counter counts it."""
-    with torch.no_grad():
-        with net.active(sub):
-            expected = compute(net.model)
-        small = compact(net, sub)
-        close(compute(sliced(net, sub)), expected, precision)
-        close(compute(small), expected, precision)
-    assert Counter(net.model, net.space)(sub) == count(small)
-    return expected, small
-
-
-def several(net: Supernet, draws: int = 3) -> list[SubAdapter]:
-    generator = random.Random(0)
-    named = [net.space.maximal(), net.space.minimal(), net.space.heuristic()]
-    return named + [net.space.random(generator) for _ in range(draws)]
 
 
 # Active
@@ -370,13 +338,6 @@ def test_counter_equals_counting_the_compact_model(kind, heads):
 def test_macs_are_those_of_the_linear_layers():
     model = nn.Sequential(nn.Embedding(9, 5), plain_linear(torch.zeros(3, 5), None))
     assert (count(model).macs, count(model).params) == (15, 60)
-
-
-# The directory of a super-adapter
-
-
-def save(net: Supernet, directory, digest: str = "sha256:mine") -> None:
-    save_super_adapter(net, directory, model=ModelConfig(path="tiny"), base_digest=digest, seed=3)
 
 
 def contents(directory) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from elastic.data import arithmetic as problems
 from elastic.data.encoding import encode_example, prompt_ids
 from elastic.data.task import Example, Split
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
-from tests import tiny
+from tests.helpers import tiny
 
 SPLITS: list[Split] = ["train", "validation", "test"]
 

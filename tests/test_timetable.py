@@ -20,9 +20,9 @@ from elastic.latency.target import Target
 from elastic.searching.study import search
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
-from tests.test_study import config
-from tests.tiny import RANK
-from tests.tiny_runs import (
+from tests.helpers.searches import config
+from tests.helpers.tiny import RANK
+from tests.helpers.tiny_runs import (
     ONE_ROUND,
     copy_run,
     decode_of,
@@ -30,6 +30,8 @@ from tests.tiny_runs import (
     prefill_of,
     randomize_factors,
 )
+
+pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
 
 SIZES = TableConfig(seen=9, unseen=5)
 

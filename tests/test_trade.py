@@ -6,8 +6,8 @@ import torch
 from elastic.evaluation.statistics import Score, paired, wilson
 from elastic.exporting import command, contract, targets
 from elastic.exporting.command import export
-from tests import tiny
-from tests.test_exporter import active_logits, config, logits_close
+from tests.helpers import tiny
+from tests.helpers.exports import active_logits, config, logits_close
 
 
 def scores(report, kind: str) -> tuple:

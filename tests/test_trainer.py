@@ -30,9 +30,9 @@ from elastic.training.callbacks import MetricsFile
 from elastic.training.one_task import train_one
 from elastic.training.schedule import Schedule
 from elastic.training.trainer import ElasticTrainer
-from tests import tiny
-from tests.steps import step_gradients
-from tests.tiny_runs import (
+from tests.helpers import tiny
+from tests.helpers.steps import step_gradients
+from tests.helpers.tiny_runs import (
     assert_same_factors,
     factors,
     interrupted,

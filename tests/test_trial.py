@@ -12,9 +12,9 @@ from elastic.supernet.discovery import called, discover, refusal, require_fits
 from elastic.supernet.summary import show_space
 from elastic.training.dry_run import estimate
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.families import FAMILIES, model_of
-from tests.tiny_runs import space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
+from tests.helpers.tiny_runs import space_file, train_config
 
 WIDTH = {"dim": "width", "outputs": ["mlp.gate_proj", "mlp.up_proj"], "inputs": ["mlp.down_proj"],
          "choices": [1.0, 0.5]}  # fmt: skip

@@ -18,10 +18,9 @@ from elastic.spaces.uniform import covering, is_uniform, kinds, nearest_uniform,
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.supernet import Supernet
-from tests import tiny
-from tests.families import FAMILIES, GROUPED, model_of, output
-from tests.test_families import ROUNDED, net_of
-from tests.test_supernet import close
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, GROUPED, ROUNDED, model_of, net_of, output
+from tests.helpers.laws import close
 
 FULL_WIDTH = {"bloom"}
 """Families whose configuration knows no other width than four times the hidden size."""

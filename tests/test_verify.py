@@ -6,7 +6,7 @@ import torch
 
 from elastic.exporting import proof
 from elastic.exporting.proof import NEW_TOKENS, Agreement, Probe, agreement
-from tests import tiny
+from tests.helpers import tiny
 
 
 class Replay:

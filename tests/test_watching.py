@@ -20,8 +20,8 @@ from elastic.training import trainer
 from elastic.training.callbacks import Pace, Probe
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
-from tests import tiny
-from tests.tiny_runs import metrics, train_config
+from tests.helpers import tiny
+from tests.helpers.tiny_runs import metrics, train_config
 
 
 def test_the_pace_is_what_was_added_over_the_time():

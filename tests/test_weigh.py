@@ -6,7 +6,7 @@ import torch
 from elastic.errors import RunError
 from elastic.formats import hf, onnx
 from elastic.latency.weigh import Load, weigh
-from tests import tiny
+from tests.helpers import tiny
 
 
 def test_a_model_weighs_what_its_tensors_do(tmp_path):

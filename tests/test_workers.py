@@ -21,8 +21,10 @@ from elastic.errors import RunError
 from elastic.searching import workers
 from elastic.searching.study import search
 from elastic.searching.workers import Worker, open_storage
+from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 from tests.programs.searching import KILLED_AT
-from tests.tiny_runs import ONE_ROUND, copy_run
+
+pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
 
 TRIALS, WORKERS = 20, 4
 

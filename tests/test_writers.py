@@ -17,8 +17,8 @@ from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import is_uniform
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
-from tests import tiny
-from tests.tiny_runs import ONE_ROUND, randomize_factors, train_config
+from tests.helpers import tiny
+from tests.helpers.tiny_runs import ONE_ROUND, randomize_factors, train_config
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.store import save_super_adapter
 from elastic.supernet.supernet import Supernet
-from tests import tiny
 from tests.benchmarks.common import report
+from tests.helpers import tiny
 
 SHAPE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
              num_attention_heads=32, vocab_size=32000)  # fmt: skip

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from elastic.config import AdapterConfig, StageConfig
 from elastic.run import Run
 from elastic.training.one_task import train_one
-from tests.tiny_runs import train_config
+from tests.helpers.tiny_runs import train_config
 
 DIMS = ["rank", "width", "heads"]
 

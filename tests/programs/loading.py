@@ -1,6 +1,6 @@
 """Written folders in other versions of transformers, which load them and compute the same.
 
-    python -m tests.programs.loading 4.57.6 5.5.4        (minutes: each makes an environment of its own)
+    python -m tests.programs.loading 4.57.6 5.5.4    (minutes: each makes an environment of its own)
 
 The folders are written here; `read` runs in the other environment, as a file, where nothing of
 this project is installed.
@@ -53,7 +53,7 @@ def write(folder: Path) -> None:
     from elastic.spaces.uniform import is_uniform
     from elastic.supernet.compact import compact
     from elastic.supernet.supernet import Supernet
-    from tests import families, tiny
+    from tests.helpers import families, tiny
 
     for family in FAMILIES:
         rope = {"rope_parameters": dict(ROPE[family])} if family in ROPE else {}

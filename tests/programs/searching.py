@@ -25,7 +25,7 @@ from elastic.config import SearchConfig, StudyConfig
 from elastic.latency import measure
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
-from tests.tiny_runs import ONE_ROUND, fake_measure
+from tests.helpers.tiny_runs import ONE_ROUND, fake_measure
 
 KILLED_AT = 3
 

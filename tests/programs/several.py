@@ -26,9 +26,9 @@ from elastic.config import SequenceConfig, StageConfig, TaskConfig
 from elastic.spaces.dims import DEPTH, DIMS
 from elastic.supernet.supernet import Supernet
 from elastic.training.command import train
-from tests import tiny
-from tests.steps import step_gradients
-from tests.tiny_runs import interrupted, space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.steps import step_gradients
+from tests.helpers.tiny_runs import interrupted, space_file, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"])
 RUNS = {

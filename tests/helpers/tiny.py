@@ -25,7 +25,6 @@ PAD, BOS, EOS = range(3)
 CHARACTERS = [chr(code) for code in range(32, 127)]
 VOCABULARY = len(SPECIAL) + len(CHARACTERS)
 RANK, ALPHA = 8, 24.0  # a scale of 3, so a forgotten or doubled scale shows
-
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 GATE_UP = ["mlp.gate_proj", "mlp.up_proj"]
 

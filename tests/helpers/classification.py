@@ -9,9 +9,9 @@ import torch
 
 from elastic.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from elastic.formats import hf
-from tests import tiny
-from tests.families import model_of
-from tests.tiny_runs import train_config
+from tests.helpers import tiny
+from tests.helpers.families import model_of
+from tests.helpers.tiny_runs import train_config
 
 LETTERS = "abcdefgh"
 

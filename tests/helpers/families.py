@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from elastic.models.modules import linear_
-from tests import tiny
+from elastic.spaces.declared import SearchSpace
+from elastic.supernet.supernet import Supernet
+from tests.helpers import tiny
 
 SMALL = {"vocab_size": tiny.VOCABULARY, "pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS,
          "eos_token_id": tiny.EOS, "initializer_range": 0.2}  # fmt: skip
@@ -17,7 +19,6 @@ DECODER = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
 GROUPED = {**DECODER, "num_key_value_heads": 2, "head_dim": 16}
 T5 = {"d_model": 64, "d_ff": 192, "d_kv": 16, "num_heads": 4, "num_layers": 2,
       "decoder_start_token_id": tiny.PAD}  # fmt: skip
-
 FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, space, settings
     "llama": ("LlamaForCausalLM", "llama", GROUPED),
     "llama, tied": ("LlamaForCausalLM", "llama", {**GROUPED, "tie_word_embeddings": True}),
@@ -46,8 +47,6 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, space, settings
     "t5": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "relu"}),
     "flan-t5": ("T5ForConditionalGeneration", "flan-t5", {**T5, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
-
-
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -78,3 +77,37 @@ def output(model: PreTrainedModel) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
     return model(**inputs).logits
+
+
+ROUNDED = {"bloom", "gemma", "gemma2", "gpt-neox", "rwkv", "t5", "flan-t5"}
+"""Families whose code rounds to float32 somewhere, whatever the type."""
+
+
+def net_of(family: str) -> Supernet:
+    net = Supernet(model_of(family), SearchSpace.load(FAMILIES[family][1]), tiny.ADAPTERS["lora"])
+    net.reorder(tiny.permutations(net))
+    return tiny.randomize_(net)
+
+
+def bloom(dtype: torch.dtype = torch.float64, **overrides) -> BloomForCausalLM:
+    """Two random layers, biases and norms moved away from where they start."""
+    settings = dict(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=2, n_head=4,
+                    pad_token_id=tiny.PAD, bos_token_id=tiny.BOS, eos_token_id=tiny.EOS,
+                    initializer_range=0.2)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BloomForCausalLM(BloomConfig(**(settings | overrides)))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def save_bloom(folder, **overrides):
+    bloom(torch.float32, **overrides).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip

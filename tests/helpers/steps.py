@@ -13,8 +13,8 @@ from elastic.run import Run
 from elastic.training import trainer
 from elastic.training.schedule import Schedule
 from elastic.training.trainer import ElasticTrainer
-from tests import tiny
-from tests.tiny_runs import space_file, train_config
+from tests.helpers import tiny
+from tests.helpers.tiny_runs import space_file, train_config
 
 
 def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, max_grad_norm=1e9):

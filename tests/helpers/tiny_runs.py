@@ -25,7 +25,7 @@ from elastic.run import Run
 from elastic.supernet.cost import count
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
-from tests.tiny import ALPHA, RANK, space_dict
+from tests.helpers.tiny import ALPHA, RANK, space_dict
 
 ONE_ROUND = TimingConfig(prompt_tokens=4, new_tokens=1, rounds=1, max_rounds=1)
 
@@ -136,3 +136,13 @@ def fake_measure(runners, config, *, vocabulary, seed=0, clock=None):
     sizes = {name: count(runner.model).params for name, runner in runners.items()}
     found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
     return Measurement(found, 0.0, config.rounds, config.tolerance)
+
+
+RATES = ("examples_per_second", "tokens_per_second")
+
+
+def logged(run: Run) -> list[dict]:
+    """All that was logged but the pace, which is no function of the settings."""
+    rows = metrics(run)
+    assert all(rate in row for row in rows for rate in RATES)
+    return [{key: value for key, value in row.items() if key not in RATES} for row in rows]
