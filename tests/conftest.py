@@ -49,7 +49,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_weighing(monkeypatch):
-    """Exports do not start processes, which import torch for seconds: tests/test_weigh.py does."""
+    """Exports start no processes, which import torch for seconds; latency/test_weigh.py does."""
     from elastic.latency import weigh
 
     canned = [weigh.Weight(0.125, 10.0), weigh.Weight(0.25, 20.0)]

@@ -18,7 +18,7 @@ from elastic.adapters import METHODS
 from elastic.adapters.soslora import cross_expert
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SorsaConfig, SosLoraConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Case:

@@ -20,7 +20,7 @@ from tests.helpers.steps import step_gradients
 from tests.helpers.tiny_runs import logged, train_config
 from tests.programs.several import REGULARISED, RUNS, config_of, gradients, write_tasks
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
 def launch(model: Path, folder: Path, *names: str) -> None:

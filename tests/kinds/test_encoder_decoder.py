@@ -42,7 +42,7 @@ from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, train_config
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    # MLPs of 96, 48 and 24: OpenVINO ends the process at 32 (see `tests.test_exporter.mixed`).
+    # MLPs of 96, 48 and 24: OpenVINO ends the process at 32 (see exporting/test_command.py).
     return tiny.save_t5(tmp_path_factory.mktemp("t5"), d_ff=96)
 
 

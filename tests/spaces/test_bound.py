@@ -21,7 +21,7 @@ from elastic.spaces.dims import GroupSpec
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of
 
-SHIPPED = sorted(Path(__file__).parent.parent.joinpath("search_spaces").rglob("*.yaml"))
+SHIPPED = sorted(Path(__file__).parents[2].joinpath("search_spaces").rglob("*.yaml"))
 
 
 def bound(heads: bool = True, **overrides):
