@@ -1,38 +1,51 @@
-"""Checkpoints that are whole or not there: written aside, digested, then renamed.
+"""Checkpoints that are whole or passed over: digests of all files are written last, as the mark.
 
-DIRECTORY/checkpoint-N/ is one of them, DIRECTORY/building/ what a kill may have left half-written.
+DIRECTORY/checkpoint-N/ is one of them; without its mark it is what a kill left half-written.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
+
+from accelerate import PartialState
+from transformers import TrainerCallback
 
 from elastic.console import say
 from elastic.errors import RunError
 from elastic.files import digest, read_json, write_json
 
-BUILDING = "building"
 DIGESTS = "files.json"
 KEPT = 2
 """One to resume from, and one before it in case that one is damaged."""
 
 
-def publish(built: Path, directory: Path) -> Path:
-    """Move a finished checkpoint from `built` to where it is found; old ones beyond KEPT go."""
-    write_json(built / DIGESTS, {name: digest(built / name) for name in _files(built)})
-    target = directory / built.name
-    _remove(target)  # of an earlier attempt at the same step, damaged or it would have been used
-    os.rename(built, target)
-    for old in _newest_first(directory)[KEPT:]:
-        _remove(old)
-    return target
+class MarkWhole(TrainerCallback):
+    """Marks every checkpoint once all processes have written their part of it."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        processes.wait_for_everyone()
+
+
+def mark(folder: Path) -> None:
+    """Write the digest of every file below, each through to the disk before it."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != DIGESTS:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            digests[str(path.relative_to(folder))] = digest(path)
+    write_json(folder / DIGESTS, digests)
 
 
 def newest(directory: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and passed over."""
-    for folder in _newest_first(directory):
+    folders = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for folder in sorted(folders, key=step_of, reverse=True):
         reason = damage(folder)
         if reason is None:
             return folder
@@ -53,28 +66,3 @@ def damage(folder: Path) -> str | None:
 def step_of(folder: Path) -> int:
     """Optimiser steps done at a checkpoint."""
     return int(folder.name.rpartition("-")[2])
-
-
-def _newest_first(directory: Path) -> list[Path]:
-    found = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def _files(folder: Path) -> list[str]:
-    """Every file below the folder, written through to the disk."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != DIGESTS:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            found.append(str(path.relative_to(folder)))
-    return found
-
-
-def _remove(folder: Path) -> None:
-    """Rename first: a kill in the middle must not leave a checkpoint with half of its files."""
-    if folder.exists():
-        aside = folder.with_name(f"{BUILDING}.{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)

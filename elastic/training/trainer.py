@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from elastic.adapters import METHODS
 from elastic.config import TrainConfig
@@ -237,20 +236,6 @@ class ElasticTrainer(Trainer):
         )
         return self.lr_scheduler
 
-    def _get_output_dir(self, trial) -> str:
-        return str(Path(self.args.output_dir) / checkpoints.BUILDING)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        building = Path(self._get_output_dir(trial))
-        if self.args.should_save:
-            shutil.rmtree(building, ignore_errors=True)  # what a kill left
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            [built] = building.iterdir()
-            checkpoints.publish(built, Path(self.args.output_dir))
-
     def factors(self) -> dict[str, Tensor]:
         """All factors at full size, by site, in the main process at least; every process takes
         part, for they may be sharded."""
@@ -330,6 +315,7 @@ def fit(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=config.save_steps,
+        save_total_limit=checkpoints.KEPT,
         seed=config.seed,
         report_to=report_to,
         disable_tqdm=True,
@@ -357,11 +343,9 @@ def fit(
         args=arguments,
         train_dataset=list(enumerate(encoded)),
         data_collator=batch_of,
-        callbacks=[MetricsFile(run.metrics), Bar(), *own_trackers],
+        callbacks=[checkpoints.MarkWhole(), MetricsFile(run.metrics), Bar(), *own_trackers],
     )
-    trainer.remove_callback(
-        next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
-    )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = checkpoints.newest(run.checkpoints)
     if checkpoint:
         say(f"Resuming from {checkpoint}")

@@ -73,7 +73,7 @@ def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["codes"] == [0, 0]
-    assert any(kill["building"] for kill in found["kills"])
+    assert any(kill["half"] for kill in found["kills"])
     assert sum("ended" not in kill for kill in found["kills"]) >= 4
     assert_same(Run(tmp_path / "killed"), Run(tmp_path / "whole"))
 
@@ -136,34 +136,32 @@ def test_all_damaged_begins_anew(stopped, tmp_path, capsys):
     assert_same(Run(config.run), whole)
 
 
-def built(folder: Path, step: int) -> Path:
-    path = folder / "building" / f"checkpoint-{step}"
-    path.mkdir(parents=True)
+def saved(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True, exist_ok=True)
     (path / "factors.safetensors").write_text(str(step))
     return path
 
 
 def test_the_newest_checkpoint_counts_by_its_step(tmp_path):
     for step in (9, 10, 100, 20):
-        checkpoints.publish(built(tmp_path, step), tmp_path)
+        checkpoints.mark(saved(tmp_path, step))
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-100"
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
-        "checkpoint-100", "checkpoint-20"
-    }  # fmt: skip
     assert checkpoints.newest(tmp_path / "nothing") is None
 
 
-def test_what_is_being_built_is_never_seen(tmp_path):
-    checkpoints.publish(built(tmp_path, 1), tmp_path)
-    half = built(tmp_path, 2)
+def test_what_is_half_written_is_passed_over(tmp_path):
+    checkpoints.mark(saved(tmp_path, 1))
+    half = saved(tmp_path, 2)
     assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-1"
-    checkpoints.publish(half, tmp_path)
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-2"
+    checkpoints.mark(half)
+    assert checkpoints.newest(tmp_path) == half
 
 
 def test_a_step_saved_again_replaces_a_damaged_one(tmp_path):
-    first = checkpoints.publish(built(tmp_path, 1), tmp_path)
+    first = saved(tmp_path, 1)
+    checkpoints.mark(first)
     (first / "factors.safetensors").write_text("damaged")
     assert checkpoints.newest(tmp_path) is None
-    checkpoints.publish(built(tmp_path, 1), tmp_path)
+    checkpoints.mark(saved(tmp_path, 1))
     assert checkpoints.newest(tmp_path) == first

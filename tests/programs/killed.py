@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from elastic.config import AdapterConfig, StageConfig
 from elastic.run import Run
+from elastic.training import checkpoints
 from elastic.training.one_task import train_one
 from tests.helpers.tiny_runs import train_config
 
@@ -50,17 +51,21 @@ def killed(config, generator: random.Random, moment: str) -> dict[str, int | str
     run = Run(config.run)
     child = begin(config)
     goal = steps(run) + generator.randint(1, 2)
-    building = run.checkpoints / "building"
+
+    def half() -> bool:
+        """Whether a checkpoint is being written: it has no mark yet."""
+        folders = run.checkpoints.glob("checkpoint-*")
+        return any(not (folder / checkpoints.DIGESTS).is_file() for folder in folders)
 
     def reached() -> bool:
         if steps(run) < goal:
             return False
-        return moment == "step" or building.is_dir()
+        return moment == "step" or half()
 
     while not reached() and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.0005)
     time.sleep(generator.uniform(0, 0.02 if moment == "step" else 0.005))
-    seen = {"moment": moment, "building": building.is_dir()}
+    seen = {"moment": moment, "half": half()}
     try:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
