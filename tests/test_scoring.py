@@ -16,6 +16,7 @@ from elastic.formats.runner import runner_of
 from tests import tiny
 from tests.families import model_of
 from tests.test_evaluate import examples
+from tests.test_evaluate import model as learnt  # noqa: F401  a fixture
 
 TOKENIZER = tiny.tokenizer()
 WORDS = ["one", "two", "three, or more", "a", "ab", "b", "yes", "no"]
@@ -48,8 +49,8 @@ def both(model, asked: list[Example]):
     return score(runner_of(model), model, TOKENIZER, asked), evaluate(model, TOKENIZER, asked)
 
 
-def test_what_greedy_generation_would_say(model):
-    mine, batched = both(model, examples(model))
+def test_what_greedy_generation_would_say(learnt):  # noqa: F811
+    mine, batched = both(learnt, examples(learnt))
     assert mine == batched and 0 < mine.accuracy < 1
 
 
