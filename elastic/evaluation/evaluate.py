@@ -19,7 +19,7 @@ from elastic.data.encoding import Encoded, encode_example, prompt_ids
 from elastic.data.prefix import common_start, read
 from elastic.data.task import Example, Judge
 from elastic.evaluation.statistics import Score
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models.kinds import Kind, classes_of, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,9 @@ def evaluate(
     generated = [
         number
         for number, example in enumerate(examples)
-        if example.judge and (beams or not example.options) and not classes_of(model)
+        if example.judge
+        and (beams or not example.options)
+        and kind_of(model) is not Kind.CLASSIFIER
     ]
     others = sorted(set(range(len(examples))) - set(generated))
     correct: list[bool] = [False] * len(examples)
@@ -160,15 +162,15 @@ def rows_of(
 ) -> list[Row]:
     """The fewest sequences whose logits tell of all options: one does for every option whose
     tokens but the last begin its own."""
-    options = example.options
-    if not options or classes_of(model):
+    kind, options = kind_of(model), example.options
+    if not options or kind is Kind.CLASSIFIER:
         options = (example.answer,)
     encoded = [encode_example(tokenizer, model, example, option) for option in options]
     if len(options) == 1:
         return [Row(index, encoded[0])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
     alike = 0
-    if not model.config.is_encoder_decoder:
+    if kind is not Kind.ENCODER_DECODER:
         # What all options begin with decides nothing: it counts as prompt.
         alike = min(common_start(tokens), max(map(len, tokens)) - 1)
     told: dict[int, list[tuple[bool, tuple[int, ...]]]] = {}
@@ -197,9 +199,10 @@ def answers(
 ) -> list[str]:
     """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
     order of the examples; batched by length."""
+    kind = kind_of(model)
     ids = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    side = "right" if model.config.is_encoder_decoder else "left"
+    side = "right" if kind is Kind.ENCODER_DECODER else "left"
     if side == "left" and padding_is_seen(model):
         batch = 1
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
@@ -216,9 +219,9 @@ def answers(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             # Beams change places, which a state cannot follow.
-            **({"use_cache": False} if is_recurrent(model.config) and beams > 1 else {}),
+            **({"use_cache": False} if kind is Kind.RECURRENT and beams > 1 else {}),
         )
-        new = out if model.config.is_encoder_decoder else out[:, padded["input_ids"].shape[1] :]
+        new = out if kind is Kind.ENCODER_DECODER else out[:, padded["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             found[row] = text.strip()

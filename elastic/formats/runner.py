@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from elastic.models import caches
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,10 +95,10 @@ class TorchEncoderDecoder(TorchRunner):
         return output.logits[:, -1]
 
 
+RUNNERS = {Kind.DECODER: TorchRunner, Kind.RECURRENT: TorchRecurrent,
+           Kind.ENCODER_DECODER: TorchEncoderDecoder, Kind.CLASSIFIER: TorchClassifier}  # fmt: skip
+
+
 def runner_of(model: PreTrainedModel) -> TorchRunner:
     """The one for this kind of model."""
-    if classes_of(model):
-        return TorchClassifier(model)
-    if is_recurrent(model.config):
-        return TorchRecurrent(model)
-    return (TorchEncoderDecoder if model.config.is_encoder_decoder else TorchRunner)(model)
+    return RUNNERS[kind_of(model)](model)
