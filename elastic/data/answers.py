@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.data.collating import IGNORED, answer_width
-from elastic.models import caches
+from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def answers_of(
         seen = prefix.length if prefix else 0
         # Padding gets the last of the positions, not one that the model may not have.
         positions = torch.arange(length, device=mask.device).clamp(max=mask.sum(1).max() - 1)
-        cache = caches.given(model, prefix.cache) if prefix else {}
+        cache = compat.given(model, prefix.cache) if prefix else {}
         logits = model(
             input_ids=ids,
             attention_mask=mask.new_ones(rows, seen + length),

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from elastic.data.encoding import Encoded
-from elastic.models import caches
+from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def read(model: PreTrainedModel, sequences: Sequence[Encoded]) -> Prefix | None:
         return None
     ids = torch.tensor([sequences[0].ids[:length]], device=model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = caches.of(output)
+    cache = compat.cache_of(output)
     layers = [_fixed(layer) for layer in cache.layers] if isinstance(cache, Cache) else [None]
     return None if None in layers else Prefix(length, Cache(layers=layers))
 

@@ -90,11 +90,8 @@ def score_of(verdicts: Sequence[Verdict]) -> Score:
     """Of one verdict on each example."""
     said = tuple(each.said for each in verdicts)
     answered = [each.answered for each in verdicts if each.answered is not None]
-    return Score(
-        tuple(each.right for each in verdicts),
-        said if any(said) else (),
-        answered.count(False) if answered else None,
-    )
+    unanswered = answered.count(False) if answered else None
+    return Score(tuple(each.right for each in verdicts), said if any(said) else (), unanswered)
 
 
 @torch.inference_mode()

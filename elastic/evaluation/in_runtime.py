@@ -36,9 +36,7 @@ def score(
 ) -> Score:
     """Share of examples that `runner` answers right; of `model`, which it runs in some form, only
     the kind is asked."""
-    return score_of(
-        [_verdict(runner, model, tokenizer, example) for example in track(examples, label)]
-    )
+    return score_of([_verdict(runner, model, tokenizer, each) for each in track(examples, label)])
 
 
 def answer(

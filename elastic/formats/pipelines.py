@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.formats.onnx import FILE
-from elastic.formats.onnx_session import cache_names
+from elastic.formats.onnx_session import cache_names, flattened
 from elastic.formats.tracing import traceable
-from elastic.models import caches
+from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _cache(model: PreTrainedModel) -> Sequence[Tensor]:
 
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with traceable(model):
-        return caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
+        return flattened(compat.cache_of(model(input_ids=ids, use_cache=True)))
 
 
 def _numbers(value: int | Sequence[int] | None) -> Sequence[int]:
