@@ -70,7 +70,7 @@ def likelihood(
     total, greedy = 0.0, True
     rows = predictions(runner, context, continuation)
     for logits, token in zip(rows, continuation, strict=True):
-        total += float(_log_softmax(logits)[token])
+        total += float(torch.from_numpy(logits).double().log_softmax(-1)[token])
         greedy = greedy and int(logits.argmax()) == token
     return total, greedy
 
@@ -125,9 +125,3 @@ def _told(runner: Runner, row: Row) -> tuple[Tensor, Tensor]:
         if not row.options and int(logits.argmax()) != token:
             break
     return torch.from_numpy(np.stack(told)).double(), torch.tensor(tail[: len(told)])
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())

@@ -20,9 +20,8 @@ from elastic.supernet.supernet import Supernet
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASK_TYPES = {
-    Kind.DECODER: "CAUSAL_LM", Kind.ENCODER_DECODER: "SEQ_2_SEQ_LM", Kind.CLASSIFIER: "SEQ_CLS"
-}  # fmt: skip
+TASK_TYPES = {Kind.DECODER: "CAUSAL_LM", Kind.ENCODER_DECODER: "SEQ_2_SEQ_LM",
+              Kind.CLASSIFIER: "SEQ_CLS"}  # fmt: skip
 
 
 def why_not(net: Supernet, sub: SubAdapter) -> str | None:

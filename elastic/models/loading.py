@@ -130,11 +130,6 @@ def kind_of_base(config: ModelConfig) -> Kind:
     return kind_of_architecture(architecture_of(config), config.head)
 
 
-def classifies(config: ModelConfig) -> bool:
-    """Whether this model answers with a class, or a number; reads no weights."""
-    return kind_of_base(config) is Kind.CLASSIFIER
-
-
 def regresses(config: ModelConfig) -> bool:
     """Whether this model answers with a number; reads no weights."""
     architecture = architecture_of(config)
@@ -238,7 +233,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
-    if tokenizer.eos_token_id is None and not classifies(config):
+    if tokenizer.eos_token_id is None and kind_of_base(config) is not Kind.CLASSIFIER:
         raise ModelError(f"model.path {config.path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
