@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.data.collating import IGNORED, answer_width
-from elastic.models import caches
-from elastic.models.kinds import is_recurrent
+from elastic.models import compat
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,15 +32,15 @@ def answer_logits(
     one token of a vocabulary of classes; a number has float labels and one logit. Of packed rows
     width is every position at which some row has an answer; the others' labels are ignored. With a
     prefix the sequences go on from it."""
-    labels = batch["labels"]
+    kind, labels = kind_of(model), batch["labels"]
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "segments")}
-    if labels.dim() == 1:
+    if kind is Kind.CLASSIFIER:
         logits, labels = model(**inputs).logits.unsqueeze(1), labels.unsqueeze(1)
     elif "segments" in batch:
         answered = (labels != IGNORED).any(0).nonzero()[:, 0]
         logits = model(**inputs, logits_to_keep=answered - 1, use_cache=False).logits
         labels = labels[:, answered]
-    elif "position_ids" not in batch:  # encoder-decoder: the model shifts the labels itself
+    elif kind is Kind.ENCODER_DECODER:  # the model shifts the labels itself
         logits = model(**batch, use_cache=False).logits
     else:
         width = answer_width(labels) if width is None else width
@@ -65,7 +65,7 @@ def padding_is_seen(model: PreTrainedModel) -> bool:
     then NaN from the first block on, and 0 x NaN is NaN in the next one's sum over values.
     """
     eager = model.config._attn_implementation == "eager" and model.dtype in OVERFLOWING
-    return is_recurrent(model.config) or eager
+    return kind_of(model) is Kind.RECURRENT or eager
 
 
 def padded_behind(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,13 +85,13 @@ def answers_of(
     ids = padded_behind({"input_ids": batch["input_ids"], "attention_mask": mask})["input_ids"]
     before = torch.arange(length - width - 1, length - 1, device=mask.device)
     wanted, place = (before - _padding(mask)).clamp(min=0).unique(return_inverse=True)
-    if is_recurrent(getattr(model, "module", model).config):  # DDP and DeepSpeed wrap it
+    if kind_of(model) is Kind.RECURRENT:
         logits = model(ids, use_cache=False).logits[:, wanted]
     else:
         seen = prefix.length if prefix else 0
         # Padding gets the last of the positions, not one that the model may not have.
         positions = torch.arange(length, device=mask.device).clamp(max=mask.sum(1).max() - 1)
-        cache = caches.given(model, prefix.cache) if prefix else {}
+        cache = compat.given(model, prefix.cache) if prefix else {}
         logits = model(
             input_ids=ids,
             attention_mask=mask.new_ones(rows, seen + length),

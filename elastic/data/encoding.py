@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from elastic.data.labels import number_in
 from elastic.errors import DataError
-from elastic.models.kinds import classes_of, has_types, is_number, longest_text
+from elastic.models.kinds import Kind, classes_of, has_types, is_number, kind_of, longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,15 +71,15 @@ def encode_example(
 ) -> Encoded:
     """With its answer, or another one, as this kind of model takes it."""
     answer = example.answer if answer is None else answer
-    classes = classes_of(model)
-    if not classes:
-        if example.messages and not model.config.is_encoder_decoder:
-            tail = (*tokenizer(answer, add_special_tokens=False)["input_ids"],
-                    tokenizer.eos_token_id)  # fmt: skip
-            return Encoded((*prompt_ids(tokenizer, example), *tail), len(tail))
-        encoder_decoder = model.config.is_encoder_decoder
-        return encode(tokenizer, example.text, answer, encoder_decoder=encoder_decoder)
-    text = encode_text(tokenizer, model, example)
+    kind = kind_of(model)
+    if kind is not Kind.CLASSIFIER:
+        paired = kind is Kind.ENCODER_DECODER
+        if paired or not example.messages:
+            return encode(tokenizer, example.text, answer, encoder_decoder=paired)
+        tail = (*tokenizer(answer, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id)  # fmt: skip
+        return Encoded((*prompt_ids(tokenizer, example), *tail), len(tail))
+    text, classes = encode_text(tokenizer, model, example), classes_of(model)
     if is_number(classes):
         return replace(text, label=number_in(answer))
     if answer not in classes:

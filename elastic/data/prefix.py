@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from elastic.data.encoding import Encoded
-from elastic.models import caches
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models import compat
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,7 +49,7 @@ def read(model: PreTrainedModel, sequences: Sequence[Encoded]) -> Prefix | None:
         return None
     ids = torch.tensor([sequences[0].ids[:length]], device=model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache = caches.of(output)
+    cache = compat.cache_of(output)
     layers = [_fixed(layer) for layer in cache.layers] if isinstance(cache, Cache) else [None]
     return None if None in layers else Prefix(length, Cache(layers=layers))
 
@@ -70,10 +70,8 @@ def common_start(rows: Sequence[tuple[int, ...]]) -> int:
 
 def _goes_on(model: PreTrainedModel) -> bool:
     """Whether it is a decoder whose keys do not depend on how long the sequence will be."""
-    config = model.config
-    if classes_of(model) or config.is_encoder_decoder or is_recurrent(config):
-        return False
-    return not _rotates_by_length(config.get_text_config(decoder=True))
+    decodes = kind_of(model) is Kind.DECODER
+    return decodes and not _rotates_by_length(model.config.get_text_config(decoder=True))
 
 
 def _rotates_by_length(config: PretrainedConfig) -> bool:

@@ -20,7 +20,7 @@ from elastic.evaluation.perplexity import Perplexity, perplexity_of
 from elastic.evaluation.statistics import Score
 from elastic.files import tag, write_json
 from elastic.models import loading
-from elastic.models.kinds import classes_of, is_number
+from elastic.models.kinds import Kind, classes_of, is_number
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.supernet.store import load_run
@@ -78,7 +78,7 @@ def evaluate_run(
     run = Run(config.run)
     trained = run.config()
     asked = next((name for name in ("tasks", "harness", "text") if getattr(config, name)), None)
-    if asked and loading.classifies(trained.model):
+    if asked and loading.kind_of_base(trained.model) is Kind.CLASSIFIER:
         raise ConfigError(
             f"{asked}: wants a model that answers with text, {run.path} has a classification head; "
             "evaluate it on a split of its own task"

@@ -19,7 +19,7 @@ from elastic.data.encoding import Encoded, encode_example, prompt_ids
 from elastic.data.prefix import common_start, read
 from elastic.data.task import Example, Judge
 from elastic.evaluation.statistics import Score
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models.kinds import Kind, classes_of, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,12 +38,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class Verdict:
     """Of several on one example the first of the greatest value holds."""
 
     value: float
     right: bool = False
     said: str | None = None
+    answered: bool | None = None
+    """Of a generated text whether an answer was found in it."""
 
 
 def evaluate(
@@ -61,20 +63,12 @@ def evaluate(
     are generated greedily; with `beams`, those with options too, with so many beams. The others are
     scored without generating anything, as are all of a classifier.
     """
-    generated = [
-        number
-        for number, example in enumerate(examples)
-        if example.judge and (beams or not example.options) and not classes_of(model)
-    ]
+    generated = [n for n, example in enumerate(examples) if is_generated(model, example, beams)]
     others = sorted(set(range(len(examples))) - set(generated))
-    correct: list[bool] = [False] * len(examples)
-    said: list[str | None] = [None] * len(examples)
     scored = _scored(
         model, tokenizer, [examples[number] for number in others], batch_tokens, label, quiet
     )
-    for number, (right, chosen) in zip(others, scored, strict=True):
-        correct[number], said[number] = right, chosen
-    unanswered = 0 if generated else None
+    found = dict(zip(others, scored, strict=True))
     for new_tokens in sorted({examples[number].judge.new_tokens for number in generated}):
         asked = [n for n in generated if examples[n].judge.new_tokens == new_tokens]
         texts = answers(
@@ -82,10 +76,22 @@ def evaluate(
             beams=beams or 1, batch=batch, label=label, quiet=quiet,
         )  # fmt: skip
         for number, text in zip(asked, texts, strict=True):
-            correct[number], found = judged(examples[number].judge, text)
-            said[number] = text
-            unanswered += not found
-    return Score(tuple(correct), tuple(said) if any(said) else (), unanswered)
+            found[number] = judged(examples[number].judge, text)
+    return score_of([found[number] for number in range(len(examples))])
+
+
+def is_generated(model: nn.Module, example: Example, beams: int | None = None) -> bool:
+    """Whether the text of an answer is judged; if not, the likelihood of what may be answered."""
+    asked = example.judge and (beams or not example.options)
+    return bool(asked) and kind_of(model) is not Kind.CLASSIFIER
+
+
+def score_of(verdicts: Sequence[Verdict]) -> Score:
+    """Of one verdict on each example."""
+    said = tuple(each.said for each in verdicts)
+    answered = [each.answered for each in verdicts if each.answered is not None]
+    unanswered = answered.count(False) if answered else None
+    return Score(tuple(each.right for each in verdicts), said if any(said) else (), unanswered)
 
 
 @torch.inference_mode()
@@ -96,8 +102,8 @@ def _scored(
     batch_tokens: int,
     label: str,
     quiet: bool,
-) -> list[tuple[bool, str | None]]:
-    """Which are right, without generating anything, and the class that a classifier chose.
+) -> list[Verdict]:
+    """On each example, without generating anything.
 
     An example without options counts when greedy generation would give exactly its answer and
     stop: that is so if and only if, fed the answer itself, the likeliest token at every position
@@ -118,41 +124,39 @@ def _scored(
     prefix = read(model, sequences)
     if prefix:
         sequences = [prefix.without(sequence) for sequence in sequences]
-    found = [_Verdict(-math.inf)] * len(examples)
+    found = [Verdict(-math.inf)] * len(examples)
+    classes = classes_of(model)
     batches = list(length_sorted(sequences, batch_tokens))
     for numbers, together in track(batches, label, quiet=quiet):
         batch = collate(together, tokenizer.pad_token_id)
         batch = {key: value.to(device) for key, value in batch.items()}
         logits, labels = answer_logits(model, batch, prefix=prefix)
         for number, *told in zip(numbers, logits, labels, strict=True):
-            index = rows[number].index
-            verdict = _verdict(rows[number].options, examples[index], classes_of(model), *told)
-            found[index] = max(found[index], verdict, key=lambda each: each.value)
-    return [(verdict.right, verdict.said) for verdict in found]
+            row = rows[number]
+            new = verdict(row, examples[row.index], classes, *told)
+            found[row.index] = max(found[row.index], new, key=lambda each: each.value)
+    return found
 
 
-def _verdict(
-    options: Sequence[tuple[bool, tuple[int, ...]]],
-    example: Example,
-    classes: Sequence[str],
-    logits: Tensor,
-    labels: Tensor,
-) -> _Verdict:
-    """What the logits (width, vocabulary) that predict one row's labels (width,) say of it."""
-    if options:
+def verdict(
+    row: Row, example: Example, classes: Sequence[str], logits: Tensor, labels: Tensor
+) -> Verdict:
+    """What the logits (width, vocabulary) that predict a row's labels (width,) say of it; `classes`
+    are those of the model."""
+    if row.options:
         predictions = logits[labels != IGNORED].log_softmax(-1)
         values = [
-            predictions[torch.arange(len(tokens)), list(tokens)].sum() for _, tokens in options
+            predictions[torch.arange(len(tokens)), list(tokens)].sum() for _, tokens in row.options
         ]
         value, best = torch.stack(values).max(0)
-        return _Verdict(float(value), options[int(best)][0])
+        return Verdict(float(value), row.options[int(best)][0])
     if labels.is_floating_point():
         number = float(logits[0, 0])
         off = abs(number - float(labels[0]))
-        return _Verdict(0.0, off <= example.tolerance, f"{number:.6g}")
+        return Verdict(0.0, off <= example.tolerance, f"{number:.6g}")
     likeliest = logits.argmax(-1)
     said = classes[int(likeliest[0])] if classes else None
-    return _Verdict(0.0, bool(((likeliest == labels) | (labels == IGNORED)).all()), said)
+    return Verdict(0.0, bool(((likeliest == labels) | (labels == IGNORED)).all()), said)
 
 
 def rows_of(
@@ -160,15 +164,15 @@ def rows_of(
 ) -> list[Row]:
     """The fewest sequences whose logits tell of all options: one does for every option whose
     tokens but the last begin its own."""
-    options = example.options
-    if not options or classes_of(model):
+    kind, options = kind_of(model), example.options
+    if not options or kind is Kind.CLASSIFIER:
         options = (example.answer,)
     encoded = [encode_example(tokenizer, model, example, option) for option in options]
     if len(options) == 1:
         return [Row(index, encoded[0])]
     tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
     alike = 0
-    if not model.config.is_encoder_decoder:
+    if kind is not Kind.ENCODER_DECODER:
         # What all options begin with decides nothing: it counts as prompt.
         alike = min(common_start(tokens), max(map(len, tokens)) - 1)
     told: dict[int, list[tuple[bool, tuple[int, ...]]]] = {}
@@ -197,9 +201,10 @@ def answers(
 ) -> list[str]:
     """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
     order of the examples; batched by length."""
+    kind = kind_of(model)
     ids = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    side = "right" if model.config.is_encoder_decoder else "left"
+    side = "right" if kind is Kind.ENCODER_DECODER else "left"
     if side == "left" and padding_is_seen(model):
         batch = 1
     groups = [order[start : start + batch] for start in range(0, len(order), batch)]
@@ -216,19 +221,20 @@ def answers(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             # Beams change places, which a state cannot follow.
-            **({"use_cache": False} if is_recurrent(model.config) and beams > 1 else {}),
+            **({"use_cache": False} if kind is Kind.RECURRENT and beams > 1 else {}),
         )
-        new = out if model.config.is_encoder_decoder else out[:, padded["input_ids"].shape[1] :]
+        new = out if kind is Kind.ENCODER_DECODER else out[:, padded["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             found[row] = text.strip()
     return found
 
 
-def judged(judge: Judge, text: str) -> tuple[bool, bool]:
-    """Whether a generated text is right, and whether an answer was found in it."""
+def judged(judge: Judge, text: str) -> Verdict:
+    """On a generated text."""
     answer = llm_adapters.extract(judge.kind, text)
-    return llm_adapters.matches(judge.kind, answer, judge.expected), answer is not None
+    right = llm_adapters.matches(judge.kind, answer, judge.expected)
+    return Verdict(0.0, right, text, answer is not None)
 
 
 def same_text(found: str, expected: str) -> bool:

@@ -13,7 +13,7 @@ from elastic.console import say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluation.in_runtime import continued, likelihood
 from elastic.files import read_json, tag, write_json
-from elastic.models.kinds import decoded_together
+from elastic.models.kinds import Kind, kind_of
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.supernet.store import load_run
@@ -87,7 +87,8 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
         name, chosen = run.resolve(config.sub_adapter, net.space, trained.seed)
         sub, device = chosen.as_dict(), str(base.model.device)
         with net.active(chosen) as active:
-            batch = decoded_together(active.config, config.batch)
+            # transformers mixes the states of a batch that it decodes.
+            batch = 1 if kind_of(active) is Kind.RECURRENT else config.batch
             model = HFLM(pretrained=active, tokenizer=base.tokenizer, batch_size=batch)
             found = _evaluate(lm_eval, model, config, tasks)
     results = {task: _metrics(values) for task, values in found["results"].items()}

@@ -9,17 +9,21 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from elastic.console import track
-from elastic.data.encoding import encode_example, encode_text, prompt_ids
+from elastic.data.encoding import prompt_ids
 from elastic.data.task import Example
-from elastic.evaluation.evaluate import judged, rows_of
+from elastic.evaluation.evaluate import is_generated, judged, rows_of, score_of, verdict
 from elastic.evaluation.statistics import Score
 from elastic.formats.runner import Runner
-from elastic.models.kinds import classes_of, is_number
+from elastic.models.kinds import Kind, classes_of, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elastic.evaluation.evaluate import Row, Verdict
 
 
 def score(
@@ -32,22 +36,7 @@ def score(
 ) -> Score:
     """Share of examples that `runner` answers right; of `model`, which it runs in some form, only
     the kind is asked."""
-    correct: list[bool] = []
-    said: list[str | None] = []
-    unanswered = None
-    for example in track(examples, label):
-        text = None
-        if classes_of(model):
-            right, text = _classified(runner, model, tokenizer, example)
-        elif example.judge and not example.options:
-            text = answer(runner, model, tokenizer, example, example.judge.new_tokens)
-            right, found = judged(example.judge, text)
-            unanswered = (unanswered or 0) + (not found)
-        else:
-            right = _scored(runner, model, tokenizer, example)
-        correct.append(right)
-        said.append(text)
-    return Score(tuple(correct), tuple(said) if any(said) else (), unanswered)
+    return score_of([_verdict(runner, model, tokenizer, each) for each in track(examples, label)])
 
 
 def answer(
@@ -58,8 +47,8 @@ def answer(
     new_tokens: int,
 ) -> str:
     """What it says greedily in at most so many tokens; of a classifier the class, or the number."""
-    if classes_of(model):
-        return _classified(runner, model, tokenizer, example)[1]
+    if kind_of(model) is Kind.CLASSIFIER:
+        return _verdict(runner, model, tokenizer, example).said
     ends = {tokenizer.eos_token_id}
     return continued(runner, tokenizer, prompt_ids(tokenizer, example), new_tokens, ends).strip()
 
@@ -81,7 +70,7 @@ def likelihood(
     total, greedy = 0.0, True
     rows = predictions(runner, context, continuation)
     for logits, token in zip(rows, continuation, strict=True):
-        total += float(_log_softmax(logits)[token])
+        total += float(torch.from_numpy(logits).double().log_softmax(-1)[token])
         greedy = greedy and int(logits.argmax()) == token
     return total, greedy
 
@@ -107,43 +96,32 @@ def continued(
     return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
 
 
-def _classified(
+def _verdict(
     runner: Runner, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example
-) -> tuple[bool, str]:
-    """Whether the likeliest class is the answer, or the number near enough, and which it is."""
-    text, classes = encode_text(tokenizer, model, example), classes_of(model)
-    types = (np.array([text.types], np.int64),) if text.types else ()
-    logits = runner.prefill(np.array([text.ids], np.int64), *types)[0]
-    label = encode_example(tokenizer, model, example).label
-    if is_number(classes):  # in the precision in which the examples' tensors are compared
-        right = abs(logits[0] - np.float32(label)) <= np.float32(example.tolerance)
-        return bool(right), f"{float(logits[0]):.6g}"
-    best = int(logits.argmax())
-    return best == label, classes[best]
+) -> Verdict:
+    """On one example, with as many steps as decide it."""
+    if is_generated(model, example):
+        text = answer(runner, model, tokenizer, example, example.judge.new_tokens)
+        return judged(example.judge, text)
+    rows, classes = rows_of(tokenizer, model, 0, example), classes_of(model)
+    found = [verdict(row, example, classes, *_told(runner, row)) for row in rows]
+    return max(found, key=lambda each: each.value)
 
 
-def _scored(
-    runner: Runner, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example
-) -> bool:
-    """Whether greedy generation would say the answer and stop, or the answer is the likeliest of
-    the options."""
-    best, right = -np.inf, False
-    for row in rows_of(tokenizer, model, 0, example):
-        ids, length = row.encoded.ids, row.encoded.answer
-        context, tail = row.encoded.source or ids[:-length], ids[len(ids) - length :]
-        if not row.options:
-            rows = predictions(runner, context, tail)
-            return all(int(row.argmax()) == token for row, token in zip(rows, tail, strict=True))
-        tail = tail[: max(len(tokens) for _, tokens in row.options)]
-        logs = [_log_softmax(logits) for logits in predictions(runner, context, tail)]
-        for is_answer, tokens in row.options:
-            value = sum(log[token] for log, token in zip(logs, tokens, strict=False))
-            if value > best:
-                best, right = value, is_answer
-    return right
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+def _told(runner: Runner, row: Row) -> tuple[Tensor, Tensor]:
+    """A row's labels (width,) and before them their logits (width, vocabulary), in double
+    precision, as far as they decide: where there are no options, to the first that is not the
+    likeliest."""
+    ids, types, length = row.encoded.ids, row.encoded.types, row.encoded.answer
+    if row.encoded.label is not None:
+        given = (np.array([types], np.int64),) if types else ()
+        logits = runner.prefill(np.array([ids], np.int64), *given)
+        return torch.from_numpy(logits).double(), torch.tensor([row.encoded.label])
+    context, tail = row.encoded.source or ids[:-length], ids[len(ids) - length :]
+    tail = tail[: max((len(tokens) for _, tokens in row.options), default=length)]
+    told = []
+    for logits, token in zip(predictions(runner, context, tail), tail, strict=True):
+        told.append(logits)
+        if not row.options and int(logits.argmax()) != token:
+            break
+    return torch.from_numpy(np.stack(told)).double(), torch.tensor(tail[: len(told)])

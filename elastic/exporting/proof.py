@@ -22,7 +22,7 @@ from elastic.formats.runner import Runner, runner_of
 from elastic.latency import weigh
 from elastic.latency.bench import ATTEMPTS
 from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure
-from elastic.models.kinds import classes_of
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def inputs_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> np.ndarray:
     """What is fed before an answer, (1, length) int64."""
-    if classes_of(model):
+    if kind_of(model) is Kind.CLASSIFIER:
         ids = encode_text(tokenizer, model, example).ids
     else:
         ids = prompt_ids(tokenizer, example)
@@ -79,7 +79,7 @@ def probe(model: PreTrainedModel, prompt: np.ndarray) -> Probe:
     runner = runner_of(model)
     logits = [runner.prefill(prompt)]
     tokens = [logits[0].argmax(-1)]
-    for _ in range(0 if classes_of(model) else NEW_TOKENS - 1):
+    for _ in range(0 if kind_of(model) is Kind.CLASSIFIER else NEW_TOKENS - 1):
         logits.append(runner.decode(tokens[-1][:, None]))
         tokens.append(logits[-1].argmax(-1))
     return Probe(prompt, np.stack(tokens, axis=1), np.concatenate(logits))

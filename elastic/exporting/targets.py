@@ -24,7 +24,8 @@ from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency.runtime import timed_runner
 from elastic.latency.weigh import Load
-from elastic.models import kinds, loading
+from elastic.models import loading
+from elastic.models.kinds import Kind, kind_of, no_graph
 from elastic.models.modules import dequantise_
 from elastic.run import as_plain
 
@@ -161,7 +162,7 @@ class Onnx(Format):
             raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
 
     def why_not(self, source: Source) -> str | None:
-        return kinds.no_graph(source.models["compact"].config)
+        return no_graph(kind_of(source.models["compact"]))
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         model = source.models[which]
@@ -186,7 +187,7 @@ class Openvino(Format):
         openvino.require()
 
     def why_not(self, source: Source) -> str | None:
-        return kinds.no_graph(source.models["compact"].config)
+        return no_graph(kind_of(source.models["compact"]))
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         try:
@@ -225,7 +226,7 @@ class Compressed(Format):
         known = compression.MODES[self.mode].formats
         if self.kind not in known:
             return f"NNCF has {self.mode} for {' and '.join(known)} alone"
-        paired = source.models["compact"].config.is_encoder_decoder
+        paired = kind_of(source.models["compact"]) is Kind.ENCODER_DECODER
         if paired and compression.MODES[self.mode].calibrated:
             return "activations are not computed for the two graphs of an encoder-decoder model"
         return self.whole.why_not(source)

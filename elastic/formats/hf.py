@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,7 @@ from elastic.errors import ExportError
 from elastic.files import write_text
 from elastic.formats import shards
 from elastic.formats.shards import Tensors, tensors_of
+from elastic.models import compat
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.spaces.dims import QUERIES
 
@@ -122,7 +123,7 @@ def write(
     saved = directory / "config.json"
     values = json.loads(saved.read_text(encoding="utf-8"))
     # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
-    values |= _older_words(config)
+    values |= compat.rotary_words(config)
     values["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
@@ -138,15 +139,10 @@ def write(
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Tokenizer and chat template, in words that transformers 4.x knows as well: its own name of
-    the class, and of the list of special tokens, for which it has another meaning."""
+    """Tokenizer and chat template, in words that transformers 4.x knows as well."""
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer_config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if values.get("tokenizer_class") == "TokenizersBackend":
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(values.get("extra_special_tokens"), list):
-        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    values = compat.tokenizer_words(json.loads(file.read_text(encoding="utf-8")))
     write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -154,26 +150,9 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
     """A new config that says the compact model's sizes: the family's own where they are uniform,
     else one with `linear_sizes`, of the class that reads them if `code` comes with it."""
     config = _sized_config(model, code)
-    if theta := _older_words(config).get("rope_theta"):
+    if theta := compat.rotary_words(config).get("rope_theta"):
         config.rope_theta = theta
     return config
-
-
-def _older_words(config: PretrainedConfig) -> dict[str, Any]:
-    """Settings of rotary embeddings as transformers 4.x reads them, at the top level only: without
-    them it falls back to others silently."""
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
-        return {}
-    base, part = rope["rope_theta"], rope.get("partial_rotary_factor")
-    words = {"rope_theta": base}
-    if "gpt_neox" in config.model_type:
-        words = {"rotary_emb_base": base, "rotary_pct": 1.0 if part is None else part}
-    elif part is not None:
-        words["partial_rotary_factor"] = part
-    if rope.get("rope_type", "default") != "default":
-        words["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return words
 
 
 def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
@@ -189,7 +168,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     grouped: dict[str, dict[str, int]] = {
         name: {QUERIES: own} for name, own in query_groups(model).items() if own != groups[name]
     }
-    for name, counted in _counted_heads(model, expected).items():
+    for name, counted in compat.counted_heads(model, expected).items():
         grouped[name] = grouped.get(name, {}) | counted
     if not code:
         config.linear_sizes = changed
@@ -298,22 +277,6 @@ def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, in
             found["num_key_value_heads"] = heads // groups.pop()
         return found
     return {}
-
-
-def _counted_heads(
-    model: PreTrainedModel, expected: Mapping[str, list[int]]
-) -> dict[str, dict[str, int]]:
-    """By attention module, attributes of which transformers 4.x reshapes by; 5.x asks the
-    projections. Of modules that have other heads than their class expects."""
-    found = {}
-    for name, module in model.named_modules():
-        query = getattr(module, "query", None)
-        if hasattr(module, "all_head_size") and isinstance(query, nn.Linear):
-            size = query.out_features
-            if size != expected[f"{name}.query"][0]:
-                heads = size // module.attention_head_size
-                found[name] = {"num_attention_heads": heads, "all_head_size": size}
-    return found
 
 
 def query_groups(model: PreTrainedModel) -> dict[str, int]:

@@ -17,7 +17,7 @@ from elastic.formats import onnx_seq2seq
 from elastic.formats.onnx_decoder import _decoder
 from elastic.formats.onnx_session import at_the_end, session_of, step_inputs
 from elastic.formats.tracing import Trace, require, require_float32, traceable, write_traced
-from elastic.models.kinds import classes_of, has_types
+from elastic.models.kinds import Kind, has_types, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,10 +48,11 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     require_float32(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if model.config.is_encoder_decoder:
+    kind = kind_of(model)
+    if kind is Kind.ENCODER_DECODER:
         return onnx_seq2seq.write(model, directory, logits=logits)
     with traceable(model):
-        trace = _classifier(model) if classes_of(model) else _decoder(model, logits)
+        trace = _classifier(model) if kind is Kind.CLASSIFIER else _decoder(model, logits)
         return write_traced(trace, directory / FILE)
 
 

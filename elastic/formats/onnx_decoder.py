@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from elastic.formats.onnx_session import cache_names
+from elastic.formats.onnx_session import cache_names, filled, flattened
 from elastic.formats.tracing import Trace
-from elastic.models import caches
+from elastic.models import compat
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +31,7 @@ def _example(model: PreTrainedModel):
 
     batch, sequence = 2, 3
     ids = torch.ones(batch, sequence, dtype=torch.long, device=model.device)
-    past = caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
+    past = flattened(compat.cache_of(model(input_ids=ids, use_cache=True)))
     length = past[0].shape[2]
     mask = torch.ones(batch, length + sequence, dtype=torch.long, device=model.device)
     positions = torch.arange(length, length + sequence, device=model.device).repeat(batch, 1)
@@ -54,9 +54,9 @@ def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
                 position_ids=position_ids,
                 use_cache=True,
                 logits_to_keep=_last(input_ids) if logits == "last" else 0,
-                **caches.given(self.model, caches.filled(past)),
+                **compat.given(self.model, filled(past)),
             )
-            return output.logits, *caches.flattened(caches.of(output))
+            return output.logits, *flattened(compat.cache_of(output))
 
     return Flat()
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic.formats.onnx_session import session_of
+from elastic.formats.onnx_session import filled, flattened, session_of
 from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
-from elastic.models import caches
+from elastic.models import compat
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
@@ -91,9 +91,7 @@ def _cross(model: PreTrainedModel) -> Trace:
 
         def forward(self, hidden):
             ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-            return tuple(
-                caches.flattened(_called(self.model, hidden, ids)[1].cross_attention_cache)
-            )
+            return tuple(flattened(_called(self.model, hidden, ids)[1].cross_attention_cache))
 
     hidden = model.get_encoder()(input_ids=_ones(model, 2, 3))[0]
     outputs = cache_names("present", "encoder", len(Flat()(hidden)) // 2)
@@ -114,15 +112,15 @@ def _step(model: PreTrainedModel) -> Trace:
 
         def forward(self, input_ids, mask, hidden, *past):
             half = len(past) // 2
-            cache = EncoderDecoderCache(caches.filled(past[:half]), caches.filled(past[half:]))
+            cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
             logits, cache = _called(self.model, hidden, input_ids, mask=mask, past=cache)
-            return logits, *caches.flattened(cache.self_attention_cache)
+            return logits, *flattened(cache.self_attention_cache)
 
     ids, mask = _ones(model, 2, 3), _ones(model, 2, 4)
     hidden = model.get_encoder()(input_ids=mask)[0]
     _, cache = _called(model, hidden, ids)
     kept = (cache.self_attention_cache, cache.cross_attention_cache)
-    past = [tensor for each in kept for tensor in caches.flattened(each)]
+    past = [tensor for each in kept for tensor in flattened(each)]
     layers = len(past) // 4
     own = cache_names("past_key_values", "decoder", layers)
     cross = cache_names("past_key_values", "encoder", layers)
@@ -145,9 +143,9 @@ def _called(
 ) -> tuple[Tensor, EncoderDecoderCache]:
     output = model(
         encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids,
-        use_cache=True, **caches.given(model, past),
+        use_cache=True, **compat.given(model, past),
     )  # fmt: skip
-    return output.logits, caches.of(output)
+    return output.logits, compat.cache_of(output)
 
 
 def _ones(model: PreTrainedModel, *shape: int) -> Tensor:

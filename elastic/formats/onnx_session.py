@@ -1,7 +1,8 @@
-"""An ONNX graph in ONNX Runtime: a session, and what it is fed."""
+"""An ONNX graph in ONNX Runtime: a session, its cache, and what it is fed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,32 @@ from elastic.errors import MissingExtra
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from torch import Tensor
+    from transformers.cache_utils import Cache
 
 
 def cache_names(side: str, layers: int) -> list[str]:
     """`side.0.key, side.0.value, side.1.key, ...`, as onnxruntime-genai and openvino expect."""
     return [f"{side}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def filled(tensors: Sequence[Tensor]) -> Cache:
+    """A cache that holds these keys and values, `key, value` for every layer."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    layers = []
+    for keys, values in zip(tensors[0::2], tensors[1::2], strict=True):
+        # Not `update`: it would concatenate to an untyped empty tensor, which OpenVINO refuses.
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layers.append(layer)
+    return Cache(layers=layers)
+
+
+def flattened(cache: Cache) -> list[Tensor]:
+    """`key, value` of every layer."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def session_of(path: Path, threads: int | None = None) -> InferenceSession:

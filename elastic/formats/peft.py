@@ -12,7 +12,7 @@ from torch import nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.errors import ExportError
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models.kinds import Kind, classes_of, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
@@ -20,10 +20,13 @@ from elastic.supernet.supernet import Supernet
 if TYPE_CHECKING:
     from torch import Tensor
 
+TASK_TYPES = {Kind.DECODER: "CAUSAL_LM", Kind.ENCODER_DECODER: "SEQ_2_SEQ_LM",
+              Kind.CLASSIFIER: "SEQ_CLS"}  # fmt: skip
+
 
 def why_not(net: Supernet, sub: SubAdapter) -> str | None:
     """The reason this sub-adapter cannot be a PEFT adapter; None if it can."""
-    if is_recurrent(net.model.config):
+    if kind_of(net.model) is Kind.RECURRENT:
         return (
             "transformers halves some weights of this model in place at inference, which the "
             "layers of PEFT do not follow; merge it (hf)"
@@ -90,7 +93,7 @@ def write(
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
         base_model_name_or_path=base_model,
-        task_type=_task_type(net),
+        task_type=TASK_TYPES[kind_of(net.model)],
         modules_to_save=_saved_whole(net),
         inference_mode=True,
     )
@@ -101,12 +104,6 @@ def write(
         metadata["classes"] = json.dumps(classes_of(net.model))
     save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
-
-
-def _task_type(net: Supernet) -> str:
-    if net.head:
-        return "SEQ_CLS"
-    return "SEQ_2_SEQ_LM" if net.model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _saved_whole(net: Supernet) -> list[str] | None:

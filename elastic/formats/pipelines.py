@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from elastic.files import write_json
 from elastic.formats import hf
 from elastic.formats.onnx import FILE
-from elastic.formats.onnx_session import cache_names
+from elastic.formats.onnx_session import cache_names, flattened
 from elastic.formats.tracing import traceable
-from elastic.models import caches
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models import compat
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,16 +53,15 @@ def companions(
     Returns, by package, what its pipeline cannot do with this folder; nothing where there is
     nothing to say.
     """
-    directory = Path(directory)
+    directory, answers = Path(directory), kind_of(model) is not Kind.CLASSIFIER
     hf.described_config(model, code=False).save_pretrained(directory)
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(directory)
     hf.write_tokenizer(tokenizer, directory)
     if runtime == "openvino":
-        reason = write_tokenizer(tokenizer, directory, answers=not classes_of(model))
-        reason = reason or unpaged(model)
+        reason = write_tokenizer(tokenizer, directory, answers=answers) or unpaged(model)
         return {"openvino-genai": reason} if reason else {}
-    if classes_of(model):
+    if not answers:
         return {}
     if reason := why_not(model):
         return {"onnxruntime-genai": reason}
@@ -72,12 +71,13 @@ def companions(
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why onnxruntime-genai does not run this model's graph; None if it does."""
-    if classes_of(model):
-        return "it generates text, and a classifier answers with a class"
-    if model.config.is_encoder_decoder:
-        return "it runs decoders, not encoder-decoder models"
-    if is_recurrent(model.config):
-        return "it has no place for the state of this model"
+    reasons = {
+        Kind.CLASSIFIER: "it generates text, and a classifier answers with a class",
+        Kind.ENCODER_DECODER: "it runs decoders, not encoder-decoder models",
+        Kind.RECURRENT: "it has no place for the state of this model",
+    }
+    if reason := reasons.get(kind_of(model)):
+        return reason
     shapes = [tuple(tensor.shape[1::2]) for tensor in _cache(model)]
     if len(set(shapes)) > 1:
         found = ", ".join(f"{heads} of {size}" for heads, size in shapes[0::2])
@@ -147,7 +147,7 @@ def longest(model: PreTrainedModel) -> int:
 
 def unpaged(model: PreTrainedModel) -> str | None:
     """Why openvino-genai must not run this model with its paged attention; None if it may."""
-    if classes_of(model) or model.config.is_encoder_decoder:
+    if kind_of(model) is not Kind.DECODER:
         return None
     layers = getattr(model.config, "layer_types", None)
     window = getattr(model.config, "sliding_window", None) is not None
@@ -169,7 +169,7 @@ def _cache(model: PreTrainedModel) -> Sequence[Tensor]:
 
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with traceable(model):
-        return caches.flattened(caches.of(model(input_ids=ids, use_cache=True)))
+        return flattened(compat.cache_of(model(input_ids=ids, use_cache=True)))
 
 
 def _numbers(value: int | Sequence[int] | None) -> Sequence[int]:

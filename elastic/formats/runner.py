@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from elastic.models import caches
-from elastic.models.kinds import classes_of, is_recurrent
+from elastic.models import compat
+from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,9 +50,9 @@ class TorchRunner:
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
             input_ids=input_ids, use_cache=True, logits_to_keep=1,
-            **caches.given(self.model, self._cache),
+            **compat.given(self.model, self._cache),
         )  # fmt: skip
-        self._cache = caches.of(output)
+        self._cache = compat.cache_of(output)
         return output.logits[:, -1]
 
     def _fetch(self, logits: torch.Tensor) -> np.ndarray:
@@ -89,16 +89,16 @@ class TorchEncoderDecoder(TorchRunner):
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
             encoder_outputs=self._encoded, decoder_input_ids=input_ids,
-            use_cache=True, **caches.given(self.model, self._cache),
+            use_cache=True, **compat.given(self.model, self._cache),
         )  # fmt: skip
-        self._cache = caches.of(output)
+        self._cache = compat.cache_of(output)
         return output.logits[:, -1]
+
+
+RUNNERS = {Kind.DECODER: TorchRunner, Kind.RECURRENT: TorchRecurrent,
+           Kind.ENCODER_DECODER: TorchEncoderDecoder, Kind.CLASSIFIER: TorchClassifier}  # fmt: skip
 
 
 def runner_of(model: PreTrainedModel) -> TorchRunner:
     """The one for this kind of model."""
-    if classes_of(model):
-        return TorchClassifier(model)
-    if is_recurrent(model.config):
-        return TorchRecurrent(model)
-    return (TorchEncoderDecoder if model.config.is_encoder_decoder else TorchRunner)(model)
+    return RUNNERS[kind_of(model)](model)

@@ -10,7 +10,7 @@ from elastic.console import say
 from elastic.errors import ConfigError, MissingExtra
 from elastic.formats.runner import Runner, TorchRunner, runner_of
 from elastic.models import loading, requirements
-from elastic.models.kinds import decoded_together
+from elastic.models.kinds import Kind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 def timing_of(timing: TimingConfig, model: ModelConfig) -> TimingConfig:
     """As configured, without decoding what a classifier does not decode; ConfigError for a batch of
     sequences whose states transformers would mix."""
-    architecture = loading.architecture_of(model)
-    if decoded_together(architecture, timing.batch) < timing.batch:
+    kind = loading.kind_of_base(model)
+    if kind is Kind.RECURRENT and timing.batch > 1:
         raise ConfigError(
             f"timing.batch {timing.batch}: transformers decodes one sequence at a time of "
-            f"{architecture.model_type}; choose 1"
+            f"{loading.architecture_of(model).model_type}; choose 1"
         )
-    return replace(timing, new_tokens=0) if loading.classifies(model) else timing
+    return replace(timing, new_tokens=0) if kind is Kind.CLASSIFIER else timing
 
 
 def timed_runner(model: PreTrainedModel, timing: TimingConfig) -> TorchRunner:

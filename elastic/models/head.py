@@ -14,7 +14,7 @@ from torch import nn
 
 from elastic.config.model import SCORE
 from elastic.errors import ConfigError, ModelError
-from elastic.models.kinds import POOLER, classes_of, is_number, was_trained
+from elastic.models.kinds import POOLER, Kind, classes_of, is_number, kind_of, was_trained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,7 +42,7 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
 
 def head_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Its parameters by name, those of a pooler below it among them; none of a language model."""
-    if not classes_of(model):
+    if kind_of(model) is not Kind.CLASSIFIER:
         return {}
     body = f"{model.base_model_prefix}."
     return {

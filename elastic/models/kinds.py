@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,20 +19,35 @@ if TYPE_CHECKING:
 ENDING, POOLER = "ForSequenceClassification", "pooler"
 
 
-def is_classifier(architecture: PretrainedConfig, head: str = "auto") -> bool:
-    """Whether a model of this configuration gets a classification head."""
-    if head != "auto":
-        return head in ("classification", "regression")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
+class Kind(Enum):
+    """How a model takes a text and answers."""
 
-    encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
-    return was_trained(architecture) or encoder
+    DECODER = "goes on from the text, with what it has cached of it"
+    RECURRENT = "goes on from the text, with a state"
+    ENCODER_DECODER = "encodes the text, and decodes an answer beside it"
+    CLASSIFIER = "has a head that answers with a class, or a number"
 
 
-def is_regressor(architecture: PretrainedConfig, head: str = "auto") -> bool:
-    """Whether that head answers with a number."""
-    saved = was_trained(architecture) and len(architecture.id2label) == 1
-    return head == "regression" or (head == "auto" and saved)
+def kind_of(model: nn.Module) -> Kind:
+    """Of a transformers model, which DDP or DeepSpeed may wrap."""
+    model = getattr(model, "module", model)
+    headed = type(model).__name__.endswith(ENDING)
+    return kind_of_architecture(model.config, "classification" if headed else "language")
+
+
+def kind_of_architecture(architecture: PretrainedConfig, head: str = "auto") -> Kind:
+    """Of the model that a configuration becomes, with the head that `model.head` asks for."""
+    if head == "auto":
+        from transformers.models.auto import modeling_auto as auto
+
+        encoders = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        encoder = architecture.model_type in encoders and not architecture.is_encoder_decoder
+        head = "classification" if was_trained(architecture) or encoder else "language"
+    if head != "language":
+        return Kind.CLASSIFIER
+    if architecture.is_encoder_decoder:
+        return Kind.ENCODER_DECODER
+    return Kind.RECURRENT if architecture.model_type == "rwkv" else Kind.DECODER
 
 
 def is_number(classes: Sequence[str]) -> bool:
@@ -41,7 +57,7 @@ def is_number(classes: Sequence[str]) -> bool:
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:
     """What this model tells apart, in the order of its logits; empty if it answers with text."""
-    if not type(model).__name__.endswith(ENDING):
+    if kind_of(model) is not Kind.CLASSIFIER:
         return ()
     names = model.config.id2label
     return tuple(names[number] for number in range(len(names)))
@@ -68,31 +84,18 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return longest
 
 
-TYPES = ("rwkv",)
-
-
-def is_recurrent(config: PretrainedConfig) -> bool:
-    return config.model_type in TYPES
-
-
 def exact_(model: PreTrainedModel) -> PreTrainedModel:
     """Without the halving of weights and states every few blocks, which transformers does in place
     to keep float16 from overflowing and which sees no cut weights; the function is the same. It
     stays off in what is written."""
-    if is_recurrent(model.config):
+    if kind_of(model) is Kind.RECURRENT:
         model.config.rescale_every = 0
     return model
 
 
-def decoded_together(config: PretrainedConfig, batch: int) -> int:
-    """How many sequences at most, of so many: transformers mixes the states of a batch that it
-    decodes."""
-    return 1 if is_recurrent(config) else batch
-
-
-def no_graph(architecture: PretrainedConfig) -> str | None:
+def no_graph(kind: Kind) -> str | None:
     """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
-    if is_recurrent(architecture):
+    if kind is Kind.RECURRENT:
         return "recurrent models are not written as graphs: tracing would fix the length"
     return None
 
@@ -105,13 +108,14 @@ def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
             f"model.path {config.path} has been quantised already; give the original weights, "
             "which model.quantise packs while they load"
         )
-    if architecture.is_encoder_decoder and is_classifier(architecture, config.head):
+    headed = kind_of_architecture(architecture, config.head) is Kind.CLASSIFIER
+    if headed and architecture.is_encoder_decoder:
         raise ModelError(
             f"model.path {config.path}: an encoder-decoder model with a classification head is not "
             "supported; choose model.head language"
         )
     if config.quantise != "none":
-        if is_classifier(architecture, config.head):
+        if headed:
             raise ModelError(
                 f"model.quantise {config.quantise}: {config.path} gets a classification head, "
                 "beside which nothing is quantised yet; choose none"

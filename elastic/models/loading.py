@@ -16,7 +16,7 @@ from elastic.console import say
 from elastic.errors import ModelError
 from elastic.models.digest import FETCH, digest_of
 from elastic.models.head import describe_, last_layer, start_head_
-from elastic.models.kinds import exact_, is_classifier, is_regressor, require, was_trained
+from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, of_family_
 from elastic.models.packaged import PACKAGED, unpacked
 
@@ -72,10 +72,11 @@ def skeleton(
 
     folder = locate(config.path, ["config.json"])
     architecture = _described(folder, config)
+    kind = kind_of_architecture(architecture, config.head)
     if config.classes:
         describe_(architecture, config.classes)
     with torch.device(device), _readable(folder, config, "no model can be made of config.json"):
-        model = _kind(architecture, config).from_config(
+        model = _auto_class(kind).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
@@ -124,24 +125,25 @@ def _brings_code(folder: str) -> bool:
     return any(b'"auto_map"' in file.read_bytes() for file in files)
 
 
-def classifies(config: ModelConfig) -> bool:
-    """Whether this model answers with a class; reads no weights."""
-    return is_classifier(architecture_of(config), config.head)
+def kind_of_base(config: ModelConfig) -> Kind:
+    """How this model answers; reads no weights."""
+    return kind_of_architecture(architecture_of(config), config.head)
 
 
 def regresses(config: ModelConfig) -> bool:
     """Whether this model answers with a number; reads no weights."""
-    return is_regressor(architecture_of(config), config.head)
+    architecture = architecture_of(config)
+    saved = was_trained(architecture) and len(architecture.id2label) == 1
+    return config.head == "regression" or (config.head == "auto" and saved)
 
 
-def _kind(architecture: PretrainedConfig, config: ModelConfig):
+def _auto_class(kind: Kind):
     import transformers
 
-    if is_classifier(architecture, config.head):
-        return transformers.AutoModelForSequenceClassification
-    if architecture.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM
+    return {
+        Kind.CLASSIFIER: transformers.AutoModelForSequenceClassification,
+        Kind.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
+    }.get(kind, transformers.AutoModelForCausalLM)
 
 
 def load(config: ModelConfig, seed: int = 0) -> Base:
@@ -161,14 +163,15 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
-    if is_classifier(architecture, config.head):
+    kind = kind_of_architecture(architecture, config.head)
+    if kind is Kind.CLASSIFIER:
         return _load_classifier(folder, config, architecture, dtype, seed).to(device)
     if config.quantise != "none":
         from elastic.models import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
     with _readable(folder, config, "the weights cannot be loaded", FETCH):
-        model = _kind(architecture, config).from_pretrained(
+        model = _auto_class(kind).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, **settings
         )
     if config.quantise != "none":
@@ -190,7 +193,7 @@ def _load_classifier(
     # The padding that batches get: decoders look for the end of a text by it.
     architecture.pad_token_id = load_tokenizer(config).pad_token_id
     with _no_advice(), _readable(folder, config, "the weights cannot be loaded", FETCH):
-        model, found = _kind(architecture, config).from_pretrained(
+        model, found = _auto_class(Kind.CLASSIFIER).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -230,7 +233,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
-    if tokenizer.eos_token_id is None and not classifies(config):
+    if tokenizer.eos_token_id is None and kind_of_base(config) is not Kind.CLASSIFIER:
         raise ModelError(f"model.path {config.path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

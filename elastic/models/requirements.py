@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, ModelError
-from elastic.models.kinds import is_classifier, is_recurrent, no_graph, require
-from elastic.models.loading import architecture_of, resolve_device
+from elastic.models.kinds import Kind, no_graph, require
+from elastic.models.loading import architecture_of, kind_of_base, resolve_device
 
 
 def require_graph(config: ModelConfig, what: str) -> None:
     """ModelError for a model of which no graph can be written."""
-    if reason := no_graph(architecture_of(config)):
+    if reason := no_graph(kind_of_base(config)):
         raise ModelError(f"{what}: {config.path}: {reason}; choose torch")
 
 
@@ -28,12 +28,10 @@ def require_training(config: ModelConfig) -> None:
 
 def require_packing(config: ModelConfig) -> None:
     """ConfigError for a model whose sequences cannot share a row; no weights are read."""
-    architecture, kind = architecture_of(config), None
-    if is_classifier(architecture, config.head):
-        kind = "a classification head, which answers once for every row"
-    elif architecture.is_encoder_decoder:
-        kind = "an encoder, whose rows answer in the decoder's"
-    elif is_recurrent(architecture):
-        kind = "a state, which one sequence would hand to the next"
-    if kind:
-        raise ConfigError(f"packing: {config.path} has {kind}; leave packing out")
+    reasons = {
+        Kind.CLASSIFIER: "a classification head, which answers once for every row",
+        Kind.ENCODER_DECODER: "an encoder, whose rows answer in the decoder's",
+        Kind.RECURRENT: "a state, which one sequence would hand to the next",
+    }
+    if reason := reasons.get(kind_of_base(config)):
+        raise ConfigError(f"packing: {config.path} has {reason}; leave packing out")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elastic.data.answers import padded_behind, padding_is_seen
 from elastic.data.collating import IGNORED
-from elastic.models.kinds import classes_of
+from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut, numbers
@@ -65,6 +65,7 @@ def _norm_scores(model: nn.Module, group: Group) -> Tensor:
 def _activation_scores(
     model: nn.Module, groups: list[Group], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
+    kind = kind_of(model)
     reading = [(group, cut) for group in groups for cut in group.cuts if cut.axis == "in"]
     squares = {
         cut.site: torch.zeros(model.get_submodule(cut.site).in_features, dtype=torch.float64)
@@ -75,7 +76,7 @@ def _activation_scores(
 
     def tokens(site: str, x: Tensor) -> Tensor:
         """(real tokens, features) in double precision."""
-        in_decoder = model.config.is_encoder_decoder and "decoder" in site.split(".")
+        in_decoder = kind is Kind.ENCODER_DECODER and "decoder" in site.split(".")
         real = answer if in_decoder else prompt
         x = x.double().flatten(0, -2)
         return x if real is None else x[real]
@@ -108,10 +109,10 @@ def _activation_scores(
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             if behind:  # no token sees what stands behind it
                 inputs["attention_mask"] = torch.ones_like(batch["attention_mask"])
-            if model.config.is_encoder_decoder:
+            if kind is Kind.ENCODER_DECODER:
                 answer = batch["labels"].flatten() != IGNORED
                 model(**batch, use_cache=False)
-            elif classes_of(model):
+            elif kind is Kind.CLASSIFIER:
                 model(**inputs)
             else:
                 model(**inputs, logits_to_keep=1, use_cache=False)

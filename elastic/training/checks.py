@@ -20,6 +20,7 @@ from elastic.data.encoding import Encoded, padded
 from elastic.data.labels import classes_in
 from elastic.errors import ConfigError
 from elastic.models import loading
+from elastic.models.kinds import Kind
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace
 from elastic.supernet.discovery import space_for
@@ -69,7 +70,7 @@ def refuse_differing_depths(config: TrainConfig, bound: BoundSpace) -> None:
 def with_classes(config: TrainConfig) -> TrainConfig:
     """The settings as they are, or with the classes named: those that the run began with, of the
     run to go on from, else what the data say."""
-    if config.model.classes or not loading.classifies(config.model):
+    if config.model.classes or loading.kind_of_base(config.model) is not Kind.CLASSIFIER:
         return config
     classes: list[str] = []
     for path in filter(None, (config.run, config.start_from)):

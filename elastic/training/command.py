@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.models import loading
+from elastic.models.kinds import Kind
 from elastic.run import Run
 from elastic.training.sequence import Sequential, stage_configs, train_sequence
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig) -> Run | Sequential | Estimate:
     """`elastic train`: one task, or `tasks` one after another; or what either will need."""
-    if config.tasks and loading.classifies(config.model):
+    if config.tasks and loading.kind_of_base(config.model) is Kind.CLASSIFIER:
         raise ConfigError(
             f"tasks: a sequence is answered with text, {config.model.path} has a classification "
             "head; choose model.head language"

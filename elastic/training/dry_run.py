@@ -23,7 +23,7 @@ from elastic.data import load_task
 from elastic.data.encoding import encode_all, padded
 from elastic.errors import ConfigError, DataMissing
 from elastic.models import loading
-from elastic.models.kinds import classes_of
+from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.supernet.discovery import require_fits, space_for
@@ -110,7 +110,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
 def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, list[int]]:
     """The largest micro-batch, and the examples of every run (none if the data is not there)."""
     config = runs[-1]
-    answer = 0 if classes_of(model) else ASSUMED_ANSWER
+    answer = 0 if kind_of(model) is Kind.CLASSIFIER else ASSUMED_ANSWER
     assumed = Batch(config.batch_size, ASSUMED_LENGTH, answer)
     try:
         tasks = [load_task(run.task, run.seed).train for run in runs]

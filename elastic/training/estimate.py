@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
-from elastic.models.kinds import classes_of
+from elastic.models.kinds import Kind, kind_of
 from elastic.supernet.summary import SpaceTable, _short
 
 
@@ -29,11 +29,11 @@ class Batch:
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """As training collates them, int64."""
-        row = Encoded((0,) * self.length, self.answer)
-        if classes_of(model):
-            row = Encoded((0,) * self.length, 0, label=0)
-        elif model.config.is_encoder_decoder:
-            row = Encoded((0,) * self.answer, self.answer, (0,) * self.length)
+        text, answer = (0,) * self.length, (0,) * self.answer
+        row = {
+            Kind.CLASSIFIER: Encoded(text, 0, label=0),
+            Kind.ENCODER_DECODER: Encoded(answer, self.answer, text),
+        }.get(kind_of(model), Encoded(text, self.answer))
         return collate([row] * self.sequences, pad=0)
 
 

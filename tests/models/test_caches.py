@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic.models import caches
+from elastic.formats.onnx_session import filled, flattened
+from elastic.models import compat
 from tests.helpers.families import model_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -24,7 +25,7 @@ class Renamed(nn.Module):
 
 @pytest.mark.parametrize("kind, name", [(Former, "past_key_values"), (Renamed, "cache")])
 def test_a_cache_is_given_by_the_name_that_the_class_knows(kind, name):
-    assert kind()(IDS, **caches.given(kind(), "kept")) == {name: "kept"}
+    assert kind()(IDS, **compat.given(kind(), "kept")) == {name: "kept"}
 
 
 @pytest.mark.filterwarnings("error:.*past_key_values.*:FutureWarning")
@@ -34,11 +35,11 @@ def test_reading_on_from_a_cache_is_reading_the_whole(family):
     with torch.no_grad():
         whole = model(input_ids=IDS).logits
         first = model(input_ids=IDS[:, :3], use_cache=True)
-        tensors = caches.flattened(caches.of(first))
-        rest = model(input_ids=IDS[:, 3:], **caches.given(model, caches.filled(tensors)))
+        tensors = flattened(compat.cache_of(first))
+        rest = model(input_ids=IDS[:, 3:], **compat.given(model, filled(tensors)))
     assert tensors[0].shape[2] == 3
     torch.testing.assert_close(rest.logits, whole[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_cached_nothing_has_none():
-    assert caches.of(model_of("llama")(input_ids=IDS, use_cache=False)) is None
+    assert compat.cache_of(model_of("llama")(input_ids=IDS, use_cache=False)) is None

@@ -12,7 +12,7 @@ from elastic.config import ModelConfig
 from elastic.formats import hf
 from elastic.formats.runner import runner_of
 from elastic.models import loading
-from elastic.models.kinds import is_recurrent
+from elastic.models.kinds import Kind, kind_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
@@ -80,7 +80,7 @@ def test_what_is_loaded_again_carries_its_state_on(tmp_path):
     """Of a class of its own, an uneven RWKV was decoded as if it had a cache."""
     model = cut(model_of("rwkv", torch.float32), "rwkv")
     loaded = hf.load(write(model, tmp_path / "rwkv"), torch.float32)
-    assert is_recurrent(loaded.config)
+    assert kind_of(loaded) is Kind.RECURRENT
     ids = tiny.tokens(1, 6)
     runner = runner_of(loaded)
     runner.prefill(ids[:, :5].numpy())
