@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from elastic.console import wide
 from elastic.latency.measure import distrust
 
 LONGEST = 160
@@ -62,9 +63,7 @@ class Report:
     contents: Mapping[str, Any]
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(110, Console().width))
+        console = wide(110)
         for part in self._parts():
             shown = part if isinstance(part, str) else part.rich()
             console.print(shown, markup=False, highlight=False)
