@@ -1,11 +1,14 @@
 """The model card says what the report says, and the hub can read it."""
 
 import random
+import re
+from dataclasses import fields
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from elastic.config import BudgetConfig
 from elastic.exporting import card
 from elastic.formats import hf
 from elastic.spaces.uniform import is_uniform, nearest_uniform
@@ -83,6 +86,15 @@ def test_figures_are_those_of_the_report():
                  "License of the base model: apache-2.0", "Budget: prefill ms at most 20",
                  "Budget: accuracy at least 0.5", "torch 2.13.0+cpu"):  # fmt: skip
         assert line in made, line
+
+
+@pytest.mark.parametrize("limit", [field.name for field in fields(BudgetConfig)])
+def test_every_limit_of_a_budget_is_in_words(limit):
+    text = card.text(CONTENTS | {"budget": {limit: "80%"}})
+    [line] = [line for line in text.splitlines() if line.startswith("- Budget: ")]
+    assert limit not in line.replace("\\", "") and "_" not in line
+    bound = "at least" if limit in ("min_accuracy", "tokens_per_second") else "at most"
+    assert re.fullmatch(rf"- Budget: [A-Za-z -]+ {bound} 80%", line)
 
 
 def test_the_full_model_stands_beside_it():

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from elastic.config.search import AT_LEAST
 from elastic.files import write_text
 
 FILE = "README.md"
@@ -33,11 +34,7 @@ SECTIONS = {
     "method": "Adapter method", "space": "Search space", "task": "Task",
     "base_digest": "Base weights", "seed": "Seed", "device": "Measured on",
 }  # fmt: skip
-LIMITS = {
-    "min_accuracy": "accuracy at least", "tokens_per_second": "tokens per second at least",
-    "prefill_ms": "prefill ms at most", "decode_ms": "decode ms at most",
-    "max_params": "parameters at most", "max_macs": "multiply-accumulates at most",
-}  # fmt: skip
+SPELT_OUT = {"params": "parameters", "macs": "multiply-accumulates", "mb": "MB"}
 
 
 def write(contents: Mapping[str, Any], directory: Path, **settings: Any) -> Path:
@@ -240,13 +237,20 @@ def _origin(c: Mapping[str, Any]) -> str:
             lines.append(f"{title}: {_code(c[key]) if key != 'device' else _plain(c[key])}")
     for name, limit in (c.get("budget") or {}).items():
         amount = limit if isinstance(limit, str) else f"{limit:g}"
-        lines.append(f"Budget: {_plain(LIMITS.get(name, name))} {_plain(amount)}")
+        lines.append(f"Budget: {_limit(name)} {_plain(amount)}")
     if "merge" in c:
         names = ", ".join(_code(entry["name"]) for entry in c["merge"]["adapters"])
         lines.append(f"Merged adapters: {names} ({_code(c['merge']['strategy'])})")
     versions = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in c.get("versions", {}).items())
     lines += [f"Versions: {versions}"] if versions else []
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _limit(name: str) -> str:
+    """A field of BudgetConfig in words: "prefill ms at most" of prefill_ms."""
+    words = [word for word in name.split("_") if word not in ("min", "max")]
+    spelt = " ".join(SPELT_OUT.get(word, word) for word in words)
+    return f"{_plain(spelt)} at {'least' if name in AT_LEAST else 'most'}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
