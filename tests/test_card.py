@@ -2,36 +2,54 @@
 
 import random
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from elastic.config import BudgetConfig
+from elastic.config import BudgetConfig, TimingConfig
 from elastic.exporting import card
+from elastic.exporting.proof import Accuracy, Agreement, Proof, Trade, Unproved, Weighed
+from elastic.exporting.report import Model, Report
 from elastic.formats import hf
+from elastic.latency.measure import Latency, Measurement
+from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import is_uniform, nearest_uniform
 from elastic.supernet.compact import compact
+from elastic.supernet.cost import Cost
 from tests import tiny
 
 WIDTHS = {0: 192, 1: 128, 2: 128, 3: 128, 4: 0}
-CONTENTS = {
-    "name": "uniform-0.5",
-    "sub_adapter": {
-        "model.layers.*.depth": 4,
-        **{f"model.layers.{n}.{kind}": size and size // part
-           for n, size in WIDTHS.items() for kind, part in (("mlp_width", 1), ("rank", 16))},
-    },
-    "accuracy": 0.525, "accuracy_n": 400, "accuracy_interval": [0.476, 0.573],
-    "params": 90e6, "full_params": 135e6, "macs": 50e6, "full_macs": 100e6,
-    "formats": {"hf": {"prefill_ms": 12.5, "full_prefill_ms": 25.0, "decode_ms": 4.0,
-                       "full_decode_ms": 5.0, "trusted": True}},
-    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0",
-    "method": "lora", "space": "llama.yaml", "budget": {"prefill_ms": 20.0, "min_accuracy": 0.5},
-    "seed": 3, "device": "cpu (Intel(R) Xeon(R) [8], 2 threads)",
-    "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
+SUB = SubAdapter((
+    ("model.layers.*.depth", 4),
+    *((f"model.layers.{n}.{kind}", size and size // part)
+      for n, size in WIDTHS.items() for kind, part in (("mlp_width", 1), ("rank", 16))),
+))  # fmt: skip
+SAME = Agreement(0.0, 1.0, 1, 1, False)
+TIMES = {"full": Latency(25.0, 5.0, 0.0), "compact": Latency(12.5, 4.0, 0.0)}
+PROOF = Proof(
+    about={}, bytes=1, exact=SAME, deployed=SAME, precision="float32",
+    timing=Measurement(TIMES, 0.0, 3, 0.03), weighed=Weighed(), texts=[], trade=Trade(),
+    as_torch=True,
+)  # fmt: skip
+MODEL = Model("uniform-0.5", SUB, Accuracy(0.525, 400, [0.476, 0.573]),
+              Cost(90_000_000, 50_000_000), Cost(135_000_000, 100_000_000))  # fmt: skip
+ORIGIN = {
+    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "method": "lora", "space": "llama.yaml",
+    "task": "gsm8k", "budget": {"prefill_ms": 20.0, "min_accuracy": 0.5},
 }  # fmt: skip
+REPORT = Report(
+    directory=Path("there"), model=MODEL, timing=TimingConfig(), formats={"hf": PROOF},
+    origin=ORIGIN, license="apache-2.0", base_digest="sha256:0", seed=3,
+    provenance={"device": "cpu (Intel(R) Xeon(R) [8], 2 threads)",
+                "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"}},
+)  # fmt: skip
+
+
+def made(**origin) -> Report:
+    return replace(REPORT, origin=ORIGIN | origin)
 
 
 def section(text: str, title: str) -> str:
@@ -39,7 +57,7 @@ def section(text: str, title: str) -> str:
 
 
 def test_the_metadata_is_what_the_hub_reads():
-    data = ModelCard(card.text(CONTENTS, code=True)).data.to_dict()
+    data = ModelCard(card.text(REPORT, code=True)).data.to_dict()
     assert data == {
         "library_name": "transformers", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "base_model_relation": "finetune", "license": "apache-2.0",
@@ -50,7 +68,7 @@ def test_the_metadata_is_what_the_hub_reads():
 
 @pytest.mark.parametrize("base", ["smollm2", "/home/me/model", "C:\\models\\x", "a/b/c"])
 def test_a_base_that_is_no_repository_is_not_linked(base):
-    text = card.text(CONTENTS | {"base_model": base})
+    text = card.text(made(base_model=base))
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert f"`{base}`" in text
 
@@ -58,11 +76,11 @@ def test_a_base_that_is_no_repository_is_not_linked(base):
 def test_a_folder_named_like_a_repository_is_not_linked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").mkdir(parents=True)
-    assert "base_model" not in ModelCard(card.text(CONTENTS)).data.to_dict()
+    assert "base_model" not in ModelCard(card.text(REPORT)).data.to_dict()
 
 
 def test_a_license_that_the_hub_does_not_know_gets_a_name(tmp_path):
-    data = ModelCard(card.text(CONTENTS | {"license": "My-Own"})).data.to_dict()
+    data = ModelCard(card.text(replace(REPORT, license="My-Own"))).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "my-own")
     assert card.license_of(tmp_path) is None
     (tmp_path / card.FILE).write_text("---\nlicense: mit\ntags: [x]\n---\n# Model\n")
@@ -70,7 +88,7 @@ def test_a_license_that_the_hub_does_not_know_gets_a_name(tmp_path):
 
 
 def test_figures_are_those_of_the_report():
-    text = card.text(CONTENTS)
+    text = card.text(REPORT)
     assert text.splitlines()[text.splitlines().index("---", 1) + 2] == "# uniform-0.5"
     assert "90.0 M of 135.0 M parameters and 50% of the operations" in text
     assert section(text, "Quality") == (
@@ -90,7 +108,7 @@ def test_figures_are_those_of_the_report():
 
 @pytest.mark.parametrize("limit", [field.name for field in fields(BudgetConfig)])
 def test_every_limit_of_a_budget_is_in_words(limit):
-    text = card.text(CONTENTS | {"budget": {limit: "80%"}})
+    text = card.text(made(budget={limit: "80%"}))
     [line] = [line for line in text.splitlines() if line.startswith("- Budget: ")]
     assert limit not in line.replace("\\", "") and "_" not in line
     bound = "at least" if limit in ("min_accuracy", "tokens_per_second") else "at most"
@@ -98,9 +116,9 @@ def test_every_limit_of_a_budget_is_in_words(limit):
 
 
 def test_the_full_model_stands_beside_it():
-    found = {"accuracy": 0.5, "full_accuracy": 0.62, "full_accuracy_n": 100,
-             "difference": -0.12, "difference_interval": [-0.204, -0.031]}  # fmt: skip
-    text = card.text(CONTENTS | {"formats": {"hf": CONTENTS["formats"]["hf"] | found}})
+    full = Accuracy(0.62, 100, [0.5, 0.7])
+    trade = Trade(Accuracy(0.5, 100, [0.4, 0.6]), full, -0.12, [-0.204, -0.031])
+    text = card.text(replace(REPORT, formats={"hf": replace(PROOF, trade=trade)}))
     assert section(text, "Quality").splitlines()[2:] == [
         "On 100 of them the full model reaches 62.0% and this one 50.0%, a difference of -12.0 "
         "points (95 % interval -20.4 to -3.1)."
@@ -108,7 +126,7 @@ def test_the_full_model_stands_beside_it():
 
 
 def test_runs_of_equal_layers_share_a_row():
-    assert section(card.text(CONTENTS), "Sizes by layer").splitlines() == [
+    assert section(card.text(REPORT), "Sizes by layer").splitlines() == [
         "| layers | mlp\\_width | rank |",
         "| --- | ---: | ---: |",
         "| `model.layers.0` | 192 | 12 |",
@@ -120,17 +138,19 @@ def test_runs_of_equal_layers_share_a_row():
 
 
 def test_what_the_report_does_not_know_is_left_out():
-    known = ("name", "sub_adapter", "params", "full_params", "macs", "full_macs", "base_model")
-    few = {key: CONTENTS[key] for key in known}
-    text = card.text(few | {"formats": {}, "accuracy": None, "sub_adapter": {}})
+    model = replace(MODEL, accuracy=Accuracy(), sub=SubAdapter(()))
+    unproved = {"hf": Unproved(1, "not run")}
+    few = replace(made(budget=None), model=model, formats=unproved, license=None)
+    text = card.text(few)
     assert "None" not in text and "nan" not in text
     assert "## Quality" not in text and "## Latency" not in text
     assert section(text, "Sizes by layer") == "Nothing was cut."
 
 
 def test_a_busy_machine_is_said():
-    found = CONTENTS["formats"]["hf"] | {"trusted": False, "decode_ms": 0.0}
-    text = section(card.text(CONTENTS | {"formats": {"hf": found}}), "Latency")
+    times = {"full": Latency(25.0, 0.0, 0.0), "compact": Latency(12.5, 0.0, 0.0)}
+    busy = replace(PROOF, timing=Measurement(times, 0.5, 3, 0.03))
+    text = section(card.text(replace(REPORT, formats={"hf": busy})), "Latency")
     assert "too busy" in text and "one more token" not in text
 
 
@@ -138,8 +158,9 @@ def test_a_busy_machine_is_said():
 def test_names_are_shown_as_they_are(name):
     """Through a reader of markdown, where one is installed: rich's."""
     markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
-    contents = CONTENTS | {"name": name, "device": name, "method": name}
-    body = card.text(contents).partition("\n---\n\n")[2]
+    about = REPORT.provenance | {"device": name}
+    report = replace(made(method=name), model=replace(MODEL, name=name), provenance=about)
+    body = card.text(report).partition("\n---\n\n")[2]
     tokens = markdown.parse(body)
     title = tokens[1]
     shown = "".join(child.content for child in title.children)
@@ -159,7 +180,7 @@ def test_the_commands_of_a_card_load_its_folder(uniform, tmp_path, monkeypatch):
     sub = nearest_uniform(net.space, mixed) if uniform else mixed
     model = compact(net, sub)
     hf.write(model, tiny.tokenizer(), tmp_path)
-    file = card.write(CONTENTS | {"sub_adapter": sub.as_dict()}, tmp_path)
+    file = card.write(replace(REPORT, model=replace(MODEL, sub=sub)), tmp_path)
     text = file.read_text()
     assert ("trust_remote_code" in text) is not uniform
     commands = text.partition("```python\n")[2].partition("```")[0]
