@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
-from elastic.config import BudgetConfig, TimingConfig
+from elastic.config import BudgetConfig, ExportConfig, TaskConfig, TrainConfig
+from elastic.config.parsing import from_dict
 from elastic.exporting import card
 from elastic.exporting.proof import Accuracy, Agreement, Proof, Trade, Unproved, Weighed
 from elastic.exporting.report import Model, Report
@@ -40,9 +42,14 @@ ORIGIN = {
     "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "method": "lora", "space": "llama.yaml",
     "task": "gsm8k", "budget": {"prefill_ms": 20.0, "min_accuracy": 0.5},
 }  # fmt: skip
+TRAINED = TrainConfig(
+    run="/home/me/runs/x",
+    task=TaskConfig(name="jsonl", train="/home/me/a.jsonl", test="/home/me/b.jsonl"),
+)  # fmt: skip
 REPORT = Report(
-    directory=Path("there"), model=MODEL, timing=TimingConfig(), formats={"hf": PROOF},
-    origin=ORIGIN, license="apache-2.0", base_digest="sha256:0", seed=3,
+    directory=Path("there"), model=MODEL, formats={"hf": PROOF}, origin=ORIGIN,
+    config=ExportConfig(run="/home/me/runs/x", seed=3), trained=TRAINED, license="apache-2.0",
+    base_digest="sha256:0",
     provenance={"device": "cpu (Intel(R) Xeon(R) [8], 2 threads)",
                 "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"}},
 )  # fmt: skip
@@ -85,6 +92,48 @@ def test_a_license_that_the_hub_does_not_know_gets_a_name(tmp_path):
     assert card.license_of(tmp_path) is None
     (tmp_path / card.FILE).write_text("---\nlicense: mit\ntags: [x]\n---\n# Model\n")
     assert card.license_of(tmp_path) == "mit"
+
+
+@pytest.mark.parametrize("head", [
+    "- license", "license: [mit]", "license: {a: b}", "license: 'mit", "date: 2020-13-45",
+    "[a]: mit", "license:", "&a [*a]", "\x00", "model-index: 5", "tags: 5\n5: x", "\t",
+])  # fmt: skip
+def test_an_odd_card_of_the_base_has_no_license(tmp_path, head):
+    (tmp_path / card.FILE).write_text(f"---\n{head}\n---\n# Model\n")
+    assert card.license_of(tmp_path) is None
+    (tmp_path / card.FILE).write_bytes(b"---\nlicense: m\xffit\n---\n")
+    assert card.license_of(tmp_path) is None
+
+
+def test_the_hub_gets_the_accuracy_on_a_data_set_it_has():
+    data = ModelCard(card.text(made(task="openai/gsm8k"))).data
+    [result] = data.eval_results
+    assert (data.model_name, result.dataset_type, result.dataset_split) == (
+        "uniform-0.5", "openai/gsm8k", "test",
+    )  # fmt: skip
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-generation", "accuracy", 0.525,
+    )  # fmt: skip
+    unknown = replace(made(task="openai/gsm8k"), model=replace(MODEL, accuracy=Accuracy()))
+    for report in (REPORT, unknown):
+        assert ModelCard(card.text(report)).data.eval_results is None
+
+
+def test_the_settings_on_a_card_make_the_model_again():
+    """But for folders, which are nobody else's business."""
+    odd = replace(TRAINED, task=replace(TRAINED.task, prompt="```\n{question}\n````"))
+    text = card.text(replace(REPORT, trained=odd))
+    blocks = re.findall(r"<summary>(\S+)</summary>\n\n(`+)\w+\n(.*?)\2\n\n</details>", text, re.S)
+    files = {name: yaml.safe_load(content) for name, _, content in blocks}
+    assert list(files) == ["train.yaml", "sub_adapter.json", "export.yaml"]
+    made_again = from_dict(TrainConfig, files["train.yaml"], "card")
+    assert made_again == replace(
+        odd, run="x", task=replace(odd.task, train="a.jsonl", test="b.jsonl")
+    )
+    exported = from_dict(ExportConfig, files["export.yaml"], "card")
+    assert exported == replace(REPORT.config, run="x", sub_adapter="sub_adapter.json")
+    assert files["sub_adapter.json"] == SUB.as_dict()
+    assert "/home/me" not in text
 
 
 def test_figures_are_those_of_the_report():

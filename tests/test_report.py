@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from elastic.config import TimingConfig
+from elastic.config import ExportConfig, TrainConfig
 from elastic.exporting.proof import (
     Accuracy,
     Agreement,
@@ -88,8 +88,8 @@ def report(tmp_path) -> Report:
     return Report(
         directory=tmp_path,
         model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1), Cost(100_000_000, 4)),
-        timing=TimingConfig(), formats=formats, origin={}, license=None, base_digest="", seed=0,
-        provenance={},
+        config=ExportConfig(), trained=TrainConfig(), formats=formats, origin={}, license=None,
+        base_digest="", provenance={},
         samples=[Sample("x" * 500 + " two and two?", "4", "four"),
                  Sample("two and three?", "5", "fife")],
     )  # fmt: skip

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from elastic.config.search import AT_LEAST
 from elastic.files import write_text
+from elastic.run import as_plain
 
 if TYPE_CHECKING:
     from elastic.exporting.proof import Accuracy, Proof
@@ -68,49 +70,47 @@ def text(report: Report, *, auto: str = "AutoModelForCausalLM", code: bool = Fal
         _sizes(report.model.sub.as_dict()),
         "## How it was made",
         _origin(report),
+        "## How to make it again",
+        *_recipe(report),
     ]
-    return f"---\n{_metadata(report, auto, code)}---\n\n" + "\n\n".join(blocks) + "\n"
+    return f"---\n{_metadata(report, auto, code)}\n---\n\n" + "\n\n".join(blocks) + "\n"
 
 
-def is_hub_name(base: str) -> bool:
-    """Whether a base model's path can be the name of a repository, and is no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+def is_hub_name(path: str) -> bool:
+    """Whether this can be the name of a repository, and is no folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
 
 
 def _metadata(report: Report, auto: str, code: bool) -> str:
-    """The YAML that the hub reads. A base model that is a folder of somebody's machine, or a name
-    of ours, is no repository: the hub would refuse it or link to a stranger's."""
-    base = str(report.origin["base_model"])
-    values: dict[str, Any] = {"library_name": "transformers"}
+    """The YAML that the hub reads. A base model or a data set that is a folder of somebody's
+    machine, or a name of ours, is no repository: the hub would refuse it or link to a stranger's.
+    """
+    base, task = str(report.origin["base_model"]), str(report.origin["task"])
+    pipeline, score = PIPELINES.get(auto), report.model.accuracy.accuracy
+    known: dict[str, Any] = {}
     if is_hub_name(base):
-        values |= {"base_model": base, "base_model_relation": "finetune"}
-    if report.license:
-        values |= _license(report.license)
-    if pipeline := PIPELINES.get(auto):
-        values["pipeline_tag"] = pipeline
-    values["tags"] = ["elastic-adapters", "lora", "pruned", *(["custom_code"] if code else [])]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _license(name: str) -> dict[str, str]:
-    """The hub knows a list of names; others are "other", with a name."""
-    known = name.lower()
-    return {"license": known} if known in LICENSES else {"license": "other", "license_name": known}
+        known |= {"base_model": base, "base_model_relation": "finetune"}
+    if name := (report.license or "").lower():  # of others than it lists, the hub takes a name
+        listed = {"license": name}
+        known |= listed if name in LICENSES else {"license": "other", "license_name": name}
+    if score is not None and pipeline and is_hub_name(task):
+        result = EvalResult(pipeline, task, task, "accuracy", score, dataset_split="test")
+        known |= {"model_name": report.model.name, "eval_results": [result]}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["elastic-adapters", "lora", "pruned", *(["custom_code"] if code else [])],
+        **known,
+    ).to_yaml()
 
 
 def license_of(base: Path) -> str | None:
-    """What the card in a base model's folder says, if it has one."""
-    card = base / FILE
-    if not card.is_file():
-        return None
-    head = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    """What the card in a base model's folder says, if it has one that can be read."""
     try:
-        values = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        values = metadata_load(base / FILE) or {}
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
         return None
-    found = (
-        values.get("license_name") or values.get("license") if isinstance(values, dict) else None
-    )
+    found = values.get("license_name") or values.get("license")
     return found if isinstance(found, str) else None
 
 
@@ -234,7 +234,7 @@ def _origin(report: Report) -> str:
         "Search space": _code(origin["space"]),
         "Task": _code(origin["task"]),
         "Base weights": _code(report.base_digest),
-        "Seed": _code(report.seed),
+        "Seed": _code(report.config.seed),
         "Measured on": _plain(about["device"]),
     }
     lines = [f"{title}: {value}" for title, value in known.items() if value]
@@ -247,6 +247,30 @@ def _origin(report: Report) -> str:
     versions = (f"{_plain(name)} {_plain(version)}" for name, version in about["versions"].items())
     lines.append(f"Versions: {', '.join(versions)}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe(report: Report) -> Iterator[str]:
+    """The commands, and the files that they read."""
+    export = as_plain(report.config) | {"sub_adapter": "sub_adapter.json"}
+    files = {
+        "train.yaml": yaml.safe_dump(_unplaced(as_plain(report.trained)), sort_keys=False),
+        "sub_adapter.json": json.dumps(report.model.sub.as_dict()) + "\n",
+        "export.yaml": yaml.safe_dump(_unplaced(export), sort_keys=False),
+    }
+    yield "```sh\nelastic train --config train.yaml\nelastic export --config export.yaml\n```"
+    for name, content in files.items():
+        fence = _fence(content, 3)
+        shown = f"{fence}{name.rpartition('.')[2]}\n{content}{fence}"
+        yield f"<details><summary>{name}</summary>\n\n{shown}\n\n</details>"
+
+
+def _unplaced(value: Any) -> Any:
+    """Settings with files by their names alone: their folder is nobody else's business."""
+    if isinstance(value, dict):
+        return {name: _unplaced(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_unplaced(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _limit(name: str) -> str:
@@ -273,7 +297,12 @@ def _plain(value: Any) -> str:
 def _code(value: Any) -> str:
     """A code span, on one line, that no backtick inside ends."""
     flat = " ".join(str(value).split())
-    longest = max((len(run) for run in re.findall(r"`+", flat)), default=0)
-    fence = "`" * (longest + 1)
+    fence = _fence(flat)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
     return f"{fence}{pad}{flat}{pad}{fence}"
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks that no run of them inside ends."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(least, longest + 1)

@@ -154,10 +154,10 @@ def export(config: ExportConfig) -> Report:
 def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> Report:
     """What stands beside the written formats: the report and, for Hugging Face, the card."""
     report = Report(
-        timing=config.timing,
+        config=config,
+        trained=run.config(),
         origin=run.origin(),
         license=card.license_of(Path(loading.locate(run.config().model.path))),
-        seed=config.seed,
         **known,
     )
     if (building / "hf").is_dir():

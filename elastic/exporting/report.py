@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from elastic.config import TimingConfig
+from elastic.config import ExportConfig, TimingConfig, TrainConfig
 from elastic.console import wide
 from elastic.exporting.proof import Accuracy, Proof, Sample, Skipped, Trade, Unproved
 from elastic.latency.measure import distrust
@@ -83,14 +83,14 @@ class Report:
 
     directory: Path
     model: Model
-    timing: TimingConfig
+    config: ExportConfig
+    trained: TrainConfig
     formats: Mapping[str, Proof | Unproved | Skipped]
     origin: Mapping[str, Any]
     """As `Run.origin` has it."""
     license: str | None
     """Of the base model."""
     base_digest: str
-    seed: int
     provenance: Mapping[str, Any]
     """As `elastic.provenance` has it."""
     samples: Sequence[Sample] = ()
@@ -125,7 +125,7 @@ class Report:
             "sub_adapter": model.sub.as_dict(),
             **rest,
             **model.as_dict(),
-            "timing": as_plain(self.timing),
+            "timing": as_plain(self.config.timing),
             "formats": {
                 name: {**paths.get(name, {}), **found.as_dict()}
                 for name, found in self.formats.items()
@@ -134,7 +134,7 @@ class Report:
             **self.origin,
             "license": self.license,
             "base_digest": self.base_digest,
-            "seed": self.seed,
+            "seed": self.config.seed,
             **self.provenance,
         }
 
@@ -171,7 +171,7 @@ class Report:
         if self.merge:
             yield from _merge(self.merge)
         if proved:
-            yield from _trades(proved, self.timing)
+            yield from _trades(proved, self.config.timing)
             yield _agreement(proved)
             for number, sample in enumerate(self.samples):
                 yield _said(sample, {name: each.texts[number] for name, each in proved.items()})
@@ -188,7 +188,7 @@ class Report:
             yield f"{', '.join(names)} in {package}: {reason}"
         controls = [each.timing.control for each in proved.values() if not each.timing.trusted]
         if controls:
-            yield f"Latency: {distrust(max(controls), self.timing.tolerance)}"
+            yield f"Latency: {distrust(max(controls), self.config.timing.tolerance)}"
 
 
 def verdict(formats: Mapping[str, Proof | Unproved | Skipped]) -> str:
