@@ -231,7 +231,7 @@ def test_the_commands_of_a_card_load_its_folder(uniform, tmp_path, monkeypatch):
     hf.write(model, tiny.tokenizer(), tmp_path)
     file = card.write(replace(REPORT, model=replace(MODEL, sub=sub)), tmp_path)
     text = file.read_text()
-    assert ("trust_remote_code" in text) is not uniform
+    assert ("trust_remote_code" in section(text, "How to load it")) is not uniform
     commands = text.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
