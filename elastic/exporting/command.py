@@ -20,6 +20,7 @@ from elastic.exporting.merge import combine
 from elastic.exporting.proof import (
     Accuracy,
     Proof,
+    Result,
     Skipped,
     Trade,
     Unproved,
@@ -86,8 +87,9 @@ def export(config: ExportConfig) -> Report:
     if config.hf.uniform:
         cut = compact(net, sub)
         # With others to be merged, its accuracy alone would say nothing.
-        asked = [] if others else task.test
-        known = _accuracy(run, config, name, sub, cut, base.tokenizer, asked)
+        known = Accuracy()
+        if not others:
+            known = _accuracy(run, config, name, sub, cut, base.tokenizer, task.test)
         instead_of = Model(name, sub, known, count(cut), full_cost)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
@@ -107,7 +109,7 @@ def export(config: ExportConfig) -> Report:
     both: dict[Which, PreTrainedModel] = {
         "compact": model, "full": compact(net, net.space.maximal())
     }  # fmt: skip
-    formats: dict[str, Proof | Unproved | Skipped] = {}
+    formats: dict[str, Result] = {}
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
@@ -123,7 +125,8 @@ def export(config: ExportConfig) -> Report:
                 say(f"Writing and checking {kind}")
                 source.write(kind, "compact", building / kind)
                 formats[kind] = prove(kind, source, building / kind, probes, task.test)
-        as_torch = [name for name, found in formats.items() if getattr(found, "as_torch", False)]
+        proofs = {kind: found for kind, found in formats.items() if isinstance(found, Proof)}
+        as_torch = {kind: proof for kind, proof in proofs.items() if proof.as_torch}
         if as_torch and config.accuracy:
             # Of what the search scored, the answers to single examples are not known.
             mine, full = (
@@ -136,8 +139,8 @@ def export(config: ExportConfig) -> Report:
             trade = beside(full, mine)
         else:
             trade = Trade(_accuracy(run, config, name, sub, model, base.tokenizer, task.test))
-        for kind in as_torch:
-            formats[kind] = dataclasses.replace(formats[kind], trade=trade)
+        for kind, proof in as_torch.items():
+            formats[kind] = dataclasses.replace(proof, trade=trade)
         return _described(
             building, run, config,
             directory=directory,
@@ -185,11 +188,11 @@ def _accuracy(
 ) -> Accuracy:
     """On the test split: the search's if it scored this sub-adapter, else measured now."""
     file = run.sub_adapters / f"{name}.json"
-    if test and file.is_file():
+    if file.is_file():
         found = read_json(file)
         if found.get("sub_adapter") == sub.as_dict() and not found.get("compress"):
             return Accuracy(*(found[key] for key in Accuracy().as_dict()))
-    if not test or not config.accuracy:
+    if not config.accuracy:
         return Accuracy()
     score = evaluate(model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring")
     return Accuracy(**score.as_dict())

@@ -255,6 +255,10 @@ class Proof:
         }
 
 
+Result = Proof | Unproved | Skipped
+"""What became of one format."""
+
+
 def prove(
     kind: str,
     source: Source,

@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic.config import ExportConfig, TimingConfig, TrainConfig
 from elastic.console import wide
-from elastic.exporting.proof import Accuracy, Proof, Sample, Skipped, Trade, Unproved
+from elastic.exporting.proof import Accuracy, Proof, Result, Sample, Skipped, Trade, Unproved
 from elastic.latency.measure import distrust
 from elastic.run import as_plain
 from elastic.spaces.bound import SubAdapter
@@ -85,7 +85,7 @@ class Report:
     model: Model
     config: ExportConfig
     trained: TrainConfig
-    formats: Mapping[str, Proof | Unproved | Skipped]
+    formats: Mapping[str, Result]
     origin: Mapping[str, Any]
     """As `Run.origin` has it."""
     license: str | None
@@ -191,7 +191,7 @@ class Report:
             yield f"Latency: {distrust(max(controls), self.config.timing.tolerance)}"
 
 
-def verdict(formats: Mapping[str, Proof | Unproved | Skipped]) -> str:
+def verdict(formats: Mapping[str, Result]) -> str:
     """Whether the compact model is faster than the full one, in which format and by how much: more
     than the full model differs from itself, at prefill and at decode."""
     kinds: dict[str, list[str]] = {"slower": [], "unknown": [], "faster": []}
