@@ -1,4 +1,5 @@
-"""Progress bars that never mix with the last line a script reads: they go to stderr."""
+"""What people read: progress bars on stderr, which never mix with the last line a script reads, and
+tables before it."""
 
 from __future__ import annotations
 
@@ -49,6 +50,11 @@ def counting_bar(*, transient: bool) -> Progress:
         transient=transient,
         disable=not stderr.is_terminal,
     )
+
+
+def wide(width: int = 100) -> Console:
+    """Standard output for tables: so many columns at least, also where nobody watches."""
+    return Console(width=max(width, Console().width))
 
 
 def say(message: str) -> None:

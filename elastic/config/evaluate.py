@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.latency import Graph
 from elastic.errors import require
 
 PARTS = {
@@ -49,7 +50,7 @@ class EvaluateConfig:
     """harness: put prompts through the tokenizer's chat template."""
     run_code: bool = False
     """harness: let tasks run the code that the model writes, on this machine."""
-    exported: Literal["onnx", "openvino"] | None = None
+    exported: Graph | None = None
     """harness: ask what `elastic export` wrote under the sub-adapter's name for this runtime."""
     text: str | None = None
     """A text file: perplexity on it."""

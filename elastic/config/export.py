@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from elastic.config.latency import TimingConfig
+from elastic.config.latency import GRAPHS, Graph, RoundedTo, TimingConfig
 from elastic.errors import require
 
 
@@ -68,9 +68,7 @@ class HfConfig:
         )
 
 
-_FORMATS = ("hf", "peft", "onnx", "openvino")
-GRAPHS = ("onnx", "openvino")
-"""Formats whose weights can be compressed."""
+_USUAL = ("hf", "peft", *GRAPHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +81,13 @@ class ExportConfig:
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
-    formats: list[Literal["hf", "peft", "onnx", "openvino", "gguf"]] = field(
-        default_factory=lambda: list(_FORMATS)
+    formats: list[Literal["hf", "peft", Graph, "gguf"]] = field(
+        default_factory=lambda: list(_USUAL)
     )
     """gguf, for llama.cpp, only when asked for."""
-    compress: list[
-        Literal[
-            "int8", "int8_sym", "int4", "int4_sym", "int4_awq", "int4_scale", "int4_gptq", "nf4"
-        ]
-    ] = field(default_factory=list)
+    compress: list[Literal[RoundedTo, "int4_awq", "int4_scale", "int4_gptq", "nf4"]] = field(
+        default_factory=list
+    )
     """Write onnx and openvino with weights of so few bits as well, by NNCF (extra `compress`);
     unset, as the search chose for this sub-adapter."""
     compress_examples: int = 64
@@ -141,7 +137,7 @@ class ExportConfig:
             f"compress {', '.join(self.compress)}: it is graphs whose weights are compressed; add "
             f"{' or '.join(GRAPHS)} to formats",
         )
-        require(bool(self.formats), f"formats is empty; choose from {', '.join(_FORMATS)}")
+        require(bool(self.formats), f"formats is empty; choose from {', '.join(_USUAL)}")
         require(
             self.timing.runtime == "torch" and self.timing.merged,
             "timing.runtime and timing.merged: every written format is timed in its own runtime; "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from elastic.errors import require
 
+Graph = Literal["onnx", "openvino"]
+"""Formats that are graphs; each has the name of the runtime it is for."""
+GRAPHS: tuple[str, ...] = get_args(Graph)
 RoundedTo = Literal["int8", "int8_sym", "int4", "int4_sym"]
 """Compressions whose codes follow from the weights alone, so that accuracy is known without a
 graph."""
@@ -17,7 +20,7 @@ graph."""
 class TimingConfig:
     """How latency is measured: the full model and the candidate take turns."""
 
-    runtime: Literal["torch", "onnx", "openvino"] = "torch"
+    runtime: Literal["torch", Graph] = "torch"
     """onnx and openvino run in float32."""
     merged: bool = True
     """Fold the factors into the weights first. Unmerged ones cost time, the more the larger their
@@ -75,7 +78,7 @@ def require_graph(compress: Collection[str], timing: TimingConfig) -> None:
     require(
         not compress or timing.runtime != "torch",
         f"compress {', '.join(compress)}: it is graphs whose weights are compressed; give "
-        "timing.runtime onnx or openvino",
+        f"timing.runtime {' or '.join(GRAPHS)}",
     )
 
 

@@ -11,6 +11,8 @@ from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require
 from elastic.errors import ConfigError, require
 
 ACCURACY = "accuracy"
+AT_LEAST = ("min_accuracy", "tokens_per_second")
+"""Limits from below; the others are from above."""
 _LATENCIES = {
     "prefill_ms": "prefill_ms",
     "decode_ms": "decode_ms",

@@ -164,7 +164,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     """Name, sizes and the model that RUN/export/NAME holds for this runtime."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from elastic.formats.graphs import open_written
+    from elastic.formats.graphs import MODULES
 
     folder = run.path / "export" / config.sub_adapter
     if not (folder / "report.json").is_file():
@@ -182,7 +182,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     ends = tokenizer.eos_token_id
     if (written / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(written).eos_token_id or ends
-    runner = open_written(written, config.exported)
+    runner = MODULES[config.exported].open_folder(written)
     ends = ends if isinstance(ends, list) else [ends]
     return report["name"], report["sub_adapter"], runner_model(runner, tokenizer, ends)
 

@@ -10,11 +10,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
+from elastic.config.search import AT_LEAST
 from elastic.files import write_text
+from elastic.run import as_plain
+
+if TYPE_CHECKING:
+    from elastic.exporting.proof import Accuracy, Proof
+    from elastic.exporting.report import Report
+    from elastic.latency.measure import Latency, Measurement
 
 FILE = "README.md"
 PIPELINES = {
@@ -29,141 +37,127 @@ LICENSES = (
     "llama3.1", "llama3.2", "llama3.3", "other", "unknown",
 )  # fmt: skip
 """Names the hub takes, of models that are much used; see its documentation on licenses."""
-SECTIONS = {
-    "method": "Adapter method", "space": "Search space", "task": "Task",
-    "base_digest": "Base weights", "seed": "Seed", "device": "Measured on",
-}  # fmt: skip
-LIMITS = {
-    "min_accuracy": "accuracy at least", "tokens_per_second": "tokens per second at least",
-    "prefill_ms": "prefill ms at most", "decode_ms": "decode ms at most",
-    "max_params": "parameters at most", "max_macs": "multiply-accumulates at most",
-}  # fmt: skip
+SPELT_OUT = {"params": "parameters", "macs": "multiply-accumulates", "mb": "MB"}
 
 
-def write(contents: Mapping[str, Any], directory: Path, **settings: Any) -> Path:
-    """DIRECTORY/README.md; the architecture and whether code comes along are read from the folder,
-    unless `settings` (as of `text`) say them."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+def write(report: Report, directory: Path) -> Path:
+    """DIRECTORY/README.md; the architecture and whether code comes along are read from the
+    folder."""
     from elastic.formats import hf
 
-    known = {
-        "auto": hf.auto_of(config["architectures"][0]),
-        "code": (directory / hf.CODE).is_file() or "auto_map" in config,
-    }
-    write_text(directory / FILE, text(contents, **(known | settings)))
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    auto = hf.auto_of(config["architectures"][0])
+    code = (directory / hf.CODE).is_file() or "auto_map" in config
+    write_text(directory / FILE, text(report, auto=auto, code=code))
     return directory / FILE
 
 
-def text(
-    contents: Mapping[str, Any],
-    *,
-    auto: str = "AutoModelForCausalLM",
-    code: bool = False,
-    kind: str = "hf",
-) -> str:
-    """The card of the folder of format `kind`, metadata first.
+def text(report: Report, *, auto: str = "AutoModelForCausalLM", code: bool = False) -> str:
+    """The card of a report's Hugging Face folder, metadata first.
 
-    `contents` is report.json's: name, sub_adapter, params, macs, full_params, full_macs, formats,
-    base_model, versions, and, where known, accuracy, accuracy_n, accuracy_interval, license,
-    method, space, budget, task, seed. `auto` is the transformers class that loads the folder,
-    `code` whether it holds a model class of its own.
+    `auto` is the transformers class that loads the folder, `code` whether it holds a model class of
+    its own.
     """
+    proof = report.proved.get("hf")
     blocks = [
-        f"# {_plain(contents['name'])}",
-        _summary(contents, code),
-        *_quality(contents, contents["formats"].get(kind, {})),
-        *_latency(contents["formats"].get(kind, {})),
+        f"# {_plain(report.model.name)}",
+        _summary(report, code),
+        *_quality(report.model.accuracy, proof),
+        *(_latency(proof.latency, proof.timing) if proof else ()),
         "## How to load it",
         _loading(auto, code),
         "## Sizes by layer",
-        _sizes(contents["sub_adapter"]),
+        _sizes(report.model.sub.as_dict()),
         "## How it was made",
-        _origin(contents),
+        _origin(report),
+        "## How to make it again",
+        *_recipe(report),
     ]
-    return f"---\n{_metadata(contents, auto, code)}---\n\n" + "\n\n".join(blocks) + "\n"
+    return f"---\n{_metadata(report, auto, code)}\n---\n\n" + "\n\n".join(blocks) + "\n"
 
 
-def is_hub_name(base: str) -> bool:
-    """Whether a base model's path can be the name of a repository, and is no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+def is_hub_name(path: str) -> bool:
+    """Whether this can be the name of a repository, and is no folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
 
 
-def _metadata(contents: Mapping[str, Any], auto: str, code: bool) -> str:
-    """The YAML that the hub reads. A base model that is a folder of somebody's machine, or a name
-    of ours, is no repository: the hub would refuse it or link to a stranger's."""
-    base = str(contents["base_model"])
-    values: dict[str, Any] = {"library_name": "transformers"}
+def _metadata(report: Report, auto: str, code: bool) -> str:
+    """The YAML that the hub reads. A base model or a data set that is a folder of somebody's
+    machine, or a name of ours, is no repository: the hub would refuse it or link to a stranger's.
+    """
+    base, task = str(report.origin["base_model"]), str(report.origin["task"])
+    pipeline, score = PIPELINES.get(auto), report.model.accuracy.accuracy
+    known: dict[str, Any] = {}
     if is_hub_name(base):
-        values |= {"base_model": base, "base_model_relation": "finetune"}
-    if license := contents.get("license"):
-        values |= _license(str(license))
-    if pipeline := PIPELINES.get(auto):
-        values["pipeline_tag"] = pipeline
-    values["tags"] = ["elastic-adapters", "lora", "pruned", *(["custom_code"] if code else [])]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _license(name: str) -> dict[str, str]:
-    """The hub knows a list of names; others are "other", with a name."""
-    known = name.lower()
-    return {"license": known} if known in LICENSES else {"license": "other", "license_name": known}
+        known |= {"base_model": base, "base_model_relation": "finetune"}
+    if name := (report.license or "").lower():  # of others than it lists, the hub takes a name
+        listed = {"license": name}
+        known |= listed if name in LICENSES else {"license": "other", "license_name": name}
+    if score is not None and pipeline and is_hub_name(task):
+        result = EvalResult(pipeline, task, task, "accuracy", score, dataset_split="test")
+        known |= {"model_name": report.model.name, "eval_results": [result]}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["elastic-adapters", "lora", "pruned", *(["custom_code"] if code else [])],
+        **known,
+    ).to_yaml()
 
 
 def license_of(base: Path) -> str | None:
-    """What the card in a base model's folder says, if it has one."""
-    card = base / FILE
-    if not card.is_file():
-        return None
-    head = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    """What the card in a base model's folder says, if it has one that can be read."""
     try:
-        values = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        values = metadata_load(base / FILE) or {}
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
         return None
-    found = (
-        values.get("license_name") or values.get("license") if isinstance(values, dict) else None
-    )
+    found = values.get("license_name") or values.get("license")
     return found if isinstance(found, str) else None
 
 
-def _summary(c: Mapping[str, Any], code: bool) -> str:
+def _summary(report: Report, code: bool) -> str:
     layers = "layers of different sizes" if code else "the family's own model class"
+    own, full = report.model.cost, report.model.full_cost
     return (
-        f"A compact model cut from {_code(c['base_model'])} with elastic-adapters: "
-        f"{c['params'] / 1e6:.1f} M of {c['full_params'] / 1e6:.1f} M parameters and "
-        f"{c['macs'] / c['full_macs']:.0%} of the operations per token, {layers}."
+        f"A compact model cut from {_code(report.origin['base_model'])} with elastic-adapters: "
+        f"{own.params / 1e6:.1f} M of {full.params / 1e6:.1f} M parameters and "
+        f"{own.macs / full.macs:.0%} of the operations per token, {layers}."
     )
 
 
-def _quality(c: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    if c.get("accuracy") is None:
+def _quality(score: Accuracy, proof: Proof | None) -> Iterator[str]:
+    if score.accuracy is None:
         return
     yield "## Quality"
-    line = f"Accuracy {c['accuracy']:.1%}"
-    if interval := c.get("accuracy_interval"):
-        line += f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})"
-    yield f"{line} on {c['accuracy_n']} test examples that the search never saw."
-    if found.get("full_accuracy") is not None:
-        low, high = found["difference_interval"]
+    low, high = score.accuracy_interval
+    yield (
+        f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+        f"{score.accuracy_n} test examples that the search never saw."
+    )
+    if proof and proof.trade.difference is not None:
+        own, full, (low, high) = (
+            proof.trade.compact, proof.trade.full, proof.trade.difference_interval
+        )  # fmt: skip
         yield (
-            f"On {found['full_accuracy_n']} of them the full model reaches "
-            f"{found['full_accuracy']:.1%} and this one {found['accuracy']:.1%}, a difference of "
-            f"{100 * found['difference']:+.1f} points (95 % interval {100 * low:+.1f} to "
-            f"{100 * high:+.1f})."
+            f"On {full.accuracy_n} of them the full model reaches {full.accuracy:.1%} and this one "
+            f"{own.accuracy:.1%}, a difference of {100 * proof.trade.difference:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f})."
         )
 
 
-def _latency(found: Mapping[str, Any]) -> Iterator[str]:
+def _latency(own: Latency, timing: Measurement) -> Iterator[str]:
     rows = [
-        [name, f"{found[key]:.2f}", f"{found[f'full_{key}']:.2f}",
-         f"{found[key] / found[f'full_{key}']:.0%}"]
-        for name, key in (("prefill, ms", "prefill_ms"), ("one more token, ms", "decode_ms"))
-        if found.get(key) and found.get(f"full_{key}")
-    ]  # fmt: skip
+        [name, f"{mine:.2f}", f"{full:.2f}", f"{mine / full:.0%}"]
+        for name, mine, full in (
+            ("prefill, ms", own.prefill_ms, timing.full.prefill_ms),
+            ("one more token, ms", own.decode_ms, timing.full.decode_ms),
+        )
+        if mine and full
+    ]
     if not rows:
         return
     yield "## Latency"
     yield _table(["", "this model", "full model", "ratio"], rows)
-    if not found.get("trusted", True):
+    if not timing.trusted:
         yield "The machine was too busy for these times to be trusted."
 
 
@@ -231,22 +225,59 @@ def _span(first: str, last: str) -> str:
     return _code(first) if first == last else f"{_code(first)} to {number[1]}"
 
 
-def _origin(c: Mapping[str, Any]) -> str:
-    lines = [f"Base model: {_code(c['base_model'])}"]
-    if c.get("license"):
-        lines.append(f"License of the base model: {_plain(c['license'])}")
-    for key, title in SECTIONS.items():
-        if c.get(key) is not None:
-            lines.append(f"{title}: {_code(c[key]) if key != 'device' else _plain(c[key])}")
-    for name, limit in (c.get("budget") or {}).items():
+def _origin(report: Report) -> str:
+    origin, about = report.origin, report.provenance
+    known = {
+        "Base model": _code(origin["base_model"]),
+        "License of the base model": report.license and _plain(report.license),
+        "Adapter method": _code(origin["method"]),
+        "Search space": _code(origin["space"]),
+        "Task": _code(origin["task"]),
+        "Base weights": _code(report.base_digest),
+        "Seed": _code(report.config.seed),
+        "Measured on": _plain(about["device"]),
+    }
+    lines = [f"{title}: {value}" for title, value in known.items() if value]
+    for name, limit in (origin["budget"] or {}).items():
         amount = limit if isinstance(limit, str) else f"{limit:g}"
-        lines.append(f"Budget: {_plain(LIMITS.get(name, name))} {_plain(amount)}")
-    if "merge" in c:
-        names = ", ".join(_code(entry["name"]) for entry in c["merge"]["adapters"])
-        lines.append(f"Merged adapters: {names} ({_code(c['merge']['strategy'])})")
-    versions = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in c.get("versions", {}).items())
-    lines += [f"Versions: {versions}"] if versions else []
+        lines.append(f"Budget: {_limit(name)} {_plain(amount)}")
+    if report.merge:
+        names = ", ".join(_code(entry["name"]) for entry in report.merge["adapters"])
+        lines.append(f"Merged adapters: {names} ({_code(report.merge['strategy'])})")
+    versions = (f"{_plain(name)} {_plain(version)}" for name, version in about["versions"].items())
+    lines.append(f"Versions: {', '.join(versions)}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe(report: Report) -> Iterator[str]:
+    """The commands, and the files that they read."""
+    export = as_plain(report.config) | {"sub_adapter": "sub_adapter.json"}
+    files = {
+        "train.yaml": yaml.safe_dump(_unplaced(as_plain(report.trained)), sort_keys=False),
+        "sub_adapter.json": json.dumps(report.model.sub.as_dict()) + "\n",
+        "export.yaml": yaml.safe_dump(_unplaced(export), sort_keys=False),
+    }
+    yield "```sh\nelastic train --config train.yaml\nelastic export --config export.yaml\n```"
+    for name, content in files.items():
+        fence = _fence(content, 3)
+        shown = f"{fence}{name.rpartition('.')[2]}\n{content}{fence}"
+        yield f"<details><summary>{name}</summary>\n\n{shown}\n\n</details>"
+
+
+def _unplaced(value: Any) -> Any:
+    """Settings with files by their names alone: their folder is nobody else's business."""
+    if isinstance(value, dict):
+        return {name: _unplaced(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_unplaced(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _limit(name: str) -> str:
+    """A field of BudgetConfig in words: "prefill ms at most" of prefill_ms."""
+    words = [word for word in name.split("_") if word not in ("min", "max")]
+    spelt = " ".join(SPELT_OUT.get(word, word) for word in words)
+    return f"{_plain(spelt)} at {'least' if name in AT_LEAST else 'most'}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -266,7 +297,12 @@ def _plain(value: Any) -> str:
 def _code(value: Any) -> str:
     """A code span, on one line, that no backtick inside ends."""
     flat = " ".join(str(value).split())
-    longest = max((len(run) for run in re.findall(r"`+", flat)), default=0)
-    fence = "`" * (longest + 1)
+    fence = _fence(flat)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
     return f"{fence}{pad}{flat}{pad}{fence}"
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks that no run of them inside ends."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(least, longest + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,26 @@ import torch
 from elastic.config import ExportConfig
 from elastic.console import say
 from elastic.data import load_task
-from elastic.data.task import Example
 from elastic.errors import ExportError, require
 from elastic.evaluation.evaluate import evaluate
 from elastic.exporting import card, foreign
 from elastic.exporting.contract import Source, Which
 from elastic.exporting.merge import combine
-from elastic.exporting.proof import NO_SCORE, beside, inputs_of, probe, prove, samples, size_of
-from elastic.exporting.report import Report, verdict
+from elastic.exporting.proof import (
+    Accuracy,
+    Proof,
+    Result,
+    Skipped,
+    Trade,
+    Unproved,
+    beside,
+    inputs_of,
+    probe,
+    prove,
+    samples,
+    size_of,
+)
+from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import hf
@@ -28,7 +39,7 @@ from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.provenance import provenance
-from elastic.run import Run, as_plain
+from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact, streamed
@@ -40,7 +51,6 @@ from elastic.supernet.store import (
     read_factors,
     read_super_adapter,
 )
-from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +82,15 @@ def export(config: ExportConfig) -> Report:
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
-    extra: dict[str, Any] = {}
+    full_cost = Counter(net.model, net.space).full
+    instead_of = merge = None
     if config.hf.uniform:
-        extra["instead_of"] = _instead_of(run, config, base, net, name, sub, task.test)
+        cut = compact(net, sub)
+        # With others to be merged, its accuracy alone would say nothing.
+        known = Accuracy()
+        if not others:
+            known = _accuracy(run, config, name, sub, cut, base.tokenizer, task.test)
+        instead_of = Model(name, sub, known, count(cut), full_cost)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
@@ -84,7 +100,7 @@ def export(config: ExportConfig) -> Report:
     if others:
         updates = [foreign.read(folder, wanted, digest) for folder in others]
         merged = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
-        model, extra = merged.model, {**extra, "merge": merged.report}
+        model, merge = merged.model, merged.report
         probes = [probe(model, ids) for ids in inputs]
     else:
         model = compact(net, sub)
@@ -93,7 +109,7 @@ def export(config: ExportConfig) -> Report:
     both: dict[Which, PreTrainedModel] = {
         "compact": model, "full": compact(net, net.space.maximal())
     }  # fmt: skip
-    found: dict[str, dict[str, Any]] = {}
+    formats: dict[str, Result] = {}
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
@@ -104,14 +120,13 @@ def export(config: ExportConfig) -> Report:
             reasons = _reasons(source)
             for kind in config.kinds:
                 if reason := reasons.get(kind):
-                    found[kind] = {"skipped": reason}
+                    formats[kind] = Skipped(reason)
                     continue
                 say(f"Writing and checking {kind}")
                 source.write(kind, "compact", building / kind)
-                proof = prove(kind, source, building / kind, probes, task.test)
-                # The final place: the directory is renamed when everything is done.
-                found[kind] = {"path": str(directory / kind), **proof}
-        as_torch = [proof for proof in found.values() if proof.pop("as_torch", False)]
+                formats[kind] = prove(kind, source, building / kind, probes, task.test)
+        proofs = {kind: found for kind, found in formats.items() if isinstance(found, Proof)}
+        as_torch = {kind: proof for kind, proof in proofs.items() if proof.as_torch}
         if as_torch and config.accuracy:
             # Of what the search scored, the answers to single examples are not known.
             mine, full = (
@@ -121,33 +136,39 @@ def export(config: ExportConfig) -> Report:
                 )
                 for which, each in both.items()
             )  # fmt: skip
-            accuracy, gap = mine.as_dict(), beside(full, mine)
+            trade = beside(full, mine)
         else:
-            accuracy, gap = _accuracy(run, config, name, sub, model, base.tokenizer, task.test), {}
-        for proof in as_torch:
-            proof |= accuracy | gap
-        contents = {
-            "verdict": verdict(found),
-            "name": name,
-            "sub_adapter": sub.as_dict(),
-            **extra,
-            **accuracy,
-            **_costs(net, sub, model),
-            "timing": as_plain(config.timing),
-            "formats": found,
-            "samples": asked,
-            **run.origin(),
-            "license": card.license_of(Path(loading.locate(trained.model.path))),
-            "base_digest": base.digest,
-            "seed": config.seed,
-            **provenance(str(model.device)),
-        }
-        if (building / "hf").is_dir():
-            card.write(contents, building / "hf")
-            found["hf"]["bytes"] = size_of(building / "hf")
-        report = Report(directory, contents)
-        write_json(building / "report.json", contents)
-        write_text(building / "report.md", report.markdown())
+            trade = Trade(_accuracy(run, config, name, sub, model, base.tokenizer, task.test))
+        for kind, proof in as_torch.items():
+            formats[kind] = dataclasses.replace(proof, trade=trade)
+        return _described(
+            building, run, config,
+            directory=directory,
+            base_digest=base.digest,
+            model=Model(name, sub, trade.compact, count(model), full_cost),
+            formats=formats,
+            provenance=provenance(str(model.device)),
+            samples=asked,
+            instead_of=instead_of,
+            merge=merge,
+        )  # fmt: skip
+
+
+def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> Report:
+    """What stands beside the written formats: the report and, for Hugging Face, the card."""
+    report = Report(
+        config=config,
+        trained=run.config(),
+        origin=run.origin(),
+        license=card.license_of(Path(loading.locate(run.config().model.path))),
+        **known,
+    )
+    if (building / "hf").is_dir():
+        card.write(report, building / "hf")
+        whole = dataclasses.replace(report.formats["hf"], bytes=size_of(building / "hf"))
+        report = dataclasses.replace(report, formats={**report.formats, "hf": whole})
+    write_json(building / "report.json", report.contents)
+    write_text(building / "report.md", report.markdown())
     return report
 
 
@@ -162,45 +183,19 @@ def _reasons(source: Source) -> dict[str, str]:
     return reasons
 
 
-def _instead_of(
-    run: Run,
-    config: ExportConfig,
-    base: loading.Base,
-    net: Supernet,
-    name: str,
-    sub: SubAdapter,
-    test: Sequence[Example],
-) -> dict[str, Any]:
-    """Costs and accuracy of the sub-adapter that a uniform one takes the place of; with others to
-    be merged, its accuracy alone would say nothing."""
-    model, accuracy = compact(net, sub), dict(NO_SCORE)
-    if not config.merge.adapters:
-        accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, test)
-    return {"name": name, "sub_adapter": sub.as_dict(), **accuracy, **_costs(net, sub, model)}
-
-
 def _accuracy(
     run: Run, config: ExportConfig, name: str, sub: SubAdapter, model, tokenizer, test
-) -> dict[str, Any]:
-    """Test accuracy: the search's if it scored this sub-adapter, else measured now."""
+) -> Accuracy:
+    """On the test split: the search's if it scored this sub-adapter, else measured now."""
     file = run.sub_adapters / f"{name}.json"
     if file.is_file():
         found = read_json(file)
         if found.get("sub_adapter") == sub.as_dict() and not found.get("compress"):
-            return {key: found[key] for key in NO_SCORE}
+            return Accuracy(*(found[key] for key in Accuracy().as_dict()))
     if not config.accuracy:
-        return dict(NO_SCORE)
-    return evaluate(
-        model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring"
-    ).as_dict()
-
-
-def _costs(net: Supernet, sub: SubAdapter, model: PreTrainedModel) -> dict[str, int]:
-    cost, full = count(model), Counter(net.model, net.space).full
-    return {
-        "params": cost.params, "macs": cost.macs,
-        "full_params": full.params, "full_macs": full.macs,
-    }  # fmt: skip
+        return Accuracy()
+    score = evaluate(model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring")
+    return Accuracy(**score.as_dict())
 
 
 UNPROVED = "neither loaded again nor compared: prove false"
@@ -225,8 +220,8 @@ def write_only(config: ExportConfig) -> Report:
     dtype = loading.stored_dtype(trained.model) or torch.float32
     stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
     skeleton = loading.skeleton(trained.model, dtype)
-    full = count(skeleton)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
+    full_cost = Counter(net.model, net.space).full
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
     directory = run.export(config.name or name, sub, ["hf"])
     base = loading.load_model(folder, dataclasses.replace(stored, device="cpu"))
@@ -243,27 +238,11 @@ def write_only(config: ExportConfig) -> Report:
             found.model, loading.load_tokenizer(trained.model), building / "hf", dtype=dtype,
             max_shard_size=config.hf.max_shard_size, tensors=found.tensors,
         )  # fmt: skip
-        cost = count(found.model)
-        written = {"path": str(directory / "hf"), "unproved": UNPROVED, "bytes": 0}
-        contents = {
-            "verdict": verdict({"hf": written}),
-            "name": name,
-            "sub_adapter": sub.as_dict(),
-            **NO_SCORE,
-            "params": cost.params, "macs": cost.macs,
-            "full_params": full.params, "full_macs": Counter(net.model, net.space).full.macs,
-            "timing": as_plain(config.timing),
-            "formats": {"hf": written},
-            "samples": [],
-            **run.origin(),
-            "license": card.license_of(Path(folder)),
-            "base_digest": digest,
-            "seed": config.seed,
-            **provenance("cpu"),
-        }  # fmt: skip
-        card.write(contents, building / "hf")
-        written["bytes"] = size_of(building / "hf")
-        report = Report(directory, contents)
-        write_json(building / "report.json", contents)
-        write_text(building / "report.md", report.markdown())
-    return report
+        return _described(
+            building, run, config,
+            directory=directory,
+            base_digest=digest,
+            model=Model(name, sub, Accuracy(), count(found.model), full_cost),
+            formats={"hf": Unproved(0, UNPROVED)},
+            provenance=provenance("cpu"),
+        )  # fmt: skip

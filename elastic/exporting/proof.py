@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from elastic.exporting.targets import FORMATS
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency import weigh
 from elastic.latency.bench import ATTEMPTS
-from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure
+from elastic.latency.measure import REFERENCE, Latency, Measurement, clock_of, measure
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -131,10 +131,132 @@ def require_agreement(kind: str, found: Agreement, limit: float | None) -> None:
 CANDIDATE = "compact"
 TEXTS, TEXT_TOKENS = 3, 24
 """Prompts that are answered freely, and how far."""
-NO_SCORE = dict.fromkeys(("accuracy", "accuracy_n", "accuracy_interval"))
-NOT_BESIDE = dict.fromkeys(
-    (*(f"full_{name}" for name in NO_SCORE), "difference", "difference_interval")
-)
+
+
+class _Plain:
+    """In report.json every field stands under its name."""
+
+    def as_dict(self) -> dict[str, Any]:
+        rare = ("unanswered", "full_bytes")
+        return {k: value for k, value in vars(self).items() if value is not None or k not in rare}
+
+
+@dataclass(frozen=True)
+class Accuracy(_Plain):
+    """How often a model is right, on how many examples; None where nobody asked."""
+
+    accuracy: float | None = None
+    accuracy_n: int | None = None
+    accuracy_interval: Sequence[float] | None = None
+    unanswered: int | None = None
+
+
+@dataclass(frozen=True)
+class Trade:
+    """The compact model's accuracy beside the full one's on the same examples, and how far the
+    first is from the second."""
+
+    compact: Accuracy = Accuracy()
+    full: Accuracy = Accuracy()
+    difference: float | None = None
+    difference_interval: Sequence[float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        full = {f"full_{name}": value for name, value in self.full.as_dict().items()}
+        gap = {"difference": self.difference, "difference_interval": self.difference_interval}
+        return {**self.compact.as_dict(), **full, **gap}
+
+
+@dataclass(frozen=True)
+class Weighed(_Plain):
+    """Seconds to load and MB in memory, of a written model and of the full one, and the full one's
+    size on disk; None where that was not measured."""
+
+    load_s: float | None = None
+    memory_mb: float | None = None
+    full_load_s: float | None = None
+    full_memory_mb: float | None = None
+    full_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Skipped(_Plain):
+    """A format that was asked for and cannot hold this sub-adapter."""
+
+    skipped: str
+    """Why."""
+
+
+@dataclass(frozen=True)
+class Unproved(_Plain):
+    """A model that was written, and that nothing here ran."""
+
+    bytes: int
+    unproved: str
+    """Why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """A model that was written, loaded again and compared."""
+
+    about: Mapping[str, Any]
+    """What its format alone has to say."""
+    bytes: int
+    exact: Agreement
+    """With the supernet, where it has to be the same."""
+    deployed: Agreement
+    """As it runs in its own runtime."""
+    precision: str
+    """In which it runs there."""
+    timing: Measurement
+    weighed: Weighed
+    texts: Sequence[str]
+    """Its answers to the prompts of the report."""
+    trade: Trade
+    as_torch: bool
+    """Whether it computes what the models in memory do, so that their accuracy is its own."""
+
+    @property
+    def latency(self) -> Latency:
+        return self.timing.latencies[CANDIDATE]
+
+    @property
+    def ratio(self) -> Latency:
+        """Its latency in parts of the full model's."""
+        return self.timing.ratio(CANDIDATE)
+
+    def as_dict(self) -> dict[str, Any]:
+        off, full = self.deployed.max_abs_diff, self.timing.full
+        return {
+            **self.about,
+            "bytes": self.bytes,
+            "max_abs_diff": self.exact.max_abs_diff,
+            "largest_logit": self.exact.largest_logit,
+            "greedy_tokens_equal": self.exact.greedy_tokens_equal,
+            "deployed": {
+                "precision": self.precision,
+                "tokens": self.deployed.tokens,
+                "tokens_equal": self.deployed.equal,
+                "max_abs_diff": None if np.isnan(off) else off,
+            },
+            "prefill_ms": self.latency.prefill_ms,
+            "decode_ms": self.latency.decode_ms,
+            "full_prefill_ms": full.prefill_ms,
+            "full_decode_ms": full.decode_ms,
+            "prefill_ratio": self.ratio.prefill_ms,
+            "decode_ratio": self.ratio.decode_ms,
+            "control": self.timing.control,
+            "trusted": self.timing.trusted,
+            **self.weighed.as_dict(),
+            "texts": self.texts,
+            **(Trade().as_dict() if self.as_torch else {}),
+            **self.trade.as_dict(),
+        }
+
+
+Result = Proof | Unproved | Skipped
+"""What became of one format."""
 
 
 def prove(
@@ -143,43 +265,28 @@ def prove(
     directory: Path,
     probes: Sequence[Probe],
     test: Sequence[Example],
-) -> dict[str, Any]:
+) -> Proof | Unproved:
     """What was written into this folder, loaded again: compared with the supernet, and beside the
     full model in the same runtime. ExportError when it computes something else."""
     format, config = FORMATS[kind], source.config
     if format.runtime is None:
-        return {"bytes": size_of(directory), "unproved": "read back, but nothing here runs it"}
+        return Unproved(size_of(directory), "read back, but nothing here runs it")
     runner = format.open(source, "compact", directory)
     exact = format.exact(source, directory, runner)
     found = agreement(exact, probes)
     require_agreement(kind, found, format.limit(source))
-    deployed = found if exact is runner else agreement(runner, probes)
-    timing = timed(kind, source, runner)
-    own, full, ratio = timing.latencies[CANDIDATE], timing.full, timing.ratio(CANDIDATE)
-    return {
-        **format.about(source, directory),
-        "bytes": size_of(directory),
-        "max_abs_diff": found.max_abs_diff,
-        "largest_logit": found.largest_logit,
-        "greedy_tokens_equal": found.greedy_tokens_equal,
-        "deployed": {
-            "precision": format.precision(source, runner),
-            "tokens": deployed.tokens,
-            "tokens_equal": deployed.equal,
-            "max_abs_diff": None if np.isnan(deployed.max_abs_diff) else deployed.max_abs_diff,
-        },
-        "prefill_ms": own.prefill_ms,
-        "decode_ms": own.decode_ms,
-        "full_prefill_ms": full.prefill_ms,
-        "full_decode_ms": full.decode_ms,
-        "prefill_ratio": ratio.prefill_ms,
-        "decode_ratio": ratio.decode_ms,
-        "control": timing.control,
-        "trusted": timing.trusted,
-        **weighed(kind, source, directory),
-        "texts": texts(runner, source, test),
-        **scored(kind, source, runner, test[: config.runtime_examples]),
-    }
+    return Proof(
+        about=format.about(source, directory),
+        bytes=size_of(directory),
+        exact=found,
+        deployed=found if exact is runner else agreement(runner, probes),
+        precision=format.precision(source, runner),
+        timing=timed(kind, source, runner),
+        weighed=weighed(kind, source, directory),
+        texts=texts(runner, source, test),
+        trade=scored(kind, source, runner, test[: config.runtime_examples]),
+        as_torch=format.as_torch(source, runner),
+    )
 
 
 def timed(kind: str, source: Source, runner: Runner) -> Measurement:
@@ -206,20 +313,17 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
     return best
 
 
-def weighed(kind: str, source: Source, directory: Path) -> dict[str, float | None]:
-    """Seconds to load and MB in memory, of the written model and of the full one."""
-    names = ("load_s", "memory_mb")
-    found = dict.fromkeys((*names, *(f"full_{name}" for name in names)))
+def weighed(kind: str, source: Source, directory: Path) -> Weighed:
+    """Each in a process of its own."""
     if not source.config.weigh:
-        return found
+        return Weighed()
     loads = FORMATS[kind].loads(source, kind, directory)
     try:
         own, full = weigh.weigh(loads)
     except RunError as error:
         say(str(error))
-        return found
-    found |= vars(own) | {f"full_{name}": value for name, value in vars(full).items()}
-    return {**found, "full_bytes": size_of(Path(loads[1].folder))}
+        return Weighed()
+    return Weighed(*astuple(own), *astuple(full), size_of(Path(loads[1].folder)))
 
 
 def texts(runner: Runner, source: Source, test: Sequence[Example]) -> list[str]:
@@ -228,34 +332,38 @@ def texts(runner: Runner, source: Source, test: Sequence[Example]) -> list[str]:
     return [answer(runner, model, tokenizer, each, TEXT_TOKENS) for each in test[:TEXTS]]
 
 
-def scored(
-    kind: str, source: Source, runner: Runner, examples: Sequence[Example]
-) -> dict[str, Any]:
-    """Right in that runtime on so many examples, beside the full model; `as_torch` where that is
+def scored(kind: str, source: Source, runner: Runner, examples: Sequence[Example]) -> Trade:
+    """Right in that runtime on so many examples, beside the full model; not asked where that is
     known as soon as the models in memory are scored."""
     format = FORMATS[kind]
-    if format.as_torch(source, runner):
-        return {**NO_SCORE, **NOT_BESIDE, "as_torch": True}
-    if not examples:
-        return NO_SCORE | NOT_BESIDE
+    if format.as_torch(source, runner) or not examples:
+        return Trade()
     score = format.score(source, "compact", runner, examples)
-    return score.as_dict() | beside(format.score_full(source, kind, examples), score)
+    return beside(format.score_full(source, kind, examples), score)
 
 
-def beside(full: Score, compact: Score) -> dict[str, Any]:
-    """What the full model scores on the same examples, and how far the compact one is from it."""
+def beside(full: Score, compact: Score) -> Trade:
+    """Both on the same examples."""
     gap, interval = difference(compact, full)
-    known = {f"full_{name}": value for name, value in full.as_dict().items()}
-    return {**known, "difference": gap, "difference_interval": list(interval)}
+    own, whole = (Accuracy(**score.as_dict()) for score in (compact, full))
+    return Trade(own, whole, gap, list(interval))
 
 
-def samples(source: Source, test: Sequence[Example]) -> list[dict[str, str]]:
-    """The prompts of `texts`, the answers that were trained and what the full model says."""
+@dataclass(frozen=True)
+class Sample(_Plain):
+    """A prompt that is answered freely."""
+
+    prompt: str
+    answer: str
+    """That was trained."""
+    full: str
+    """What the full model says."""
+
+
+def samples(source: Source, test: Sequence[Example]) -> list[Sample]:
+    """The prompts of `texts`."""
     said = texts(runner_of(source.models["full"]), source, test)
-    return [
-        {"prompt": example.text, "answer": example.answer, "full": text}
-        for example, text in zip(test, said, strict=False)
-    ]
+    return [Sample(each.text, each.answer, text) for each, text in zip(test, said, strict=False)]
 
 
 def size_of(directory: Path) -> int:

@@ -6,11 +6,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from elastic.config import ExportConfig, TimingConfig, TrainConfig
+from elastic.console import wide
+from elastic.exporting.proof import Accuracy, Proof, Result, Sample, Skipped, Trade, Unproved
 from elastic.latency.measure import distrust
+from elastic.run import as_plain
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.cost import Cost
 
 LONGEST = 160
 """Characters of a prompt that are shown, its last ones."""
@@ -55,22 +62,89 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A sub-adapter as a model of its own, and what it costs beside the full one."""
+
+    name: str
+    sub: SubAdapter
+    accuracy: Accuracy
+    """On the test split."""
+    cost: Cost
+    full_cost: Cost
+
+    def as_dict(self) -> dict[str, Any]:
+        full = {f"full_{name}": value for name, value in vars(self.full_cost).items()}
+        return {**self.accuracy.as_dict(), **vars(self.cost), **full}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What was written, and proof that it is what was trained."""
 
     directory: Path
-    contents: Mapping[str, Any]
+    model: Model
+    config: ExportConfig
+    trained: TrainConfig
+    formats: Mapping[str, Result]
+    origin: Mapping[str, Any]
+    """As `Run.origin` has it."""
+    license: str | None
+    """Of the base model."""
+    base_digest: str
+    provenance: Mapping[str, Any]
+    """As `elastic.provenance` has it."""
+    samples: Sequence[Sample] = ()
+    instead_of: Model | None = None
+    """The sub-adapter whose place a uniform one takes."""
+    merge: Mapping[str, Any] | None = None
+    """What became of other adapters, as `Merged.report` has it."""
+
+    @property
+    def proved(self) -> dict[str, Proof]:
+        """The formats that were written, and run here."""
+        return {name: found for name, found in self.formats.items() if isinstance(found, Proof)}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Where each written format lies."""
+        written = (name for name, found in self.formats.items() if not isinstance(found, Skipped))
+        return {name: str(self.directory / name) for name in written}
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What report.json says."""
+        model, instead = self.model, self.instead_of
+        rest = {"merge": self.merge} if self.merge else {}
+        if instead:
+            named = {"name": instead.name, "sub_adapter": instead.sub.as_dict()}
+            rest = {"instead_of": {**named, **instead.as_dict()}, **rest}
+        paths = {name: {"path": path} for name, path in self.paths.items()}
+        return {
+            "verdict": verdict(self.formats),
+            "name": model.name,
+            "sub_adapter": model.sub.as_dict(),
+            **rest,
+            **model.as_dict(),
+            "timing": as_plain(self.config.timing),
+            "formats": {
+                name: {**paths.get(name, {}), **found.as_dict()}
+                for name, found in self.formats.items()
+            },
+            "samples": [sample.as_dict() for sample in self.samples],
+            **self.origin,
+            "license": self.license,
+            "base_digest": self.base_digest,
+            "seed": self.config.seed,
+            **self.provenance,
+        }
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(110, Console().width))
+        console = wide(110)
         for part in self._parts():
             shown = part if isinstance(part, str) else part.rich()
             console.print(shown, markup=False, highlight=False)
-        for found in self.contents["formats"].values():
-            if "path" in found:
-                print(found["path"])
+        for path in self.paths.values():
+            print(path)
         print(json.dumps({"report": str(self.directory / "report.json")}))
 
     def markdown(self) -> str:
@@ -79,58 +153,58 @@ class Report:
 
     def _parts(self) -> Iterator[str | Table | Said]:
         """Lines and tables, in order."""
-        c = self.contents
-        yield c["verdict"]
+        model, score, proved = self.model, self.model.accuracy, self.proved
+        yield verdict(self.formats)
         yield (
-            f"Sub-adapter {c['name']}: {c['params'] / 1e6:.1f} M of {c['full_params'] / 1e6:.1f} M "
-            f"parameters, {c['macs'] / c['full_macs']:.0%} of the operations per token"
+            f"Sub-adapter {model.name}: {model.cost.params / 1e6:.1f} M of "
+            f"{model.full_cost.params / 1e6:.1f} M parameters, "
+            f"{model.cost.macs / model.full_cost.macs:.0%} of the operations per token"
         )
-        if c["accuracy"] is not None:
-            low, high = c["accuracy_interval"]
+        if score.accuracy is not None:
+            low, high = score.accuracy_interval
             yield (
-                f"Accuracy {c['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
-                f"{c['accuracy_n']} test examples the search never saw"
+                f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+                f"{score.accuracy_n} test examples the search never saw"
             )
-        if "instead_of" in c:
-            yield _instead_of(c)
-        if "merge" in c:
-            yield from _merge(c["merge"])
-        written = {name: found for name, found in c["formats"].items() if _runs(found)}
-        if written:
-            yield from _trades(written, c["timing"])
-            yield _agreement(written)
-            for number, sample in enumerate(c["samples"]):
-                yield _said(sample, {name: each["texts"][number] for name, each in written.items()})
-        for name, found in c["formats"].items():
-            if "skipped" in found:
-                yield f"{name}: not written: {found['skipped']}"
-            if "unproved" in found:
-                yield f"{name}: {found['bytes'] / 1e6:.0f} MB, {found['unproved']}"
+        if self.instead_of:
+            yield _instead_of(self.instead_of, model)
+        if self.merge:
+            yield from _merge(self.merge)
+        if proved:
+            yield from _trades(proved, self.config.timing)
+            yield _agreement(proved)
+            for number, sample in enumerate(self.samples):
+                yield _said(sample, {name: each.texts[number] for name, each in proved.items()})
+        for name, found in self.formats.items():
+            if isinstance(found, Skipped):
+                yield f"{name}: not written: {found.skipped}"
+            if isinstance(found, Unproved):
+                yield f"{name}: {found.bytes / 1e6:.0f} MB, {found.unproved}"
         cannot: dict[tuple[str, str], list[str]] = {}
-        for name, found in c["formats"].items():
-            for problem in found.get("pipelines", {}).items():
+        for name, found in proved.items():
+            for problem in found.about.get("pipelines", {}).items():
                 cannot.setdefault(problem, []).append(name)
         for (package, reason), names in cannot.items():
             yield f"{', '.join(names)} in {package}: {reason}"
-        controls = [found["control"] for found in written.values() if not found["trusted"]]
+        controls = [each.timing.control for each in proved.values() if not each.timing.trusted]
         if controls:
-            yield f"Latency: {distrust(max(controls), c['timing']['tolerance'])}"
+            yield f"Latency: {distrust(max(controls), self.config.timing.tolerance)}"
 
 
-def verdict(formats: Mapping[str, Mapping[str, Any]]) -> str:
+def verdict(formats: Mapping[str, Result]) -> str:
     """Whether the compact model is faster than the full one, in which format and by how much: more
     than the full model differs from itself, at prefill and at decode."""
     kinds: dict[str, list[str]] = {"slower": [], "unknown": [], "faster": []}
     for name, found in formats.items():
-        if not _runs(found):
+        if not isinstance(found, Proof):
             continue
-        steps = {"prefill": found["prefill_ratio"]}
-        if found["full_decode_ms"]:
-            steps["decode"] = found["decode_ratio"]
-        if not found["trusted"]:
-            kinds["unknown"].append(f"{name} (it differs from itself by {found['control']:.1%})")
+        control, steps = found.timing.control, {"prefill": found.ratio.prefill_ms}
+        if found.timing.full.decode_ms:
+            steps["decode"] = found.ratio.decode_ms
+        if not found.timing.trusted:
+            kinds["unknown"].append(f"{name} (it differs from itself by {control:.1%})")
             continue
-        faster = all(ratio < 1 - found["control"] for ratio in steps.values())
+        faster = all(ratio < 1 - control for ratio in steps.values())
         speeds = ", ".join(f"{step} {1 / ratio:.2f}x as fast" for step, ratio in steps.items())
         kinds["faster" if faster else "slower"].append(f"{name} ({speeds})")
     beginnings = {
@@ -142,33 +216,29 @@ def verdict(formats: Mapping[str, Mapping[str, Any]]) -> str:
     return ". ".join(told) or "Nothing was written that runs here"
 
 
-def _runs(found: Mapping[str, Any]) -> bool:
-    """Whether it was written, and run here."""
-    return "skipped" not in found and "unproved" not in found
-
-
-def _instead_of(c: Mapping[str, Any]) -> str:
+def _instead_of(chosen: Model, written: Model) -> str:
     """What one size for all layers costs."""
-    chosen = c["instead_of"]
     told = [
-        f"{chosen[key] / 1e6:.1f} M {name} instead of {c[key] / 1e6:.1f} M"
-        for key, name in (("params", "parameters"), ("macs", "operations per token"))
+        f"{before / 1e6:.1f} M {name} instead of {now / 1e6:.1f} M"
+        for before, now, name in (
+            (chosen.cost.params, written.cost.params, "parameters"),
+            (chosen.cost.macs, written.cost.macs, "operations per token"),
+        )
     ]
-    if chosen["accuracy"] is not None:
-        told.append(f"accuracy {chosen['accuracy']:.1%} instead of {c['accuracy']:.1%}")
-    return f"One size for all layers; {chosen['name']}, with its own, has {', '.join(told)}"
+    if chosen.accuracy.accuracy is not None:
+        own = written.accuracy.accuracy
+        told.append(f"accuracy {chosen.accuracy.accuracy:.1%} instead of {own:.1%}")
+    return f"One size for all layers; {chosen.name}, with its own, has {', '.join(told)}"
 
 
-def _trades(
-    formats: Mapping[str, Mapping[str, Any]], timing: Mapping[str, Any]
-) -> Iterator[str | Table]:
+def _trades(proved: Mapping[str, Proof], timing: TimingConfig) -> Iterator[str | Table]:
     """By runtime, what the compact model gives up and what it gets for it."""
-    runtimes: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, found in formats.items():
+    runtimes: dict[str, dict[str, Proof]] = {}
+    for name, found in proved.items():
         runtime, _, mode = name.partition("-")
         runtimes.setdefault(runtime, {})[f"+ {mode}" if mode else "compact"] = found
     yield (
-        f"The trade, at batch {timing['batch']} and a prompt of {timing['prompt_tokens']} tokens. "
+        f"The trade, at batch {timing.batch} and a prompt of {timing.prompt_tokens} tokens. "
         "Differences are in points on the same examples, brackets 95 % intervals; every row took "
         "turns with the full model, and its speed-up is the median of those turns."
     )
@@ -176,39 +246,46 @@ def _trades(
         yield _trade(runtime, found)
 
 
-def _trade(runtime: str, formats: Mapping[str, Mapping[str, Any]]) -> Table:
+def _trade(runtime: str, proved: Mapping[str, Proof]) -> Table:
     """A row for every precision, below the full model as it took turns with the first."""
-    first = next(iter(formats.values()))
-    full = {key[len("full_") :]: value for key, value in first.items() if key.startswith("full_")}
-    models = {"full": full, **formats}
-    columns = {
-        "accuracy [95%]": [_accuracy(each) for each in models.values()],
-        "difference from full [95%]": [_difference(each) for each in models.values()],
-        "size MB": [_number(each, "bytes", ".0f", 1e-6) for each in models.values()],
-        "memory MB": [_number(each, "memory_mb", ".0f") for each in models.values()],
-        "prefill ms (speed-up)": [_latency(each, "prefill") for each in models.values()],
-        "decode ms (speed-up)": [_latency(each, "decode") for each in models.values()],
-        "A/A control": ["", *(f"{each['control']:.1%}" for each in formats.values())],
-    }
-    known = {name: cells for name, cells in columns.items() if set(cells) - {"", "-"}}
-    n = first["accuracy_n"]
+    first = next(iter(proved.values()))
+    columns = [
+        "", "accuracy [95%]", "difference from full [95%]", "size MB", "memory MB",
+        "prefill ms (speed-up)", "decode ms (speed-up)", "A/A control",
+    ]  # fmt: skip
+    full, weighed = first.timing.full, first.weighed
+    rows = [[
+        "full", _accuracy(first.trade.full), "", _number(weighed.full_bytes, ".0f", 1e-6),
+        _number(weighed.full_memory_mb, ".0f"), _latency(full.prefill_ms),
+        _latency(full.decode_ms), "",
+    ]]  # fmt: skip
+    for name, each in proved.items():
+        own, ratio = each.latency, each.ratio
+        rows.append([
+            name, _accuracy(each.trade.compact), _difference(each.trade),
+            _number(each.bytes, ".0f", 1e-6), _number(each.weighed.memory_mb, ".0f"),
+            _latency(own.prefill_ms, ratio.prefill_ms), _latency(own.decode_ms, ratio.decode_ms),
+            f"{each.timing.control:.1%}",
+        ])  # fmt: skip
+    known = [place for place, cells in enumerate(zip(*rows, strict=True)) if set(cells) - {"", "-"}]
+    n = first.trade.compact.accuracy_n
     return Table(
         f"{runtime}, accuracy on {n} test examples" if n else runtime,
-        ["", *known],
-        list(zip(models, *known.values(), strict=True)),
+        [columns[place] for place in known],
+        [[row[place] for place in known] for row in rows],
     )
 
 
-def _accuracy(found: Mapping[str, Any]) -> str:
-    if found.get("accuracy") is None:
+def _accuracy(score: Accuracy) -> str:
+    if score.accuracy is None:
         return "-"
-    return f"{found['accuracy']:.1%} {_interval(found['accuracy_interval'])}"
+    return f"{score.accuracy:.1%} {_interval(score.accuracy_interval)}"
 
 
-def _difference(found: Mapping[str, Any]) -> str:
-    if found.get("difference") is None:
+def _difference(trade: Trade) -> str:
+    if trade.difference is None:
         return ""
-    return f"{100 * found['difference']:+.1f} {_interval(found['difference_interval'])}"
+    return f"{100 * trade.difference:+.1f} {_interval(trade.difference_interval)}"
 
 
 def _interval(bounds: Sequence[float]) -> str:
@@ -217,57 +294,52 @@ def _interval(bounds: Sequence[float]) -> str:
     return "[" + ", ".join(f"{each:.{0 if abs(each) >= 10 else 1}f}" for each in points) + "]"
 
 
-def _latency(found: Mapping[str, Any], step: str) -> str:
-    """Milliseconds, and how much faster than the full model; a classifier decodes nothing."""
-    if not found[f"{step}_ms"]:
+def _latency(ms: float, ratio: float | None = None) -> str:
+    """And how much faster than the full model; a classifier decodes nothing."""
+    if not ms:
         return "-"
-    speed = f" ({1 / found[f'{step}_ratio']:.2f}x)" if f"{step}_ratio" in found else ""
-    return f"{found[f'{step}_ms']:.1f}{speed}"
+    return f"{ms:.1f} ({1 / ratio:.2f}x)" if ratio else f"{ms:.1f}"
 
 
-def _number(found: Mapping[str, Any], key: str, form: str, scale: float = 1) -> str:
-    value = found.get(key)
+def _number(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else f"{value * scale:{form}}"
 
 
-def _agreement(formats: Mapping[str, Mapping[str, Any]]) -> Table:
+def _agreement(proved: Mapping[str, Proof]) -> Table:
     rows = []
-    for name, found in formats.items():
-        deployed = found["deployed"]
-        off = deployed["max_abs_diff"]
+    for name, found in proved.items():
+        exact, deployed, weighed = found.exact, found.deployed, found.weighed
+        off = deployed.max_abs_diff
         rows.append([
             name,
-            f"{found['max_abs_diff']:.1e} of {found['largest_logit']:.3g}",
-            "equal" if found["greedy_tokens_equal"] else "DIFFERS",
-            deployed["precision"],
-            f"{deployed['tokens_equal']} of {deployed['tokens']}",
-            "not a number" if off is None else f"{off:.1e}",
-            f"{_number(found, 'load_s', '.2f')} / {_number(found, 'full_load_s', '.2f')}",
+            f"{exact.max_abs_diff:.1e} of {exact.largest_logit:.3g}",
+            "equal" if exact.greedy_tokens_equal else "DIFFERS",
+            found.precision,
+            f"{deployed.equal} of {deployed.tokens}",
+            "not a number" if isnan(off) else f"{off:.1e}",
+            f"{_number(weighed.load_s, '.2f')} / {_number(weighed.full_load_s, '.2f')}",
         ])  # fmt: skip
-    answer = "greedy" if _decodes(formats) else "class"
+    decodes = any(found.timing.full.decode_ms for found in proved.values())
     return Table(
         "Against the supernet, exactly and then as it runs in its own runtime",
-        ["", "max logit diff", answer, "runs in", "equal there", "diff there", "load s / full"],
+        ["", "max logit diff", "greedy" if decodes else "class", "runs in", "equal there",
+         "diff there", "load s / full"],
         rows,
-    )
+    )  # fmt: skip
 
 
-def _said(sample: Mapping[str, str], said: Mapping[str, str]) -> Said:
-    prompt = sample["prompt"]
+def _said(sample: Sample, said: Mapping[str, str]) -> Said:
+    prompt = sample.prompt
     shown = prompt if len(prompt) <= LONGEST else f"...{prompt[-LONGEST:]}"
     texts: dict[str, list[str]] = {}
-    for name, text in {"full model": sample["full"], **said}.items():
+    for name, text in {"full model": sample.full, **said}.items():
         texts.setdefault(text, []).append(name)
     lines = [f"{', '.join(names)}: {_quoted(text)}" for text, names in texts.items()]
-    return Said(f"Asked: {_quoted(shown)}", [f"wanted: {_quoted(sample['answer'])}", *lines])
+    return Said(f"Asked: {_quoted(shown)}", [f"wanted: {_quoted(sample.answer)}", *lines])
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _decodes(formats: Mapping[str, Mapping[str, Any]]) -> bool:
-    return any(found["full_decode_ms"] for found in formats.values())
 
 
 def _merge(merge: Mapping[str, Any]) -> Iterator[str | Table]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from elastic.config.export import GRAPHS
+from elastic.config.latency import GRAPHS
 from elastic.data.task import Example
-from elastic.errors import ExportError, MissingExtra
+from elastic.errors import ExportError
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
 from elastic.exporting.contract import Format, Source, Which
 from elastic.files import read_json, write_json
-from elastic.formats import compression, gguf, hf, onnx, openvino, peft, tracing
+from elastic.formats import compression, gguf, graphs, hf, onnx, openvino, peft
 from elastic.formats.compression import MODES, calibration_inputs
 from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
@@ -153,16 +152,21 @@ def _stored(source: Source) -> torch.dtype:
     return dtype if dtype == torch.float64 else loading.stored_dtype(source.trained) or dtype
 
 
-class Onnx(Format):
-    runtime = "onnx"
+class _Graph(Format):
+    """Runs in the runtime of its name."""
 
     def require(self) -> None:
-        tracing.require()
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingExtra("onnxruntime", "onnx", "running ONNX models")
+        graphs.require(self.runtime)
 
     def why_not(self, source: Source) -> str | None:
         return no_graph(kind_of(source.models["compact"]))
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"pipelines": source.pipelines[directory]}
+
+
+class Onnx(_Graph):
+    runtime = "onnx"
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         model = source.models[which]
@@ -173,21 +177,11 @@ class Onnx(Format):
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         return onnx.open_folder(directory)
 
-    def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"pipelines": source.pipelines[directory]}
 
-
-class Openvino(Format):
+class Openvino(_Graph):
     """Compared in float32, run at the precision that the device chooses."""
 
     runtime = "openvino"
-
-    def require(self) -> None:
-        tracing.require()
-        openvino.require()
-
-    def why_not(self, source: Source) -> str | None:
-        return no_graph(kind_of(source.models["compact"]))
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         try:
@@ -205,9 +199,6 @@ class Openvino(Format):
 
     def precision(self, source: Source, runner: Runner) -> str:
         return runner.precision
-
-    def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"pipelines": source.pipelines[directory]}
 
 
 class Compressed(Format):
@@ -236,8 +227,7 @@ class Compressed(Format):
         if compression.MODES[self.mode].calibrated:
             chosen = source.train[: source.config.compress_examples]
             examples = calibration_inputs(source.base.tokenizer, source.models[which], chosen)
-        find = {"onnx": onnx, "openvino": openvino}[self.kind].graph_in
-        graph = find(source.folder(self.kind, which))
+        graph = graphs.MODULES[self.kind].graph_in(source.folder(self.kind, which))
         made = compression.compress(graph, directory, self.mode, examples)
         write_json(directory / "compression.json", made.as_dict())
         source.accompany(which, directory, self.kind)

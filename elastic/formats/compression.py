@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastic.config.latency import GRAPHS
 from elastic.console import logging_at
 from elastic.data.encoding import encode_example
 from elastic.errors import ConfigError, MissingExtra, require, unknown
-from elastic.formats import graph_weights, onnx, onnx_seq2seq, openvino, tracing
+from elastic.formats import graph_weights, onnx_seq2seq, openvino, tracing
 from elastic.formats.graph_weights import Weight
+from elastic.formats.graphs import MODULES
 from elastic.formats.onnx_compressed import expose, lower
 from elastic.formats.onnx_session import step_inputs
 
@@ -38,7 +40,8 @@ GROUP = 64
 """Channels that share a scale in 4-bit modes. Layers whose number of channels it does not divide
 get the largest power of two that does; below `SMALLEST_GROUP` a layer gets 8 bits."""
 SMALLEST_GROUP = 32
-KINDS = {".onnx": "onnx", ".xml": "openvino"}
+RUNTIMES = {Path(module.FILE).suffix: runtime for runtime, module in MODULES.items()}
+"""What runs a graph, by the ending of its file."""
 ENCODERS = {each.DECODER: each.ENCODER for each in (onnx_seq2seq, openvino)}
 
 
@@ -52,7 +55,7 @@ class Mode:
     options: Mapping[str, bool] = field(default_factory=dict)
     calibrated: bool = False
     """Whether it looks at activations of examples."""
-    formats: tuple[str, ...] = ("onnx", "openvino")
+    formats: tuple[str, ...] = GRAPHS
 
 
 MODES = {
@@ -116,7 +119,7 @@ def check(mode: str, kind: str, calibration: Sequence | None = None) -> Mode:
     )
     if find_spec("nncf") is None:
         raise MissingExtra("nncf", "compress", "compressing weights")
-    {"onnx": onnx, "openvino": openvino}[kind].require()
+    MODULES[kind].require()
     return found
 
 
@@ -136,9 +139,9 @@ def compress(
     MissingExtra as `check` raises them.
     """
     graph, directory = Path(graph), Path(directory)
-    if graph.suffix not in KINDS:
-        raise ConfigError(f"{graph}: wanted a file that ends in {' or '.join(KINDS)}")
-    kind = KINDS[graph.suffix]
+    if graph.suffix not in RUNTIMES:
+        raise ConfigError(f"{graph}: wanted a file that ends in {' or '.join(RUNTIMES)}")
+    kind = RUNTIMES[graph.suffix]
     found = check(mode, kind, calibration)
     require(
         group >= SMALLEST_GROUP and group & (group - 1) == 0,

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic.formats import onnx, openvino
-from elastic.formats.compression import compress as compressed
+from elastic.errors import MissingExtra
+from elastic.formats import onnx, openvino, tracing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from elastic.formats.runner import Runner
+MODULES = {"onnx": onnx, "openvino": openvino}
+"""By runtime, the module that writes a graph for it and opens one."""
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""What runs them."""
 
-GRAPHS = {"onnx": onnx, "openvino": openvino}
-"""What can run a graph, and the module that writes and opens one for it."""
+
+def require(runtime: str) -> None:
+    """MissingExtra unless graphs can be written for this runtime, and run in it here; asked before
+    anything slow."""
+    tracing.require()
+    MODULES[runtime].require()
+    if find_spec(PACKAGES[runtime]) is None:
+        raise MissingExtra(PACKAGES[runtime], runtime, f"running {runtime} graphs")
 
 
-def write(
-    model: PreTrainedModel, directory: Path, runtime: str, compress: str | None = None
-) -> Path:
-    """A graph of `model` for this runtime below `directory`: float32, or with weights compressed in
-    a mode of `elastic.formats.compression.MODES`."""
+def write(model: PreTrainedModel, directory: Path, runtime: str) -> Path:
+    """A float32 graph of `model` for this runtime below `directory`."""
     graph = onnx.write(model, directory)
-    if runtime == "openvino":
-        graph = openvino.write(graph, directory)
-    return compressed(graph, directory / compress, compress).path if compress else graph
-
-
-def open_written(directory: Path, runtime: str) -> Runner:
-    """A runner for the graph that was written into `directory` for this runtime."""
-    return GRAPHS[runtime].open_folder(directory)
+    return openvino.write(graph, directory) if runtime == "openvino" else graph

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import LatencyConfig
-from elastic.console import say
+from elastic.console import say, wide
 from elastic.errors import ConfigError, RunError
 from elastic.files import write_json
 from elastic.formats import compression
@@ -58,10 +58,9 @@ class LatencyReport:
         }
 
     def show(self) -> None:
-        from rich.console import Console
         from rich.table import Table
 
-        target, console = self.target, Console(width=max(100, Console().width))
+        target, console = self.target, wide()
         table = Table(
             title=f"{target.runtime}, {target.compress or target.dtype}, "
             f"{'' if target.merged else 'un'}merged, batch "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastic.console import say
-from elastic.errors import ConfigError, MissingExtra
+from elastic.errors import ConfigError
+from elastic.formats import compression, graphs
 from elastic.formats.runner import Runner, TorchRunner, runner_of
 from elastic.models import loading, requirements
 from elastic.models.kinds import Kind
@@ -54,13 +54,7 @@ def require_runtime(runtime: str, model: ModelConfig) -> None:
     if runtime == "torch":
         return
     requirements.require_graph(model, f"timing.runtime {runtime}")
-    from elastic.formats import openvino, tracing
-
-    tracing.require()
-    if runtime == "openvino":
-        openvino.require()
-    elif importlib.util.find_spec("onnxruntime") is None:
-        raise MissingExtra("onnxruntime", "onnx", "timing.runtime onnx")
+    graphs.require(runtime)
 
 
 def open_runner(
@@ -73,7 +67,7 @@ def open_runner(
     first (float32, then with compressed weights if asked)."""
     if timing.runtime == "torch":
         return timed_runner(model, timing)
-    from elastic.formats.graphs import GRAPHS, write
-
-    graph = write(model, directory, timing.runtime, compress)
-    return GRAPHS[timing.runtime].open_runner(graph)
+    graph = graphs.write(model, directory, timing.runtime)
+    if compress:
+        graph = compression.compress(graph, directory / compress, compress).path
+    return graphs.MODULES[timing.runtime].open_runner(graph)

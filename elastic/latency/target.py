@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from elastic.config import TimingConfig
+from elastic.formats.graphs import PACKAGES
 from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
@@ -74,7 +75,10 @@ class Target:
 def describe_device(device: str, runtime: str) -> str:
     """The hardware, how much of it is used, and the runtime's version."""
     about = provenance(device)
-    version = about["versions"].get("torch") if runtime == "torch" else _version(runtime)
+    if runtime == "torch":
+        version = about["versions"].get("torch")
+    else:
+        version = importlib.import_module(PACKAGES[runtime]).__version__
     return f"{about['device']}, {runtime} {version}"
 
 
@@ -96,8 +100,3 @@ def _factors(run: Run) -> dict[str, list[int]]:
 
     with safe_open(run.super_adapter / FACTORS, framework="numpy") as file:
         return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-
-
-def _version(runtime: str) -> str:
-    module = {"onnx": "onnxruntime", "openvino": "openvino"}[runtime]
-    return importlib.import_module(module).__version__

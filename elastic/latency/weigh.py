@@ -122,24 +122,19 @@ def _openvino(load: Load) -> Callable[[], Runner]:
     return lambda: openvino.open_folder(Path(load.folder), precision=None)
 
 
-RUNTIMES: dict[str, Callable[[Load], Callable[[], Runner]]] = {
-    "hf": _hf,
-    "peft": _peft,
-    "onnx": _onnx,
-    "openvino": _openvino,
+TRANSFORMERS = ("elastic.formats.hf", "transformers.models.auto.modeling_auto")
+LOADERS: dict[str, tuple[Callable[[Load], Callable[[], Runner]], tuple[str, ...]]] = {
+    "hf": (_hf, TRANSFORMERS),
+    "peft": (_peft, (*TRANSFORMERS, "peft")),
+    "onnx": (_onnx, ("elastic.formats.onnx", "onnxruntime")),
+    "openvino": (_openvino, ("elastic.formats.openvino", "openvino")),
 }
-"""What prepares a runtime, and returns what loads the model into it."""
-IMPORTS = {
-    "hf": ("elastic.formats.hf", "transformers.models.auto.modeling_auto"),
-    "peft": ("elastic.formats.hf", "transformers.models.auto.modeling_auto", "peft"),
-    "onnx": ("elastic.formats.onnx", "onnxruntime"),
-    "openvino": ("elastic.formats.openvino", "openvino"),
-}
-"""What takes long, and is imported once for all models."""
+"""By runtime: what prepares it and returns what loads the model into it; and what takes long to
+import, which is done once for all models."""
 
 
 def _weighed(load: Load) -> Weight:
-    opened = RUNTIMES[load.runtime](load)
+    opened = LOADERS[load.runtime][0](load)
     cuda = str(load.settings.get("device", "")).startswith("cuda")
     before = _resident(load.folder)
     start = time.perf_counter()
@@ -167,7 +162,7 @@ def _resident(folder: str) -> int:
 def main(arguments: Sequence[str]) -> None:
     loads = [Load(**json.loads(argument)) for argument in arguments]
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    for name in {name: None for load in loads for name in IMPORTS[load.runtime]}:
+    for name in {name: None for load in loads for name in LOADERS[load.runtime][1]}:
         importlib.import_module(name)
     found = []
     for load in loads:

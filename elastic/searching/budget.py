@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
+from elastic.config.search import AT_LEAST
 from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
 from elastic.run import Run
@@ -13,8 +14,6 @@ from elastic.searching.objective import Figures, Objective
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.cost import Counter
 
-AT_LEAST = ("min_accuracy", "tokens_per_second")
-"""Limits from below; the others are from above."""
 DECODING = ("decode_ms", "tokens_per_second")
 
 

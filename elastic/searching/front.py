@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic import plotting
+from elastic.console import wide
 from elastic.files import new_directory, write_json, write_text
 from elastic.latency.bench import CANDIDATE
 from elastic.latency.latency_table import Timetable
@@ -220,9 +221,7 @@ class Front:
         return f"{amount / COSTS[cost].scale:.1f} ({amount / whole:.0%})"
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(120, Console().width))
+        console = wide(120)
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
         full = self.full

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SpaceShowConfig
+from elastic.console import wide
 from elastic.models import loading
 from elastic.spaces.bound import BoundSpace
 from elastic.supernet.cost import Cost, Counter
@@ -42,9 +43,7 @@ class SpaceTable:
         return {**asdict(self), "sub_adapters": str(self.sub_adapters)}
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(100, Console().width))
+        console = wide()
         console.print(self.architecture, highlight=False)
         for table in self.tables():
             console.print(table)

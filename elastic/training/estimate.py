@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from elastic.console import wide
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.models.kinds import Kind, kind_of
@@ -111,9 +112,7 @@ class Estimate(SpaceTable):
         return plain
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(width=max(100, Console().width))
+        console = wide()
         for table in self.tables():
             console.print(table)
         for line in self._lines():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic import distributed, plotting
 from elastic.config import TaskConfig, TrainConfig
-from elastic.console import say
+from elastic.console import say, wide
 from elastic.data import load_task
 from elastic.errors import ConfigError, DataError, unknown
 from elastic.evaluation.evaluate import answers, same_text
@@ -91,7 +91,6 @@ class Sequential:
         self._plot(self.run.path / "continual.png")
 
     def show(self) -> None:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(title="Accuracy on the test examples of each task")
@@ -99,7 +98,7 @@ class Sequential:
             table.add_column(column, justify="left" if column == "after" else "right")
         for name, row in zip(self.tasks, self.scores, strict=True):
             table.add_row(name, *(f"{score.accuracy:.1%}" for score in row))
-        console = Console(width=max(100, Console().width))
+        console = wide()
         console.print(table)
         console.print(
             f"Average {self.average:.1%}, backward transfer {self.backward_transfer:+.1%}, "

@@ -28,11 +28,14 @@ from elastic.config import (
     TimingConfig,
     TrainConfig,
 )
+from elastic.config.latency import GRAPHS
 from elastic.config.parsing import from_dict, parse
 from elastic.data import TASKS
 from elastic.errors import ConfigError, RunError
 from elastic.exporting.targets import FORMATS
 from elastic.formats.compression import MODES
+from elastic.formats.graphs import MODULES, PACKAGES
+from elastic.latency.weigh import LOADERS
 from elastic.run import Run, as_plain
 from elastic.spaces.dims import DEPTH, DIMS
 
@@ -256,9 +259,12 @@ def test_literals_equal_registries():
     assert literal(TrainConfig, "progressivity") == dims
     assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf"}
     assert literal(ExportConfig, "compress") == set(MODES)
+    assert set(GRAPHS) == set(MODULES) == set(PACKAGES)
+    assert literal(TimingConfig, "runtime") == {"torch", *GRAPHS}
+    assert {kind.runtime for kind in FORMATS.values()} - {None} == set(LOADERS)
     by_rounding = {
         name for name, mode in MODES.items()
-        if not mode.calibrated and set(mode.formats) == {"onnx", "openvino"}
+        if not mode.calibrated and set(mode.formats) == set(GRAPHS)
     }  # fmt: skip
     assert literal(SearchConfig, "compress") == by_rounding
     assert literal(LatencyConfig, "compress") == {"chosen", "none", *by_rounding}

@@ -48,7 +48,7 @@ def both(model, asked: list[Example]):
     return score(runner_of(model), model, TOKENIZER, asked), evaluate(model, TOKENIZER, asked)
 
 
-def test_what_greedy_generation_would_say(learnt):
+def test_what_greedy_generation_would_say(model):
     mine, batched = both(model, examples(model))
     assert mine == batched and 0 < mine.accuracy < 1
 

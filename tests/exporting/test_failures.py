@@ -206,7 +206,8 @@ def test_what_cannot_be_traced_is_named(exported, monkeypatch, kind, capfd):
     def forward(self, x):
         return torch.special.bessel_j0(x)
 
-    monkeypatch.setattr(onnx, "_example", untraceable(onnx_decoder._example, monkeypatch, forward))
+    example = untraceable(onnx_decoder._example, monkeypatch, forward)
+    monkeypatch.setattr(onnx_decoder, "_example", example)
     before = snapshot(exported.path)
     arguments = ["export", str(exported.path), "--sub_adapter", "maximal", "--name", "kept",
                  "--formats", f"hf,{kind}", "--accuracy", "false", "--timing.rounds", "1",

@@ -1,28 +1,47 @@
 """What the report of an export says first, and that its two forms say the same."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from elastic.exporting.proof import NOT_BESIDE
-from elastic.exporting.report import Report, verdict
+from elastic.config import ExportConfig, TrainConfig
+from elastic.exporting.proof import (
+    Accuracy,
+    Agreement,
+    Proof,
+    Sample,
+    Skipped,
+    Trade,
+    Unproved,
+    Weighed,
+)
+from elastic.exporting.report import Model, Report, verdict
+from elastic.latency.measure import Latency, Measurement
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.cost import Cost
 
 
-def entry(prefill=0.5, decode=0.8, control=0.01, trusted=True, **more) -> dict:
-    return dict(
-        path="there", bytes=3_000_000, max_abs_diff=1e-5, largest_logit=20.0,
-        greedy_tokens_equal=True, prefill_ms=prefill * 40, decode_ms=decode * 10,
-        full_prefill_ms=40.0, full_decode_ms=10.0 if decode else 0, prefill_ratio=prefill,
-        decode_ratio=decode or 1.0, control=control, trusted=trusted, load_s=0.5, memory_mb=100.0,
-        full_load_s=1.0, full_memory_mb=200.0, full_bytes=6_000_000, accuracy=0.75, accuracy_n=8,
-        accuracy_interval=[0.409, 0.929], full_accuracy=0.875, full_accuracy_n=8,
-        full_accuracy_interval=[0.529, 0.978], difference=-0.125, difference_interval=[-0.37, 0.07],
-        deployed={"precision": "bfloat16", "tokens": 32, "tokens_equal": 30, "max_abs_diff": 0.25},
-        texts=["four", "five"], **more,
+def timed(prefill=0.5, decode=0.8, control=0.01, full_prefill_ms=40.0) -> Measurement:
+    full = Latency(full_prefill_ms, 10.0 if decode else 0.0, 0.0)
+    own = Latency(prefill * 40, decode * 10, 0.0)
+    ratios = {"compact": Latency(prefill, decode or 1.0, 0.0)}
+    return Measurement({"full": full, "compact": own}, control, 3, 0.03, ratios)
+
+
+def entry(prefill=0.5, decode=0.8, control=0.01, **more) -> Proof:
+    settings = dict(
+        about={}, bytes=3_000_000, exact=Agreement(1e-5, 20.0, 32, 32, False),
+        deployed=Agreement(0.25, 20.0, 32, 30, False), precision="bfloat16",
+        timing=timed(prefill, decode, control), weighed=Weighed(0.5, 100.0, 1.0, 200.0, 6_000_000),
+        texts=["four", "five"], as_torch=False,
+        trade=Trade(Accuracy(0.75, 8, [0.409, 0.929]), Accuracy(0.875, 8, [0.529, 0.978]), -0.125,
+                    [-0.37, 0.07]),
     )  # fmt: skip
+    return Proof(**(settings | more))
 
 
-SKIPPED = {"skipped": "no reason"}
+SKIPPED = Skipped("no reason")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +57,7 @@ SKIPPED = {"skipped": "no reason"}
          "NOT FASTER than the full model: hf (prefill 0.80x as fast, decode 2.00x as fast)"),
         ({"hf": entry(0.5, 0.992)},
          "NOT FASTER than the full model: hf (prefill 2.00x as fast, decode 1.01x as fast)"),
-        ({"hf": entry(control=0.2, trusted=False)},
+        ({"hf": entry(control=0.2)},
          "Not known to be faster than the full model, which timed twice disagrees: hf (it differs "
          "from itself by 20.0%)"),
         ({"hf": SKIPPED}, "Nothing was written that runs here"),
@@ -49,7 +68,7 @@ def test_the_verdict_on_one_format(formats, said):
 
 
 def test_the_verdict_begins_with_what_is_not_faster():
-    formats = {"hf": entry(), "onnx": entry(0.9, 1.0), "peft": entry(trusted=False),
+    formats = {"hf": entry(), "onnx": entry(0.9, 1.0), "peft": entry(control=0.2),
                "openvino": entry()}  # fmt: skip
     slow, unknown, fast = verdict(formats).split(". ")
     assert slow.startswith("NOT FASTER") and "onnx (" in slow
@@ -61,25 +80,26 @@ def test_the_verdict_begins_with_what_is_not_faster():
 def report(tmp_path) -> Report:
     formats = {
         "hf": entry(),
-        "onnx": {**entry(control=0.5, trusted=False), "texts": ["four", "six\n|"]},
-        "openvino": {
-            **entry(),
-            "load_s": None,
-            "memory_mb": None,
-            "accuracy": None,
-            "accuracy_n": None,
-            **NOT_BESIDE,
-        },
+        "onnx": entry(control=0.5, texts=["four", "six\n|"]),
+        "openvino": entry(weighed=Weighed(None, None, 1.0, 200.0, 6_000_000), trade=Trade()),
         "peft": SKIPPED,
     }
-    samples = [{"prompt": "x" * 500 + " two and two?", "answer": "4", "full": "four"},
-               {"prompt": "two and three?", "answer": "5", "full": "fife"}]  # fmt: skip
-    contents = dict(
-        verdict=verdict(formats), name="small", params=5e7, full_params=1e8, macs=1, full_macs=4,
-        accuracy=0.5, accuracy_interval=[0.4, 0.6], accuracy_n=80, formats=formats, samples=samples,
-        timing={"batch": 1, "prompt_tokens": 64, "tolerance": 0.03},
+    score = Accuracy(0.5, 80, [0.4, 0.6])
+    return Report(
+        directory=tmp_path,
+        model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1), Cost(100_000_000, 4)),
+        config=ExportConfig(), trained=TrainConfig(), formats=formats, origin={}, license=None,
+        base_digest="", provenance={},
+        samples=[Sample("x" * 500 + " two and two?", "4", "four"),
+                 Sample("two and three?", "5", "fife")],
     )  # fmt: skip
-    return Report(tmp_path, contents)
+
+
+def with_formats(report: Report, **settings) -> Report:
+    """Every proof of it with these fields."""
+    formats = {name: replace(found, **settings) if name in report.proved else found
+               for name, found in report.formats.items()}  # fmt: skip
+    return replace(report, formats=formats)
 
 
 def test_both_forms_begin_with_the_verdict_and_tell_everything(report, capsys):
@@ -117,11 +137,14 @@ def trade(report: Report, runtime: str) -> list[list[str]]:
 
 def test_the_trade_has_a_row_for_every_precision_in_its_runtime(report, capsys):
     """Each by its own figures, and the full model by those it had beside the plain one."""
-    own = report.contents["formats"]
-    own["onnx-int8"] = {**entry(0.25, 0.4, 0.02), "bytes": 1e6, "memory_mb": 50.0, "accuracy": 0.5,
-                        "accuracy_interval": [0.2, 0.8], "difference": -0.375,
-                        "difference_interval": [-0.6, -0.1], "full_prefill_ms": 44.4}  # fmt: skip
-    own["onnx-int4_awq"] = entry(5.0, 2.0)
+    whole = Accuracy(0.875, 8, [0.529, 0.978])
+    int8 = entry(
+        timing=timed(0.25, 0.4, 0.02, full_prefill_ms=44.4), bytes=1_000_000,
+        weighed=Weighed(0.5, 50.0, 1.0, 200.0, 6_000_000),
+        trade=Trade(Accuracy(0.5, 8, [0.2, 0.8]), whole, -0.375, [-0.6, -0.1]),
+    )  # fmt: skip
+    compressed = {"onnx-int8": int8, "onnx-int4_awq": entry(5.0, 2.0)}
+    report = replace(report, formats={**report.formats, **compressed})
     assert trade(report, "onnx, accuracy on 8 test examples") == [
         ["", "accuracy [95%]", "difference from full [95%]", "size MB", "memory MB",
          "prefill ms (speed-up)", "decode ms (speed-up)", "A/A control"],
@@ -143,13 +166,30 @@ def test_what_nobody_asked_for_has_no_column(report):
     """`--runtime_examples 0`, `--weigh false`, and where decoding means nothing."""
     heads, full, compact = trade(report, "openvino")
     assert heads[1:3] == ["size MB", "memory MB"] and full[2] == "200" and compact[2] == "-"
-    for found in report.contents["formats"].values():
-        found |= {"memory_mb": None, "full_memory_mb": None, "decode_ms": 0, "full_decode_ms": 0}
+    report = with_formats(report, weighed=Weighed(full_bytes=6_000_000), timing=timed(decode=0))
     assert trade(report, "openvino")[0] == ["", "size MB", "prefill ms (speed-up)", "A/A control"]
 
 
 def test_of_a_classifier_nothing_is_decoded(report, capsys):
-    for found in report.contents["formats"].values():
-        found |= {"decode_ms": 0, "full_decode_ms": 0}
+    report = with_formats(report, timing=timed(decode=0))
     assert "decode" not in report.markdown().partition("\n")[2]
     assert "class" in report.markdown()
+
+
+def test_the_file_has_every_known_figure_under_its_name(report):
+    formats = {"gguf": Unproved(5, "not run"), "peft": SKIPPED, "hf": entry(as_torch=True)}
+    told = replace(report, formats=formats).contents["formats"]
+    assert told["gguf"] == {"path": str(report.directory / "gguf"), "bytes": 5,
+                            "unproved": "not run"}  # fmt: skip
+    assert told["peft"] == {"skipped": "no reason"}
+    figures = {
+        "prefill_ms": 20.0, "full_decode_ms": 10.0, "prefill_ratio": 0.5, "control": 0.01,
+        "trusted": True, "full_memory_mb": 200.0, "accuracy": 0.75, "full_accuracy_n": 8,
+        "difference": -0.125,
+    }  # fmt: skip
+    assert {name: told["hf"][name] for name in figures} == figures
+    unasked = entry(weighed=Weighed(), trade=Trade()).as_dict()
+    assert unasked["accuracy"] is None and unasked["full_load_s"] is None
+    assert not {"full_bytes", "unanswered", "full_unanswered"} & set(unasked)
+    broken = replace(entry().deployed, max_abs_diff=float("nan"))
+    assert entry(deployed=broken).as_dict()["deployed"]["max_abs_diff"] is None  # JSON has no NaN

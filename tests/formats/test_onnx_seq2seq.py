@@ -16,7 +16,6 @@ from transformers import BartConfig, BartForConditionalGeneration
 from elastic.errors import ConfigError
 from elastic.formats import onnx, onnx_compressed, onnx_seq2seq, openvino, tracing
 from elastic.formats.compression import ENCODERS, compress
-from elastic.formats.graphs import open_written
 from elastic.formats.rounding import grids, round_
 from elastic.formats.runner import runner_of
 from elastic.supernet.compact import compact
@@ -189,7 +188,7 @@ def test_external_weights_move_with_their_directory(model, tmp_path, monkeypatch
     }  # fmt: skip
     source, target = tokens(1, 3), tokens(1, 2, seed=1)
     for kind in RUNTIMES:
-        found = drive(open_written(tmp_path / "after", kind), source, target)
+        found = drive(RUNTIMES[kind].open_folder(tmp_path / "after"), source, target)
         close(found, expected(model, source, target))
 
 
