@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from elastic.exporting import card
 from elastic.formats import hf
-from elastic.spaces.uniform import is_uniform, nearest_uniform
+from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from tests import tiny
 
@@ -143,7 +143,7 @@ def test_names_are_shown_as_they_are(name):
 def test_the_commands_of_a_card_load_its_folder(uniform, tmp_path, monkeypatch):
     net = tiny.supernet(dtype=torch.float32)
     drawn = (net.space.random(random.Random(seed)) for seed in range(20))
-    mixed = next(sub for sub in drawn if not is_uniform(net.space, sub))
+    mixed = next(sub for sub in drawn if not tiny.is_uniform(net.space, sub))
     sub = nearest_uniform(net.space, mixed) if uniform else mixed
     model = compact(net, sub)
     hf.write(model, tiny.tokenizer(), tmp_path)

@@ -22,7 +22,7 @@ from elastic.latency.bench import Bench
 from elastic.latency.command import time_run
 from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import record
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Latency
 from elastic.latency.target import Target
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.study import search
@@ -31,7 +31,7 @@ from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests import tiny
 from tests.test_study import config, sub_of, trials_of
-from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of
+from tests.tiny_runs import ONE_ROUND, copy_run, decode_of, measurement, prefill_of
 
 MODES = ["int8", "int4"]
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
@@ -59,7 +59,7 @@ def fake_graphs(monkeypatch, tmp_path):
             )
             for name, each in runners.items()
         }
-        return Measurement(found, 0.0, timing.rounds, timing.tolerance)
+        return measurement(found, timing)
 
     monkeypatch.setattr(bench, "open_runner", open_runner)
     monkeypatch.setattr(bench, "measure", measure)

@@ -15,7 +15,7 @@ from elastic.latency import bench
 from elastic.latency.bench import CANDIDATE, Bench
 from elastic.latency.command import time_run
 from elastic.latency.latency_table import Timetable, known_timetable, record, spearman
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Latency
 from elastic.latency.target import Target
 from elastic.searching.study import search
 from elastic.supernet.compact import compact
@@ -125,8 +125,7 @@ def test_what_a_busy_machine_says_is_told_and_not_kept(
     trained, tmp_path, monkeypatch, nothing_known, capsys
 ):  # fmt: skip
     def noisy(*args, **kwargs):
-        found = fake_measure(*args, **kwargs)
-        return Measurement(found.latencies, 0.5, found.rounds, found.tolerance)
+        return replace(fake_measure(*args, **kwargs), control=0.5)
 
     monkeypatch.setattr(bench, "measure", noisy)
     front = search(config(copy_run(trained, tmp_path / "run"), trials=2, starts=2))
@@ -143,7 +142,7 @@ def in_turn(monkeypatch, *controls: float) -> list[float]:
     def measured(*args, **kwargs):
         found = fake_measure(*args, **kwargs)
         control = left.pop(0) if len(left) > 1 else left[0]
-        return Measurement(found.latencies, control, found.rounds, found.tolerance)
+        return replace(found, control=control)
 
     monkeypatch.setattr(bench, "measure", measured)
     return left
@@ -222,7 +221,7 @@ def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_
             name: Latency(times[-1] * each.prefill_ms, times[-1] * each.decode_ms, 0.0)
             for name, each in found.latencies.items()
         }
-        return Measurement(slow, found.control, found.rounds, found.tolerance)
+        return replace(found, latencies=slow)
 
     monkeypatch.setattr(bench, "measure", slower)
     drifting = recorded(trained)

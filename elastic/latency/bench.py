@@ -14,7 +14,7 @@ import torch
 from elastic.config import TimingConfig
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
-from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
+from elastic.latency.measure import REFERENCE, Measurement, calmest, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
 from elastic.spaces.bound import BoundSpace, SubAdapter
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 CANDIDATE = "candidate"
-ATTEMPTS = 3
-"""To measure one in peace; then the one counts whose control differed least."""
 
 
 class Bench:
@@ -69,15 +67,10 @@ class Bench:
             with contextlib.ExitStack() as files:
                 runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files, compress)}
                 vocabulary = self.net.model.config.vocab_size
-                for _ in range(ATTEMPTS):
-                    found = measure(
-                        runners, self.timing, vocabulary=vocabulary, seed=self.seed,
-                        clock=clock_of(self.device),
-                    )  # fmt: skip
-                    if key not in self._found or found.control < self._found[key].control:
-                        self._found[key] = found
-                    if found.trusted:
-                        break
+                self._found[key] = calmest(lambda: measure(
+                    runners, self.timing, vocabulary=vocabulary, seed=self.seed,
+                    clock=clock_of(self.device),
+                ))  # fmt: skip
                 self.state = state_of(self.device)
         return self._found[key]
 
