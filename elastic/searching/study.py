@@ -7,14 +7,13 @@ import functools
 import importlib.util
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna import samplers
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
@@ -42,7 +41,7 @@ from elastic.searching.front import Front
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.tables import read_tables, require_same_tables, tables_of
-from elastic.searching.workers import POLL, Worker, open_storage
+from elastic.searching.workers import POLL, Worker, experimental, open_storage
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
@@ -127,7 +126,6 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     """The study of that name, and the settings with its objective; RunError when it was made with
     others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     storage = open_storage(config.study.storage, run.search)
     study = optuna.create_study(
         study_name=config.study.name or run.path.resolve().name,
@@ -155,7 +153,8 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
             )
-    study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
+    with experimental():
+        study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
     return study, config
 
 
@@ -224,8 +223,10 @@ def _evaluate(
             try:
                 trial = study.ask()
                 worker.take(trial)
-                # NSGA-II takes an enqueued trial into its population only if it was asked first.
-                trial.relative_params  # noqa: B018
+                if isinstance(study.sampler, samplers.BaseGASampler):
+                    # Its population is of trials with a generation, which enqueued ones lack.
+                    asked = study.get_trials(deepcopy=False)[trial.number]
+                    study.sampler.get_trial_generation(study, asked)
                 sub = _suggest(trial, space)
                 repeats = repeats + 1 if sub in results else 0
                 if worker.gives_way(trial):
@@ -267,7 +268,8 @@ def _sampler(
         case "nsga2":
             return samplers.NSGAIISampler(population_size=config.population, seed=seed)
         case "nsga3":
-            return samplers.NSGAIIISampler(population_size=config.population, seed=seed)
+            with experimental():
+                return samplers.NSGAIIISampler(population_size=config.population, seed=seed)
         case "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
         case "gp":
