@@ -17,7 +17,7 @@ from elastic.searching.finalists import best_of
 from elastic.searching.front import Evaluated, Measured
 from elastic.searching.objective import Figures
 from elastic.searching.study import search
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate, SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
@@ -217,7 +217,7 @@ def evaluated(estimate: float, prefill_ms: float) -> Evaluated:
         accuracy=0.1, accuracy_n=10, prefill_ms=prefill_ms, decode_ms=prefill_ms / 10,
         tokens_per_second=1e4 / prefill_ms, memory_mb=1.0, params=1, macs=1,
     )  # fmt: skip
-    return Evaluated(SubAdapter(()), None, figures, estimate, feasible=True)
+    return Evaluated(Candidate(SubAdapter(())), figures, estimate, feasible=True)
 
 
 def timed(prefill_ms: float, *, trusted: bool = True) -> Measured:

@@ -426,7 +426,7 @@ def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search(config(run, starts=6))
     assert len(trials_of(run)) == 5 and front_of(run)
-    assert run.resolve("best", load_run(run)[2].space)[1] in calls
+    assert run.chosen("best").candidate in calls
 
 
 def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, monkeypatch):
@@ -440,7 +440,7 @@ def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, m
     monkeypatch.setattr(Objective, "__call__", sometimes)
     front = search(config(run))
     assert len(front.trials) == 8 and len(calls) == 9
-    assert calls[2] not in [one.sub_adapter for one in front.trials]
+    assert calls[2] not in [one.candidate for one in front.trials]
     monkeypatch.setattr(
         Objective, "__call__",
         lambda self, *given: replace(call(self, *given), accuracy=float("nan")),

@@ -18,6 +18,7 @@ from elastic.latency.latency_table import Timetable, known_timetable, record, sp
 from elastic.latency.measure import Latency
 from elastic.latency.target import Target
 from elastic.searching.study import search
+from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.test_study import config
@@ -158,7 +159,7 @@ def test_a_busy_moment_is_waited_for(trained, monkeypatch):
     ):
         left = in_turn(monkeypatch, *controls)
         with Bench(net, ONE_ROUND) as timed:
-            assert timed(sub).control == expected
+            assert timed(Candidate(sub)).control == expected
         assert len(left) == unused
 
 
@@ -205,7 +206,7 @@ def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):
     for merged, expected in ((True, 1), (False, 2)):
         counted.clear()
         with Bench(net, replace(ONE_ROUND, merged=merged)) as timed:
-            found = [timed(sub) for sub in subs]
+            found = [timed(Candidate(sub)) for sub in subs]
         assert len(counted) == expected
         assert (found[0] == found[1]) is merged
 
@@ -243,7 +244,7 @@ def test_memory_is_weights_cache_and_activations(trained):
         return sum(t.numel() * t.element_size() for t in held.values()) / 1e6
 
     def memory(sub, **shape) -> float:
-        return Bench(net, replace(ONE_ROUND, **shape)).memory_mb(sub)
+        return Bench(net, replace(ONE_ROUND, **shape)).memory_mb(Candidate(sub))
 
     saved = memory(maximal) - memory(minimal)
     assert saved >= weights(maximal) - weights(minimal)
@@ -383,7 +384,7 @@ def test_real_runs_are_timed(trained, monkeypatch, nothing_known):
 
     monkeypatch.setattr(bench, "measure", measure)
     with Bench(load_run(trained)[2], ONE_ROUND) as timed:
-        found = timed(timed.net.space.minimal())
+        found = timed(Candidate(timed.net.space.minimal()))
     assert set(found.latencies) == {"full", CANDIDATE}
     assert all(each.prefill_ms > 0 and each.decode_ms > 0 for each in found.latencies.values())
     assert torch.is_grad_enabled()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.provenance import provenance
-from elastic.run import Run, as_plain
+from elastic.run import Chosen, Run, as_plain
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact, streamed
@@ -57,9 +57,9 @@ def export(config: ExportConfig) -> Report:
         return write_only(config)
     run = Run(config.run)
     trained = run.config()
-    mode = run.compression(config.sub_adapter)
-    if mode and config.has_graphs and not config.compress:
-        config = dataclasses.replace(config, compress=[mode])
+    chosen = run.chosen(config.sub_adapter)
+    if chosen.compress and config.has_graphs and not config.compress:
+        config = dataclasses.replace(config, compress=[chosen.compress])
     for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
@@ -71,10 +71,10 @@ def export(config: ExportConfig) -> Report:
     dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
-    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    name, sub = chosen.name, chosen.at(net.space, config.seed)
     extra: dict[str, Any] = {}
     if config.hf.uniform:
-        extra["instead_of"] = _instead_of(run, config, base, net, name, sub, task.test)
+        extra["instead_of"] = _instead_of(chosen, config, base, net, sub, task.test)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
@@ -123,7 +123,8 @@ def export(config: ExportConfig) -> Report:
             )  # fmt: skip
             accuracy, gap = mine.as_dict(), beside(full, mine)
         else:
-            accuracy, gap = _accuracy(run, config, name, sub, model, base.tokenizer, task.test), {}
+            saved = chosen.saved if name == chosen.name else {}
+            accuracy, gap = _accuracy(saved, config, sub, model, base.tokenizer, task.test), {}
         for proof in as_torch:
             proof |= accuracy | gap
         contents = {
@@ -163,11 +164,10 @@ def _reasons(source: Source) -> dict[str, str]:
 
 
 def _instead_of(
-    run: Run,
+    chosen: Chosen,
     config: ExportConfig,
     base: loading.Base,
     net: Supernet,
-    name: str,
     sub: SubAdapter,
     test: Sequence[Example],
 ) -> dict[str, Any]:
@@ -175,19 +175,17 @@ def _instead_of(
     be merged, its accuracy alone would say nothing."""
     model, accuracy = compact(net, sub), dict(NO_SCORE)
     if not config.merge.adapters:
-        accuracy = _accuracy(run, config, name, sub, model, base.tokenizer, test)
-    return {"name": name, "sub_adapter": sub.as_dict(), **accuracy, **_costs(net, sub, model)}
+        accuracy = _accuracy(chosen.saved, config, sub, model, base.tokenizer, test)
+    told = {"name": chosen.name, "sub_adapter": sub.as_dict()}
+    return {**told, **accuracy, **_costs(net, sub, model)}
 
 
 def _accuracy(
-    run: Run, config: ExportConfig, name: str, sub: SubAdapter, model, tokenizer, test
+    saved: Mapping[str, Any], config: ExportConfig, sub: SubAdapter, model, tokenizer, test
 ) -> dict[str, Any]:
     """Test accuracy: the search's if it scored this sub-adapter, else measured now."""
-    file = run.sub_adapters / f"{name}.json"
-    if file.is_file():
-        found = read_json(file)
-        if found.get("sub_adapter") == sub.as_dict() and not found.get("compress"):
-            return {key: found[key] for key in NO_SCORE}
+    if saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress"):
+        return {key: saved[key] for key in NO_SCORE}
     if not config.accuracy:
         return dict(NO_SCORE)
     return evaluate(

@@ -10,7 +10,7 @@ from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
 from elastic.run import Run
 from elastic.searching.objective import Figures, Objective
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate
 from elastic.supernet.cost import Counter
 
 AT_LEAST = ("min_accuracy", "tokens_per_second")
@@ -84,7 +84,7 @@ def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> 
 
 
 def refuse_by_extremes(
-    results: Mapping[SubAdapter, Figures], objective: Objective, limits: Mapping[str, float]
+    results: Mapping[Candidate, Figures], objective: Objective, limits: Mapping[str, float]
 ) -> None:
     """BudgetError as soon as both extremes are known and even the smallest ones, at any precision,
     are over the budget."""
@@ -99,7 +99,7 @@ def refuse_by_extremes(
     raise BudgetError(impossible(limits, results))
 
 
-def impossible(limits: Mapping[str, float], results: Mapping[SubAdapter, Figures]) -> str:
+def impossible(limits: Mapping[str, float], results: Mapping[Candidate, Figures]) -> str:
     """Names the nearest ones on both sides."""
 
     def described(figures: Figures) -> str:

@@ -42,7 +42,7 @@ from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.tables import read_tables, require_same_tables, tables_of
 from elastic.searching.workers import POLL, Worker, experimental, open_storage
-from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import FACTORS, load_run
@@ -202,7 +202,7 @@ def _evaluate(
     objective: Objective,
     limits: Mapping[str, float],
     config: SearchConfig,
-) -> dict[SubAdapter, Figures]:
+) -> dict[Candidate, Figures]:
     """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
     space = objective.space
     wanted = min(config.trials, space.size)
@@ -227,20 +227,20 @@ def _evaluate(
                     # Its population is of trials with a generation, which enqueued ones lack.
                     asked = study.get_trials(deepcopy=False)[trial.number]
                     study.sampler.get_trial_generation(study, asked)
-                sub = _suggest(trial, space)
-                repeats = repeats + 1 if sub in results else 0
+                candidate = _suggest(trial, space)
+                repeats = repeats + 1 if candidate in results else 0
                 if worker.gives_way(trial):
                     continue
             except UpdateFinishedTrialError:  # by another worker that had been given it too
                 continue
-            # The same sub-adapter proposed twice is evaluated once.
-            figures = results.get(sub) or objective(sub, results)
+            # The same one proposed twice is evaluated once.
+            figures = results.get(candidate) or objective(candidate, results)
             told = _tell(study, trial, figures, limits, config.chosen_objectives)
             failures = 0 if told else failures + 1
             if failures > FAILURES:
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
-            if sub not in results and not failures:
-                results[sub] = figures
+            if candidate not in results and not failures:
+                results[candidate] = figures
                 advance(len(results), figures)
     return results
 
@@ -278,7 +278,7 @@ def _sampler(
             return samplers.RandomSampler(seed=seed)
 
 
-def _suggest(trial: optuna.Trial, space: BoundSpace) -> SubAdapter:
+def _suggest(trial: optuna.Trial, space: CandidateSpace) -> Candidate:
     """Indices into the descending choices: stable names, and an order NSGA-II can cross."""
     return space.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space})
 
@@ -302,16 +302,16 @@ def _tell(
     return True
 
 
-def _seen(study: optuna.Study, space: BoundSpace) -> dict[SubAdapter, Figures]:
+def _seen(study: optuna.Study, space: CandidateSpace) -> dict[Candidate, Figures]:
     """Everything evaluated so far, in order, each once."""
-    results: dict[SubAdapter, Figures] = {}
+    results: dict[Candidate, Figures] = {}
     for trial in study.get_trials(deepcopy=False):
         if "figures" in trial.user_attrs and trial.state.is_finished():
             results.setdefault(space.at(trial.params), Figures(**trial.user_attrs["figures"]))
     return results
 
 
-def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig) -> None:
+def _enqueue_starts(study: optuna.Study, space: CandidateSpace, config: SearchConfig) -> None:
     """The two extremes, the ladder between them, then stratified sub-adapters."""
     starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
     generator = generator_for(config.seed, "starts")
@@ -319,8 +319,8 @@ def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig
         if len(starts) >= config.starts:
             break
         starts[space.stratified(generator)] = None
-    for sub in list(starts)[: config.starts]:
-        study.enqueue_trial(space.indices(sub), skip_if_exists=True)
+    for candidate in list(starts)[: config.starts]:
+        study.enqueue_trial(space.indices(candidate), skip_if_exists=True)
 
 
 @contextlib.contextmanager
