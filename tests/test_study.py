@@ -21,7 +21,7 @@ from elastic.searching import finalists, study
 from elastic.searching.front import Front
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate, SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
@@ -377,7 +377,7 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
         search(config(run, starts=starts))
     assert seen[killed_at] == seen[killed_at - 1]
     assert len(seen) == 8 + 1 and len(set(seen)) == 8
-    assert [sub_of(row) for row in trials_of(run)] == list(dict.fromkeys(seen))
+    assert [Candidate(sub_of(row)) for row in trials_of(run)] == list(dict.fromkeys(seen))
     if starts == 8:  # nothing was left to the sampler
         whole = copy_run(trained, tmp_path / "whole")
         search(config(whole, starts=starts))
