@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from optuna.samplers import NSGAIIISampler, NSGAIISampler
 
 from elastic import __main__
 from elastic.config import BudgetConfig, SearchConfig, TaskConfig
@@ -291,6 +292,19 @@ def test_same_seed_same_front(trained, tmp_path, sampler):
         assert len(trials_of(run)) == 10
         found.append((front_of(run), trials_of(run)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_the_first_trials_are_of_a_population_though_it_did_not_propose_them(
+    trained, tmp_path, sampler
+):  # fmt: skip
+    run = copy_run(trained, tmp_path / "run")
+    wanted = config(run, trials=6, sampler=sampler)
+    search(wanted)
+    found, _ = study._open_study(run, wanted)
+    kind = {"nsga2": NSGAIISampler, "nsga3": NSGAIIISampler}[sampler]
+    first = kind(population_size=wanted.population).get_population(found, 0)
+    assert {trial.number for trial in first} >= set(range(wanted.starts))
 
 
 def test_another_seed_visits_others(trained, tmp_path):
