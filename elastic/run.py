@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,28 @@ import yaml
 from elastic.config import TrainConfig
 from elastic.errors import RunError
 from elastic.files import read_json, write_text
-from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.spaces.declared import SearchSpace
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `--sub_adapter` means: a candidate from a file, or a name that any space knows."""
+
+    name: str
+    candidate: Candidate | None = None
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    """All that the search of this run wrote about it."""
+
+    @property
+    def compress(self) -> str | None:
+        return self.candidate and self.candidate.compress
+
+    def at(self, space: BoundSpace, seed: int = 0) -> SubAdapter:
+        """A point of this space; RunError if it is none."""
+        if self.candidate is None:
+            return space.named(self.name, seed)
+        return space.check(self.candidate.sub_adapter)
 
 
 class Run:
@@ -77,28 +98,30 @@ class Run:
         file = self.super_adapter / "space.yaml"
         return SearchSpace.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
-    def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
-        """What `--sub_adapter` means: a name and a point of the space.
+    def chosen(self, name: str) -> Chosen:
+        """What `--sub_adapter` means; reads its file, the one time.
 
         best (of the search, or the only one trained), a name of the search's front, a JSON file, or
         maximal, heuristic, minimal, random, uniform-FRACTION.
         """
-        if Path(name).suffix == ".json":
-            return Path(name).stem, space.check(SubAdapter.read(name))
         file = self.sub_adapters / f"{name}.json"
-        if file.is_file():
-            return name, space.check(SubAdapter.read(file))
-        if name == "best" and self.sub_adapter.is_file():
-            return "specialised", space.check(SubAdapter.read(self.sub_adapter))
-        if name == "best":
-            raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
-        return name, space.named(name, seed)
+        if Path(name).suffix == ".json":
+            name, file = Path(name).stem, Path(name)
+        elif name == "best" and not file.is_file():
+            name, file = "specialised", self.sub_adapter
+            if not file.is_file():
+                path = self.path
+                raise RunError(f"{path} has no search result yet; run: elastic search {path}")
+        elif not file.is_file():
+            return Chosen(name)
+        value = read_json(file)
+        ours = file.resolve().parent == self.sub_adapters.resolve()
+        return Chosen(name, Candidate.of(value, file), value if ours else {})
 
-    def compression(self, name: str) -> str | None:
-        """How the search compressed what `--sub_adapter` means."""
-        file = Path(name) if Path(name).suffix == ".json" else self.sub_adapters / f"{name}.json"
-        value = read_json(file) if file.is_file() else None
-        return value.get("compress") if isinstance(value, dict) else None
+    def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
+        """What `--sub_adapter` means: a name and a point of the space."""
+        chosen = self.chosen(name)
+        return chosen.name, chosen.at(space, seed)
 
     def export(self, name: str, sub: SubAdapter, kinds: Sequence[str]) -> Path:
         """The directory of an export; RunError if something else stands there, or formats of this

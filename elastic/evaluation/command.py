@@ -95,8 +95,9 @@ def evaluate_run(
         own = getattr(load_task(trained.task, trained.seed), config.split)
         sets = {config.split: own[: config.examples]}
     _, base, net = load_run(run)
-    name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
-    if mode := run.compression(config.sub_adapter):
+    chosen = run.chosen(config.sub_adapter)
+    name, sub = chosen.name, chosen.at(net.space, trained.seed)
+    if mode := chosen.compress:
         say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "
             "has the accuracy of its compressed graph")  # fmt: skip
     beams = config.beams if config.tasks and config.protocol == "published" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,9 @@ def export(config: ExportConfig) -> Report:
         return write_only(config)
     run = Run(config.run)
     trained = run.config()
-    mode = run.compression(config.sub_adapter)
-    if mode and config.has_graphs and not config.compress:
-        config = dataclasses.replace(config, compress=[mode])
+    chosen = run.chosen(config.sub_adapter)
+    if chosen.compress and config.has_graphs and not config.compress:
+        config = dataclasses.replace(config, compress=[chosen.compress])
     for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
@@ -81,7 +82,7 @@ def export(config: ExportConfig) -> Report:
     dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
-    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    name, sub = chosen.name, chosen.at(net.space, config.seed)
     full_cost = Counter(net.model, net.space).full
     instead_of = merge = None
     if config.hf.uniform:
@@ -89,7 +90,7 @@ def export(config: ExportConfig) -> Report:
         # With others to be merged, its accuracy alone would say nothing.
         known = Accuracy()
         if not others:
-            known = _accuracy(run, config, name, sub, cut, base.tokenizer, task.test)
+            known = _accuracy(chosen.saved, config, sub, cut, base.tokenizer, task.test)
         instead_of = Model(name, sub, known, count(cut), full_cost)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         name = f"{name}-uniform"
@@ -138,7 +139,8 @@ def export(config: ExportConfig) -> Report:
             )  # fmt: skip
             trade = beside(full, mine)
         else:
-            trade = Trade(_accuracy(run, config, name, sub, model, base.tokenizer, task.test))
+            saved = chosen.saved if name == chosen.name else {}
+            trade = Trade(_accuracy(saved, config, sub, model, base.tokenizer, task.test))
         for kind, proof in as_torch.items():
             formats[kind] = dataclasses.replace(proof, trade=trade)
         return _described(
@@ -184,14 +186,11 @@ def _reasons(source: Source) -> dict[str, str]:
 
 
 def _accuracy(
-    run: Run, config: ExportConfig, name: str, sub: SubAdapter, model, tokenizer, test
+    saved: Mapping[str, Any], config: ExportConfig, sub: SubAdapter, model, tokenizer, test
 ) -> Accuracy:
     """On the test split: the search's if it scored this sub-adapter, else measured now."""
-    file = run.sub_adapters / f"{name}.json"
-    if file.is_file():
-        found = read_json(file)
-        if found.get("sub_adapter") == sub.as_dict() and not found.get("compress"):
-            return Accuracy(*(found[key] for key in Accuracy().as_dict()))
+    if saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress"):
+        return Accuracy(*(saved[key] for key in Accuracy().as_dict()))
     if not config.accuracy:
         return Accuracy()
     score = evaluate(model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring")

@@ -20,8 +20,7 @@ from elastic.exporting.contract import Source
 from elastic.exporting.targets import FORMATS
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency import weigh
-from elastic.latency.bench import ATTEMPTS
-from elastic.latency.measure import REFERENCE, Latency, Measurement, clock_of, measure
+from elastic.latency.measure import REFERENCE, Latency, Measurement, calmest, clock_of, measure
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -297,20 +296,13 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
         REFERENCE: format.timed(source, format.full(source, kind)),
         CANDIDATE: format.timed(source, runner),
     }
-    best = None
-    for _ in range(ATTEMPTS):
-        found = measure(
-            runners,
-            timing,
-            vocabulary=source.models["compact"].config.vocab_size,
-            seed=source.config.seed,
-            clock=clock_of(torch.device(format.device(source))),
-        )
-        if best is None or found.control < best.control:
-            best = found
-        if found.trusted:
-            break
-    return best
+    return calmest(lambda: measure(
+        runners,
+        timing,
+        vocabulary=source.models["compact"].config.vocab_size,
+        seed=source.config.seed,
+        clock=clock_of(torch.device(format.device(source))),
+    ))  # fmt: skip
 
 
 def weighed(kind: str, source: Source, directory: Path) -> Weighed:

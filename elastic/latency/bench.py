@@ -14,10 +14,10 @@ import torch
 from elastic.config import TimingConfig
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
-from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
+from elastic.latency.measure import REFERENCE, Measurement, calmest, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
-from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.supernet import Supernet
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 CANDIDATE = "candidate"
-ATTEMPTS = 3
-"""To measure one in peace; then the one counts whose control differed least."""
 
 
 class Bench:
@@ -59,38 +57,33 @@ class Bench:
         self._full = None
         self._files.__exit__(*error)
 
-    def __call__(self, sub: SubAdapter, compress: str | None = None) -> Measurement:
-        """The full model's latencies and, as CANDIDATE, those of `sub`, its graph compressed if a
-        mode is named."""
-        key = self._key(sub, compress)
+    def __call__(self, candidate: Candidate) -> Measurement:
+        """The full model's latencies and, as CANDIDATE, this one's."""
+        key = self._key(candidate)
         if key not in self._found:
             if self._full is None:
-                self._full = self._open(self.net.space.maximal(), self._files)
+                self._full = self._open(Candidate(self.net.space.maximal()), self._files)
             with contextlib.ExitStack() as files:
-                runners = {REFERENCE: self._full, CANDIDATE: self._open(sub, files, compress)}
+                runners = {REFERENCE: self._full, CANDIDATE: self._open(candidate, files)}
                 vocabulary = self.net.model.config.vocab_size
-                for _ in range(ATTEMPTS):
-                    found = measure(
-                        runners, self.timing, vocabulary=vocabulary, seed=self.seed,
-                        clock=clock_of(self.device),
-                    )  # fmt: skip
-                    if key not in self._found or found.control < self._found[key].control:
-                        self._found[key] = found
-                    if found.trusted:
-                        break
+                self._found[key] = calmest(lambda: measure(
+                    runners, self.timing, vocabulary=vocabulary, seed=self.seed,
+                    clock=clock_of(self.device),
+                ))  # fmt: skip
                 self.state = state_of(self.device)
         return self._found[key]
 
-    def memory_mb(self, sub: SubAdapter, compress: str | None = None) -> float:
+    def memory_mb(self, candidate: Candidate) -> float:
         """Weights and, at its peak, what a prefill holds beside them: 1e6 bytes, as torch allocates
         them, whatever the runtime; of compressed weights, their codes and scales."""
-        key = self._key(sub, compress)
+        key = self._key(candidate)
         if key not in self._memory:
-            self._memory[key] = self._peak(self._model(sub), compress)
+            self._memory[key] = self._peak(self._model(candidate.sub_adapter), candidate.compress)
         return self._memory[key]
 
-    def _key(self, sub: SubAdapter, compress: str | None = None) -> Hashable:
-        return shape_of(self.net.space, sub, merged=self.timing.merged), compress
+    def _key(self, candidate: Candidate) -> Hashable:
+        shape = shape_of(self.net.space, candidate.sub_adapter, merged=self.timing.merged)
+        return shape, candidate.compress
 
     def _peak(self, model: PreTrainedModel, compress: str | None) -> float:
         held = [*model.parameters(), *model.buffers()]
@@ -109,16 +102,14 @@ class Bench:
             return model
         return copy.deepcopy(model).float()  # what was not cut is shared with the supernet
 
-    def _open(
-        self, sub: SubAdapter, files: contextlib.ExitStack, compress: str | None = None
-    ) -> Runner:
+    def _open(self, candidate: Candidate, files: contextlib.ExitStack) -> Runner:
         folder = None
         if self.timing.runtime != "torch":
             folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
-        model = self._model(sub)
+        model = self._model(candidate.sub_adapter)
         # While it is at hand.
-        self._memory[self._key(sub, compress)] = self._peak(model, compress)
-        return open_runner(self.timing, model, folder, compress)
+        self._memory[self._key(candidate)] = self._peak(model, candidate.compress)
+        return open_runner(self.timing, model, folder, candidate.compress)
 
 
 def shape_of(space: BoundSpace, sub: SubAdapter, *, merged: bool) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.spaces.bound import Candidate
 from elastic.supernet.store import load_run
 
 
@@ -103,36 +104,36 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
 
     RunError when the full model differs from itself by more than `timing.tolerance`.
     """
+    if config.table.file:
+        raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")
     run = Run(config.run)
     trained = run.config()
     require_runtime(config.timing.runtime, trained.model)
-    one_graph = config.timing.runtime != "torch" and not config.save
-    chosen = run.compression(config.sub_adapter) if one_graph else None
-    mode = {"chosen": chosen, "none": None}.get(config.compress, config.compress)
+    chosen = None if config.save else run.chosen(config.sub_adapter)
+    as_chosen = chosen.compress if chosen and config.timing.runtime != "torch" else None
+    mode = {"chosen": as_chosen, "none": None}.get(config.compress, config.compress)
     if mode:
         compression.check(mode, config.timing.runtime)
     config = replace(config, timing=timing_of(config.timing, trained.model))
     target = Target.of(run, config.timing, mode)
-    if config.table.file:
-        raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")
     _, _, net = load_run(run)
     if config.save:
         timetable = record(net, target, config.timing, config.table, config.seed)
         _refuse_noise(timetable.control, config)
         write_json(config.save, timetable.as_dict())
         return TableReport(timetable, Path(config.save))
-    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    candidate = Candidate(chosen.at(net.space, config.seed), mode)
     if config.timing.runtime != "torch":
         say(f"Writing both models for {config.timing.runtime}")
     with Bench(net, config.timing, config.seed) as bench:
-        found = bench(sub, mode)
+        found = bench(candidate)
         _refuse_noise(found.control, config)
         memory = {
-            REFERENCE: bench.memory_mb(net.space.maximal()),
-            CANDIDATE: bench.memory_mb(sub, mode),
+            REFERENCE: bench.memory_mb(Candidate(net.space.maximal())),
+            CANDIDATE: bench.memory_mb(candidate),
         }
         about = {**provenance(str(net.model.device)), "clocks": bench.state}
-    return LatencyReport(name, target, found, memory, about)
+    return LatencyReport(chosen.name, target, found, memory, about)
 
 
 def _refuse_noise(control: float, config: LatencyConfig) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic.latency.additive import Additive
-from elastic.spaces.bound import WHOLE, BoundSpace, SubAdapter
+from elastic.spaces.bound import WHOLE, BoundSpace, Candidate, Point, SubAdapter
 from elastic.spaces.dims import BITS
 
 NOISE = 0.01
@@ -38,9 +38,9 @@ def shares(space: BoundSpace) -> list[list[float]]:
     ]  # fmt: skip
 
 
-def places(space: BoundSpace, subs: Sequence[SubAdapter]) -> np.ndarray:
-    """(sub-adapters, groups) of indices into each group's choices."""
-    return np.array([list(space.indices(sub).values()) for sub in subs], dtype=np.int64)
+def places(space: BoundSpace, points: Sequence[Point]) -> np.ndarray:
+    """(points, groups) of indices into each group's choices."""
+    return np.array([list(space.indices(point).values()) for point in points], dtype=np.int64)
 
 
 def pinned(space: BoundSpace, costs: np.ndarray) -> Iterator[np.ndarray]:
@@ -77,7 +77,7 @@ class Table:
 
     @classmethod
     def fit(
-        cls, space: BoundSpace, measured: Mapping[SubAdapter, float], *, merged: bool = True
+        cls, space: BoundSpace, measured: Mapping[Point, float], *, merged: bool = True
     ) -> Table:
         """Of latencies in milliseconds; the more of the range they cover, the better."""
         at, values = places(space, list(measured)), np.array(list(measured.values()))
@@ -96,8 +96,8 @@ class Table:
         return cls(space, full, effects)
 
     @classmethod
-    def counted(cls, space: BoundSpace, cost: Callable[[SubAdapter], float]) -> Table:
-        """Of a cost that can be asked for any sub-adapter: what every choice saves on its own."""
+    def counted(cls, space: BoundSpace, cost: Callable[[Candidate], float]) -> Table:
+        """Of a cost that can be asked for any candidate: what every choice saves on its own."""
         at = space.indices(space.maximal())
         full = cost(space.maximal())
         effects = np.full((len(space.groups), max(len(group.choices) for group in space)), np.inf)

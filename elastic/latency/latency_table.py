@@ -24,7 +24,7 @@ from elastic.latency.measure import distrust
 from elastic.latency.target import LATENCIES, Target
 from elastic.models.packaged import cache_directory
 from elastic.provenance import provenance
-from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter, generator_for
 
 if TYPE_CHECKING:
     from elastic.supernet.supernet import Supernet
@@ -223,8 +223,8 @@ def record(
     what = f" in {mode}" if mode else ""
     say(f"Timing {len(asked)} sub-adapters for the latency table{what}")
     with Bench(net, timing, seed) as bench:
-        found = [(sub, bench(sub, mode)) for sub in track(asked, "timing sub-adapters")]
-        memory = {sub: bench.memory_mb(sub, mode) for sub in (maximal, *chosen)}
+        found = [(sub, bench(Candidate(sub, mode))) for sub in track(asked, "timing sub-adapters")]
+        memory = {sub: bench.memory_mb(Candidate(sub, mode)) for sub in (maximal, *chosen)}
         clocks = bench.state
     # Ratios of times taken in the same rounds, in the unit of the full model over all rounds.
     full = {

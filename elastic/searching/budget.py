@@ -11,7 +11,7 @@ from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
 from elastic.run import Run
 from elastic.searching.objective import Figures, Objective
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate
 from elastic.supernet.cost import Counter
 
 DECODING = ("decode_ms", "tokens_per_second")
@@ -83,7 +83,7 @@ def refuse_by_counting(run: Run, budget: BudgetConfig, trained: TrainConfig) -> 
 
 
 def refuse_by_extremes(
-    results: Mapping[SubAdapter, Figures], objective: Objective, limits: Mapping[str, float]
+    results: Mapping[Candidate, Figures], objective: Objective, limits: Mapping[str, float]
 ) -> None:
     """BudgetError as soon as both extremes are known and even the smallest ones, at any precision,
     are over the budget."""
@@ -98,7 +98,7 @@ def refuse_by_extremes(
     raise BudgetError(impossible(limits, results))
 
 
-def impossible(limits: Mapping[str, float], results: Mapping[SubAdapter, Figures]) -> str:
+def impossible(limits: Mapping[str, float], results: Mapping[Candidate, Figures]) -> str:
     """Names the nearest ones on both sides."""
 
     def described(figures: Figures) -> str:

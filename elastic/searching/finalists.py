@@ -22,14 +22,14 @@ from elastic.searching.objective import Figures, Objective
 from elastic.searching.page import write_page
 from elastic.searching.pareto import non_dominated, thin
 from elastic.searching.sampler import learn
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate
 
 if TYPE_CHECKING:
     import optuna
 
 
 SCORES, TIMES = "test scores", "measured"
-"""What a study keeps of its finalists, by sub-adapter and compression."""
+"""What a study keeps of its finalists, by candidate."""
 
 
 def finish(
@@ -37,7 +37,7 @@ def finish(
     config: SearchConfig,
     objective: Objective,
     study: optuna.Study,
-    results: Mapping[SubAdapter, Figures],
+    results: Mapping[Candidate, Figures],
     *,
     test: Sequence[Example],
     here: Target,
@@ -47,17 +47,17 @@ def finish(
     this is the target, and saved. The study keeps scores and times, so that nothing is asked twice
     and a worker elsewhere loses no measurement."""
     space, timetables = objective.space, objective.timetables
-    accuracies = {sub: figures.accuracy for sub, figures in results.items()}
+    accuracies = {one: figures.accuracy for one, figures in results.items()}
     belief = learn(space, accuracies, len(objective.examples), importance)
     estimated = {
-        sub: replace(figures, accuracy=estimate)
-        for (sub, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
+        one: replace(figures, accuracy=estimate)
+        for (one, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
     }
     full = estimated.get(space.maximal(), objective.full)
     limits = config.budget.resolved(full.budget_values())
     trials = [
-        Evaluated(*objective.split(point), results[point], figures.accuracy, met(figures, limits))
-        for point, figures in estimated.items()
+        Evaluated(one, results[one], figures.accuracy, met(figures, limits))
+        for one, figures in estimated.items()
     ]
     feasible = [one for one in trials if one.feasible]
     if not feasible:
@@ -122,20 +122,16 @@ def _scores(
 ) -> list[dict[str, Any]]:
     """On the test split."""
     known = study.user_attrs.get(SCORES, {})
-    asked = [one for one in chosen if _key(one) not in known]
+    asked = [one for one in chosen if str(one.candidate) not in known]
     say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
     for one in track(asked, "test split"):
-        model = objective.model(*one.point)
+        model = objective.model(one.candidate)
         score = evaluate(
             model, objective.tokenizer, test, batch_tokens=objective.config.batch_tokens, quiet=True
         )
-        known[_key(one)] = score.as_dict()
+        known[str(one.candidate)] = score.as_dict()
     study.set_user_attr(SCORES, known)
-    return [known[_key(one)] for one in chosen]
-
-
-def _key(one: Evaluated) -> str:
-    return f"{one.sub_adapter} {one.compress or ''}".strip()
+    return [known[str(one.candidate)] for one in chosen]
 
 
 def _times(
@@ -145,11 +141,11 @@ def _times(
     measured again."""
     known = {sub: Measured(**each) for sub, each in study.user_attrs.get(TIMES, {}).items()}
     trusted = {sub for sub, each in known.items() if each.trusted}
-    asked = [one for one in chosen if measure and _key(one) not in trusted]
+    asked = [one for one in chosen if measure and str(one.candidate) not in trusted]
     if asked:
         say(f"Timing {len(asked)} of the front")
         with Bench(objective.net, objective.config.timing, objective.config.seed) as bench:
             for one in track(asked, "timing"):
-                known[_key(one)] = Measured.of(bench(*one.point), objective.full)
+                known[str(one.candidate)] = Measured.of(bench(one.candidate), objective.full)
         study.set_user_attr(TIMES, {sub: asdict(each) for sub, each in known.items()})
-    return [known.get(_key(one)) for one in chosen]
+    return [known.get(str(one.candidate)) for one in chosen]

@@ -19,7 +19,7 @@ from elastic.latency.measure import Measurement
 from elastic.run import Run
 from elastic.searching.budget import violations
 from elastic.searching.objective import Figures
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate, SubAdapter
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One sub-adapter that the search measured."""
+    """One candidate that the search measured."""
 
-    sub_adapter: SubAdapter
-    compress: str | None
-    """Mode of its graph's weights; None: as they are."""
+    candidate: Candidate
     figures: Figures
     """As the search measured them; accuracy on validation."""
     estimate: float
@@ -60,9 +58,8 @@ class Evaluated:
     """Whether figures and estimate meet the budget."""
 
     @property
-    def point(self) -> tuple[SubAdapter, str | None]:
-        """What tells it from others."""
-        return self.sub_adapter, self.compress
+    def sub_adapter(self) -> SubAdapter:
+        return self.candidate.sub_adapter
 
     @property
     def judged(self) -> Figures:
@@ -130,8 +127,7 @@ class Member(Evaluated):
             "memory_mb": self.figures.memory_mb,
             "params": self.figures.params,
             "macs": self.figures.macs,
-            "compress": self.compress,
-            "sub_adapter": self.sub_adapter.as_dict(),
+            **self.candidate.as_dict(),
         }
 
 
@@ -177,7 +173,7 @@ class Front:
         )
         for number, one in enumerate(self.trials):
             figures = one.figures.as_dict().values()
-            chosen = one.compress or "", str(one.sub_adapter)
+            chosen = one.candidate.compress or "", str(one.sub_adapter)
             writer.writerow([number, one.feasible, *figures, one.estimate, *chosen])
         return file.getvalue()
 
@@ -214,7 +210,7 @@ class Front:
 
     def weights(self, one: Evaluated) -> str:
         """In what they are stored."""
-        return one.compress or self.timetables[None].target.dtype
+        return one.candidate.compress or self.timetables[None].target.dtype
 
     def _share(self, figures: Figures, cost: str) -> str:
         amount, whole = getattr(figures, cost), getattr(self.full, cost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
@@ -15,7 +15,7 @@ from elastic.formats.rounding import round_
 from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import per_second
-from elastic.spaces.bound import SubAdapter, bits_of, generator_for, smallest, split, with_bits
+from elastic.spaces.bound import Candidate, CandidateSpace, bits_of, generator_for
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.supernet import Supernet
@@ -64,8 +64,7 @@ class Figures:
 
 
 class Objective:
-    """Scores sub-adapters of one supernet and looks up what they cost. With `config.compress` they
-    are points of a space that has bits to choose, too."""
+    """Scores candidates of one supernet and looks up what they cost."""
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class Objective:
     ) -> None:
         """`timetables` by compression; None: as it is."""
         self.net = net
-        self.space = with_bits(net.space, config.compress)
+        self.space = CandidateSpace.of(net.space, config.compress)
         self.tokenizer = tokenizer
         self.config = config
         self.timetables = timetables
@@ -93,52 +92,50 @@ class Objective:
         return self.full
 
     def __call__(
-        self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures] | None = None
+        self, candidate: Candidate, rivals: Mapping[Candidate, Figures] | None = None
     ) -> Figures:
         """Slice, merge, score on validation; of the `rivals`, the most accurate one that costs no
         more may end that early."""
-        if sub == self.space.maximal() and self.full is not None:
+        if candidate == self.space.maximal() and self.full is not None:
             return self.full
-        return self._figures(sub, rivals or {})
+        return self._figures(candidate, rivals or {})
 
-    def _figures(self, sub: SubAdapter, rivals: Mapping[SubAdapter, Figures]) -> Figures:
-        costs = self.costs(sub)
-        model = self.model(*self.split(sub))
+    def _figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
+        costs = self.costs(candidate)
+        model = self.model(candidate)
         correct, accuracy = self._race(model, self._rivals(costs, rivals))
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
-    def split(self, point: SubAdapter) -> tuple[SubAdapter, str | None]:
-        """The sub-adapter of the supernet, and how its graph is compressed."""
-        return split(point, self.config.compress)
-
-    def model(self, sub: SubAdapter, compress: str | None) -> PreTrainedModel:
+    def model(self, candidate: Candidate) -> PreTrainedModel:
         """What it is scored as: sliced, merged and rounded."""
-        model = compact(self.net, sub)
-        return round_(model, compress, self.config.timing.runtime) if compress else model
+        model, mode = compact(self.net, candidate.sub_adapter), candidate.compress
+        return round_(model, mode, self.config.timing.runtime) if mode else model
 
-    def costs(self, point: SubAdapter) -> dict[str, float]:
+    def costs(self, candidate: Candidate) -> dict[str, float]:
         """All figures but accuracy."""
-        sub, mode = self.split(point)
-        predicted, counted = self.timetables[mode](sub), self.cost(sub)
+        sub = candidate.sub_adapter
+        predicted, counted = self.timetables[candidate.compress](sub), self.cost(sub)
         speed = per_second(self.config.timing.batch, predicted["decode_ms"])
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
     def smallest(self) -> list[dict[str, float]]:
-        """`costs` of everything at its smallest, at every precision."""
-        return [self.costs(point) for point in smallest(self.space)]
+        """`costs` of everything at its smallest, at every precision: fewer bits are smaller, not
+        faster."""
+        least = self.space.minimal()
+        return [self.costs(replace(least, compress=mode)) for mode in self.space.modes]
 
     def table(self, cost: str) -> Table | Tables:
         """What every choice saves of a cost."""
         known = self.timetables[None].tables
         if cost not in known:
-            return Table.counted(self.space, lambda at: getattr(self.cost(self.split(at)[0]), cost))
+            return Table.counted(self.space, lambda one: getattr(self.cost(one.sub_adapter), cost))
         if not self.config.compress:
             return known[cost]
         by_bits = {bits_of(mode): each.tables[cost] for mode, each in self.timetables.items()}
         return Tables(self.space, by_bits)
 
     def _rivals(
-        self, costs: Mapping[str, float], rivals: Mapping[SubAdapter, Figures]
+        self, costs: Mapping[str, float], rivals: Mapping[Candidate, Figures]
     ) -> list[Figures]:
         return [
             figures

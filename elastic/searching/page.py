@@ -34,8 +34,8 @@ def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path)
 
 
 def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any]:
-    numbers = {one.point: number for number, one in enumerate(front.trials)}
-    names = {member.point: member.name for member in front.members}
+    numbers = {one.candidate: number for number, one in enumerate(front.trials)}
+    names = {member.candidate: member.name for member in front.members}
     of_kind = dict.fromkeys(kinds(space))
     blocks = dict.fromkeys(_block(group.name) for group in space)
     full = front.full
@@ -66,10 +66,9 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
                 **one.figures.numbers(),
                 "estimate": one.estimate,
                 "feasible": one.feasible,
-                "name": names.get(one.point),
-                "compress": one.compress,
+                "name": names.get(one.candidate),
                 "weights": front.weights(one),
-                "sub_adapter": one.sub_adapter.as_dict(),
+                **one.candidate.as_dict(),
             }
             for one in front.trials
         ],
@@ -77,7 +76,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             {
                 "name": member.name,
                 "best": member.best,
-                "trial": numbers[member.point],
+                "trial": numbers[member.candidate],
                 "accuracy": member.test["accuracy"],
                 "interval": list(member.test["accuracy_interval"]),
                 "measured": member.measured and asdict(member.measured),

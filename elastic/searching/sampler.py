@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from elastic.latency.additive import Additive, Posterior, cheapest
 from elastic.latency.cost_table import Table, Tables, kinds, least, places, shares
-from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.bound import BoundSpace, Point, generator_for
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)
@@ -197,7 +197,7 @@ def sampling_variance(accuracies: np.ndarray, examples: int) -> float:
 
 def learn(
     space: BoundSpace,
-    measured: Mapping[SubAdapter, float],
+    measured: Mapping[Point, float],
     examples: int,
     importance: Mapping[str, float] | None = None,
 ) -> Posterior:

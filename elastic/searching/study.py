@@ -7,14 +7,13 @@ import functools
 import importlib.util
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna import samplers
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
@@ -42,8 +41,8 @@ from elastic.searching.front import Front
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.tables import read_tables, require_same_tables, tables_of
-from elastic.searching.workers import POLL, Worker, open_storage
-from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.searching.workers import POLL, Worker, experimental, open_storage
+from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import FACTORS, load_run
@@ -127,7 +126,6 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     """The study of that name, and the settings with its objective; RunError when it was made with
     others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     storage = open_storage(config.study.storage, run.search)
     study = optuna.create_study(
         study_name=config.study.name or run.path.resolve().name,
@@ -155,7 +153,8 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
             )
-    study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
+    with experimental():
+        study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
     return study, config
 
 
@@ -203,7 +202,7 @@ def _evaluate(
     objective: Objective,
     limits: Mapping[str, float],
     config: SearchConfig,
-) -> dict[SubAdapter, Figures]:
+) -> dict[Candidate, Figures]:
     """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
     space = objective.space
     wanted = min(config.trials, space.size)
@@ -224,22 +223,24 @@ def _evaluate(
             try:
                 trial = study.ask()
                 worker.take(trial)
-                # NSGA-II takes an enqueued trial into its population only if it was asked first.
-                trial.relative_params  # noqa: B018
-                sub = _suggest(trial, space)
-                repeats = repeats + 1 if sub in results else 0
+                if isinstance(study.sampler, samplers.BaseGASampler):
+                    # Its population is of trials with a generation, which enqueued ones lack.
+                    asked = study.get_trials(deepcopy=False)[trial.number]
+                    study.sampler.get_trial_generation(study, asked)
+                candidate = _suggest(trial, space)
+                repeats = repeats + 1 if candidate in results else 0
                 if worker.gives_way(trial):
                     continue
             except UpdateFinishedTrialError:  # by another worker that had been given it too
                 continue
-            # The same sub-adapter proposed twice is evaluated once.
-            figures = results.get(sub) or objective(sub, results)
+            # The same one proposed twice is evaluated once.
+            figures = results.get(candidate) or objective(candidate, results)
             told = _tell(study, trial, figures, limits, config.chosen_objectives)
             failures = 0 if told else failures + 1
             if failures > FAILURES:
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
-            if sub not in results and not failures:
-                results[sub] = figures
+            if candidate not in results and not failures:
+                results[candidate] = figures
                 advance(len(results), figures)
     return results
 
@@ -267,7 +268,8 @@ def _sampler(
         case "nsga2":
             return samplers.NSGAIISampler(population_size=config.population, seed=seed)
         case "nsga3":
-            return samplers.NSGAIIISampler(population_size=config.population, seed=seed)
+            with experimental():
+                return samplers.NSGAIIISampler(population_size=config.population, seed=seed)
         case "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=config.starts)
         case "gp":
@@ -276,7 +278,7 @@ def _sampler(
             return samplers.RandomSampler(seed=seed)
 
 
-def _suggest(trial: optuna.Trial, space: BoundSpace) -> SubAdapter:
+def _suggest(trial: optuna.Trial, space: CandidateSpace) -> Candidate:
     """Indices into the descending choices: stable names, and an order NSGA-II can cross."""
     return space.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space})
 
@@ -300,16 +302,16 @@ def _tell(
     return True
 
 
-def _seen(study: optuna.Study, space: BoundSpace) -> dict[SubAdapter, Figures]:
+def _seen(study: optuna.Study, space: CandidateSpace) -> dict[Candidate, Figures]:
     """Everything evaluated so far, in order, each once."""
-    results: dict[SubAdapter, Figures] = {}
+    results: dict[Candidate, Figures] = {}
     for trial in study.get_trials(deepcopy=False):
         if "figures" in trial.user_attrs and trial.state.is_finished():
             results.setdefault(space.at(trial.params), Figures(**trial.user_attrs["figures"]))
     return results
 
 
-def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig) -> None:
+def _enqueue_starts(study: optuna.Study, space: CandidateSpace, config: SearchConfig) -> None:
     """The two extremes, the ladder between them, then stratified sub-adapters."""
     starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
     generator = generator_for(config.seed, "starts")
@@ -317,8 +319,8 @@ def _enqueue_starts(study: optuna.Study, space: BoundSpace, config: SearchConfig
         if len(starts) >= config.starts:
             break
         starts[space.stratified(generator)] = None
-    for sub in list(starts)[: config.starts]:
-        study.enqueue_trial(space.indices(sub), skip_if_exists=True)
+    for candidate in list(starts)[: config.starts]:
+        study.enqueue_trial(space.indices(candidate), skip_if_exists=True)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
@@ -41,14 +42,36 @@ class SubAdapter:
     @classmethod
     def read(cls, path: Path | str) -> SubAdapter:
         """From a JSON file as the search writes it; RunError if it is something else."""
-        value = read_json(path)
-        choices = value.get("sub_adapter", value) if isinstance(value, dict) else None
-        if not isinstance(choices, dict) or not all(type(c) is int for c in choices.values()):
-            raise RunError(f"{path}: not a sub-adapter; expected a JSON object of group: size")
-        return cls(tuple(choices.items()))
+        return Candidate.of(read_json(path), path).sub_adapter
 
     def __str__(self) -> str:
         return json.dumps(self.as_dict())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sub-adapter and the precision of its weights: what is scored, timed and exported."""
+
+    sub_adapter: SubAdapter
+    compress: str | None = None
+    """A mode of `elastic.formats.compression`; None: as they are."""
+
+    @classmethod
+    def of(cls, value: Any, where: Path | str) -> Candidate:
+        """Of what such a file holds: sizes by group, alone or beside more; else RunError."""
+        choices = value.get("sub_adapter", value) if isinstance(value, dict) else None
+        if not isinstance(choices, dict) or not all(type(c) is int for c in choices.values()):
+            raise RunError(f"{where}: not a sub-adapter; expected a JSON object of group: size")
+        return cls(SubAdapter(tuple(choices.items())), value.get("compress"))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"compress": self.compress, "sub_adapter": self.sub_adapter.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.sub_adapter} {self.compress or ''}".strip()
+
+
+Point = SubAdapter | Candidate
 
 
 @dataclass(frozen=True)
@@ -280,33 +303,34 @@ WHOLE = 32
 
 
 def bits_of(mode: str | None) -> int:
-    """Of a weight in a mode of `elastic.compression`."""
+    """Of a weight in a mode of `elastic.formats.compression`."""
     return WHOLE if mode is None else int(mode.removeprefix("int").partition("_")[0])
 
 
-def with_bits(space: BoundSpace, modes: Sequence[str]) -> BoundSpace:
-    """The space whose sub-adapters may be compressed in these modes, too, of which no two have the
-    same bits; itself without any."""
-    if not modes:
-        return space
-    choices = sorted({WHOLE, *map(bits_of, modes)}, reverse=True)
-    return BoundSpace((*space.groups, Group(BITS, BITS, tuple(choices), ())), space.targets)
+@dataclass(frozen=True)
+class CandidateSpace(BoundSpace):
+    """The space of a search, whose points are candidates: where there are modes to choose from, the
+    number of bits is one more group."""
 
+    modes: tuple[str | None, ...] = (None,)
+    """In the order of that group's choices."""
 
-def split(point: SubAdapter, modes: Sequence[str]) -> tuple[SubAdapter, str | None]:
-    """What is cut, and how it is compressed, of a point of that space."""
-    if not modes:
-        return point, None
-    *cut, (_, bits) = point.choices
-    return SubAdapter(tuple(cut)), {bits_of(mode): mode for mode in modes}.get(bits)
+    @classmethod
+    def of(cls, space: BoundSpace, modes: Sequence[str]) -> CandidateSpace:
+        """Sub-adapters as they are and in these modes, of which no two have the same bits."""
+        ordered = tuple(sorted((None, *modes), key=bits_of, reverse=True))
+        bits = (Group(BITS, BITS, tuple(map(bits_of, ordered)), ()),) if modes else ()
+        return cls((*space.groups, *bits), space.targets, ordered)
 
+    def at(self, indices: Mapping[str, int]) -> Candidate:
+        choices = super().at(indices).as_dict()
+        choices.pop(BITS, None)
+        return Candidate(SubAdapter(tuple(choices.items())), self.modes[indices.get(BITS, 0)])
 
-def smallest(space: BoundSpace) -> list[SubAdapter]:
-    """Everything at its smallest, at every number of bits: fewer bits are smaller, not faster."""
-    least = space.indices(space.minimal())
-    if BITS not in least:
-        return [space.minimal()]
-    return [space.at({**least, BITS: i}) for i in range(len(space.groups[-1].choices))]
+    def indices(self, candidate: Candidate) -> dict[str, int]:
+        bits = (BITS, bits_of(candidate.compress))
+        choices = candidate.sub_adapter.choices
+        return super().indices(SubAdapter((*choices, bits) if len(self.modes) > 1 else choices))
 
 
 def generator_for(seed: int, *purpose: object) -> random.Random:

@@ -37,13 +37,6 @@ def with_sizes(space: BoundSpace, sub: SubAdapter, sizes: dict[Kind, int]) -> Su
     return SubAdapter(tuple(chosen.items()))
 
 
-def is_uniform(space: BoundSpace, sub: SubAdapter) -> bool:
-    """Whether all layers that run have one size of every kind."""
-    return all(
-        len({sub[group.name] for group in groups} - {0}) <= 1 for groups in kinds(space).values()
-    )
-
-
 def nearest_uniform(
     space: BoundSpace, sub: SubAdapter, fits: Callable[[SubAdapter], bool] | None = None
 ) -> SubAdapter:

@@ -32,6 +32,7 @@ from elastic.latency.bench import CANDIDATE, Bench, shape_of
 from elastic.latency.runtime import timing_of
 from elastic.run import Run
 from elastic.searching.study import search
+from elastic.spaces.bound import Candidate
 from elastic.supernet.cost import Counter
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
@@ -137,7 +138,7 @@ def timed(run: Run, names: Sequence[str], file: Path) -> dict[str, dict]:
         with Bench(net, timing) as bench:
             for name, sub in subs.items():
                 if runtime not in known.setdefault(shapes[name], {}):
-                    measured = bench(sub)
+                    measured = bench(Candidate(sub))
                     ratio = measured.ratio(CANDIDATE).prefill_ms
                     known[shapes[name]][runtime] = {"prefill": ratio, "control": measured.control}
                     write_json(file, known)

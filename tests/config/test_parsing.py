@@ -1,6 +1,7 @@
 """Settings come from YAML and flags; a wrong one is refused by its name, before anything loads."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import typing
@@ -36,7 +37,8 @@ from elastic.exporting.targets import FORMATS
 from elastic.formats.compression import MODES
 from elastic.formats.graphs import MODULES, PACKAGES
 from elastic.latency.weigh import LOADERS
-from elastic.run import Run, as_plain
+from elastic.run import Chosen, Run, as_plain
+from elastic.spaces.bound import Candidate, SubAdapter
 from elastic.spaces.dims import DEPTH, DIMS
 
 ROOT = Path(__file__).parents[2]
@@ -412,6 +414,19 @@ def test_names_of_sub_adapters(tmp_path):
     assert run.resolve(str(mine), space) == ("mine", space.uniform(0.5))
     with pytest.raises(RunError, match="unknown sub-adapter 'maximall'; did you mean 'maximal'"):
         run.resolve("maximall", space)
+
+
+def test_what_a_search_says_of_its_own_is_believed_of_no_other_file(tmp_path):
+    run, candidate = Run(tmp_path), Candidate(SubAdapter((("group", 8),)), "int8")
+    run.sub_adapters.mkdir(parents=True)
+    saved = {"accuracy": 0.5, **candidate.as_dict()}
+    ours, copied = run.sub_adapters / "best.json", tmp_path / "copied.json"
+    for file in (ours, copied):
+        file.write_text(json.dumps(saved))
+    for name in ("best", str(ours)):
+        assert run.chosen(name) == Chosen("best", candidate, saved)
+    assert run.chosen(str(copied)) == Chosen("copied", candidate)
+    assert run.chosen("minimal") == Chosen("minimal") and run.chosen("minimal").compress is None
 
 
 def test_timing_of_latency_starts_with_more_rounds():

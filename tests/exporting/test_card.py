@@ -10,18 +10,19 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from elastic.config import BudgetConfig, ExportConfig, TaskConfig, TrainConfig
+from elastic.config import BudgetConfig, ExportConfig, TaskConfig, TimingConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.exporting import card
 from elastic.exporting.proof import Accuracy, Agreement, Proof, Trade, Unproved, Weighed
 from elastic.exporting.report import Model, Report
 from elastic.formats import hf
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Latency
 from elastic.spaces.bound import SubAdapter
-from elastic.spaces.uniform import is_uniform, nearest_uniform
+from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Cost
 from tests.helpers import tiny
+from tests.helpers.tiny_runs import measurement
 
 WIDTHS = {0: 192, 1: 128, 2: 128, 3: 128, 4: 0}
 SUB = SubAdapter((
@@ -33,7 +34,7 @@ SAME = Agreement(0.0, 1.0, 1, 1, False)
 TIMES = {"full": Latency(25.0, 5.0, 0.0), "compact": Latency(12.5, 4.0, 0.0)}
 PROOF = Proof(
     about={}, bytes=1, exact=SAME, deployed=SAME, precision="float32",
-    timing=Measurement(TIMES, 0.0, 3, 0.03), weighed=Weighed(), texts=[], trade=Trade(),
+    timing=measurement(TIMES, TimingConfig(rounds=3, max_rounds=3)), weighed=Weighed(), texts=[], trade=Trade(),
     as_torch=True,
 )  # fmt: skip
 MODEL = Model("uniform-0.5", SUB, Accuracy(0.525, 400, [0.476, 0.573]),
@@ -225,7 +226,7 @@ def test_names_are_shown_as_they_are(name):
 def test_the_commands_of_a_card_load_its_folder(uniform, tmp_path, monkeypatch):
     net = tiny.supernet(dtype=torch.float32)
     drawn = (net.space.random(random.Random(seed)) for seed in range(20))
-    mixed = next(sub for sub in drawn if not is_uniform(net.space, sub))
+    mixed = next(sub for sub in drawn if not tiny.is_uniform(net.space, sub))
     sub = nearest_uniform(net.space, mixed) if uniform else mixed
     model = compact(net, sub)
     hf.write(model, tiny.tokenizer(), tmp_path)

@@ -14,7 +14,6 @@ from elastic.files import write_json
 from elastic.formats import hf
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
-from elastic.spaces.uniform import is_uniform
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
@@ -107,8 +106,8 @@ def test_the_nearest_uniform_sub_adapter_says_what_it_costs(run, tmp_path, capsy
     contents = report.contents
     space = load_run(run)[2].space
     written = SubAdapter(tuple(contents["sub_adapter"].items()))
-    assert report.directory.name == "uneven-uniform" and is_uniform(space, written)
-    assert not is_uniform(space, SubAdapter.read(file))
+    assert report.directory.name == "uneven-uniform" and tiny.is_uniform(space, written)
+    assert not tiny.is_uniform(space, SubAdapter.read(file))
     before = contents["instead_of"]
     assert before["sub_adapter"] == SubAdapter.read(file).as_dict()
     assert before["params"] == contents["params"]  # 48 + 16 = 32 + 32

@@ -17,7 +17,7 @@ from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
 from elastic.formats import gguf, gguf_tokenizer
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.uniform import is_uniform, nearest_uniform
+from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
@@ -69,7 +69,7 @@ def models_of(family: str, **overrides):
     """(uniform, mixed) compact models."""
     net = net_of(family, **overrides)
     sub = net.space.random(random.Random(1))
-    assert not is_uniform(net.space, sub)
+    assert not tiny.is_uniform(net.space, sub)
     return compact(net, nearest_uniform(net.space, sub)), compact(net, sub)
 
 
@@ -274,7 +274,7 @@ def test_llama_cpp_goes_on_as_the_real_model_does(tmp_path):
     declared["groups"]["mlp_width"]["choices"] = [1.0, 0.96, 0.92]
     net = Supernet(model, SearchSpace.from_dict(declared), AdapterConfig(rank=32))
     sub = net.space.random(random.Random(1))
-    assert not is_uniform(net.space, sub)
+    assert not tiny.is_uniform(net.space, sub)
     small = compact(net, sub)
     # Not q8_0: with AMX, llama.cpp as of llama-cpp-python 0.3.36 ends the process on any quantised
     # model, published ones too, unless its `use_extra_bufts` is off.

@@ -18,6 +18,7 @@ from transformers import (
 
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.spaces.declared import SearchSpace
+from elastic.spaces.uniform import kinds
 from elastic.supernet.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -220,3 +221,10 @@ def save_tiny(folder: Path | str, *, seed: int = 0, dtype=torch.float32, **overr
         LlamaForCausalLM(config(**overrides)).to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def is_uniform(space, sub) -> bool:
+    """Whether all layers that run have one size of every kind."""
+    return all(
+        len({sub[group.name] for group in groups} - {0}) <= 1 for groups in kinds(space).values()
+    )

@@ -135,7 +135,17 @@ def decode_of(params: int) -> float:
 def fake_measure(runners, config, *, vocabulary, seed=0, clock=None):
     sizes = {name: count(runner.model).params for name, runner in runners.items()}
     found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
-    return Measurement(found, 0.0, config.rounds, config.tolerance)
+    return measurement(found, config)
+
+
+def measurement(latencies: Mapping[str, Latency], config: TimingConfig) -> Measurement:
+    """Of a machine whose full model never differs from itself."""
+    full = latencies["full"]
+    ratios = {
+        name: Latency(own.prefill_ms / full.prefill_ms, own.decode_ms / full.decode_ms, own.spread)
+        for name, own in latencies.items()
+    }
+    return Measurement(latencies, 0.0, config.rounds, config.tolerance, ratios)
 
 
 RATES = ("examples_per_second", "tokens_per_second")

@@ -15,9 +15,10 @@ from elastic.latency import bench
 from elastic.latency.bench import CANDIDATE, Bench
 from elastic.latency.command import time_run
 from elastic.latency.latency_table import Timetable, known_timetable, record, spearman
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Latency
 from elastic.latency.target import Target
 from elastic.searching.study import search
+from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.helpers.searches import config
@@ -127,8 +128,7 @@ def test_what_a_busy_machine_says_is_told_and_not_kept(
     trained, tmp_path, monkeypatch, nothing_known, capsys
 ):  # fmt: skip
     def noisy(*args, **kwargs):
-        found = fake_measure(*args, **kwargs)
-        return Measurement(found.latencies, 0.5, found.rounds, found.tolerance)
+        return replace(fake_measure(*args, **kwargs), control=0.5)
 
     monkeypatch.setattr(bench, "measure", noisy)
     front = search(config(copy_run(trained, tmp_path / "run"), trials=2, starts=2))
@@ -145,7 +145,7 @@ def in_turn(monkeypatch, *controls: float) -> list[float]:
     def measured(*args, **kwargs):
         found = fake_measure(*args, **kwargs)
         control = left.pop(0) if len(left) > 1 else left[0]
-        return Measurement(found.latencies, control, found.rounds, found.tolerance)
+        return replace(found, control=control)
 
     monkeypatch.setattr(bench, "measure", measured)
     return left
@@ -161,7 +161,7 @@ def test_a_busy_moment_is_waited_for(trained, monkeypatch):
     ):
         left = in_turn(monkeypatch, *controls)
         with Bench(net, ONE_ROUND) as timed:
-            assert timed(sub).control == expected
+            assert timed(Candidate(sub)).control == expected
         assert len(left) == unused
 
 
@@ -208,7 +208,7 @@ def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):
     for merged, expected in ((True, 1), (False, 2)):
         counted.clear()
         with Bench(net, replace(ONE_ROUND, merged=merged)) as timed:
-            found = [timed(sub) for sub in subs]
+            found = [timed(Candidate(sub)) for sub in subs]
         assert len(counted) == expected
         assert (found[0] == found[1]) is merged
 
@@ -224,7 +224,7 @@ def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_
             name: Latency(times[-1] * each.prefill_ms, times[-1] * each.decode_ms, 0.0)
             for name, each in found.latencies.items()
         }
-        return Measurement(slow, found.control, found.rounds, found.tolerance)
+        return replace(found, latencies=slow)
 
     monkeypatch.setattr(bench, "measure", slower)
     drifting = recorded(trained)
@@ -246,7 +246,7 @@ def test_memory_is_weights_cache_and_activations(trained):
         return sum(t.numel() * t.element_size() for t in held.values()) / 1e6
 
     def memory(sub, **shape) -> float:
-        return Bench(net, replace(ONE_ROUND, **shape)).memory_mb(sub)
+        return Bench(net, replace(ONE_ROUND, **shape)).memory_mb(Candidate(sub))
 
     saved = memory(maximal) - memory(minimal)
     assert saved >= weights(maximal) - weights(minimal)
@@ -386,7 +386,7 @@ def test_real_runs_are_timed(trained, monkeypatch, nothing_known):
 
     monkeypatch.setattr(bench, "measure", measure)
     with Bench(load_run(trained)[2], ONE_ROUND) as timed:
-        found = timed(timed.net.space.minimal())
+        found = timed(Candidate(timed.net.space.minimal()))
     assert set(found.latencies) == {"full", CANDIDATE}
     assert all(each.prefill_ms > 0 and each.decode_ms > 0 for each in found.latencies.values())
     assert torch.is_grad_enabled()

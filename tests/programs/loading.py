@@ -50,7 +50,6 @@ def write(folder: Path) -> None:
     from elastic.formats import hf
     from elastic.formats.padding import padded
     from elastic.spaces.declared import SearchSpace
-    from elastic.spaces.uniform import is_uniform
     from elastic.supernet.compact import compact
     from elastic.supernet.supernet import Supernet
     from tests.helpers import families, tiny
@@ -62,7 +61,7 @@ def write(folder: Path) -> None:
         space = SearchSpace.load(families.FAMILIES[family][1])
         net = Supernet(model, space, tiny.ADAPTERS["lora"])
         sub = net.space.random(random.Random(3))
-        assert not is_uniform(net.space, sub)
+        assert not tiny.is_uniform(net.space, sub)
         tiny.randomize_(net)
         small = compact(net, sub)
         forms = {

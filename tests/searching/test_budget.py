@@ -17,7 +17,7 @@ from elastic.searching.finalists import best_of
 from elastic.searching.front import Evaluated, Measured
 from elastic.searching.objective import Figures
 from elastic.searching.study import search
-from elastic.spaces.bound import SubAdapter
+from elastic.spaces.bound import Candidate, SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
@@ -117,7 +117,7 @@ def test_a_latency_nobody_meets_ends_after_the_extremes(trained, tmp_path, asked
     arguments = ["search", str(run.path), f"--budget.{name}", "0.001", "--trials", "8"]
     assert __main__.main(arguments) == 2
     space = load_run(run)[2].space
-    assert asked == [space.maximal(), space.minimal()]
+    assert [one.sub_adapter for one in asked] == [space.maximal(), space.minimal()]
     error = capsys.readouterr().err
     assert f"{name} 0.001" in error
     fastest = prefill_of(count(compact(load_run(run)[2], space.minimal())).params)
@@ -218,7 +218,7 @@ def evaluated(estimate: float, prefill_ms: float) -> Evaluated:
         accuracy=0.1, accuracy_n=10, prefill_ms=prefill_ms, decode_ms=prefill_ms / 10,
         tokens_per_second=1e4 / prefill_ms, memory_mb=1.0, params=1, macs=1,
     )  # fmt: skip
-    return Evaluated(SubAdapter(()), None, figures, estimate, feasible=True)
+    return Evaluated(Candidate(SubAdapter(())), figures, estimate, feasible=True)
 
 
 def timed(prefill_ms: float, *, trusted: bool = True) -> Measured:

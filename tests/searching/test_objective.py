@@ -11,13 +11,13 @@ from elastic.config import SearchConfig
 from elastic.evaluation.statistics import Score
 from elastic.searching import objective
 from elastic.searching.objective import LOOKS, Figures, Objective, chance, wins
-from elastic.spaces.bound import BoundSpace
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.cost import Cost
 
 N = 200
 COSTS = {"prefill_ms": 50.0, "decode_ms": 5.0, "memory_mb": 1.0}
 SPACE = BoundSpace((), ())
-SOMEBODY = "a sub-adapter"
+SOMEBODY = Candidate(SubAdapter(()))
 
 
 def figures(correct: str, prefill_ms: float = 40.0) -> Figures:

@@ -22,26 +22,27 @@ from elastic.latency.bench import Bench
 from elastic.latency.command import time_run
 from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import record
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Latency
 from elastic.latency.target import Target
+from elastic.searching.objective import Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.study import search
-from elastic.spaces.bound import bits_of, smallest, split, with_bits
+from elastic.spaces.bound import Candidate, CandidateSpace, bits_of
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.helpers import tiny
 from tests.helpers.searches import config, sub_of, trials_of
-from tests.helpers.tiny_runs import ONE_ROUND, copy_run, decode_of, prefill_of
+from tests.helpers.tiny_runs import ONE_ROUND, copy_run, decode_of, measurement, prefill_of
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 MODES = ["int8", "int4"]
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
-WIDE = with_bits(SPACE, MODES)
+WIDE = CandidateSpace.of(SPACE, MODES)
 SPEED = {None: 1.0, "int8": 0.5, "int4": 0.7}
 """Parts of the time that weights as they are take: fewer bits need not be faster."""
 GRAPH = replace(ONE_ROUND, runtime="onnx")
-POINTS = st.integers(0, 2**32).map(lambda seed: WIDE.random(random.Random(seed)))
+CANDIDATES = st.integers(0, 2**32).map(lambda seed: WIDE.random(random.Random(seed)))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def fake_graphs(monkeypatch, tmp_path):
             )
             for name, each in runners.items()
         }
-        return Measurement(found, 0.0, timing.rounds, timing.tolerance)
+        return measurement(found, timing)
 
     monkeypatch.setattr(bench, "open_runner", open_runner)
     monkeypatch.setattr(bench, "measure", measure)
@@ -69,22 +70,43 @@ def fake_graphs(monkeypatch, tmp_path):
     return opened
 
 
-@given(POINTS)
-def test_a_point_is_a_sub_adapter_and_a_compression(point):
-    sub, mode = split(point, MODES)
-    assert SPACE.check(sub) == sub and WIDE.check(point) == point
-    assert point["bits"] == bits_of(mode)
-    assert sub.as_dict() | {"bits": bits_of(mode)} == point.as_dict()
+@given(CANDIDATES)
+def test_a_candidate_is_a_sub_adapter_and_a_compression(candidate):
+    sub, mode = candidate.sub_adapter, candidate.compress
+    indices = WIDE.indices(candidate)
+    assert SPACE.check(sub) == sub and WIDE.at(indices) == candidate
+    [bits] = (group for group in WIDE if group.name == "bits")
+    assert bits.choices[indices.pop("bits")] == bits_of(mode)
+    assert indices == SPACE.indices(sub)
+
+
+@given(CANDIDATES)
+def test_a_candidate_survives_its_file(candidate):
+    text = json.dumps({"accuracy": 0.5, **candidate.as_dict()})
+    assert Candidate.of(json.loads(text), "here") == candidate
+    alone = json.loads(str(candidate.sub_adapter))
+    assert Candidate.of(alone, "here") == Candidate(candidate.sub_adapter)
 
 
 def test_the_space_has_every_sub_adapter_in_every_precision():
-    assert WIDE.size == 3 * SPACE.size
-    assert split(WIDE.maximal(), MODES) == (SPACE.maximal(), None)
-    assert [split(each, MODES) for each in smallest(WIDE)] == [
-        (SPACE.minimal(), mode) for mode in (None, "int8", "int4")
-    ]
-    assert with_bits(SPACE, []) is SPACE and smallest(SPACE) == [SPACE.minimal()]
-    assert split(SPACE.maximal(), []) == (SPACE.maximal(), None)
+    assert WIDE.size == 3 * SPACE.size and WIDE.modes == (None, "int8", "int4")
+    assert WIDE.maximal() == Candidate(SPACE.maximal())
+    assert WIDE.minimal() == Candidate(SPACE.minimal(), "int4")
+    alone = CandidateSpace.of(SPACE, [])
+    assert alone.groups == SPACE.groups and alone.minimal() == Candidate(SPACE.minimal())
+    assert alone.indices(alone.heuristic()) == SPACE.indices(SPACE.heuristic())
+
+
+def test_the_smallest_of_every_precision_decides_what_cannot_be_met():
+    """Fewer bits are smaller, not faster."""
+    small = {None: 3.0, "int8": 1.0, "int4": 2.0}
+    timetables = {
+        mode: lambda sub, ms=ms: {"prefill_ms": ms, "decode_ms": ms, "memory_mb": len(sub.choices)}
+        for mode, ms in small.items()
+    }
+    net = SimpleNamespace(model=tiny.llama(), space=SPACE)
+    objective = Objective(net, None, [], SearchConfig(compress=MODES, timing=GRAPH), timetables)
+    assert [costs["prefill_ms"] for costs in objective.smallest()] == list(small.values())
 
 
 def tables() -> dict[int, Table]:
@@ -101,14 +123,14 @@ def tables() -> dict[int, Table]:
     return found
 
 
-@given(POINTS)
-def test_joined_tables_say_of_every_point_what_its_own_says(point):
+@given(CANDIDATES)
+def test_joined_tables_say_of_every_candidate_what_its_own_says(candidate):
     by_bits = tables()
-    at = np.array(list(WIDE.indices(point).values()))
+    at = np.array(list(WIDE.indices(candidate).values()))
     costs = [each[np.arange(len(at)), at].sum() for each in Tables(WIDE, by_bits).alternatives()]
     assert sum(np.isfinite(costs)) == 1
-    sub, mode = split(point, MODES)
-    assert min(costs) == pytest.approx(by_bits[bits_of(mode)](sub) - by_bits[32].full)
+    own = by_bits[bits_of(candidate.compress)](candidate.sub_adapter)
+    assert min(costs) == pytest.approx(own - by_bits[32].full)
 
 
 @given(st.floats(-90, -1), st.integers(0, 99))
@@ -136,25 +158,27 @@ def test_the_best_of_a_cost_is_the_best_of_any_precision(budget, seed):
 def test_a_front_mixes_sizes_and_precisions(trained, tmp_path, fake_graphs, sampler):
     run = copy_run(trained, tmp_path / "run")
     found = search(config(run, trials=14, starts=8, compress=MODES, timing=GRAPH, sampler=sampler))
-    modes = {one.compress for one in found.trials}
+    modes = {one.candidate.compress for one in found.trials}
     assert modes == {None, *MODES}
-    assert any(member.compress for member in found.members)
+    assert any(member.candidate.compress for member in found.members)
     net = load_run(run)[2]
     for one in found.trials:
         size = sum(p.numel() for p in compact(net, one.sub_adapter).parameters())
-        expected = prefill_of(size) * SPEED[one.compress]
+        expected = prefill_of(size) * SPEED[one.candidate.compress]
         assert one.figures.prefill_ms == pytest.approx(expected, rel=0.02)
     for member in found.members:
         assert member.measured.prefill_ms == pytest.approx(member.figures.prefill_ms, rel=0.02)
     rows = trials_of(run)
-    assert [row["compress"] or None for row in rows] == [one.compress for one in found.trials]
+    assert [row["compress"] or None for row in rows] == [
+        one.candidate.compress for one in found.trials
+    ]
     assert all(net.space.check(sub_of(row)) for row in rows)
 
 
 def test_accuracy_is_that_of_the_rounded_weights(trained, tmp_path, fake_graphs):
     run = copy_run(trained, tmp_path / "run")
     found = search(config(run, trials=8, starts=6, compress=["int4"], timing=GRAPH))
-    one = next(one for one in found.trials if one.compress)
+    one = next(one for one in found.trials if one.candidate.compress)
     trained_as, base, net = load_run(run)
     model = round_(compact(net, one.sub_adapter), "int4", "onnx")
     examples = load_task(trained_as.task, trained_as.seed).validation
@@ -168,7 +192,7 @@ def test_what_was_chosen_is_meant(trained, tmp_path, fake_graphs, capsys):
     settings = ["--trials", "10", "--starts", "8", "--compress", "int8", "--timing.runtime", "onnx"]
     assert __main__.main(["search", str(run.path), "--budget.prefill_ms", "45%", *settings]) == 0
     best = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert best["compress"] == "int8" == run.compression("best")
+    assert best["compress"] == "int8" == run.chosen("best").compress
     assert set(json.loads((run.sub_adapters / "best.json").read_text())["sub_adapter"]) == {
         group.name for group in load_run(run)[2].space
     }
@@ -261,7 +285,8 @@ def test_a_compressed_graph_is_really_timed(trained, runtime):
     timing = TimingConfig(runtime=runtime, rounds=1, max_rounds=1, prompt_tokens=4, new_tokens=1)
     with Bench(net, timing) as timed:
         sub = net.space.maximal()
-        found = timed(sub, "int8")
-        assert found.ratio("candidate").prefill_ms > 0 and found is timed(sub, "int8")
-        assert timed(sub) is not found
-        assert timed.memory_mb(sub, "int8") < timed.memory_mb(sub)
+        whole, small = Candidate(sub), Candidate(sub, "int8")
+        found = timed(small)
+        assert found.ratio("candidate").prefill_ms > 0 and found is timed(small)
+        assert timed(whole) is not found
+        assert timed.memory_mb(small) < timed.memory_mb(whole)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from optuna.samplers import NSGAIIISampler, NSGAIISampler
 
 from elastic import __main__
 from elastic.config import BudgetConfig, SearchConfig
@@ -20,6 +21,7 @@ from elastic.run import Run
 from elastic.searching import finalists, study
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
+from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
 from elastic.supernet.store import load_run
@@ -181,6 +183,19 @@ def test_same_seed_same_front(trained, tmp_path, sampler):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_the_first_trials_are_of_a_population_though_it_did_not_propose_them(
+    trained, tmp_path, sampler
+):  # fmt: skip
+    run = copy_run(trained, tmp_path / "run")
+    wanted = config(run, trials=6, sampler=sampler)
+    search(wanted)
+    found, _ = study._open_study(run, wanted)
+    kind = {"nsga2": NSGAIISampler, "nsga3": NSGAIIISampler}[sampler]
+    first = kind(population_size=wanted.population).get_population(found, 0)
+    assert {trial.number for trial in first} >= set(range(wanted.starts))
+
+
 def test_another_seed_visits_others(trained, tmp_path):
     visited = []
     for seed in (5, 6):
@@ -265,7 +280,7 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
         search(config(run, starts=starts))
     assert seen[killed_at] == seen[killed_at - 1]
     assert len(seen) == 8 + 1 and len(set(seen)) == 8
-    assert [sub_of(row) for row in trials_of(run)] == list(dict.fromkeys(seen))
+    assert [Candidate(sub_of(row)) for row in trials_of(run)] == list(dict.fromkeys(seen))
     if starts == 8:  # nothing was left to the sampler
         whole = copy_run(trained, tmp_path / "whole")
         search(config(whole, starts=starts))
@@ -314,7 +329,7 @@ def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search(config(run, starts=6))
     assert len(trials_of(run)) == 5 and front_of(run)
-    assert run.resolve("best", load_run(run)[2].space)[1] in calls
+    assert run.chosen("best").candidate in calls
 
 
 def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, monkeypatch):
@@ -328,7 +343,7 @@ def test_figures_that_are_no_numbers_fail_their_trial_alone(trained, tmp_path, m
     monkeypatch.setattr(Objective, "__call__", sometimes)
     front = search(config(run))
     assert len(front.trials) == 8 and len(calls) == 9
-    assert calls[2] not in [one.sub_adapter for one in front.trials]
+    assert calls[2] not in [one.candidate for one in front.trials]
     monkeypatch.setattr(
         Objective, "__call__",
         lambda self, *given: replace(call(self, *given), accuracy=float("nan")),

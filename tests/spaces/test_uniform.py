@@ -14,7 +14,7 @@ from elastic.formats import hf
 from elastic.formats.padding import padded
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.uniform import covering, is_uniform, kinds, nearest_uniform, with_sizes
+from elastic.spaces.uniform import covering, kinds, nearest_uniform, with_sizes
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.supernet import Supernet
@@ -56,7 +56,7 @@ def test_no_uniform_sub_adapter_is_nearer_in_operations(generator):
     counter = Counter(MODEL, SPACE)
     sub = SPACE.random(generator)
     found = nearest_uniform(SPACE, sub)
-    assert is_uniform(SPACE, found)
+    assert tiny.is_uniform(SPACE, found)
     for kind, groups in kinds(SPACE).items():
         rest = {other: other[1] for other in kinds(SPACE)}
 
@@ -75,7 +75,7 @@ def test_no_uniform_sub_adapter_is_nearer_in_operations(generator):
 def test_ranks_and_depth_stay_and_the_result_is_a_point_of_the_space(generator):
     sub = DEEP.random(generator)
     found = nearest_uniform(DEEP, sub)
-    assert DEEP.check(found) == found and is_uniform(DEEP, found)
+    assert DEEP.check(found) == found and tiny.is_uniform(DEEP, found)
     for group in DEEP:
         if group.dim in ("rank", "depth"):
             assert found[group.name] == sub[group.name]
@@ -95,7 +95,7 @@ def test_no_size_of_heads_is_nearer_where_the_queries_are_as_chosen(generator):
     counter, sub = Counter(model, space), space.random(generator)
     goal = counter(sub).macs
     found = nearest_uniform(space, sub)
-    assert is_uniform(space, found) and nearest_uniform(space, found) == found
+    assert tiny.is_uniform(space, found) and nearest_uniform(space, found) == found
     for (dim, _), groups in kinds(space).items():
         distances = {}
         for size in groups[0].choices:
@@ -130,7 +130,7 @@ def test_what_covers_a_sub_adapter_is_uniform_and_no_smaller(generator):
     found = list(covering(DEEP, sub))
     assert len(found) == 4  # two kinds, each at its largest or full size
     for larger in found:
-        assert is_uniform(DEEP, larger)
+        assert tiny.is_uniform(DEEP, larger)
         assert all(larger[name] >= size for name, size in sub.choices)
     for dim in ("width", "heads"):
         assert set(sizes(DEEP, found[0], dim)) == {max(sizes(DEEP, sub, dim))}
@@ -170,7 +170,7 @@ def tiny_norms(again, small):
 def test_padded_is_the_same_function_of_the_plain_class(family, tmp_path):
     net = net_of(family)
     sub = net.space.random(random.Random(3))
-    assert not is_uniform(net.space, sub)
+    assert not tiny.is_uniform(net.space, sub)
     wide = law(net, sub, tmp_path, 1e-5 if family in ROUNDED else 1e-10)
     whole = any(net.space.indices(sub)[g.name] == 0 for g in net.space if g.dim == "width")
     if not whole and family not in FULL_WIDTH:
@@ -199,7 +199,7 @@ def test_padded_heads_and_blocks_left_out(space, biases, tmp_path):
     net.reorder(tiny.permutations(net))
     tiny.randomize_(net)
     drawn = [net.space.random(random.Random(seed)) for seed in range(6)]
-    mixed = [sub for sub in drawn if not is_uniform(net.space, sub)]
+    mixed = [sub for sub in drawn if not tiny.is_uniform(net.space, sub)]
     for number, sub in enumerate(mixed[:2]):
         wide = law(net, sub, tmp_path / str(number), 1e-10)
         assert len(wide.model.layers) == len(compact(net, sub).model.layers)
