@@ -68,7 +68,8 @@ class HfConfig:
         )
 
 
-_FORMATS = ("hf", "peft", "onnx", "openvino")
+Format = Literal["hf", "peft", "onnx", "openvino", "gguf"]
+_FORMATS: tuple[Format, ...] = ("hf", "peft", "onnx", "openvino")
 GRAPHS = ("onnx", "openvino")
 """Formats whose weights can be compressed."""
 
@@ -83,9 +84,7 @@ class ExportConfig:
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
-    formats: list[Literal["hf", "peft", "onnx", "openvino", "gguf"]] = field(
-        default_factory=lambda: list(_FORMATS)
-    )
+    formats: list[Format] = field(default_factory=lambda: list(_FORMATS))
     """gguf, for llama.cpp, only when asked for."""
     compress: list[
         Literal[

@@ -75,5 +75,7 @@ def open_runner(
         return timed_runner(model, timing)
     from elastic.formats.graphs import GRAPHS, write
 
+    assert directory is not None
     graph = write(model, directory, timing.runtime, compress)
-    return GRAPHS[timing.runtime].open_runner(graph)
+    runner: Runner = GRAPHS[timing.runtime].open_runner(graph)
+    return runner

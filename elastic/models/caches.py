@@ -23,7 +23,7 @@ NAME, FORMER = "cache", "past_key_values"
 
 def given(model: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
     """The argument by which `model` goes on from what it has cached."""
-    return {_name(type(model)): cache}
+    return {_name(type(model)): cache}  # type: ignore[arg-type] # classes are hashable
 
 
 @lru_cache

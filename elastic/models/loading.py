@@ -134,7 +134,7 @@ def regresses(config: ModelConfig) -> bool:
     return is_regressor(architecture_of(config), config.head)
 
 
-def _kind(architecture: PretrainedConfig, config: ModelConfig):
+def _kind(architecture: PretrainedConfig, config: ModelConfig) -> Any:
     import transformers
 
     if is_classifier(architecture, config.head):
@@ -264,7 +264,7 @@ def _bfloat16_is_faster(device: str) -> bool:
 
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if known.get("amx_bf16"):
         return True
     if known.get("architecture") == "x86_64" and not known.get("avx512_bf16"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic.adapters.layers import ElasticLinear
+from elastic.adapters import Adapter
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
@@ -53,7 +53,8 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
                 for name, change in changes.items():
                     squares[name] += float(change.square().sum())
                 examples += len(labels)
-                changes.clear(), starts.clear()
+                changes.clear()
+                starts.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -85,7 +86,11 @@ def _watched(
         elif cut.axis == "rank":
             yield net.layer(cut.site).register_forward_hook(
                 lambda layer, inputs, output: _ranks(
-                    layer, inputs[0], output, group.choices[-1], lambda change: gone(group, change)
+                    layer.adapter,
+                    inputs[0],
+                    output,
+                    group.choices[-1],
+                    lambda change: gone(group, change),
                 )
             )
 
@@ -101,15 +106,13 @@ def _channels(x: Tensor, behind: Tensor, tell: Callable[[Tensor], None]) -> None
 
 
 def _ranks(
-    layer: ElasticLinear, x: Tensor, y: Tensor, kept: int, tell: Callable[[Tensor], None]
+    adapter: Adapter, x: Tensor, y: Tensor, kept: int, tell: Callable[[Tensor], None]
 ) -> None:
     x = x.detach()
 
     def hook(gradient: Tensor) -> None:
         with torch.no_grad():
-            (A, B), (A_kept, B_kept) = (
-                layer.adapter.factors(rank) for rank in (layer.adapter.max_rank, kept)
-            )
+            (A, B), (A_kept, B_kept) = (adapter.factors(rank) for rank in (adapter.max_rank, kept))
             update = x.to(A.dtype) @ A.T @ B.T - x.to(A.dtype) @ A_kept.T @ B_kept.T
             tell(update * gradient)
 
