@@ -1,4 +1,5 @@
-"""A weight update as low-rank factors, one file per method."""
+"""A weight update as low-rank factors, one file per method, which `METHODS` names. Imports
+`elastic.models`, `elastic.spaces` and what is below them."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Format:
     """One way to write models; the contract, and what most keep."""
 
     runtime: str | None = None
-    """What runs them (`elastic.formats.weigh.RUNTIMES`); None where nothing here does."""
+    """What runs them (`elastic.latency.weigh.RUNTIMES`); None where nothing here does."""
 
     def require(self) -> None:
         """MissingExtra unless this can be written and run here; asked before anything slow."""

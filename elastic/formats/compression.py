@@ -132,7 +132,7 @@ def compress(
 
     `graph` is `openvino_model.xml` or `model.onnx` as `elastic.formats` writes them, or the decoder
     of a pair, whose encoder is compressed with it; `calibration` are the inputs of
-    `elastic.calibration.calibration_inputs`. The runners read the result. ConfigError and
+    `calibration_inputs`. The runners read the result. ConfigError and
     MissingExtra as `check` raises them.
     """
     graph, directory = Path(graph), Path(directory)

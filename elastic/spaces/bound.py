@@ -285,7 +285,7 @@ WHOLE = 32
 
 
 def bits_of(mode: str | None) -> int:
-    """Of a weight in a mode of `elastic.compression`."""
+    """Of a weight in a mode of `elastic.formats.compression`."""
     return WHOLE if mode is None else int(mode.removeprefix("int").partition("_")[0])
 
 
