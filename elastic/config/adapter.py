@@ -118,12 +118,8 @@ class SosLoraConfig:
 
 Method = Literal["lora", "sorsa", "prolora", "olora", "soslora"]
 _ALPHA_PER_RANK: dict[Method, float] = {
-    "lora": 2.0,
-    "sorsa": 1.0,
-    "prolora": 2.0,
-    "olora": 4.0,
-    "soslora": 1.0,
-}
+    "lora": 2.0, "sorsa": 1.0, "prolora": 2.0, "olora": 4.0, "soslora": 1.0
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

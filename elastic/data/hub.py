@@ -21,10 +21,9 @@ def load(config: TaskConfig, seed: int) -> Task:
     """Rows of each split, shuffled by the seed, for many sets are sorted by label; without a
     validation split the end of the training split is held out. Code of the data set is not run."""
     names: dict[Split, str | None] = {
-        "train": config.train or "train",
-        "validation": config.validation,
+        "train": config.train or "train", "validation": config.validation,
         "test": config.test or "test",
-    }
+    }  # fmt: skip
     read = {
         split: _read(config, name, split, seed) for split, name in names.items() if name is not None
     }

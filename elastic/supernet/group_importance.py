@@ -86,12 +86,9 @@ def _watched(
         elif cut.axis == "rank":
             yield net.layer(cut.site).register_forward_hook(
                 lambda layer, inputs, output: _ranks(
-                    layer.adapter,
-                    inputs[0],
-                    output,
-                    group.choices[-1],
+                    layer.adapter, inputs[0], output, group.choices[-1],
                     lambda change: gone(group, change),
-                )
+                )  # fmt: skip
             )
 
 
