@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic.adapters import Adapter
+from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
@@ -86,9 +86,8 @@ def _watched(
         elif cut.axis == "rank":
             yield net.layer(cut.site).register_forward_hook(
                 lambda layer, inputs, output: _ranks(
-                    layer.adapter, inputs[0], output, group.choices[-1],
-                    lambda change: gone(group, change),
-                )  # fmt: skip
+                    layer, inputs[0], output, group.choices[-1], lambda change: gone(group, change)
+                )
             )
 
 
@@ -103,9 +102,10 @@ def _channels(x: Tensor, behind: Tensor, tell: Callable[[Tensor], None]) -> None
 
 
 def _ranks(
-    adapter: Adapter, x: Tensor, y: Tensor, kept: int, tell: Callable[[Tensor], None]
+    layer: ElasticLinear, x: Tensor, y: Tensor, kept: int, tell: Callable[[Tensor], None]
 ) -> None:
-    x = x.detach()
+    x, adapter = x.detach(), layer.adapter
+    assert adapter is not None
 
     def hook(gradient: Tensor) -> None:
         with torch.no_grad():
