@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from elastic.config import TrainConfig
+from elastic.config.latency import RoundedTo
 from elastic.errors import RunError
 from elastic.files import read_json, write_text
 from elastic.spaces.bound import BoundSpace, SubAdapter
@@ -94,7 +95,7 @@ class Run:
             raise RunError(f"{self.path} has no search result yet; run: elastic search {self.path}")
         return name, space.named(name, seed)
 
-    def compression(self, name: str) -> str | None:
+    def compression(self, name: str) -> RoundedTo | None:
         """How the search compressed what `--sub_adapter` means."""
         file = Path(name) if Path(name).suffix == ".json" else self.sub_adapters / f"{name}.json"
         value = read_json(file) if file.is_file() else None

@@ -61,11 +61,11 @@ def evaluate(
     are generated greedily; with `beams`, those with options too, with so many beams. The others are
     scored without generating anything, as are all of a classifier.
     """
-    generated = [
-        number
+    generated = {
+        number: example.judge
         for number, example in enumerate(examples)
         if example.judge and (beams or not example.options) and not classes_of(model)
-    ]
+    }
     others = sorted(set(range(len(examples))) - set(generated))
     correct: list[bool] = [False] * len(examples)
     said: list[str | None] = [None] * len(examples)
@@ -74,18 +74,20 @@ def evaluate(
     )
     for number, (right, chosen) in zip(others, scored, strict=True):
         correct[number], said[number] = right, chosen
-    unanswered = 0 if generated else None
-    for new_tokens in sorted({examples[number].judge.new_tokens for number in generated}):
-        asked = [n for n in generated if examples[n].judge.new_tokens == new_tokens]
+    unanswered = 0
+    for new_tokens in sorted({judge.new_tokens for judge in generated.values()}):
+        asked = [n for n, judge in generated.items() if judge.new_tokens == new_tokens]
         texts = answers(
             model, tokenizer, [examples[n] for n in asked], new_tokens=new_tokens,
             beams=beams or 1, batch=batch, label=label, quiet=quiet,
         )  # fmt: skip
         for number, text in zip(asked, texts, strict=True):
-            correct[number], found = judged(examples[number].judge, text)
+            correct[number], found = judged(generated[number], text)
             said[number] = text
             unanswered += not found
-    return Score(tuple(correct), tuple(said) if any(said) else (), unanswered)
+    return Score(
+        tuple(correct), tuple(said) if any(said) else (), unanswered if generated else None
+    )
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ def write(contents: Mapping[str, Any], directory: Path, **settings: Any) -> Path
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     from elastic.formats import hf
 
-    known = {
+    known: dict[str, Any] = {
         "auto": hf.auto_of(config["architectures"][0]),
         "code": (directory / hf.CODE).is_file() or "auto_map" in config,
     }
@@ -227,8 +227,8 @@ def _follows(one: str, other: str) -> bool:
 
 
 def _span(first: str, last: str) -> str:
-    number = re.search(r"\.(\d+)\D*$", last)
-    return _code(first) if first == last else f"{_code(first)} to {number[1]}"
+    numbers = re.findall(r"\.(\d+)\D*$", last)
+    return _code(first) if first == last else f"{_code(first)} to {numbers[0]}"
 
 
 def _origin(c: Mapping[str, Any]) -> str:

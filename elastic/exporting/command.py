@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastic.config import ExportConfig
+from elastic.config.model import Dtype
 from elastic.console import say
 from elastic.data import load_task
 from elastic.data.task import Example
@@ -43,7 +44,7 @@ from elastic.supernet.store import (
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export(config: ExportConfig) -> Report:
@@ -68,7 +69,7 @@ def export(config: ExportConfig) -> Report:
     others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
-    dtype = "float64" if trained.model.dtype == "float64" else "float32"
+    dtype: Dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
@@ -180,7 +181,13 @@ def _instead_of(
 
 
 def _accuracy(
-    run: Run, config: ExportConfig, name: str, sub: SubAdapter, model, tokenizer, test
+    run: Run,
+    config: ExportConfig,
+    name: str,
+    sub: SubAdapter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[Example],
 ) -> dict[str, Any]:
     """Test accuracy: the search's if it scored this sub-adapter, else measured now."""
     file = run.sub_adapters / f"{name}.json"
@@ -223,7 +230,8 @@ def write_only(config: ExportConfig) -> Report:
         "in another type than they are stored in; leave it out",
     )
     dtype = loading.stored_dtype(trained.model) or torch.float32
-    stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
+    as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    stored = dataclasses.replace(trained.model, **as_stored)
     skeleton = loading.skeleton(trained.model, dtype)
     full = count(skeleton)
     net = load_super_adapter(skeleton, digest, run.super_adapter)

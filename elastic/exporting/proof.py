@@ -68,7 +68,7 @@ def inputs_of(
 ) -> np.ndarray:
     """What is fed before an answer, (1, length) int64."""
     if classes_of(model):
-        ids = encode_text(tokenizer, model, example).ids
+        ids = list(encode_text(tokenizer, model, example).ids)
     else:
         ids = prompt_ids(tokenizer, example)
     return np.array([ids], dtype=np.int64)
@@ -190,7 +190,7 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
         REFERENCE: format.timed(source, format.full(source, kind)),
         CANDIDATE: format.timed(source, runner),
     }
-    best = None
+    best: Measurement | None = None
     for _ in range(ATTEMPTS):
         found = measure(
             runners,
@@ -203,6 +203,7 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
             best = found
         if found.trusted:
             break
+    assert best is not None
     return best
 
 

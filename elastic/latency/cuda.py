@@ -71,7 +71,7 @@ class GraphRunner(TorchRunner):
             with _on(model.device):
                 self._replay = (capture or graph_of)(lambda: self._forward(self._token))
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         with torch.inference_mode():
             self._cache.reset()
             return self._fetch(self._forward(self._tensor(input_ids)))
