@@ -32,6 +32,8 @@ test-oldest:
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/demo-ready
 	$(BIN)/python -m tests.benchmarks.step

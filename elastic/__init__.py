@@ -10,6 +10,7 @@ Names are resolved when first used, so importing costs nothing.
 """
 
 import importlib
+from typing import Any
 
 _WHERE = {
     "TrainConfig": "config",
@@ -37,7 +38,7 @@ _WHERE = {
 __all__ = list(_WHERE)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'elastic' has no attribute {name!r}")
     return getattr(importlib.import_module(f"elastic.{_WHERE[name]}"), name)

@@ -53,7 +53,7 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     # It asks for kernels to multiply by packed layers when imported; here they are dequantised.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     try:
-        parsed = parse(kind, arguments, prog)
+        parsed: object = parse(kind, arguments, prog)
         # After parsing: --help never waits for torch.
         result = getattr(importlib.import_module(module), function)(parsed)
     except BudgetError as error:

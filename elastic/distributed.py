@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def shared(make: Callable[[], T]) -> T:
     return broadcast_object_list(made)[0]
 
 
-def _state():
+def _state() -> Any:
     from accelerate import PartialState
 
     return PartialState()

@@ -1,4 +1,5 @@
-"""A weight update as low-rank factors, one file per method."""
+"""A weight update as low-rank factors, one file per method, which `METHODS` names. Imports
+`elastic.models`, `elastic.spaces` and what is below them."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from elastic.adapters.soslora import SosLora
 from elastic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from elastic.config import AdapterConfig
+    from elastic.config.adapter import Method
     from elastic.spaces.bound import BoundSpace
 
-METHODS: dict[str, type[Adapter]] = {
+METHODS: dict[Method, type[Adapter]] = {
     "lora": Lora,
     "sorsa": Sorsa,
     "prolora": Prolora,
@@ -27,7 +29,7 @@ METHODS: dict[str, type[Adapter]] = {
 }
 
 
-def check(config: AdapterConfig, model: nn.Module, space: BoundSpace) -> None:
+def check(config: AdapterConfig, model: PreTrainedModel, space: BoundSpace) -> None:
     """ConfigError if the method cannot adapt a target layer or take a rank the space offers.
 
     Needs shapes only: `model` may be on the meta device.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class Adapter(nn.Module):
     scale: float = 1.0
     """A number that multiplies the whole update: inside B in `factors`, not in `unscaled`."""
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
+    ) -> None:
         super().__init__()
         self.max_rank = config.rank
 

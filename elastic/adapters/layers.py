@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,14 +94,13 @@ class ElasticLinear(nn.Module):
             cut = self._cut(*self.adapter.unscaled(self.size.rank))
             A, B = (factor.to(x.dtype) for factor in cut)
             return _FactoredLinear.apply(x, self._source(), self.bias, A, B, self.adapter.scale)
-        factors = self.factors()
         y = frozen_linear(x, self._source(), self.bias)
-        if factors is None:
+        if self.adapter is None:
             return y
+        A, B = self._cut(*self.adapter.factors(self.size.rank))
         if self.adapter.dropout_on_rank:
-            A, B = factors
             return y + F.linear(self.dropout(F.linear(x, A.to(x.dtype))), B.to(x.dtype))
-        return _add_update(y, self.dropout(x), *factors)
+        return _add_update(y, self.dropout(x), A, B)
 
     def _lean(self, x: Tensor) -> bool:
         """Whether nothing stands between x and both products: no dropout that acts, no autocast,
@@ -121,7 +121,7 @@ class _FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Callable[[], Tensor],
         bias: Tensor | None,
@@ -146,7 +146,7 @@ class _FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, A, B, inner = ctx.saved_tensors
         shape = (*grad.shape[:-1], rows.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])

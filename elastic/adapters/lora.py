@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +21,9 @@ class Lora(Adapter):
     """
 
     def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, out_features, in_features)
         self.scale = config.scale
         self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))
         self.B = nn.Parameter(torch.zeros(out_features, config.rank, **factory))

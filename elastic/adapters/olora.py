@@ -6,7 +6,7 @@ Not the QR initialisation that is also called OLoRA.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,9 @@ class Olora(Adapter):
     grows = True
 
     def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, out_features, in_features)
         self.scale = config.scale
         self.settings = config.olora
         self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))

@@ -3,7 +3,7 @@ channels and rotated along the ranks."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ class Prolora(Adapter):
     along_in: ClassVar = {"A_unshared": 1, "gather_A": 1}
     along_out: ClassVar = {"B_unshared": 0, "gather_B": 0}
     fast = ("B_chunk", "B_unshared")
+    gather_A: Tensor
+    gather_B: Tensor
 
     def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, out_features, in_features)
         self.scale = config.scale
         self.settings = config.prolora
         self.unshared = config.prolora.unshared_rank

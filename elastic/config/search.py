@@ -10,16 +10,19 @@ from typing import Literal
 from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require_graph
 from elastic.errors import ConfigError, require
 
-ACCURACY = "accuracy"
+Objective = Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params", "macs"]
+ACCURACY: Objective = "accuracy"
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""
-_LATENCIES = {
+_LATENCIES: dict[str, Objective] = {
     "prefill_ms": "prefill_ms",
     "decode_ms": "decode_ms",
     "tokens_per_second": "decode_ms",
 }
 """Limits that name a latency, and which."""
-_COSTS = {**_LATENCIES, "memory_mb": "memory_mb", "params": "params", "macs": "macs"}
+_COSTS: dict[str, Objective] = {
+    **_LATENCIES, "memory_mb": "memory_mb", "params": "params", "macs": "macs"
+}  # fmt: skip
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
 
@@ -108,9 +111,7 @@ class SearchConfig:
     """Of nsga2 and nsga3."""
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
-    objectives: list[
-        Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params", "macs"]
-    ] = field(default_factory=list)
+    objectives: list[Objective] = field(default_factory=list)
     """accuracy and the costs to trade it against, the first of which is drawn; accuracy alone looks
     for the most accurate one within the budget. Unset: the study's own, in a new study accuracy and
     the latency that the budget limits, prefill_ms if it limits both or neither."""
@@ -151,7 +152,7 @@ class SearchConfig:
         require(len(set(given)) == len(given), f"objectives {', '.join(given)}: one is named twice")
 
     @property
-    def chosen_objectives(self) -> list[str]:
+    def chosen_objectives(self) -> list[Objective]:
         """Accuracy first, then what is to be minimised."""
         if self.objectives:
             return [ACCURACY, *(name for name in self.objectives if name != ACCURACY)]
@@ -159,7 +160,7 @@ class SearchConfig:
         return [ACCURACY, "decode_ms" if latencies == {"decode_ms"} else "prefill_ms"]
 
     @property
-    def costs(self) -> list[str]:
+    def costs(self) -> list[Objective]:
         """What a front is drawn against: the objectives beside accuracy; without any, what the
         budget limits; if that is nothing, prefill_ms."""
         limited = [_COSTS[name] for name in self.budget.limits() if name in _COSTS]

@@ -18,7 +18,7 @@ class SpaceShowConfig:
     rank: int = 32
     """The full rank of the factors."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank is {self.rank}; give 1 or more")
 
 

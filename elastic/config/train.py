@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from elastic.config.adapter import AdapterConfig
 from elastic.config.model import ModelConfig, TaskConfig
@@ -85,7 +85,7 @@ class SequenceConfig:
             value = getattr(self, name)
             require(value >= 1, f"sequence.{name} is {value}; at least 1")
 
-    def lists(self) -> dict[str, list]:
+    def lists(self) -> dict[str, list[Any]]:
         """Those that were set."""
         return {name: value for name, value in vars(self).items() if isinstance(value, list)}
 
@@ -181,7 +181,7 @@ class TrainConfig:
                 len(values) == len(self.tasks),
                 f"sequence.{name} has {len(values)} values for {len(self.tasks)} tasks",
             )
-        open_before: set[str] = set()
+        open_before: set[Dim] = set()
         for number, stage in enumerate(self.stages):
             opened = set(stage.train_dims)
             allowed = set(self.progressivity[: len(opened)])

@@ -1,4 +1,6 @@
-"""Where examples come from: one file for each source of data, which `TASKS` names."""
+"""Where examples come from: one file for each source of data, which `TASKS` names; examples as
+tokens, as batches, and the logits of their answers. Imports `elastic.models` and what is
+below it."""
 
 from __future__ import annotations
 

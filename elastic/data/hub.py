@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 def load(config: TaskConfig, seed: int) -> Task:
     """Rows of each split, shuffled by the seed, for many sets are sorted by label; without a
     validation split the end of the training split is held out. Code of the data set is not run."""
-    names = {"train": config.train or "train", "validation": config.validation,
-             "test": config.test or "test"}  # fmt: skip
+    names: dict[Split, str | None] = {
+        "train": config.train or "train", "validation": config.validation,
+        "test": config.test or "test",
+    }  # fmt: skip
     read = {
         split: _read(config, name, split, seed) for split, name in names.items() if name is not None
     }
@@ -62,6 +64,7 @@ def _open(config: TaskConfig, name: str) -> Dataset:
         raise MissingExtra("datasets", "datasets", "task.name datasets") from error
 
     what = f"task.dataset {config.dataset}" + (f", subset {config.subset}" if config.subset else "")
+    assert config.dataset is not None
     folder = Path(config.dataset).expanduser()
     datasets.disable_progress_bars()
     try:

@@ -43,7 +43,7 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
     kind = kind_of(answer)
     if kind is None:  # an instruction to follow; nothing to judge it by but its very words
         return Example(prompt, output)
-    options = ()
+    options: tuple[str, ...] = ()
     if answer in output:
         labels = labels_in(kind, f"{instruction} {given}")
         options = tuple(output.replace(answer, label) for label in labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,10 +81,11 @@ def _rotates_by_length(config: PretrainedConfig) -> bool:
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def _fixed(layer: object) -> _Fixed | _FixedWindow | None:
+def _fixed(layer: Any) -> _Fixed | _FixedWindow | None:
     """One layer's keys and values as all rows may share them; None for other kinds of memory, such
     as a state, keys that layers share, or quantised ones."""
-    kind = {DynamicLayer: _Fixed, DynamicSlidingWindowLayer: _FixedWindow}.get(type(layer))
+    kinds: dict[Any, Any] = {DynamicLayer: _Fixed, DynamicSlidingWindowLayer: _FixedWindow}
+    kind = kinds.get(type(layer))
     return kind(layer) if kind and layer.is_initialized else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.data.task import Example, Task, disjoint, limits
+from elastic.data.task import Example, Split, Task, disjoint
 from elastic.errors import DataError, DataMissing
 
 CHAT = "chat"
@@ -59,13 +59,15 @@ def from_files(config: TaskConfig, example: Callable[[Mapping[str, Any], str], E
     last rows of the training file are held out. A row whose prompt also stands in the test split is
     dropped from the other two."""
 
-    def read(file: str | None) -> list[Example] | None:
-        return None if file is None else [example(row, where) for where, row in read_rows(file)]
+    def read(file: str) -> list[Example]:
+        return [example(row, where) for where, row in read_rows(file)]
 
-    files = {split: getattr(config, split) or config.train for split in limits(config)}
-    test, train, validation = (
-        read(file) for file in (config.test, config.train, config.validation)
-    )
+    assert config.train is not None and config.test is not None
+    test, train = read(config.test), read(config.train)
+    validation = None if config.validation is None else read(config.validation)
+    files: dict[Split, str] = {
+        "train": config.train, "validation": config.validation or config.train, "test": config.test
+    }  # fmt: skip
     return disjoint(train, validation, test, config, files)
 
 
@@ -136,7 +138,7 @@ def _list(value: Any) -> Sequence[Any]:
 
 def _conversation(row: Mapping[str, Any], where: str) -> Example:
     """The last message is the answer; those before it are put in the model's own words."""
-    messages = row.get("messages")
+    messages: Any = row.get("messages")
     told = isinstance(messages, list) and all(
         isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role")
         for each in messages

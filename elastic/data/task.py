@@ -14,7 +14,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Judge:
-    """How a generated text is judged (`elastic.protocol`)."""
+    """How a generated text is judged (`elastic.data.llm_adapters`)."""
 
     kind: str
     expected: str

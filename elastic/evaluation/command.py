@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import EvaluateConfig
 from elastic.console import say
@@ -24,6 +24,9 @@ from elastic.models.kinds import Kind, classes_of, is_number
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.supernet.store import load_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,15 @@ def _file(run: Run, name: str, config: EvaluateConfig) -> Path:
     return run.path / "evaluate" / f"{'-'.join(parts)}.json"
 
 
-def _metrics(model, examples: Sequence[Example], score: Score) -> dict[str, Any]:
+def _metrics(model: PreTrainedModel, examples: Sequence[Example], score: Score) -> dict[str, Any]:
     classes = classes_of(model)
+    answers = [answer or "" for answer in score.said]  # a head always answers
     if is_number(classes):
         expected, said = ([float(one) for one in each] for each in
-                          ((example.answer for example in examples), score.said))  # fmt: skip
+                          ((example.answer for example in examples), answers))  # fmt: skip
         return {"pearson": statistics.pearson(expected, said),
                 "spearman": statistics.spearman(expected, said)}  # fmt: skip
-    table = statistics.confusion(classes, [example.answer for example in examples], score.said)
+    table = statistics.confusion(classes, [example.answer for example in examples], answers)
     f1 = dict(zip(classes, statistics.f1(table), strict=True))
     return {"matthews": statistics.matthews(table), "f1": f1}
 

@@ -166,6 +166,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
 
     from elastic.formats.graphs import MODULES
 
+    assert config.exported is not None
     folder = run.path / "export" / config.sub_adapter
     if not (folder / "report.json").is_file():
         exports = folder.parent.iterdir() if folder.parent.is_dir() else ()
@@ -188,7 +189,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
 
 
 def runner_model(
-    runner: Runner, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()
 ) -> LM:
     """Any runtime as the harness sees models, one request at a time: likelihoods by feeding a
     continuation token by token, texts greedily, up to one of the tokens in `ends`."""
@@ -203,24 +204,32 @@ def runner_model(
         if tokenizer.bos_token_id is not None:
             prefix_token_id = tokenizer.bos_token_id
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs):
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        ) -> list[int]:
             special = add_special_tokens is not False
             return tokenizer(string, add_special_tokens=special)["input_ids"]
 
-        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
             return [
                 likelihood(runner, context, continuation)
                 for _, context, continuation in track(requests, "likelihoods")
             ]
 
-        def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False):
+        def loglikelihood_rolling(
+            self, requests: Sequence[Instance], disable_tqdm: bool = False
+        ) -> list[float]:
             found = []
             for request in track(requests, "likelihoods"):
                 ids = self.tok_encode(request.args[0])
                 found.append(likelihood(runner, [self.prefix_token_id], ids)[0])
             return found
 
-        def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False):
+        def generate_until(
+            self, requests: Sequence[Instance], disable_tqdm: bool = False
+        ) -> list[str]:
             return [
                 _generated(runner, tokenizer, self.tok_encode(text), settings, ends)
                 for text, settings in track([request.args for request in requests], "answering")

@@ -1,6 +1,6 @@
 """How often a written model is right, asked in its own runtime, one request at a time.
 
-The rules are those of `elastic.evaluate`, which asks torch in batches.
+The rules are those of `elastic.evaluation.evaluate`, which asks torch in batches.
 """
 
 from __future__ import annotations

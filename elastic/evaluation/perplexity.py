@@ -63,6 +63,7 @@ class Perplexity:
 
 def perplexity_of(config: EvaluateConfig) -> Perplexity:
     """`elastic evaluate RUN --text FILE`."""
+    assert config.text is not None
     run = Run(config.run)
     trained = run.config()
     architecture = loading.architecture_of(trained.model)

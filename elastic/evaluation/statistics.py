@@ -74,6 +74,9 @@ def paired(won: int, lost: int, n: int, z: float = 1.959964) -> tuple[float, flo
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
+Numbers = Sequence[float] | np.ndarray
+
+
 def confusion(classes: Sequence[str], expected: Sequence[str], said: Sequence[str]) -> np.ndarray:
     """(classes, classes) counts: rows what is so, columns what was said."""
     number = {name: place for place, name in enumerate(classes)}
@@ -83,19 +86,19 @@ def confusion(classes: Sequence[str], expected: Sequence[str], said: Sequence[st
     return table
 
 
-def pearson(expected: Sequence[float], said: Sequence[float]) -> float:
+def pearson(expected: Numbers, said: Numbers) -> float:
     """Correlation, in [-1, 1]; 0 where either is always the same."""
     if np.ptp(expected) == 0 or np.ptp(said) == 0:
         return 0.0
     return float(np.corrcoef(expected, said)[0, 1])
 
 
-def spearman(expected: Sequence[float], said: Sequence[float]) -> float:
+def spearman(expected: Numbers, said: Numbers) -> float:
     """Correlation of the ranks, those of equal ones their mean."""
     return pearson(_ranks(expected), _ranks(said))
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
+def _ranks(values: Numbers) -> np.ndarray:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[place]

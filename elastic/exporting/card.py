@@ -221,8 +221,8 @@ def _follows(one: str, other: str) -> bool:
 
 
 def _span(first: str, last: str) -> str:
-    number = re.search(r"\.(\d+)\D*$", last)
-    return _code(first) if first == last else f"{_code(first)} to {number[1]}"
+    numbers = re.findall(r"\.(\d+)\D*$", last)
+    return _code(first) if first == last else f"{_code(first)} to {numbers[0]}"
 
 
 def _origin(report: Report) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastic.config import ExportConfig
+from elastic.config.model import Dtype
 from elastic.console import say
 from elastic.data import load_task
 from elastic.errors import ExportError, require
@@ -79,7 +80,7 @@ def export(config: ExportConfig) -> Report:
     others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
-    dtype = "float64" if trained.model.dtype == "float64" else "float32"
+    dtype: Dtype = "float64" if trained.model.dtype == "float64" else "float32"
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
     name, sub = chosen.name, chosen.at(net.space, config.seed)
@@ -217,7 +218,8 @@ def write_only(config: ExportConfig) -> Report:
         "in another type than they are stored in; leave it out",
     )
     dtype = loading.stored_dtype(trained.model) or torch.float32
-    stored = dataclasses.replace(trained.model, dtype=str(dtype).removeprefix("torch."))
+    as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    stored = dataclasses.replace(trained.model, **as_stored)
     skeleton = loading.skeleton(trained.model, dtype)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     full_cost = Counter(net.model, net.space).full

@@ -132,21 +132,21 @@ class Format:
 
     def score_full(self, source: Source, kind: str, examples: Sequence[Example]) -> Score:
         """The same of the full model: asked once, for all that share its runtime."""
-        if self.runtime not in source.scores:
+        runtime = self.runtime or kind
+        if runtime not in source.scores:
             full = self.full(source, kind)
-            source.scores[self.runtime] = self.score(source, "full", full, examples)
-        return source.scores[self.runtime]
+            source.scores[runtime] = self.score(source, "full", full, examples)
+        return source.scores[runtime]
 
     def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
         """The written model and the full one, as they are weighed."""
-        return tuple(
-            self._load(source, folder) for folder in (directory, source.folder(kind, "full"))
-        )
+        full = source.folder(kind, "full")
+        return self._load(source, directory), self._load(source, full)
 
     def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
         timing = source.config.timing
         return Load(
-            runtime=runtime or self.runtime, folder=str(folder), batch=timing.batch,
+            runtime=runtime or self.runtime or "", folder=str(folder), batch=timing.batch,
             prompt_tokens=timing.prompt_tokens, settings=settings,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -127,8 +127,9 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
         raise RunError(
             f"merge: {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
         )
-    kind = adapted.peft_config["default"].peft_type.value.lower()
-    if getattr(adapted.peft_config["default"], "use_dora", False):
+    config: Any = adapted.peft_config["default"]
+    kind = config.peft_type.value.lower()
+    if getattr(config, "use_dora", False):
         kind = "dora"
     after = adapted.merge_and_unload(safe_merge=True)
     deltas = _changes(before, after, folder)

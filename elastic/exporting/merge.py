@@ -108,13 +108,13 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
                 delta = delta[moved[site, "out"]]
             if (site, "in") in moved and leaf == "weight":
                 delta = delta[:, moved[site, "in"]]
-            name = renamed(kept, name)
-            if name is None:
+            left = renamed(kept, name)
+            if left is None:
                 continue
             if layer is not None:
                 delta = layer.size.leading(delta)
                 delta = layer.size.leading_columns(delta) if leaf == "weight" else delta
-            found[name] = delta.to(whole.device)
+            found[left] = delta.to(whole.device)
     return found
 
 

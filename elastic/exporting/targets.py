@@ -38,20 +38,20 @@ class _Torch(Format):
     def limit(self, source: Source) -> float | None:
         return 1e-9 if source.models["compact"].dtype == torch.float64 else 1e-4
 
-    def timed(self, source: Source, runner: Runner) -> Runner:
+    def timed(self, source: Source, runner: Any) -> Runner:
         return timed_runner(runner.model, source.config.timing)
 
     def device(self, source: Source) -> str:
         return str(source.models["compact"].device)
 
-    def precision(self, source: Source, runner: Runner) -> str:
+    def precision(self, source: Source, runner: Any) -> str:
         return str(runner.model.dtype).removeprefix("torch.")
 
-    def as_torch(self, source: Source, runner: Runner) -> bool:
+    def as_torch(self, source: Source, runner: Any) -> bool:
         return runner.model.dtype == source.models["compact"].dtype
 
     def score(
-        self, source: Source, which: Which, runner: Runner, examples: Sequence[Example]
+        self, source: Source, which: Which, runner: Any, examples: Sequence[Example]
     ) -> Score:
         return evaluate(
             runner.model, source.base.tokenizer, examples,
@@ -197,8 +197,8 @@ class Openvino(_Graph):
     def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
         return openvino.open_folder(directory)
 
-    def precision(self, source: Source, runner: Runner) -> str:
-        return runner.precision
+    def precision(self, source: Source, runner: Any) -> str:
+        return str(runner.precision)
 
 
 class Compressed(Format):

@@ -101,7 +101,7 @@ class Compressed:
         }  # fmt: skip
 
 
-def check(mode: str, kind: str, calibration: Sequence | None = None) -> Mode:
+def check(mode: str, kind: str, calibration: Sequence[Inputs] | None = None) -> Mode:
     """The mode, or an error before anything is loaded: ConfigError if `kind` (onnx, openvino) has
     no such mode or it lacks examples (None: they come later), MissingExtra without NNCF."""
     if mode not in MODES:
@@ -127,7 +127,7 @@ def compress(
     graph: Path,
     directory: Path,
     mode: str,
-    calibration: Sequence[Mapping[str, np.ndarray]] = (),
+    calibration: Sequence[Inputs] = (),
     *,
     group: int = GROUP,
 ) -> Compressed:
@@ -135,7 +135,7 @@ def compress(
 
     `graph` is `openvino_model.xml` or `model.onnx` as `elastic.formats` writes them, or the decoder
     of a pair, whose encoder is compressed with it; `calibration` are the inputs of
-    `elastic.calibration.calibration_inputs`. The runners read the result. ConfigError and
+    `calibration_inputs`. The runners read the result. ConfigError and
     MissingExtra as `check` raises them.
     """
     graph, directory = Path(graph), Path(directory)
@@ -171,13 +171,17 @@ def compress(
     return Compressed(path, mode, weights, _exceptions(weights, found), before, after)
 
 
-def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
+def _openvino(
+    graph: Path, written: Path, mode: Mode, samples: Sequence[Inputs], group: int
+) -> dict[str, Weight]:
     import openvino
 
     core = openvino.Core()
     model = core.read_model(graph)
     shapes = {
-        port.any_name: [axis.get_length() if axis.is_static else -1 for axis in port.partial_shape]
+        port.any_name: tuple(
+            axis.get_length() if axis.is_static else -1 for axis in port.partial_shape
+        )
         for port in model.inputs
     }
     model = _compressed(model, mode, [completed(each, shapes) for each in samples], group)
@@ -185,13 +189,15 @@ def _openvino(graph: Path, written: Path, mode: Mode, samples, group: int) -> di
     return graph_weights.in_openvino(core.read_model(written))
 
 
-def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[str, Weight]:
+def _onnx(
+    graph: Path, written: Path, mode: Mode, samples: Sequence[Inputs], group: int
+) -> dict[str, Weight]:
     import onnx as library
 
     paired = graph.name == onnx_seq2seq.DECODER
     model = onnx_seq2seq.unmerged(graph) if paired else library.load(graph)
     shapes = {
-        item.name: [axis.dim_value for axis in item.type.tensor_type.shape.dim]
+        item.name: tuple(axis.dim_value for axis in item.type.tensor_type.shape.dim)
         for item in model.graph.input
     }
     tied = expose(model)
@@ -211,9 +217,9 @@ def _onnx(graph: Path, written: Path, mode: Mode, samples, group: int) -> dict[s
 
 
 def _compressed(
-    model, mode: Mode, samples: list, group: int, ignored: Sequence[str] = (),
+    model: Any, mode: Mode, samples: list[Inputs], group: int, ignored: Sequence[str] = (),
     outside: str | None = None,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """The model as NNCF leaves it; `outside` is the folder of an ONNX graph's weights."""
     import nncf
 

@@ -23,13 +23,13 @@ from elastic.formats import gguf_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "model.gguf"
 Type = Literal["f32", "f16", "bf16", "q8_0"]
-FILE_TYPES = {
+FILE_TYPES: dict[Type, str] = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"
 }  # fmt: skip
 """What a file says of most of its tensors."""
@@ -151,6 +151,7 @@ def _architecture(model: PreTrainedModel) -> tuple[str, bool]:
     family = FAMILIES[type(model).__name__]
     if _sizes(model).uniform:
         return family.uniform, family.interleaved
+    assert family.mixed is not None  # says `why_not`
     return family.mixed, True
 
 
@@ -233,7 +234,7 @@ def _frequency_factors(model: PreTrainedModel) -> Tensor:
     return plain / model.model.rotary_emb.inv_freq.double().cpu()
 
 
-def _stored(tensor: Tensor, type: Type) -> tuple[np.ndarray, int]:
+def _stored(tensor: Tensor, type: Type) -> tuple[np.ndarray, GGMLQuantizationType]:
     """Values as they lie in the file, and GGML's number of their type."""
     from gguf import GGMLQuantizationType, quants
 

@@ -8,7 +8,7 @@ pairs are merged.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
         else:
             types.append(TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_variant(described))
+    variant = _variant(described)
+    assert variant is not None  # says `why_not`
+    writer.add_tokenizer_pre(variant)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(_merges(described["model"]["merges"]))
@@ -78,7 +80,7 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _merges(merges: list) -> list[str]:
+def _merges(merges: Sequence[Any]) -> list[str]:
     """Pairs with a space between; tokenizer.json has both forms."""
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def in_openvino(model: Model) -> dict[str, Weight]:
     return found
 
 
-def _constants(node) -> Iterator:
+def _constants(node: Any) -> Iterator[Any]:
     """The constants that this value is computed from; None where it depends on an input."""
     if node.get_type_name() == "Constant":
         yield node

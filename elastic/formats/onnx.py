@@ -20,6 +20,7 @@ from elastic.formats.tracing import Trace, require, require_float32, traceable, 
 from elastic.models.kinds import Kind, has_types, kind_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from elastic.formats.runner import Runner
@@ -60,11 +61,11 @@ def _classifier(model: PreTrainedModel) -> Trace:
     import torch
 
     class Flat(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, *tensors):
+        def forward(self, *tensors: Tensor) -> Tensor:
             return self.model(**dict(zip(inputs, tensors, strict=True))).logits
 
     inputs = ["input_ids", "attention_mask"]

@@ -9,7 +9,8 @@ Codes, scales and zero points stay as NNCF chose them.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,7 +150,9 @@ class _Rows:
         each_block = np.ones((1, self.blocks), np.uint8)
         return self._named(codes, self.scale[:, None] * each_block, self.zero[:, None] * each_block)
 
-    def _named(self, codes, scale, zero) -> dict[str, np.ndarray]:
+    def _named(
+        self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray
+    ) -> dict[str, np.ndarray]:
         parts = {CODES: codes, SCALE: scale.astype(np.float32), ZERO: zero}
         return {self.name + part: np.ascontiguousarray(array) for part, array in parts.items()}
 
@@ -171,7 +174,7 @@ class _Rows:
 
         nodes: list[NodeProto] = []
 
-        def step(operator: str, *inputs: str, **attributes) -> str:
+        def step(operator: str, *inputs: str, **attributes: Any) -> str:
             name = f"{node.name}/{operator}_{len(nodes)}"
             nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
             return name
@@ -228,7 +231,9 @@ def _hides(node: NodeProto) -> bool:
     return node.op_type == "Identity" and node.name.endswith(_HIDDEN)
 
 
-def _users(node: NodeProto, readers) -> tuple[list, list, list] | None:
+def _users(
+    node: NodeProto, readers: Mapping[str, list[NodeProto]]
+) -> tuple[list[NodeProto], ...] | None:
     """Products, lookups and transpositions of this dequantised weight; None if something else
     reads it, or one of them reads it in a way that we have no words for."""
     products, lookups, turns = [], [], []
@@ -266,7 +271,8 @@ has a scale per output."""
 
 def _turned_gemm(node: NodeProto, name: str) -> bool:
     """Of one that turns its weight NNCF mixes up the axes once it has looked at activations."""
-    return node.op_type == "Gemm" and node.input[1] == name and attributes_of(node).get("transB")
+    turned = node.op_type == "Gemm" and node.input[1] == name
+    return turned and bool(attributes_of(node).get("transB"))
 
 
 def _set(node: NodeProto, attribute: str, value: int) -> None:

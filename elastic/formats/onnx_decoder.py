@@ -25,7 +25,7 @@ def _decoder(model: PreTrainedModel, logits: str) -> Trace:
     return Trace(_flat(model, logits), example, inputs, outputs, dynamic)
 
 
-def _example(model: PreTrainedModel):
+def _example(model: PreTrainedModel) -> tuple[list[str], tuple[Tensor, ...]]:
     """Names of the cached tensors and sample arguments to trace with, none of their axes 0 or 1."""
     import torch
 
@@ -43,11 +43,13 @@ def _flat(model: PreTrainedModel, logits: str) -> nn.Module:
     import torch
 
     class Flat(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, attention_mask, position_ids, *past):
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+        ) -> tuple[Tensor, ...]:
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -21,7 +21,7 @@ from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
 from elastic.models import compat
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
     from torch import Tensor
     from transformers import PreTrainedModel
     from transformers.cache_utils import EncoderDecoderCache
@@ -67,11 +67,11 @@ def _encoder(model: PreTrainedModel) -> Trace:
     import torch
 
     class Flat(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.encoder = model.get_encoder()
 
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
 
     example = (_ones(model, 2, 3), _ones(model, 2, 3))
@@ -85,11 +85,11 @@ def _cross(model: PreTrainedModel) -> Trace:
     import torch
 
     class Flat(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, hidden):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
             ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
             return tuple(flattened(_called(self.model, hidden, ids)[1].cross_attention_cache))
 
@@ -106,11 +106,13 @@ def _step(model: PreTrainedModel) -> Trace:
     from transformers.cache_utils import EncoderDecoderCache
 
     class Flat(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, mask, hidden, *past):
+        def forward(
+            self, input_ids: Tensor, mask: Tensor, hidden: Tensor, *past: Tensor
+        ) -> tuple[Tensor, ...]:
             half = len(past) // 2
             cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
             logits, cache = _called(self.model, hidden, input_ids, mask=mask, past=cache)
@@ -197,7 +199,7 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
     )  # fmt: skip
     inputs = [*step.graph.input, helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])]
     nodes = [*alone.values(), choice]
-    return _model(step, nodes, inputs, outputs, weights.values())
+    return _model(step, nodes, inputs, outputs, list(weights.values()))
 
 
 def unmerged(path: Path) -> ModelProto:
@@ -239,7 +241,13 @@ def remerged(model: ModelProto) -> ModelProto:
     return found
 
 
-def _model(like: ModelProto, nodes, inputs, outputs, weights) -> ModelProto:
+def _model(
+    like: ModelProto,
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    weights: Sequence[TensorProto],
+) -> ModelProto:
     from onnx import helper
 
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, initializer=weights)

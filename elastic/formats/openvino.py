@@ -9,8 +9,9 @@ optimum-intel.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from elastic.formats import onnx_seq2seq, tracing
 from elastic.formats.onnx_session import at_the_end, step_inputs
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+    from openvino import CompiledModel, Model
+
     from elastic.formats.runner import Runner
 
 
@@ -52,7 +56,7 @@ def write(onnx_path: Path, directory: Path) -> Path:
     return save(model, directory / FILE)
 
 
-def converted(graph):
+def converted(graph: Path | ModelProto) -> Model:
     """An ONNX graph (a file, or one in memory) as OpenVINO's; ExportError names an operator that it
     does not know."""
     import openvino
@@ -64,7 +68,7 @@ def converted(graph):
         raise ExportError(f"openvino: the graph cannot be converted: {reason}") from error
 
 
-def save(model, path: Path) -> Path:
+def save(model: Model, path: Path) -> Path:
     """In float32, weights beside it; ExportError where that fails."""
     import openvino
 
@@ -77,7 +81,7 @@ def save(model, path: Path) -> Path:
     return path
 
 
-def stateful_(model, past: list[str]) -> None:
+def stateful_(model: Model, past: list[str]) -> None:
     """Keep these inputs, of which every call says what they are next, inside the model."""
     if not past:
         return
@@ -93,7 +97,7 @@ def stateful_(model, past: list[str]) -> None:
     _start_empty(model, {name + pairs[name]: shape for name, shape in shapes.items()})
 
 
-def _reorder(model, past: list[str]) -> None:
+def _reorder(model: Model, past: list[str]) -> None:
     """Select the rows `beam_idx` of every past tensor before anything reads it."""
     from openvino import opset13 as ops
 
@@ -109,7 +113,7 @@ def _reorder(model, past: list[str]) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _start_empty(model, shapes: dict) -> None:
+def _start_empty(model: Model, shapes: Mapping[str, Any]) -> None:
     """Let each variable (batch, kv_heads, past, head_dim) begin with the batch of input_ids and
     a past of 0; without it, the first `beam_idx` would look for rows in a batch of 0."""
     from openvino import opset13 as ops
@@ -125,7 +129,9 @@ def _start_empty(model, shapes: dict) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def compiled_on_cpu(path: Path, threads: int | None = None, precision: str | None = "f32"):
+def compiled_on_cpu(
+    path: Path, threads: int | None = None, precision: str | None = "f32"
+) -> CompiledModel:
     """The model, ready to run.
 
     `precision` is that of arithmetic and cache ("f32", "bf16"); None leaves both to the device,
@@ -142,7 +148,7 @@ def compiled_on_cpu(path: Path, threads: int | None = None, precision: str | Non
     return openvino.Core().compile_model(path, "CPU", options)
 
 
-def precision_of(compiled) -> str:
+def precision_of(compiled: CompiledModel) -> str:
     """In which a model computes, as torch calls it."""
     name = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     return PRECISIONS.get(name, name)
@@ -227,7 +233,7 @@ def _write_pair(onnx_path: Path, directory: Path) -> Path:
         return save(model, directory / DECODER)
 
 
-def _computed_once(model, past: list[str]) -> None:
+def _computed_once(model: Model, past: list[str]) -> None:
     """Turn each of these inputs into a variable that begins as the output of its name says."""
     from openvino import opset13 as ops
 

@@ -71,9 +71,9 @@ def write(
     alphas: dict[str, float] = {}
     with net.active(sub), torch.no_grad():
         for site, layer in modules_of(net.model, ElasticLinear):
-            if layer.adapter is None:
+            if layer.adapter is None or (factors := layer.factors()) is None:
                 continue
-            A, B = layer.factors()
+            A, B = factors
             B = B / layer.adapter.scale
             if (site, "in") in original:
                 A = A[:, original[site, "in"]]
@@ -88,7 +88,7 @@ def write(
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type] # PEFT computes with fractions, too
         target_modules=_targets(net, ranks),
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
@@ -98,7 +98,7 @@ def write(
         inference_mode=True,
     )
     directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     metadata = {"format": "pt"} | ({} if base_digest is None else {DIGEST: base_digest})
     if net.head:
         metadata["classes"] = json.dumps(classes_of(net.model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ class TorchRunner:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._cache = None
+        self._cache: Any = None
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         self._cache = None
         return self.decode(input_ids)
 
@@ -80,7 +80,7 @@ class TorchRecurrent(TorchRunner):
 class TorchEncoderDecoder(TorchRunner):
     """A transformers model that encodes the prompt and decodes from the start of an answer."""
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         with torch.inference_mode():
             self._encoded = self.model.get_encoder()(input_ids=self._tensor(input_ids))
         start = self.model.config.decoder_start_token_id

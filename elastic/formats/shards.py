@@ -22,7 +22,7 @@ Tensors = Mapping[str, "Callable[[], Tensor]"]
 
 def tensors_of(model: PreTrainedModel) -> Tensors:
     """Of a model in memory."""
-    return {name: lambda tensor=tensor: tensor for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach for name, tensor in model.state_dict().items()}
 
 
 def write(
@@ -56,7 +56,7 @@ def write(
         # Some are joined or split on disk, as the experts of a mixture: that takes all of them.
         made = {name: tensors[name]().detach().to("cpu", state[name].dtype) for name in state}
         on_disk = revert_weight_conversion(model, made)
-        tensors = {name: lambda tensor=tensor: tensor for name, tensor in on_disk.items()}
+        tensors = {name: tensor.detach for name, tensor in on_disk.items()}
         names = {name: name for name in on_disk}
     else:
         names = {name: source[id(tensor)] for name, tensor in on_disk.items()}
@@ -70,8 +70,10 @@ def write(
         save_file(shard, directory / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        file = directory / "model.safetensors.index.json"
-        write_text(file, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(
+            directory / "model.safetensors.index.json",
+            json.dumps(index, indent=2, sort_keys=True) + "\n",
+        )
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def require_float32(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def traceable(model: PreTrainedModel):
+def traceable(model: PreTrainedModel) -> Iterator[None]:
     """Eager attention in evaluation mode without gradients, restored on exit.
 
     OpenVINO recognises the eager form and fuses it with the cached past; the exporter's rendering

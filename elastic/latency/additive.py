@@ -49,7 +49,8 @@ class Posterior:
 
     def predict(self, choices: np.ndarray) -> np.ndarray:
         """(points, groups) of indices into each group's choices -> (points,)."""
-        return self.offset + np.take_along_axis(self.effects, choices.T, 1).sum(0)
+        effects: np.ndarray = np.take_along_axis(self.effects, choices.T, 1).sum(0)
+        return self.offset + effects
 
     def sample(self, generator: np.random.Generator) -> np.ndarray:
         """Effects drawn from the belief, (groups, choices): Matheron's rule."""
@@ -129,13 +130,15 @@ class Additive:
         shared += 2 * curve[self._kind][:, None] * self._cut**2
         shared += 0.5 * steps.reshape(self._kinds, most)[self._kind] * (self._cut > 0)
         own = 2 * own_line[:, None] * self._cut + own_curve[:, None] * self._cut**2
-        return scale * (shared + own)
+        effects: np.ndarray = scale * (shared + own)
+        return effects
 
     def _scale(self, trust: float) -> np.ndarray:
         """Every group's share of its kind's effect: 1 / groups of the kind on average."""
         powers = self._importance**trust
         means = np.bincount(self._kind, powers) / np.bincount(self._kind)
-        return powers / means[self._kind] / self._count
+        scale: np.ndarray = powers / means[self._kind] / self._count
+        return scale
 
     def _basis(self, choices: np.ndarray, trust: float) -> tuple[np.ndarray, np.ndarray]:
         """Features (evaluations, weights) and which of them belong to kinds."""
@@ -158,8 +161,9 @@ class Additive:
         """Trust, departure, size and unexplained variance of the largest marginal likelihood."""
         spread = max(values.std(), 1e-12)
         residual = values - values.mean()
-        left = [part * noise for part in NOISES] + [part * spread**2 for part in MISFITS]
-        sizes, left = (np.array(grid) for grid in zip(*itertools.product(SIZES, left), strict=True))
+        misfits = [part * noise for part in NOISES] + [part * spread**2 for part in MISFITS]
+        grid = itertools.product(SIZES, misfits)
+        sizes, left = (np.array(values) for values in zip(*grid, strict=True))
         best, chosen = -np.inf, (0.0, DEPARTURES[0], SIZES[0], noise)
         for trust in self._trusts:
             basis, kind = self._basis(choices, trust)
@@ -196,12 +200,12 @@ def cheapest(gains: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """
 
     def at(price: float) -> np.ndarray:
-        return np.argmax(gains - price * costs, 1)
+        return np.asarray(np.argmax(gains - price * costs, 1))
 
     def total(chosen: np.ndarray) -> float:
         return float(np.take_along_axis(costs, chosen[:, None], 1).sum())
 
-    chosen = np.argmax(np.where(np.isinf(costs), -np.inf, gains), 1)
+    chosen: np.ndarray = np.argmax(np.where(np.isinf(costs), -np.inf, gains), 1)
     if total(chosen) <= budget:
         return chosen
     low, high = 0.0, float(np.ptp(gains) / max(np.ptp(costs[np.isfinite(costs)]), 1e-12)) + 1e-12
@@ -210,7 +214,7 @@ def cheapest(gains: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
             break
         low, high = high, 4 * high
     else:
-        return np.argmin(costs, 1)
+        return np.asarray(np.argmin(costs, 1))
     for _ in range(40):
         middle = (low + high) / 2
         if total(at(middle)) > budget:

@@ -7,7 +7,7 @@ import copy
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,7 +53,7 @@ class Bench:
         self._files.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._full = None
         self._files.__exit__(*error)
 
@@ -94,7 +94,7 @@ class Bench:
             runner_of(model).prefill(prompt)
         kept = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
         kept -= saved_bytes(model, compress) if compress else 0
-        return (kept + meter.peak) / 1e6
+        return float(kept + meter.peak) / 1e6
 
     def _model(self, sub: SubAdapter) -> PreTrainedModel:
         model = (compact if self.timing.merged else sliced)(self.net, sub)

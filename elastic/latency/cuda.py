@@ -7,6 +7,7 @@ import copy
 import csv
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class CudaClock:
 
     def _event(self) -> torch.cuda.Event:
         with _on(self._device):
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch gives it none
             event.record()
             event.synchronize()
         return event
@@ -70,7 +71,7 @@ class GraphRunner(TorchRunner):
             with _on(model.device):
                 self._replay = (capture or graph_of)(lambda: self._forward(self._token))
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         with torch.inference_mode():
             self._cache.reset()
             return self._fetch(self._forward(self._tensor(input_ids)))
@@ -81,7 +82,7 @@ class GraphRunner(TorchRunner):
             return self._fetch(self._replay())
 
 
-def _on(device: torch.device | None) -> contextlib.AbstractContextManager:
+def _on(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
     """Streams, events and graphs belong to the current GPU, whichever tensors are on."""
     if device is None or device.type != "cuda":
         return contextlib.nullcontext()
@@ -99,7 +100,7 @@ def _unwindowed(model: PreTrainedModel) -> PretrainedConfig:
 
 def graph_of(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Capture a step into a CUDA graph, warmed up on a stream of its own."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch gives it none
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):

@@ -6,7 +6,7 @@ A search then knows the latency of whatever it may propose, and measures only wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ class Timetable:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], space: BoundSpace) -> Timetable:
-        def timed(rows) -> list[Timed]:
+        def timed(rows: Iterable[Mapping[str, Any]]) -> list[Timed]:
             return [
                 Timed(
                     space.check(SubAdapter(tuple(row["sub_adapter"].items()))),
@@ -174,7 +174,7 @@ class Timetable:
 def read_timetable(file: Path | str, here: Target, device: str | None = None) -> dict[str, Any]:
     """The contents of a table's file; RunError unless it is of this target, or recorded on
     `device` and of it otherwise. Reads no weights."""
-    value = read_json(file)
+    value: dict[str, Any] = read_json(file)
     try:
         theirs = Target(**value["target"])
     except (TypeError, KeyError):
@@ -249,7 +249,9 @@ def record(
 def _chosen(space: BoundSpace, count: int, seed: int, *, merged: bool) -> list[SubAdapter]:
     """The ladder, then stratified ones, of different speeds. The full model is measured anyway."""
     generator = generator_for(seed, "table")
-    found = {shape_of(space, space.maximal(), merged=merged): None}
+    found: dict[tuple[int, ...], SubAdapter | None] = {
+        shape_of(space, space.maximal(), merged=merged): None
+    }
     candidates = [space.minimal(), *space.ladder()]
     candidates += [space.stratified(generator) for _ in range(20 * count)]
     for sub in candidates:

@@ -167,10 +167,11 @@ def state_of(device: torch.device) -> dict[str, float | str] | None:
 
 def _within_rounds(times: Mapping[str, list[float]], name: str) -> np.ndarray:
     """(rounds,): one's time over the mean of both turns of the reference."""
-    full = np.mean([times[REFERENCE], times[CONTROL]], 0)
+    full: np.ndarray = np.mean([times[REFERENCE], times[CONTROL]], 0)
     if name == REFERENCE or not full.any():
         return np.ones(len(times[name]))
-    return np.array(times[name]) / full
+    own: np.ndarray = np.array(times[name]) / full
+    return own
 
 
 def _ratio(own: float, full: float) -> float:

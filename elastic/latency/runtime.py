@@ -67,6 +67,7 @@ def open_runner(
     first (float32, then with compressed weights if asked)."""
     if timing.runtime == "torch":
         return timed_runner(model, timing)
+    assert directory is not None
     graph = graphs.write(model, directory, timing.runtime)
     if compress:
         graph = compression.compress(graph, directory / compress, compress).path

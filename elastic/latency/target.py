@@ -52,11 +52,12 @@ class Target:
         text = json.dumps(sizes, sort_keys=True, default=str)
         device, dtype = "cpu", "float32"  # where and how the other runtimes run
         if timing.runtime == "torch":
-            device = loading.resolve_device(trained.model.device)
-            dtype = str(loading.resolve_dtype(trained.model.dtype, device)).removeprefix("torch.")
+            here = loading.resolve_device(trained.model.device)
+            device = str(here)
+            dtype = str(loading.resolve_dtype(trained.model.dtype, here)).removeprefix("torch.")
         return cls(
             hashlib.sha256(text.encode()).hexdigest(),
-            describe_device(str(device), timing.runtime),
+            describe_device(device, timing.runtime),
             timing.runtime,
             dtype,
             timing.merged,

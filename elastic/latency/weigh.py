@@ -153,10 +153,11 @@ def _resident(folder: str) -> int:
     is left out where the system tells it apart."""
     info = psutil.Process().memory_info()
     if not hasattr(info, "shared"):
-        return info.rss
+        return int(info.rss)
     maps = psutil.Process().memory_maps()
     inside = str(Path(folder).resolve()) + os.sep
-    return info.rss - info.shared + sum(each.rss for each in maps if each.path.startswith(inside))
+    mapped = sum(each.rss for each in maps if each.path.startswith(inside))
+    return int(info.rss - info.shared + mapped)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,7 +27,9 @@ def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
         raise ConfigError("model.classes: name what the classification head is to tell apart")
     saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]
     own = {name.casefold(): name for name in classes}
-    known = [own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved]
+    known: Sequence[str | None] = [
+        own.get(name.casefold(), own.get(name.removeprefix("LABEL_"))) for name in saved
+    ]
     if is_number(classes):
         known, architecture.problem_type = SCORE, "regression"
     kept = was_trained(architecture) and len(saved) == len(classes) and None not in known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def is_number(classes: Sequence[str]) -> bool:
     return list(classes) == SCORE
 
 
-def classes_of(model: nn.Module) -> tuple[str, ...]:
+def classes_of(model: PreTrainedModel) -> tuple[str, ...]:
     """What this model tells apart, in the order of its logits; empty if it answers with text."""
     if kind_of(model) is not Kind.CLASSIFIER:
         return ()
@@ -78,7 +78,7 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     longest = tokenizer.model_max_length
     if positions := getattr(model.config, "max_position_embeddings", None):
         longest = min(longest, positions)
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    table: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
         longest = min(longest, table.num_embeddings - table.padding_idx - 1)
     return longest

@@ -137,7 +137,7 @@ def regresses(config: ModelConfig) -> bool:
     return config.head == "regression" or (config.head == "auto" and saved)
 
 
-def _auto_class(kind: Kind):
+def _auto_class(kind: Kind) -> Any:
     import transformers
 
     return {
@@ -267,7 +267,7 @@ def _bfloat16_is_faster(device: str) -> bool:
 
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if known.get("amx_bf16"):
         return True
     if known.get("architecture") == "x86_64" and not known.get("avx512_bf16"):

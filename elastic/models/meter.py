@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,11 +49,13 @@ class Meter(TorchDispatchMode):
         self._saved = set(self._known)
 
     @contextmanager
-    def recording(self):
+    def recording(self) -> Iterator[Meter]:
         with self, saved_tensors_hooks(self._save, lambda tensor: tensor):
             yield self
 
-    def __torch_dispatch__(self, operator, types, arguments=(), settings=None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: Any = (), settings: Any = None
+    ) -> Any:
         if operator is torch.ops.prim.device.default:  # of a fake tensor, asked all the time
             return arguments[0].fake_device
         settings = settings or {}

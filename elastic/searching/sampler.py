@@ -152,7 +152,7 @@ class AdditiveSampler(BaseSampler):
         ]
 
 
-def _settled(space: BoundSpace, at: Sequence[int]) -> tuple[int, ...]:
+def _settled(space: BoundSpace, at: Sequence[int] | np.ndarray) -> tuple[int, ...]:
     """Indices into each group's choices, 0 where the block does not run."""
     if not space.depths:
         return tuple(at)
@@ -174,14 +174,14 @@ def _neighbour(
     rows = np.arange(len(chosen))
 
     def cost(at: np.ndarray) -> float:
-        return min(costs[rows, at].sum() for costs in alternatives)
+        return min(float(costs[rows, at].sum()) for costs in alternatives)
 
     most = max(most, cost(chosen))
     for _ in range(20 * len(chosen)):
         group = generator.integers(len(chosen))
         moved = chosen.copy()
         moved[group] = generator.integers(len(space.groups[group].choices))
-        moved = np.array(_settled(space, moved))
+        moved = np.array(list(_settled(space, moved)))
         if cost(moved) <= most + 1e-12:
             chosen = moved
         if tuple(chosen) not in known:
@@ -209,5 +209,7 @@ def learn(
 
 
 def _model(space: BoundSpace, importance: Mapping[str, float] | None) -> Additive:
-    weights = importance and [max(importance[group.name], 1e-12) for group in space]
+    weights = None
+    if importance:
+        weights = [max(importance[group.name], 1e-12) for group in space]
     return Additive(kinds(space), shares(space), weights)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna import samplers
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import StudyDirection
 
 from elastic.config import SearchConfig
 from elastic.config.search import ACCURACY
@@ -81,7 +82,9 @@ def search(config: SearchConfig) -> Front:
     refuse_by_counting(run, config.budget, trained)
     for mode in config.compress:
         compression.check(mode, config.timing.runtime)
-    targets = {mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)}
+    targets: dict[str | None, Target] = {
+        mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)
+    }
     given = read_tables(config.table, targets)
     task = load_task(trained.task, trained.seed)
     study, config = _open_study(run, config)
@@ -100,6 +103,7 @@ def search(config: SearchConfig) -> Front:
             measured = functools.partial(_importance, net, base.tokenizer, task.train)
             importance = {BITS: 1.0, **worker.once("importance", measured)}
         _prepare(study, worker, objective, config)
+        assert objective.full is not None  # says `_prepare`
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(config, objective, limits, importance, done)
@@ -127,11 +131,12 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_storage(config.study.storage, run.search)
+    costs = [StudyDirection.MINIMIZE] * (len(config.chosen_objectives) - 1)
     study = optuna.create_study(
         study_name=config.study.name or run.path.resolve().name,
         storage=storage,
         load_if_exists=True,
-        directions=["maximize"] + ["minimize"] * (len(config.chosen_objectives) - 1),
+        directions=[StudyDirection.MAXIMIZE, *costs],
     )
     # What was evaluated serves any budget, and more trials continue a study. What changes the
     # meaning of its figures makes it another one.

@@ -62,7 +62,8 @@ def open_storage(place: str | None, folder: Path) -> BaseStorage:
             raise FileNotFoundError(f"no directory {Path(place).parent}")
         return JournalStorage(JournalFileBackend(place))
     except ImportError as error:
-        package = "grpcio" if place.startswith("grpc:") else error.name or "a database driver"
+        remote = str(place).startswith("grpc:")
+        package = "grpcio" if remote else error.name or "a database driver"
         raise MissingExtra(package, "workers", f"study.storage {place}") from error
     except Exception as error:  # each backend has its own kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -109,7 +110,7 @@ class Worker:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self._tell(0)
@@ -221,6 +222,7 @@ def _first(living: Mapping[str, int]) -> str:
 def _runs(pid: int, started: int) -> bool:
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        recent: bool = abs(process.create_time() - started) < 2
+        return recent and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -85,7 +85,7 @@ def require_alike(
         )
 
 
-def _by_layer(config: PretrainedConfig, full: int) -> list[tuple[str, list]]:
+def _by_layer(config: PretrainedConfig, full: int) -> list[tuple[str, list[Any]]]:
     """What a config says of every block, such as its kind of attention."""
     return [
         (key, list(value))

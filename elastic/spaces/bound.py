@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
 from elastic.spaces.dims import BITS, DEPTH, Cut, Ranges, common, numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class BoundSpace:
     @cached_property
     def _inside(self) -> dict[str, list[str]]:
         """By block that may be left out, the groups that cut it alone."""
-        found = {block: [] for group in self.depths for block in group.blocks}
+        found: dict[str, list[str]] = {block: [] for group in self.depths for block in group.blocks}
         lists = tuple({f"{block.rpartition('.')[0]}." for block in found})
 
         def block_of(site: str) -> str | None:
@@ -185,7 +188,7 @@ class BoundSpace:
             f"{block}." for group in self.depths for block in group.blocks[sub[group.name] :]
         )
 
-    def ordered(self, order: Mapping[str, Sequence[int]]) -> BoundSpace:
+    def ordered(self, order: Mapping[str, Sequence[int] | Tensor]) -> BoundSpace:
         """The space whose depths leave out the last blocks of this order first; of other groups
         nothing is read."""
         groups = []
@@ -285,7 +288,8 @@ class BoundSpace:
     def named(self, name: str, seed: int = 0) -> SubAdapter:
         """maximal, heuristic, minimal, random or uniform-FRACTION."""
         if name in ("maximal", "heuristic", "minimal"):
-            return getattr(self, name)()
+            made: SubAdapter = getattr(self, name)()
+            return made
         if name == "random":
             return self.random(random_module.Random(seed))
         match = re.fullmatch(r"uniform-(\d*\.?\d+)", name)

@@ -202,8 +202,8 @@ class SearchSpace:
         specs = [part for whole in section.groups for part in whole.parted()]
         for spec in specs:
             if spec.dim == DEPTH:
-                found = _depth(model, section, blocks, spec, f"{self.source}: group {spec.name!r}")
-                groups[found.name] = found
+                depth = _depth(model, section, blocks, spec, f"{self.source}: group {spec.name!r}")
+                groups[depth.name] = depth
         for block in blocks:
             for spec in (spec for spec in specs if spec.dim != DEPTH):
                 where = f"{self.source}: group {spec.name!r}"

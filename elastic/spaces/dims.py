@@ -22,6 +22,7 @@ from elastic.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 KEY_VALUE = ("k_proj", "v_proj")
@@ -137,9 +138,9 @@ def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     return Sites(max_rank, tuple(Cut(f"{block}.{name}", "rank") for name in spec.of))
 
 
-def width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+def width(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP."""
-    parts = dict.fromkeys((*spec.outputs, *spec.inputs), (1,))
+    parts: dict[str, tuple[int, ...]] = dict.fromkeys((*spec.outputs, *spec.inputs), (1,))
     if spec.fused:
         channels = model.get_submodule(f"{block}.{spec.inputs[0]}").in_features
         for name in spec.outputs:
@@ -235,8 +236,8 @@ def _cuts(block: str, spec: GroupSpec, parts: Mapping[str, tuple[int, ...]]) -> 
     return (*made, *(cut(name, "in") for name in spec.inputs))
 
 
-def _full(model: nn.Module, spec: GroupSpec, cuts: Sequence[Cut]) -> int:
-    sizes = {}
+def _full(model: PreTrainedModel, spec: GroupSpec, cuts: Sequence[Cut]) -> int:
+    sizes: dict[Cut, int] = {}
     for cut in cuts:
         layer = model.get_submodule(cut.site)
         sizes[cut] = (layer.out_features if cut.axis == "out" else layer.in_features) // cut.unit

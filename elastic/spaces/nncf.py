@@ -80,7 +80,7 @@ class Entry:
 
     def text(self) -> str:
         self._expect("a text", isinstance(self.value, str))
-        return self.value
+        return str(self.value)
 
     def number(self) -> float:
         """YAML takes 3e-4, without a dot, for a text."""
@@ -101,7 +101,7 @@ class Entry:
 
     def is_on(self) -> bool:
         self._expect("true or false", isinstance(self.value, bool))
-        return self.value
+        return bool(self.value)
 
     def _expect(self, what: str, so: bool) -> None:
         if not so:
@@ -151,7 +151,7 @@ def import_space(config: SpaceImportConfig) -> Imported:
     source = Path(config.file)
     target = Path(config.save or source.with_suffix(".yaml").name)
     found = read(source, config.adapt)
-    files = {target: found.space.as_dict()}
+    files: dict[Path, Any] = {target: found.space.as_dict()}
     train = {"space": str(target), **found.train}
     files[target.with_name(f"{target.stem}-train.yaml")] = train
     if found.search:
@@ -344,9 +344,8 @@ def _search(section: Entry, notes: list[str]) -> dict[str, Any]:
     named = section.get("algorithm")
     algorithm = named.text() if named else "NSGA2"
     if algorithm not in SEARCHES:
-        raise ConfigError(
-            f"{named.where}: search algorithm {algorithm}; known: {', '.join(SEARCHES)}"
-        )
+        where = (named or section).where
+        raise ConfigError(f"{where}: search algorithm {algorithm}; known: {', '.join(SEARCHES)}")
     found: dict[str, Any] = {"sampler": SEARCHES[algorithm], "objectives": ["accuracy", "macs"]}
     for key, ours in (("num_evals", "trials"), ("population", "population")):
         what = f"the search leaves {key} open; set {ours} in the search settings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ class Counter:
         ]
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         for site in {site for site, _ in space.axes}:
-            layer = model.get_submodule(site)
+            layer: Any = model.get_submodule(site)
             layer = layer.base if isinstance(layer, ElasticLinear) else layer
             self.shapes[site] = (layer.out_features, layer.in_features, layer.bias is not None)
 

@@ -113,7 +113,7 @@ def original(kept: Mapping[str, Sequence[int]], name: str) -> str:
     return name
 
 
-def states(inputs: tuple, given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+def states(inputs: tuple[Any, ...], given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
     """Hidden states (batch, ..., features) before and after a block, from what a forward hook is
     told."""
     before = inputs[0] if inputs else given["hidden_states"]

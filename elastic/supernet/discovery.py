@@ -58,9 +58,9 @@ def space_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     if config.space != AUTO:
         return SearchSpace.load(config.space)
     found = loading.architecture_of(config.model).model_type
-    for space, types in KNOWN.items():
+    for name, types in KNOWN.items():
         if found in types:
-            return SearchSpace.load(space)
+            return SearchSpace.load(name)
     space = discover(loading.skeleton(config.model))
     for line in describe(space):
         say(f"Space of {found}: {line}")

@@ -53,7 +53,8 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
                 for name, change in changes.items():
                     squares[name] += float(change.square().sum())
                 examples += len(labels)
-                changes.clear(), starts.clear()
+                changes.clear()
+                starts.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -103,13 +104,12 @@ def _channels(x: Tensor, behind: Tensor, tell: Callable[[Tensor], None]) -> None
 def _ranks(
     layer: ElasticLinear, x: Tensor, y: Tensor, kept: int, tell: Callable[[Tensor], None]
 ) -> None:
-    x = x.detach()
+    x, adapter = x.detach(), layer.adapter
+    assert adapter is not None
 
     def hook(gradient: Tensor) -> None:
         with torch.no_grad():
-            (A, B), (A_kept, B_kept) = (
-                layer.adapter.factors(rank) for rank in (layer.adapter.max_rank, kept)
-            )
+            (A, B), (A_kept, B_kept) = (adapter.factors(rank) for rank in (adapter.max_rank, kept))
             update = x.to(A.dtype) @ A.T @ B.T - x.to(A.dtype) @ A_kept.T @ B_kept.T
             tell(update * gradient)
 

@@ -8,7 +8,7 @@ ordering by weight norm destroys the model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut, numbers
 from elastic.supernet.depth import states
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -50,7 +54,7 @@ def channel_order(
     }
 
 
-def _norm_scores(model: nn.Module, group: Group) -> Tensor:
+def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
     total = _blank(group)
     for cut in group.cuts:
         if cut.axis == "out":
@@ -63,7 +67,7 @@ def _norm_scores(model: nn.Module, group: Group) -> Tensor:
 
 
 def _activation_scores(
-    model: nn.Module, groups: list[Group], batches: Iterable[dict[str, Tensor]]
+    model: PreTrainedModel, groups: list[Group], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     kind = kind_of(model)
     reading = [(group, cut) for group in groups for cut in group.cuts if cut.axis == "in"]
@@ -81,14 +85,16 @@ def _activation_scores(
         x = x.double().flatten(0, -2)
         return x if real is None else x[real]
 
-    def watch(site: str):
+    def watch(site: str) -> RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             squares[site] += tokens(site, inputs[0]).pow(2).sum(0).cpu()
 
         return model.get_submodule(site).register_forward_pre_hook(hook)
 
-    def watch_block(block: str):
-        def hook(module: nn.Module, inputs: tuple, given: dict[str, Any], output: Any) -> None:
+    def watch_block(block: str) -> RemovableHandle:
+        def hook(
+            module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], output: Any
+        ) -> None:
             before, after = (tokens(block, x) for x in states(inputs, given, output))
             total, seen = changes[block]
             change = 1 - torch.cosine_similarity(before, after)

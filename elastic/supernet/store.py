@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
+from elastic.config.model import Dtype
 from elastic.config.parsing import from_dict
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, write_json, write_text
@@ -115,7 +116,7 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
     return about
 
 
-def load_run(run: Run, dtype: str | None = None) -> tuple[TrainConfig, loading.Base, Supernet]:
+def load_run(run: Run, dtype: Dtype | None = None) -> tuple[TrainConfig, loading.Base, Supernet]:
     """Settings, base model (in `dtype`, else as trained) and supernet of a finished run;
     BaseMismatch comes before weights load."""
     config = run.config()

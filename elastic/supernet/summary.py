@@ -16,6 +16,7 @@ from elastic.supernet.cost import Cost, Counter
 from elastic.supernet.discovery import require_fits, space_for
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedModel
 
 
@@ -49,7 +50,7 @@ class SpaceTable:
             console.print(table)
         print(json.dumps(self.as_dict()))
 
-    def tables(self) -> list:
+    def tables(self) -> list[Table]:
         from rich.table import Table
 
         title = f"{self.sub_adapters:.1e} sub-adapters"

@@ -79,7 +79,8 @@ class Supernet:
     def adapters(self) -> Iterator[tuple[str, Adapter]]:
         """Site and factors of every adapted layer."""
         for site in self.space.targets:
-            yield site, self.layer(site).adapter
+            if (adapter := self.layer(site).adapter) is not None:
+                yield site, adapter
 
     def _attach(self, generator: torch.Generator | None) -> None:
         cut_sites = (cut.site for group in self.space for cut in group.cuts)
@@ -195,8 +196,8 @@ class Supernet:
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
         verified = self._verified(state)
-        for name, own in self._verified_head(state).items():
-            self.head[name].copy_(own)
+        for name, tensor in self._verified_head(state).items():
+            self.head[name].copy_(tensor)
         for adapter, own in verified:
             adapter.load(own)
 
@@ -241,7 +242,7 @@ class Supernet:
         left_out = self.space.left_out(self.current)
         sites = (site for site in self.space.targets if not site.startswith(left_out))
         layers = ((layer, layer.adapter) for layer in map(self.layer, sites))
-        found = [adapter.penalty(layer.size.rank) for layer, adapter in layers]
+        found = [adapter.penalty(layer.size.rank) for layer, adapter in layers if adapter]
         terms = [term for term in found if term is not None]
         return METHODS[self.adapter.resolved_method].total(terms, learning_rate) if terms else None
 

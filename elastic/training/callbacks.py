@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from elastic.console import counting_bar
 from elastic.data.answers import answer_logits, answer_loss
@@ -83,7 +83,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         # Steps after the checkpoint are trained again; their old lines must not stay.
@@ -96,7 +96,9 @@ class MetricsFile(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
         row = {name: float(value) for name, value in (logs or {}).items() if _is_finite(value)}
         if "loss" in row and state.is_world_process_zero:
             with self.path.open("a") as file:
@@ -114,14 +116,16 @@ class Bar(TrainerCallback):
         self.progress = counting_bar(transient=False)
         self._probed = ""
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.progress.start()
         self.task = self.progress.add_task(
             "training", total=state.max_steps, completed=state.global_step
         )
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         if "loss_maximal" in logs:
@@ -133,10 +137,10 @@ class Bar(TrainerCallback):
         )
         self.progress.update(self.task, description=text)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
 
 

@@ -84,6 +84,7 @@ def with_classes(config: TrainConfig) -> TrainConfig:
 
 def predecessor(config: TrainConfig) -> Run:
     """The finished run to continue from; ConfigError if it trained something else."""
+    assert config.start_from is not None
     before = Run(config.start_from)
     theirs = before.config()
     for name in ("method", "rank", "scale"):

@@ -177,7 +177,8 @@ def _measure(
 def _trained_by(net: Supernet, shapes: Sequence[torch.Size]) -> dict[str, int]:
     """Trained parameters on layers of these shapes and of the head, by method; those that do not
     fit are left out."""
-    found, adapter = {}, net.adapter
+    found: dict[str, int] = {}
+    adapter = net.adapter
     head = sum(parameter.numel() for parameter in net.head.values())
     for name, method in METHODS.items():
         try:
@@ -202,7 +203,7 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _spared(model: nn.Module, quantise: str) -> int:
+def _spared(model: PreTrainedModel, quantise: str) -> int:
     """Bytes that packing the weights of linear layers, the head's excepted, saves."""
     if quantise == "none":
         return 0

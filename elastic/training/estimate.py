@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.console import wide
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.models.kinds import Kind, kind_of
 from elastic.supernet.summary import SpaceTable, _short
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Batch:
     assumed: str = ""
     """Why the lengths could not be read from the data; empty if they were."""
 
-    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+    def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """As training collates them, int64."""
         text, answer = (0,) * self.length, (0,) * self.answer
         row = {
@@ -119,7 +123,7 @@ class Estimate(SpaceTable):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         print(json.dumps(self.as_dict()))
 
-    def tables(self) -> list:
+    def tables(self) -> list[Table]:
         from rich.table import Table
 
         memory = Table("", "bytes", title=f"Memory of one micro-batch ({self.device})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import NUMBERS, running
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FEW = 2
 """The first block is none of the rest: what enters it has no gradient."""
@@ -58,7 +61,7 @@ def rehearse(net: Supernet, sub: SubAdapter, batch: Batch, distill: float = 0.0)
 
 def _alike(model: nn.Module) -> list[list[str]]:
     """Names of blocks in one list that compute the same, where they are many."""
-    kinds: dict[tuple, list[str]] = defaultdict(list)
+    kinds: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     seen: list[str] = []
     for name, blocks in modules_of(model, nn.ModuleList):
         if any(name.startswith(f"{outer}.") for outer in seen):
@@ -69,10 +72,10 @@ def _alike(model: nn.Module) -> list[list[str]]:
     return [kind for kind in kinds.values() if len(kind) > 2 * FEW + 1]
 
 
-def _signature(block: nn.Module) -> Iterator[tuple]:
+def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Classes, shapes, active sizes and plain settings of everything in a block, but its number."""
     for name, module in block.named_modules():
-        settings = {
+        settings: dict[str, Any] = {
             key: value
             for key, value in vars(module).items()
             if isinstance(value, bool | int | float | str) and key not in NUMBERS
@@ -86,7 +89,7 @@ def _signature(block: nn.Module) -> Iterator[tuple]:
 
 
 @contextlib.contextmanager
-def _without(model: nn.Module, left_out: Sequence[str]) -> Iterator[None]:
+def _without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
     """The model as if these blocks were not there."""
     lists = {name.rpartition(".")[0] for name in left_out}
     whole = {name: model.get_submodule(name) for name in lists}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +36,9 @@ from elastic.training.checks import (
 )
 from elastic.training.schedule import Schedule, examples_per_step
 from elastic.training.trainer import fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WATCHED = 16
 """Validation examples on which the losses of three sub-adapters are compared over time."""
@@ -69,7 +73,7 @@ def train_one(config: TrainConfig) -> Run:
     refuse_differing_depths(config, bound)
     before = predecessor(config) if config.start_from else None
     only = None
-    if config.sub_adapter:
+    if before and config.sub_adapter:
         ordered = bound.ordered(read_order(before.super_adapter))
         only = before.resolve(config.sub_adapter, ordered)[1]
     task = load_task(config.task, config.seed)
@@ -122,7 +126,12 @@ def train_one(config: TrainConfig) -> Run:
 
 
 def build(
-    model, space: SearchSpace, config: TrainConfig, *, calibration: list[Encoded], pad: int
+    model: PreTrainedModel,
+    space: SearchSpace,
+    config: TrainConfig,
+    *,
+    calibration: list[Encoded],
+    pad: int,
 ) -> Supernet:
     """The supernet at the start of training, its channels ordered."""
     bound = space.bind(model, config.adapter.rank)
@@ -132,7 +141,7 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
     order = distributed.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
-    settings = {"order": order, "seed": config.seed}
+    settings: dict[str, Any] = {"order": order, "seed": config.seed}
     if config.resolved_order == "none":
         return Supernet(model, space, config.adapter, **settings)
     batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
@@ -149,7 +158,7 @@ def build(
 
 
 @torch.no_grad()
-def _logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """At the answers, float32."""
     return answer_logits(model, batch)[0].float()
 

@@ -169,6 +169,7 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
     own = {key: values[number] for key, values in config.sequence.lists().items()}
     lambdas = {key: value for key, value in own.items() if key.startswith("lambda")}
     adapter = replace(config.adapter, olora=replace(config.adapter.olora, **lambdas))
+    unset: dict[str, Any] = dict.fromkeys(config.sequence.lists())
     stages, lr = list(config.resolved_stages), config.lr
     if "epochs" in own:
         stages[-1] = replace(stages[-1], epochs=own["epochs"])
@@ -182,7 +183,7 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
         run=str(stage_path(run, number, name)),
         task=_named(config.task, name),
         tasks=[],
-        sequence=replace(config.sequence, **dict.fromkeys(config.sequence.lists())),
+        sequence=replace(config.sequence, **unset),
         start_from=before,
         adapter=adapter,
         stages=stages,
@@ -192,13 +193,16 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
 
 def _named(task: TaskConfig, name: str) -> TaskConfig:
     """The task with its name put where {task} stands."""
-    texts = {key: value for key, value in vars(task).items() if isinstance(value, str)}
+    texts: dict[str, Any] = {
+        key: value for key, value in vars(task).items() if isinstance(value, str)
+    }
     if not any(_PLACE in text for text in texts.values()):
         raise ConfigError(
             "tasks: nothing in the settings of `task` depends on the name; write {task} where it "
             "belongs, such as --task.train data/{task}.train.jsonl"
         )
-    return replace(task, **{key: text.replace(_PLACE, name) for key, text in texts.items()})
+    named: dict[str, Any] = {key: text.replace(_PLACE, name) for key, text in texts.items()}
+    return replace(task, **named)
 
 
 def _load(task: TaskConfig, name: str, config: TrainConfig) -> Sequence[Example]:

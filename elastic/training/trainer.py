@@ -54,7 +54,7 @@ class ElasticTrainer(Trainer):
         *,
         only: SubAdapter | None = None,
         probe: Probe | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """`only`: the one sub-adapter to train, taught by what the maximal one is now."""
         self.net = net
@@ -64,7 +64,7 @@ class ElasticTrainer(Trainer):
         self.probe = probe
         self.pace = Pace()
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
-        self._visits = (only or net.current,)
+        self._visits: tuple[SubAdapter, ...] = (only or net.current,)
         self._fixed_teacher = frozen(net) if only and config.distill else None
         self._teacher: Tensor | None = None  # its logits on this micro-batch
         self._penalty: float | None = None
@@ -159,7 +159,7 @@ class ElasticTrainer(Trainer):
             else:
                 parameter.grad += gradient
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Beside the task's loss: stage, pace, regulariser, and now and then the probe."""
         if "loss" in logs:
             step = self.state.global_step
@@ -204,7 +204,7 @@ class ElasticTrainer(Trainer):
             self._teacher, _ = answer_logits(model, inputs)
         return self._teacher
 
-    def _get_train_sampler(self, train_dataset=None) -> SimilarLengths:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         step = examples_per_step(self.config, self.args.world_size)
         # Packed rows are full whatever stands in them: then the order is free.
         lengths = [1 if self.config.packing else x.length for _, x in self.train_dataset]
@@ -214,7 +214,7 @@ class ElasticTrainer(Trainer):
 
         return SimilarLengths(lengths, step, self.config.seed, epoch)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         ratio = self.net.adapter.lr_ratio
         if ratio == 1:
@@ -228,7 +228,9 @@ class ElasticTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * ratio})
         return optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
         # The optimiser's own rate is 1, so the factor is the rate; the Trainer saves the
         # scheduler with every checkpoint.
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -243,7 +245,9 @@ class ElasticTrainer(Trainer):
             return self.net.named(self.accelerator.get_state_dict(self.model_wrapped) or {})
         return self.net.factor_state()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """Factors alone; of a sharded model they come in `state_dict`, gathered."""
         from safetensors.torch import save_file
 
@@ -255,7 +259,7 @@ class ElasticTrainer(Trainer):
             self._fail(self.state.global_step, what, self._visits[-1], [])
         save_file({name: tensor.cpu() for name, tensor in state.items()}, directory / FACTORS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `fit` loads the factors before the model is wrapped and perhaps sharded."""
 
 
@@ -277,7 +281,7 @@ class _BeforeOptimizer(TrainerCallback):
     def __init__(self, act: Callable[[], None]) -> None:
         self.act = act
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.act()
 
 

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.importances RUN [--examples 96] [--save]
 
 Truth: the loss on validation examples with one group at its smallest choice, all others full, less
-the full model's. Importances: `elastic.sensitivity` on 64 training examples, as the search uses
-them. Rank correlations within a kind of group, since that is what the search compares.
+the full model's. Importances: `elastic.supernet.group_importance` on 64 training examples, as
+the search uses them. Rank correlations within a kind of group, since that is what the search
+compares.
 """
 
 from __future__ import annotations

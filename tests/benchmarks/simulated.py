@@ -168,7 +168,7 @@ def searched(
     while len(found) < trials and len(seconds) < 3 * trials:
         began = time.perf_counter()
         trial = study.ask()
-        trial.relative_params  # noqa: B018 as in elastic.study
+        trial.relative_params  # noqa: B018 as in elastic.searching.study
         at = {g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space}
         seconds.append(time.perf_counter() - began)
         sub, row = space.at(at), np.array(list(at.values()))

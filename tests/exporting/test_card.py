@@ -34,7 +34,8 @@ SAME = Agreement(0.0, 1.0, 1, 1, False)
 TIMES = {"full": Latency(25.0, 5.0, 0.0), "compact": Latency(12.5, 4.0, 0.0)}
 PROOF = Proof(
     about={}, bytes=1, exact=SAME, deployed=SAME, precision="float32",
-    timing=measurement(TIMES, TimingConfig(rounds=3, max_rounds=3)), weighed=Weighed(), texts=[], trade=Trade(),
+    timing=measurement(TIMES, TimingConfig(rounds=3, max_rounds=3)),
+    weighed=Weighed(), texts=[], trade=Trade(),
     as_torch=True,
 )  # fmt: skip
 MODEL = Model("uniform-0.5", SUB, Accuracy(0.525, 400, [0.476, 0.573]),
@@ -199,7 +200,7 @@ def test_what_the_report_does_not_know_is_left_out():
 
 def test_a_busy_machine_is_said():
     times = {"full": Latency(25.0, 0.0, 0.0), "compact": Latency(12.5, 0.0, 0.0)}
-    busy = replace(PROOF, timing=Measurement(times, 0.5, 3, 0.03))
+    busy = replace(PROOF, timing=replace(PROOF.timing, latencies=times, control=0.5))
     text = section(card.text(replace(REPORT, formats={"hf": busy})), "Latency")
     assert "too busy" in text and "one more token" not in text
 

@@ -1,0 +1,116 @@
+"""The pages and docstrings that say where things are: what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import elastic
+
+ROOT = Path(elastic.__file__).parents[1]
+PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "README.md")
+PACKAGES = sorted(file.parent.name for file in ROOT.glob("elastic/*/__init__.py"))
+FOLDERS = "elastic|tests|docs|configs|search_spaces"
+
+
+def spoken(file: Path) -> str:
+    """What a file says to people: of Python its docstrings and comments, of settings comments."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix in (".toml", ".yaml") or file.name == "Makefile":
+        return "\n".join(re.findall(r"#.*", text))
+    if file.suffix != ".py":
+        return text
+    words = [
+        node.value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join([*words, *(part.string for part in tokens if part.type == tokenize.COMMENT)])
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether the file has a function, class, attribute or constant of this name."""
+    pattern = rf'^\s*(def|class) {name}\b|^\s*{name}\b.*=|import .*\b{name}\b|^\s*"{name}"'
+    return re.search(pattern, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def untrue(text: str) -> list[str]:
+    """Paths, `path:name` and dotted modules in a text that name nothing."""
+    wrong = []
+    for path, name in re.findall(rf"(?<![\w/.])((?:{FOLDERS})/[\w./-]*\w)(?::(\w+))?", text):
+        file = ROOT / path
+        if not file.exists() or (name and not defines(file, name)):
+            wrong.append(f"{path}:{name}" if name else path)
+    for module in re.findall(r"(?<![\w/.])(?:elastic|tests)(?:\.[A-Za-z_]\w*)+", text):
+        if not leads_somewhere(module.split(".")):
+            wrong.append(module)
+    return wrong
+
+
+def leads_somewhere(parts: list[str]) -> bool:
+    """Whether these are a package, a module, or a name in one."""
+    place = ROOT
+    for number, part in enumerate(parts):
+        if (place / part).is_dir():
+            place /= part
+            continue
+        module = place / f"{part}.py"
+        if not module.is_file():
+            return defines(place / "__init__.py", part)
+        rest = parts[number + 1 :]
+        return not rest or defines(module, rest[0])
+    return True
+
+
+def readable() -> list[str]:
+    files = [*ROOT.glob("elastic/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py")]
+    files += [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("search_spaces/*.yaml")]
+    named = (*PAGES, "CHANGELOG.md", "Makefile", "pyproject.toml", ".pre-commit-config.yaml")
+    return [*named, *sorted(str(file.relative_to(ROOT)) for file in files)]
+
+
+def test_what_is_named_exists():
+    wrong = {file: untrue(spoken(ROOT / file)) for file in readable()}
+    assert {file: names for file, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", [
+    "elastic/trian.py", "elastic/run.py:Runner", "elastic.trian", "elastic.run.Runner",
+    "elastic.run.trian", "tests.benchmarks.trian", "docs/trian.md",
+])  # fmt: skip
+def test_what_does_not_exist_is_noticed(name):
+    assert untrue(f"see `{name}`, please") == [name]
+
+
+def test_tests_that_the_pages_name_exist():
+    tests = "".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", (ROOT / page).read_text(encoding="utf-8")):
+            assert f"def {name}(" in tests, (page, name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_says_what_it_owns(package):
+    assert f"`elastic/{package}/`" in (ROOT / PAGES[0]).read_text(encoding="utf-8")
+    body = ast.parse((ROOT / "elastic" / package / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(body)
+    # Importing a package must not import its rooms, except where it is a registry.
+    assert len(body.body) == 1 or package in ("adapters", "config", "data")
+
+
+def test_the_page_draws_the_imports_that_lint_enforces():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    [contract, *_] = settings["tool"]["importlinter"]["contracts"]
+    drawing = (ROOT / PAGES[0]).read_text(encoding="utf-8").split("```")[1]
+    drawn = re.findall(r"^(\w+(?: \| \w+)*)", drawing, re.MULTILINE)
+    assert drawn == contract["layers"]
+    assert set(PACKAGES) <= {name for layer in drawn for name in layer.split(" | ")}
