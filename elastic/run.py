@@ -30,7 +30,7 @@ class Chosen:
 
     @property
     def compress(self) -> str | None:
-        return self.candidate and self.candidate.compress
+        return self.candidate.compress if self.candidate else None
 
     def at(self, space: BoundSpace, seed: int = 0) -> SubAdapter:
         """A point of this space; RunError if it is none."""

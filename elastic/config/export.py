@@ -69,7 +69,7 @@ class HfConfig:
 
 
 Format = Literal["hf", "peft", Graph, "gguf"]
-_USUAL: tuple[Format, ...] = ("hf", "peft", *GRAPHS)
+_USUAL: tuple[Format, ...] = ("hf", "peft", "onnx", "openvino")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,14 +69,15 @@ def evaluate(
         model, tokenizer, [examples[number] for number in others], batch_tokens, label, quiet
     )
     found = dict(zip(others, scored, strict=True))
-    for new_tokens in sorted({examples[number].judge.new_tokens for number in generated}):
-        asked = [n for n in generated if examples[n].judge.new_tokens == new_tokens]
+    judges = {n: judge for n in generated if (judge := examples[n].judge)}
+    for new_tokens in sorted({judge.new_tokens for judge in judges.values()}):
+        asked = [n for n, judge in judges.items() if judge.new_tokens == new_tokens]
         texts = answers(
             model, tokenizer, [examples[n] for n in asked], new_tokens=new_tokens,
             beams=beams or 1, batch=batch, label=label, quiet=quiet,
         )  # fmt: skip
         for number, text in zip(asked, texts, strict=True):
-            found[number] = judged(examples[number].judge, text)
+            found[number] = judged(judges[number], text)
     return score_of([found[number] for number in range(len(examples))])
 
 

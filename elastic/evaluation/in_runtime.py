@@ -48,7 +48,7 @@ def answer(
 ) -> str:
     """What it says greedily in at most so many tokens; of a classifier the class, or the number."""
     if kind_of(model) is Kind.CLASSIFIER:
-        return _verdict(runner, model, tokenizer, example).said
+        return str(_verdict(runner, model, tokenizer, example).said)
     ends = {tokenizer.eos_token_id}
     return continued(runner, tokenizer, prompt_ids(tokenizer, example), new_tokens, ends).strip()
 
@@ -100,7 +100,7 @@ def _verdict(
     runner: Runner, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> Verdict:
     """On one example, with as many steps as decide it."""
-    if is_generated(model, example):
+    if example.judge and is_generated(model, example):
         text = answer(runner, model, tokenizer, example, example.judge.new_tokens)
         return judged(example.judge, text)
     rows, classes = rows_of(tokenizer, model, 0, example), classes_of(model)

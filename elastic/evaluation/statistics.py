@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Score:
         """95 % Wilson score interval (Wilson 1927): sane at 0 and 1, unlike the normal one."""
         return wilson(sum(self.correct), self.n)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         found = {
             "accuracy": self.accuracy,
             "accuracy_n": self.n,

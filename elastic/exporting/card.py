@@ -125,7 +125,7 @@ def _summary(report: Report, code: bool) -> str:
 
 
 def _quality(score: Accuracy, proof: Proof | None) -> Iterator[str]:
-    if score.accuracy is None:
+    if score.accuracy_interval is None:
         return
     yield "## Quality"
     low, high = score.accuracy_interval
@@ -133,7 +133,7 @@ def _quality(score: Accuracy, proof: Proof | None) -> Iterator[str]:
         f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
         f"{score.accuracy_n} test examples that the search never saw."
     )
-    if proof and proof.trade.difference is not None:
+    if proof and proof.trade.difference is not None and proof.trade.difference_interval:
         own, full, (low, high) = (
             proof.trade.compact, proof.trade.full, proof.trade.difference_interval
         )  # fmt: skip

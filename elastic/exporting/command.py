@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from elastic.config import ExportConfig
+from elastic.config.latency import RoundedTo
 from elastic.config.model import Dtype
 from elastic.console import say
 from elastic.data import load_task
@@ -55,7 +56,9 @@ from elastic.supernet.store import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elastic.data import Example
 
 
 def export(config: ExportConfig) -> Report:
@@ -71,7 +74,7 @@ def export(config: ExportConfig) -> Report:
     trained = run.config()
     chosen = run.chosen(config.sub_adapter)
     if chosen.compress and config.has_graphs and not config.compress:
-        config = dataclasses.replace(config, compress=[chosen.compress])
+        config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])
     for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
@@ -168,6 +171,7 @@ def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> 
     )
     if (building / "hf").is_dir():
         card.write(report, building / "hf")
+        assert not isinstance(report.formats["hf"], Skipped)
         whole = dataclasses.replace(report.formats["hf"], bytes=size_of(building / "hf"))
         report = dataclasses.replace(report, formats={**report.formats, "hf": whole})
     write_json(building / "report.json", report.contents)
@@ -187,7 +191,12 @@ def _reasons(source: Source) -> dict[str, str]:
 
 
 def _accuracy(
-    saved: Mapping[str, Any], config: ExportConfig, sub: SubAdapter, model, tokenizer, test
+    saved: Mapping[str, Any],
+    config: ExportConfig,
+    sub: SubAdapter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[Example],
 ) -> Accuracy:
     """On the test split: the search's if it scored this sub-adapter, else measured now."""
     if saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def inputs_of(
 ) -> np.ndarray:
     """What is fed before an answer, (1, length) int64."""
     if kind_of(model) is Kind.CLASSIFIER:
-        ids = encode_text(tokenizer, model, example).ids
+        ids = [*encode_text(tokenizer, model, example).ids]
     else:
         ids = prompt_ids(tokenizer, example)
     return np.array([ids], dtype=np.int64)
@@ -315,7 +315,8 @@ def weighed(kind: str, source: Source, directory: Path) -> Weighed:
     except RunError as error:
         say(str(error))
         return Weighed()
-    return Weighed(*astuple(own), *astuple(full), size_of(Path(loads[1].folder)))
+    size = size_of(Path(loads[1].folder))
+    return Weighed(own.load_s, own.memory_mb, full.load_s, full.memory_mb, size)
 
 
 def texts(runner: Runner, source: Source, test: Sequence[Example]) -> list[str]:

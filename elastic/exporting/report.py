@@ -160,7 +160,7 @@ class Report:
             f"{model.full_cost.params / 1e6:.1f} M parameters, "
             f"{model.cost.macs / model.full_cost.macs:.0%} of the operations per token"
         )
-        if score.accuracy is not None:
+        if score.accuracy_interval is not None:
             low, high = score.accuracy_interval
             yield (
                 f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
@@ -242,8 +242,8 @@ def _trades(proved: Mapping[str, Proof], timing: TimingConfig) -> Iterator[str |
         "Differences are in points on the same examples, brackets 95 % intervals; every row took "
         "turns with the full model, and its speed-up is the median of those turns."
     )
-    for runtime, found in runtimes.items():
-        yield _trade(runtime, found)
+    for runtime, precisions in runtimes.items():
+        yield _trade(runtime, precisions)
 
 
 def _trade(runtime: str, proved: Mapping[str, Proof]) -> Table:
@@ -277,13 +277,13 @@ def _trade(runtime: str, proved: Mapping[str, Proof]) -> Table:
 
 
 def _accuracy(score: Accuracy) -> str:
-    if score.accuracy is None:
+    if score.accuracy_interval is None:
         return "-"
     return f"{score.accuracy:.1%} {_interval(score.accuracy_interval)}"
 
 
 def _difference(trade: Trade) -> str:
-    if trade.difference is None:
+    if trade.difference is None or trade.difference_interval is None:
         return ""
     return f"{100 * trade.difference:+.1f} {_interval(trade.difference_interval)}"
 

@@ -156,7 +156,7 @@ class _Graph(Format):
     """Runs in the runtime of its name."""
 
     def require(self) -> None:
-        graphs.require(self.runtime)
+        graphs.require(str(self.runtime))
 
     def why_not(self, source: Source) -> str | None:
         return no_graph(kind_of(source.models["compact"]))

@@ -122,6 +122,7 @@ def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
         _refuse_noise(timetable.control, config)
         write_json(config.save, timetable.as_dict())
         return TableReport(timetable, Path(config.save))
+    assert chosen is not None  # unless a table is recorded
     candidate = Candidate(chosen.at(net.space, config.seed), mode)
     if config.timing.runtime != "torch":
         say(f"Writing both models for {config.timing.runtime}")

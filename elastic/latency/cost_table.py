@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from elastic.latency.additive import Additive
-from elastic.spaces.bound import WHOLE, BoundSpace, Candidate, Point, SubAdapter
+from elastic.spaces.bound import WHOLE, Point, Space
 from elastic.spaces.dims import BITS
 
 NOISE = 0.01
 """Standard deviation of one measured latency, in parts of it."""
 
 
-def kinds(space: BoundSpace) -> list[str]:
+def kinds(space: Space[Any]) -> list[str]:
     """What groups are alike: those of one name but for the block's number."""
     names = [
         [part for part in group.name.split(".") if not (part.isdigit() or part == "*")]
@@ -29,7 +30,7 @@ def kinds(space: BoundSpace) -> list[str]:
     return [".".join(name[shared:]) for name in names] + bits
 
 
-def shares(space: BoundSpace) -> list[list[float]]:
+def shares(space: Space[Any]) -> list[list[float]]:
     """The choices of every group as parts of its full size; of bits, what rounding leaves exact."""
     return [
         [1 - 2.0**-choice if group.dim == BITS else choice / group.choices[0]
@@ -38,12 +39,12 @@ def shares(space: BoundSpace) -> list[list[float]]:
     ]  # fmt: skip
 
 
-def places(space: BoundSpace, points: Sequence[Point]) -> np.ndarray:
+def places(space: Space[Point], points: Sequence[Point]) -> np.ndarray:
     """(points, groups) of indices into each group's choices."""
     return np.array([list(space.indices(point).values()) for point in points], dtype=np.int64)
 
 
-def pinned(space: BoundSpace, costs: np.ndarray) -> Iterator[np.ndarray]:
+def pinned(space: Space[Any], costs: np.ndarray) -> Iterator[np.ndarray]:
     """The costs (groups, choices) for one depth after another: infinite where a choice is another
     depth, or of a group whose blocks do not run. Without depths, as they are."""
     rows = {group.name: row for row, group in enumerate(space)}
@@ -69,7 +70,7 @@ class Table:
     Ranks of merged ones save nothing, since their factors are gone.
     """
 
-    space: BoundSpace
+    space: Space[Any]
     full: float
     """Milliseconds of the full model, as fitted."""
     effects: np.ndarray
@@ -77,7 +78,7 @@ class Table:
 
     @classmethod
     def fit(
-        cls, space: BoundSpace, measured: Mapping[Point, float], *, merged: bool = True
+        cls, space: Space[Point], measured: Mapping[Point, float], *, merged: bool = True
     ) -> Table:
         """Of latencies in milliseconds; the more of the range they cover, the better."""
         at, values = places(space, list(measured)), np.array(list(measured.values()))
@@ -96,7 +97,7 @@ class Table:
         return cls(space, full, effects)
 
     @classmethod
-    def counted(cls, space: BoundSpace, cost: Callable[[Candidate], float]) -> Table:
+    def counted(cls, space: Space[Point], cost: Callable[[Point], float]) -> Table:
         """Of a cost that can be asked for any candidate: what every choice saves on its own."""
         at = space.indices(space.maximal())
         full = cost(space.maximal())
@@ -115,9 +116,9 @@ class Table:
         """From the cheapest sub-adapter to the full model."""
         return -least(self.alternatives())
 
-    def __call__(self, sub: SubAdapter) -> float:
+    def __call__(self, point: Any) -> float:
         """Milliseconds, or whatever else it was told."""
-        at = places(self.space, [sub])[0]
+        at = places(self.space, [point])[0]
         return self.full + float(self.effects[np.arange(len(at)), at].sum())
 
 
@@ -126,7 +127,7 @@ class Tables:
     """One table per number of bits, as one of the space that has them to choose from: what a choice
     saves differs with the precision."""
 
-    space: BoundSpace
+    space: Space[Any]
     by_bits: Mapping[int, Table]
     """Of the space without them."""
 

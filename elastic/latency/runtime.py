@@ -71,4 +71,5 @@ def open_runner(
     graph = graphs.write(model, directory, timing.runtime)
     if compress:
         graph = compression.compress(graph, directory / compress, compress).path
-    return graphs.MODULES[timing.runtime].open_runner(graph)
+    runner: Runner = graphs.MODULES[timing.runtime].open_runner(graph)
+    return runner

@@ -8,7 +8,7 @@ want some settings of our folders in words of their own, as long as folders are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ NAME, FORMER = "cache", "past_key_values"
 
 def given(model: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
     """The argument by which `model` goes on from what it has cached (until 5.40)."""
-    return {_name(type(model)): cache}
+    return {_name(type(model).forward): cache}
 
 
 @lru_cache
-def _name(kind: type[PreTrainedModel]) -> str:
-    return NAME if NAME in inspect.signature(kind.forward).parameters else FORMER
+def _name(forward: Callable[..., Any]) -> str:
+    return NAME if NAME in inspect.signature(forward).parameters else FORMER
 
 
 def cache_of(output: ModelOutput) -> Cache | None:

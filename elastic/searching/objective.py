@@ -111,14 +111,14 @@ class Objective:
         model, mode = compact(self.net, candidate.sub_adapter), candidate.compress
         return round_(model, mode, self.config.timing.runtime) if mode else model
 
-    def costs(self, candidate: Candidate) -> dict[str, float]:
+    def costs(self, candidate: Candidate) -> dict[str, Any]:
         """All figures but accuracy."""
         sub = candidate.sub_adapter
         predicted, counted = self.timetables[candidate.compress](sub), self.cost(sub)
         speed = per_second(self.config.timing.batch, predicted["decode_ms"])
         return {**predicted, "tokens_per_second": speed, **asdict(counted)}
 
-    def smallest(self) -> list[dict[str, float]]:
+    def smallest(self) -> list[dict[str, Any]]:
         """`costs` of everything at its smallest, at every precision: fewer bits are smaller, not
         faster."""
         least = self.space.minimal()

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from elastic.latency.additive import Additive, Posterior, cheapest
 from elastic.latency.cost_table import Table, Tables, kinds, least, places, shares
-from elastic.spaces.bound import BoundSpace, Point, generator_for
+from elastic.spaces.bound import CandidateSpace, Point, Space, generator_for
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)
@@ -38,7 +38,7 @@ class AdditiveSampler(BaseSampler):
 
     def __init__(
         self,
-        space: BoundSpace,
+        space: CandidateSpace,
         *,
         examples: int,
         room: float | None = None,
@@ -152,7 +152,7 @@ class AdditiveSampler(BaseSampler):
         ]
 
 
-def _settled(space: BoundSpace, at: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+def _settled(space: Space[Any], at: Sequence[int] | np.ndarray) -> tuple[int, ...]:
     """Indices into each group's choices, 0 where the block does not run."""
     if not space.depths:
         return tuple(at)
@@ -162,7 +162,7 @@ def _settled(space: BoundSpace, at: Sequence[int] | np.ndarray) -> tuple[int, ..
 
 
 def _neighbour(
-    space: BoundSpace,
+    space: Space[Any],
     chosen: np.ndarray,
     alternatives: Sequence[np.ndarray],
     most: float,
@@ -196,7 +196,7 @@ def sampling_variance(accuracies: np.ndarray, examples: int) -> float:
 
 
 def learn(
-    space: BoundSpace,
+    space: Space[Point],
     measured: Mapping[Point, float],
     examples: int,
     importance: Mapping[str, float] | None = None,
@@ -208,7 +208,7 @@ def learn(
     return model.fit(places(space, list(measured)), values, sampling_variance(values, examples))
 
 
-def _model(space: BoundSpace, importance: Mapping[str, float] | None) -> Additive:
+def _model(space: Space[Any], importance: Mapping[str, float] | None) -> Additive:
     weights = None
     if importance:
         weights = [max(importance[group.name], 1e-12) for group in space]

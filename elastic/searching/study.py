@@ -159,7 +159,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
                 f"delete {where} to start anew"
             )
     with experimental():
-        study.set_metric_names(config.chosen_objectives)  # for optuna-dashboard
+        study.set_metric_names([*config.chosen_objectives])  # for optuna-dashboard
     return study, config
 
 

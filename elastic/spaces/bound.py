@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
@@ -74,7 +74,8 @@ class Candidate:
         return f"{self.sub_adapter} {self.compress or ''}".strip()
 
 
-Point = SubAdapter | Candidate
+Point = TypeVar("Point", SubAdapter, Candidate)
+"""What a space has: sub-adapters, or in a search candidates."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class BoundSpace:
-    """A search space on one model."""
+class Space(Generic[Point]):
+    """Groups with their choices on one model; what its points are, `at` and `indices` say."""
 
     groups: tuple[Group, ...]
     targets: tuple[str, ...]
@@ -188,29 +189,22 @@ class BoundSpace:
             f"{block}." for group in self.depths for block in group.blocks[sub[group.name] :]
         )
 
-    def ordered(self, order: Mapping[str, Sequence[int] | Tensor]) -> BoundSpace:
-        """The space whose depths leave out the last blocks of this order first; of other groups
-        nothing is read."""
-        groups = []
-        for group in self.groups:
-            if group.dim == DEPTH and group.name in order:
-                by_number = dict(zip(numbers(group.blocks), group.blocks, strict=True))
-                blocks = tuple(by_number[int(number)] for number in order[group.name])
-                group = replace(group, blocks=blocks)
-            groups.append(group)
-        return BoundSpace(tuple(groups), self.targets)
+    def at(self, indices: Mapping[str, int]) -> Point:
+        """The point with these indices into each group's descending choices. Groups of blocks that
+        do not run have size 0."""
+        raise NotImplementedError
 
-    def at(self, indices: Mapping[str, int]) -> SubAdapter:
-        """The sub-adapter with these indices into each group's descending choices. Groups of
-        blocks that do not run have size 0."""
+    def indices(self, point: Point) -> dict[str, int]:
+        """Inverse of `at`, 0 where the size is; RunError if it is no point of this space."""
+        raise NotImplementedError
+
+    def _sizes(self, indices: Mapping[str, int]) -> SubAdapter:
         gone = self.gone(indices)
         return SubAdapter(
             tuple((g.name, 0 if g.name in gone else g.choices[indices[g.name]]) for g in self)
         )
 
-    def indices(self, sub: SubAdapter) -> dict[str, int]:
-        """Inverse of `at`, 0 where the size is; RunError if the sub-adapter is not a point of this
-        space."""
+    def _indices(self, sub: SubAdapter) -> dict[str, int]:
         choices = self.check(sub).as_dict()
         return {
             group.name: group.choices.index(choices[group.name]) if choices[group.name] else 0
@@ -235,17 +229,17 @@ class BoundSpace:
                 )
         return SubAdapter(tuple((g.name, 0 if g.name in gone else choices[g.name]) for g in self))
 
-    def maximal(self) -> SubAdapter:
+    def maximal(self) -> Point:
         return self.at({group.name: 0 for group in self.groups})
 
-    def minimal(self) -> SubAdapter:
+    def minimal(self) -> Point:
         return self.at({group.name: len(group.choices) - 1 for group in self.groups})
 
-    def heuristic(self) -> SubAdapter:
+    def heuristic(self) -> Point:
         """The choice at index (n - 1) // 2 of every group, the one LoNAS reports."""
         return self.at({group.name: (len(group.choices) - 1) // 2 for group in self.groups})
 
-    def uniform(self, fraction: float) -> SubAdapter:
+    def uniform(self, fraction: float) -> Point:
         """In every group the choice nearest to `fraction` of the full size."""
 
         def nearest(group: Group) -> int:
@@ -254,11 +248,11 @@ class BoundSpace:
 
         return self.at({group.name: nearest(group) for group in self.groups})
 
-    def random(self, generator: random_module.Random) -> SubAdapter:
+    def random(self, generator: random_module.Random) -> Point:
         """Every group on its own, uniformly."""
         return self.at({g.name: generator.randrange(len(g.choices)) for g in self.groups})
 
-    def stratified(self, generator: random_module.Random, jitter: float = 0.25) -> SubAdapter:
+    def stratified(self, generator: random_module.Random, jitter: float = 0.25) -> Point:
         """A target size first, then choices near it.
 
         Independent draws crowd around the middle and never visit the ends. Here a position t in
@@ -275,8 +269,8 @@ class BoundSpace:
 
         return self.at({group.name: near(group) for group in self.groups})
 
-    def ladder(self) -> list[SubAdapter]:
-        """Uniform sub-adapters from the maximal to the minimal, without repeats."""
+    def ladder(self) -> list[Point]:
+        """Uniform points from the maximal to the minimal, without repeats."""
         steps = max((len(group.choices) for group in self.groups), default=1)
         rungs = [
             self.at({g.name: round(i * (len(g.choices) - 1) / max(1, steps - 1))
@@ -284,6 +278,32 @@ class BoundSpace:
             for i in range(steps)
         ]  # fmt: skip
         return list(dict.fromkeys(rungs))
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+
+@dataclass(frozen=True)
+class BoundSpace(Space[SubAdapter]):
+    """A search space on one model."""
+
+    def at(self, indices: Mapping[str, int]) -> SubAdapter:
+        return self._sizes(indices)
+
+    def indices(self, point: SubAdapter) -> dict[str, int]:
+        return self._indices(point)
+
+    def ordered(self, order: Mapping[str, Sequence[int] | Tensor]) -> BoundSpace:
+        """The space whose depths leave out the last blocks of this order first; of other groups
+        nothing is read."""
+        groups = []
+        for group in self.groups:
+            if group.dim == DEPTH and group.name in order:
+                by_number = dict(zip(numbers(group.blocks), group.blocks, strict=True))
+                blocks = tuple(by_number[int(number)] for number in order[group.name])
+                group = replace(group, blocks=blocks)
+            groups.append(group)
+        return BoundSpace(tuple(groups), self.targets)
 
     def named(self, name: str, seed: int = 0) -> SubAdapter:
         """maximal, heuristic, minimal, random or uniform-FRACTION."""
@@ -298,9 +318,6 @@ class BoundSpace:
         known = ["maximal", "heuristic", "minimal", "random", "uniform-0.75"]
         raise RunError(unknown("sub-adapter", name, known))
 
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.groups)
-
 
 WHOLE = 32
 """Bits of a weight that is not compressed."""
@@ -312,7 +329,7 @@ def bits_of(mode: str | None) -> int:
 
 
 @dataclass(frozen=True)
-class CandidateSpace(BoundSpace):
+class CandidateSpace(Space[Candidate]):
     """The space of a search, whose points are candidates: where there are modes to choose from, the
     number of bits is one more group."""
 
@@ -322,19 +339,19 @@ class CandidateSpace(BoundSpace):
     @classmethod
     def of(cls, space: BoundSpace, modes: Sequence[str]) -> CandidateSpace:
         """Sub-adapters as they are and in these modes, of which no two have the same bits."""
-        ordered = tuple(sorted((None, *modes), key=bits_of, reverse=True))
+        ordered = tuple(sorted([None, *modes], key=bits_of, reverse=True))
         bits = (Group(BITS, BITS, tuple(map(bits_of, ordered)), ()),) if modes else ()
         return cls((*space.groups, *bits), space.targets, ordered)
 
     def at(self, indices: Mapping[str, int]) -> Candidate:
-        choices = super().at(indices).as_dict()
+        choices = self._sizes(indices).as_dict()
         choices.pop(BITS, None)
         return Candidate(SubAdapter(tuple(choices.items())), self.modes[indices.get(BITS, 0)])
 
-    def indices(self, candidate: Candidate) -> dict[str, int]:
-        bits = (BITS, bits_of(candidate.compress))
-        choices = candidate.sub_adapter.choices
-        return super().indices(SubAdapter((*choices, bits) if len(self.modes) > 1 else choices))
+    def indices(self, point: Candidate) -> dict[str, int]:
+        bits = (BITS, bits_of(point.compress))
+        choices = point.sub_adapter.choices
+        return self._indices(SubAdapter((*choices, bits) if len(self.modes) > 1 else choices))
 
 
 def generator_for(seed: int, *purpose: object) -> random.Random:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from elastic.console import say
 from elastic.errors import RunError
@@ -23,7 +24,9 @@ KEPT = 2
 class MarkWhole(TrainerCallback):
     """Marks every checkpoint once all processes have written their part of it."""
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         processes = PartialState()
         processes.wait_for_everyone()
         if processes.is_main_process:
