@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import elastic
 
@@ -39,7 +40,7 @@ def spoken(file: Path) -> str:
 
 def defines(file: Path, name: str) -> bool:
     """Whether the file has a function, class, attribute or constant of this name."""
-    pattern = rf'^\s*(def|class) {name}\b|^\s*{name}\b.*=|import .*\b{name}\b|^\s*"{name}"'
+    pattern = rf'^ *(def|class) {name}\b|^ *{name}\b.*=|import .*\b{name}\b|^ *"{name}"'
     return re.search(pattern, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
@@ -114,3 +115,50 @@ def test_the_page_draws_the_imports_that_lint_enforces():
     drawn = re.findall(r"^(\w+(?: \| \w+)*)", drawing, re.MULTILINE)
     assert drawn == contract["layers"]
     assert set(PACKAGES) <= {name for layer in drawn for name in layer.split(" | ")}
+
+
+def private_names() -> set[tuple[str, str]]:
+    """(file, name) of what belongs to another library and begins with an underscore: attributes
+    that nothing here defines, modules, and methods of the Trainer that ours overrides."""
+    trees = {str(file.relative_to(ROOT)): ast.parse(file.read_text(encoding="utf-8"))
+             for file in ROOT.glob("elastic/**/*.py")}  # fmt: skip
+    nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
+    ours = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours |= {node.id for _, node in nodes
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}  # fmt: skip
+    ours |= {node.attr for _, node in nodes
+             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+             and ast.unparse(node.value) == "self"}  # fmt: skip
+    found = set()
+    for file, node in nodes:
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            if node.attr not in ours and ast.unparse(node.value) != "self":
+                found.add((file, node.attr))
+        elif isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)_[^_]", node.module or ""):
+            found.add((file, node.module))
+        elif isinstance(node, ast.ClassDef) and "Trainer" in map(ast.unparse, node.bases):
+            overridden = {method.name for method in node.body if hasattr(method, "name")}
+            found |= {(file, name) for name in overridden & set(dir(Trainer))
+                      if re.match("_[^_]", name)}  # fmt: skip
+    return found
+
+
+def test_private_names_of_other_libraries_are_listed():
+    """All of them, each with the file that it stands in, and nothing that is gone."""
+    section = (ROOT / PAGES[0]).read_text(encoding="utf-8").partition("## Private names")[2]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")][2:]
+    used = private_names()
+    for file, name in used:
+        row = next((cells for cells in rows if file in cells[2] and said(name, cells[1])), None)
+        assert row, f"{file} uses {name}, which docs/architecture.md does not list"
+    for cells in rows:
+        for file in re.findall(r"`([^`]*)`", cells[2]):
+            assert any(where == file and said(name, cells[1]) for where, name in used), cells
+
+
+def said(name: str, cell: str) -> bool:
+    """Whether a cell names it, or with "and kin" one that begins alike."""
+    names = re.findall(r"[\w.]*_\w[\w.]*", cell)
+    kin = "and kin" in cell
+    return any(name in one.split(".") or name == one or one.startswith(f"{name}.")
+               or (kin and name.startswith(one.rpartition(".")[2])) for one in names)  # fmt: skip

@@ -1,6 +1,6 @@
 """Trains tiny runs in child processes that are killed with SIGKILL at random moments.
 
-    python tests/killed.py TINY_MODEL FOLDER SEED KILLS
+    python tests/programs/killed.py TINY_MODEL FOLDER SEED KILLS
 
 One interpreter imports everything once and forks; FOLDER/whole is never interrupted,
 FOLDER/killed is killed and begun again until it ends by itself. Prints one JSON line.

@@ -1,6 +1,6 @@
 """Searches one study from several processes, the first of which is killed in mid-trial.
 
-    python tests/searching.py RUN STORAGE WORKERS TRIALS
+    python tests/programs/searching.py RUN STORAGE WORKERS TRIALS
 
 One interpreter imports everything once and forks. Latency is a function of the size. Every call
 of the objective leaves a line (process, sub-adapter) in RUN/asked.jsonl; the last line printed is

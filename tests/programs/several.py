@@ -1,6 +1,6 @@
 """Trains tiny runs as one of several processes.
 
-    torchrun --nproc_per_node 2 tests/several.py TINY_MODEL FOLDER NAME ...
+    torchrun --nproc_per_node 2 tests/programs/several.py TINY_MODEL FOLDER NAME ...
 
 NAME is a key of RUNS; `resumed` is stopped after a checkpoint and begun again. What FSDP2 computes
 is written to FOLDER/sharded.safetensors.
