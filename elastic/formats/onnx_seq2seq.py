@@ -10,6 +10,7 @@ alone, would copy them at every token.) Embeddings that encoder and decoder shar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,8 +137,9 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
     """The decoder as one graph with two branches around one set of weights."""
     from onnx import TensorProto, helper
 
-    own = [value.name for value in step.graph.input if ".decoder." in value.name]
-    given = [value.name for value in step.graph.input if ".encoder." in value.name]
+    inputs = [value.name for value in step.graph.input]
+    own = [name for name in inputs if ".decoder." in name]
+    given = [name for name in inputs if ".encoder." in name]
     computed = [value.name for value in cross.graph.output]
     outputs = [*step.graph.output, *cross.graph.output]
     weights = {w.name: w for graph in (step.graph, cross.graph) for w in graph.initializer}
@@ -148,7 +150,8 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
         for node in graph.node
         if node.op_type == "Transpose" and node.input[0] in weights
     }
-    shared = {*weights, *alone, *(value.name for value in step.graph.input)}
+    # Empty: an optional input that is not given.
+    shared = {name: name for name in ("", *weights, *alone, *inputs)}
 
     # The first token: a past of length 0, and cross-attention from what the encoder said.
     crossed = dict(zip(given, (f"{CROSS}/{name}" for name in computed), strict=True))
@@ -156,7 +159,7 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
     first = [
         *_emptied(FIRST, own, nothing.values()),
         *_renamed(cross.graph, CROSS, shared),
-        *_renamed(step.graph, FIRST, shared, crossed | nothing),
+        *_renamed(step.graph, FIRST, shared | crossed | nothing),
     ]
     # Later ones: cross-attention is as it was, and nothing is said of it.
     later = [
@@ -166,16 +169,20 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
 
     def branch(name: str, nodes: list[NodeProto], place: str) -> GraphProto:
         parts = ((name, step.graph.output), (place, cross.graph.output))
-        said = [_value(value, f"{part}/{value.name}") for part, values in parts for value in values]
+        said = [
+            helper.make_value_info(f"{part}/{value.name}", value.type)
+            for part, values in parts
+            for value in values
+        ]
         return helper.make_graph(nodes, name, [], said)
 
     choice = helper.make_node(
         "If", [BRANCH], [value.name for value in outputs], name=BRANCH,
         then_branch=branch(NEXT, later, NEXT), else_branch=branch(FIRST, first, CROSS),
     )  # fmt: skip
-    inputs = [*step.graph.input, helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])]
-    nodes = [*alone.values(), choice]
-    return _model(step, nodes, inputs, outputs, list(weights.values()))
+    branching = helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])
+    nodes, read = [*alone.values(), choice], [*step.graph.input, branching]
+    return _model(step, nodes, read, outputs, list(weights.values()))
 
 
 def unmerged(path: Path) -> ModelProto:
@@ -196,9 +203,7 @@ def unmerged(path: Path) -> ModelProto:
         for node in _needed(branch.node, place)
     ]
     inputs = [value for value in merged.graph.input if value.name != BRANCH]
-    found = _model(merged, [*alone, *nodes], inputs, merged.graph.output, merged.graph.initializer)
-    found.metadata_props.extend(merged.metadata_props)
-    return found
+    return _model(merged, [*alone, *nodes], inputs, merged.graph.output, merged.graph.initializer)
 
 
 def remerged(model: ModelProto) -> ModelProto:
@@ -212,9 +217,7 @@ def remerged(model: ModelProto) -> ModelProto:
         return _model(model, nodes, graph.input, outputs, weights)
 
     cross = [value for value in graph.output if ".encoder." in value.name]
-    found = _merged(part(cross), part([value for value in graph.output if value not in cross]))
-    found.metadata_props.extend(model.metadata_props)
-    return found
+    return _merged(part(cross), part([value for value in graph.output if value not in cross]))
 
 
 def _model(
@@ -227,7 +230,9 @@ def _model(
     from onnx import helper
 
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, initializer=weights)
-    return helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+    model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+    model.metadata_props.extend(like.metadata_props)
+    return model
 
 
 def _emptied(part: str, sources: Iterable[str], targets: Iterable[str]) -> list[NodeProto]:
@@ -255,37 +260,21 @@ def _needed(nodes: Sequence[NodeProto], results: Iterable[str]) -> list[NodeProt
     return found[::-1]
 
 
-def _renamed(
-    graph: GraphProto, part: str, shared: set[str], instead: Mapping[str, str] | None = None
-) -> list[NodeProto]:
-    """Its nodes, but for those that are shared, with the names of a part of their own."""
-
-    def rename(name: str) -> str:
-        if not name or name in (instead or {}):  # empty: an optional input that is not given
-            return (instead or {}).get(name, name)
-        return name if name in shared else f"{part}/{name}"
-
-    return [_copied(node, rename) for node in graph.node if node.output[0] not in shared]
+def _renamed(graph: GraphProto, part: str, instead: Mapping[str, str]) -> list[NodeProto]:
+    """Its nodes, but for those that `instead` has, with the names of a part of their own."""
+    return [
+        _copied(node, lambda name: instead.get(name, f"{part}/{name}"))
+        for node in graph.node
+        if node.output[0] not in instead
+    ]
 
 
 def _copied(node: NodeProto, rename: Callable[[str], str]) -> NodeProto:
-    from onnx import NodeProto
-
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.name = rename(node.name)
-    copy.input[:] = [rename(name) for name in node.input]
-    copy.output[:] = [rename(name) for name in node.output]
-    return copy
-
-
-def _value(value: ValueInfoProto, name: str) -> ValueInfoProto:
-    from onnx import ValueInfoProto
-
-    copy = ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
+    node = copy.deepcopy(node)
+    node.name = rename(node.name)
+    node.input[:] = map(rename, node.input)
+    node.output[:] = map(rename, node.output)
+    return node
 
 
 def prompt_inputs(
