@@ -69,8 +69,9 @@ def _classifier(model: PreTrainedModel) -> Trace:
 
 
 def open_runner(path: Path, threads: int | None = None) -> Runner:
-    """The runner for what `write` returned."""
-    pair = Path(path).name == onnx_seq2seq.DECODER
+    """The runner for what `write` returned, or left in a folder."""
+    path = graph_in(path) if path.is_dir() else path
+    pair = path.name == onnx_seq2seq.DECODER
     return (onnx_seq2seq.OnnxEncoderDecoder if pair else OnnxRunner)(path, threads)
 
 
@@ -78,8 +79,3 @@ def graph_in(directory: Path) -> Path:
     """What `write` returned for this folder."""
     there = (directory / onnx_seq2seq.DECODER).is_file()
     return directory / (onnx_seq2seq.DECODER if there else FILE)
-
-
-def open_folder(directory: Path, threads: int | None = None) -> Runner:
-    """The runner for what `write` left in a folder."""
-    return open_runner(graph_in(directory), threads)

@@ -250,8 +250,9 @@ class OpenVINOEncoderDecoder(OpenVINORunner):
 
 
 def open_runner(path: Path, threads: int | None = None, precision: str | None = "f32") -> Runner:
-    """The runner for what `write` returned."""
-    kind = OpenVINOEncoderDecoder if Path(path).name == DECODER else OpenVINORunner
+    """The runner for what `write` returned, or left in a folder."""
+    path = graph_in(path) if path.is_dir() else path
+    kind = OpenVINOEncoderDecoder if path.name == DECODER else OpenVINORunner
     return kind(path, threads, precision)
 
 
@@ -259,10 +260,3 @@ def graph_in(directory: Path) -> Path:
     """What `write` returned for this folder."""
     there = (directory / DECODER).is_file()
     return directory / (DECODER if there else FILE)
-
-
-def open_folder(
-    directory: Path, threads: int | None = None, precision: str | None = "f32"
-) -> Runner:
-    """The runner for what `write` left in a folder."""
-    return open_runner(graph_in(directory), threads, precision)
