@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -88,13 +89,12 @@ class Compressed:
 
     def as_dict(self) -> dict[str, Any]:
         """For a report: the layers counted by precision and group, the exceptions by name."""
-        counted: dict[str, int] = {}
-        for weight in self.weights.values():
-            name = weight.precision if weight.group is None else (
-                f"{weight.precision}, groups of {weight.group}")  # fmt: skip
-            counted[name] = counted.get(name, 0) + 1
+        layers = Counter(
+            each.precision + (f", groups of {each.group}" if each.group is not None else "")
+            for each in self.weights.values()
+        )
         return {
-            "mode": self.mode, "layers": counted,
+            "mode": self.mode, "layers": dict(layers),
             "exceptions": {name: {**asdict(self.weights[name]), "reason": reason}
                            for name, reason in self.exceptions.items()},
             "bytes_before": self.bytes_before, "bytes": self.bytes,

@@ -94,10 +94,17 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def write_traced(trace: Trace, path: Path) -> Path:
-    """Trace into `path` (and `path.data` past 2 GB)."""
+    """Trace into `path` (and `path.data` past 2 GB, which protobuf cannot hold)."""
+    import onnx
+
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        _export(trace, Path(scratch) / path.name)
-        return _settle(Path(scratch), path)
+        file = Path(scratch) / path.name
+        _export(trace, file)
+        if sum(part.stat().st_size for part in file.parent.iterdir()) > SINGLE_FILE_BYTES:
+            return save(onnx.load(file), path)
+        _data_of(path).unlink(missing_ok=True)
+        os.replace(file, path)
+        return path
 
 
 def traced(trace: Trace) -> ModelProto:
@@ -148,17 +155,6 @@ def _muted() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
-
-
-def _settle(scratch: Path, path: Path) -> Path:
-    """Move the exported file to `path`, its weights beside it where protobuf cannot hold them."""
-    _data_of(path).unlink(missing_ok=True)
-    if sum(file.stat().st_size for file in scratch.iterdir()) <= SINGLE_FILE_BYTES:
-        os.replace(scratch / path.name, path)
-        return path
-    import onnx
-
-    return save(onnx.load(scratch / path.name), path)
 
 
 def save(graph: ModelProto, path: Path) -> Path:

@@ -104,7 +104,9 @@ def _readable(
         yield
     except Exception as error:  # the library and those it reads files with raise many kinds
         known = f"give a model that transformers {transformers.__version__} knows"
-        if not config.trust_remote_code and _brings_code(folder):
+        files = Path(folder).glob("*config.json")
+        brings_code = any(b'"auto_map"' in file.read_bytes() for file in files)
+        if brings_code and not config.trust_remote_code:
             remedy = (
                 "it brings Python code of its own: read that, then give --model.trust_remote_code "
                 "true to run it"
@@ -113,11 +115,6 @@ def _readable(
         raise ModelError(
             f"model.path {config.path}: {what}: {reason}; {remedy or known}"
         ) from error
-
-
-def _brings_code(folder: str) -> bool:
-    files = Path(folder).glob("*config.json")
-    return any(b'"auto_map"' in file.read_bytes() for file in files)
 
 
 def kind_of_base(config: ModelConfig) -> Kind:
