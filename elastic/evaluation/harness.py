@@ -183,7 +183,7 @@ def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM
     ends = tokenizer.eos_token_id
     if (written / "generation_config.json").is_file():
         ends = GenerationConfig.from_pretrained(written).eos_token_id or ends
-    runner = MODULES[config.exported].open_folder(written)
+    runner = MODULES[config.exported].open_runner(written)
     ends = ends if isinstance(ends, list) else [ends]
     return report["name"], report["sub_adapter"], runner_model(runner, tokenizer, ends)
 

@@ -15,7 +15,7 @@ from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import MergeConfig
 from elastic.errors import RunError
 from elastic.exporting.foreign import Update
-from elastic.models.modules import modules_of, plain_linear, replace_module
+from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import _wide, sliced
 from elastic.supernet.depth import renamed
@@ -52,7 +52,7 @@ def combine(
     for site, layer in modules_of(small, FactorLinear):
         own[f"{site}.weight"] = (layer.B @ layer.A).to(_wide(layer.weight))
         bias = None if layer.bias is None else layer.bias.data
-        replace_module(small, site, plain_linear(layer.weight.data, bias))
+        small.set_submodule(site, plain_linear(layer.weight.data, bias))
     cut = [own, *(_cut(net, sub, update) for update in updates)]
     weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
     with torch.random.fork_rng():

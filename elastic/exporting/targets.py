@@ -175,7 +175,7 @@ class Onnx(_Graph):
         source.accompany(which, directory, "onnx")
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        return onnx.open_folder(directory)
+        return onnx.open_runner(directory)
 
 
 class Openvino(_Graph):
@@ -192,10 +192,10 @@ class Openvino(_Graph):
         source.accompany(which, directory, "openvino")
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        return openvino.open_folder(directory, precision=None)
+        return openvino.open_runner(directory, precision=None)
 
     def exact(self, source: Source, directory: Path, runner: Runner) -> Runner:
-        return openvino.open_folder(directory)
+        return openvino.open_runner(directory)
 
     def precision(self, source: Source, runner: Any) -> str:
         return str(runner.precision)

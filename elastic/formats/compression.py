@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from elastic.formats import graph_weights, onnx_seq2seq, openvino, tracing
 from elastic.formats.graph_weights import Weight
 from elastic.formats.graphs import MODULES
 from elastic.formats.onnx_compressed import expose, lower
-from elastic.formats.onnx_session import step_inputs
+from elastic.formats.onnx_session import empty_past, step_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,13 +89,12 @@ class Compressed:
 
     def as_dict(self) -> dict[str, Any]:
         """For a report: the layers counted by precision and group, the exceptions by name."""
-        counted: dict[str, int] = {}
-        for weight in self.weights.values():
-            name = weight.precision if weight.group is None else (
-                f"{weight.precision}, groups of {weight.group}")  # fmt: skip
-            counted[name] = counted.get(name, 0) + 1
+        layers = Counter(
+            each.precision + (f", groups of {each.group}" if each.group is not None else "")
+            for each in self.weights.values()
+        )
         return {
-            "mode": self.mode, "layers": counted,
+            "mode": self.mode, "layers": dict(layers),
             "exceptions": {name: {**asdict(self.weights[name]), "reason": reason}
                            for name, reason in self.exceptions.items()},
             "bytes_before": self.bytes_before, "bytes": self.bytes,
@@ -294,16 +294,8 @@ def calibration_inputs(
 
 
 def completed(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Inputs:
-    """All that a graph of `elastic.formats` reads for these tokens, with nothing before them.
-
-    `shapes` are those of the graph's inputs; of past_key_values.N.* (batch, kv_heads, past,
-    head_dim) the known axes 1 and 3 are read.
-    """
+    """All that a graph of `elastic.formats` with inputs of these shapes reads for these tokens,
+    with nothing before them."""
     ids = inputs["input_ids"]
-    found = step_inputs(ids, 0, set(shapes))
-    if "beam_idx" in shapes:
-        found["beam_idx"] = np.arange(len(ids), dtype=np.int32)
-    for name, shape in shapes.items():
-        if name.startswith("past_key_values."):
-            found[name] = np.zeros((len(ids), shape[1], 0, shape[3]), np.float32)
+    found = step_inputs(ids, 0, shapes) | empty_past(shapes, len(ids))
     return found | {name: array for name, array in inputs.items() if name in shapes}

@@ -8,7 +8,7 @@ pairs are merged.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     writer.add_tokenizer_pre(variant)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(_merges(described["model"]["merges"]))
+    # Pairs with a space between; tokenizer.json has both forms.
+    merges = described["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     for kind in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None:
@@ -78,11 +80,6 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def _merges(merges: Sequence[Any]) -> list[str]:
-    """Pairs with a space between; tokenizer.json has both forms."""
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def _variant(described: Mapping[str, Any]) -> str | None:

@@ -128,10 +128,8 @@ def write(
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
         values["architectures"] = [f"Elastic{base}"]
-        code = _CLASS.format(
-            base=base, config=kind, model_type=config.model_type, auto=auto_class(model)
-        )
-        write_text(directory / CODE, code)
+        names = {"base": base, "config": kind, "model_type": config.model_type}
+        write_text(directory / CODE, _CLASS.format(**names, auto=auto_of(base)))
     write_text(saved, json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
@@ -170,22 +168,19 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     }
     for name, counted in compat.counted_heads(model, expected).items():
         grouped[name] = grouped.get(name, {}) | counted
-    if not code:
-        config.linear_sizes = changed
-        if grouped:
-            config.attention_sizes = grouped
-        return config
-    base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
-    custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
-    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    described = custom(**values)
-    described.linear_sizes = changed
-    described.attention_sizes = grouped
-    described.auto_map = {
-        "AutoConfig": f"{stem}.Elastic{kind}",
-        auto_class(model): f"{stem}.Elastic{base}",
-    }
-    return described
+    if code:
+        base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
+        custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
+        values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        config = custom(**values)
+        config.auto_map = {
+            "AutoConfig": f"{stem}.Elastic{kind}",
+            auto_of(base): f"{stem}.Elastic{base}",
+        }
+    config.linear_sizes = changed
+    if code or grouped:
+        config.attention_sizes = grouped
+    return config
 
 
 def is_plain(model: PreTrainedModel) -> bool:
@@ -216,13 +211,8 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
     return linear_(as_cut_(model)).eval()
 
 
-def auto_class(model: PreTrainedModel) -> str:
-    """The name of transformers' auto class that loads a model of this kind."""
-    return auto_of(type(model).__name__)
-
-
 def auto_of(architecture: str) -> str:
-    """The same for the name of a class."""
+    """The name of transformers' auto class that loads a model of the class of this name."""
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto

@@ -10,14 +10,23 @@ alone, would copy them at every token.) Embeddings that encoder and decoder shar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from elastic.formats.onnx_session import filled, flattened, session_of
-from elastic.formats.tracing import Trace, save, traceable, traced, write_traced
+from elastic.formats.onnx_session import (
+    BRANCH,
+    OnnxRunner,
+    cache_names,
+    filled,
+    flattened,
+    session_of,
+)
+from elastic.formats.tracing import Flat, Trace, ones, save, traceable, traced, write_traced
 from elastic.models import compat
 
 if TYPE_CHECKING:
@@ -26,11 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import EncoderDecoderCache
 
-
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 START = "decoder_start_token_id"
 """Under which the graphs keep it in their metadata, so that a runner needs nothing but them."""
-BRANCH = "use_cache_branch"
 CROSS, FIRST, NEXT = "cross", "first", "next"
 """Parts of the decoder, after which their values are named: cross-attention's keys and values from
 what the encoder said, the first token, later ones."""
@@ -57,83 +64,59 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     return save(merged, directory / DECODER)
 
 
-def cache_names(side: str, kind: str, layers: int) -> list[str]:
-    """`side.0.kind.key, side.0.kind.value, side.1.kind.key, ...`, as optimum calls them; `kind` is
-    decoder (self-attention) or encoder (cross-attention)."""
-    return [f"{side}.{n}.{kind}.{leaf}" for n in range(layers) for leaf in ("key", "value")]
-
-
 def _encoder(model: PreTrainedModel) -> Trace:
-    import torch
+    encoder = model.get_encoder()
 
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = model.get_encoder()
+    def call(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-
-    example = (_ones(model, 2, 3), _ones(model, 2, 3))
+    example = (ones(model, 2, 3), ones(model, 2, 3))
     inputs, outputs = ["input_ids", "attention_mask"], ["last_hidden_state"]
     dynamic = {name: {0: "batch", 1: "prompt"} for name in (*inputs, *outputs)}
-    return Trace(Flat(), example, inputs, outputs, dynamic)
+    return Trace(Flat(call, encoder=encoder), example, inputs, outputs, dynamic)
 
 
 def _cross(model: PreTrainedModel) -> Trace:
     """From what the encoder said to the keys and values of cross-attention."""
-    import torch
 
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+    def call(hidden: Tensor) -> tuple[Tensor, ...]:
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+        return tuple(flattened(_called(model, hidden, ids)[1].cross_attention_cache))
 
-        def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-            ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-            return tuple(flattened(_called(self.model, hidden, ids)[1].cross_attention_cache))
-
-    hidden = model.get_encoder()(input_ids=_ones(model, 2, 3))[0]
-    outputs = cache_names("present", "encoder", len(Flat()(hidden)) // 2)
+    hidden = model.get_encoder()(input_ids=ones(model, 2, 3))[0]
+    outputs = cache_names("present", len(call(hidden)) // 2, ".encoder")
     dynamic = {"encoder_hidden_states": {0: "batch", 1: "prompt"}}
     dynamic |= {name: {0: "batch", 2: "prompt"} for name in outputs}
-    return Trace(Flat(), (hidden,), ["encoder_hidden_states"], outputs, dynamic)
+    module = Flat(call, model=model)
+    return Trace(module, (hidden,), ["encoder_hidden_states"], outputs, dynamic)
 
 
 def _step(model: PreTrainedModel) -> Trace:
     """One or more tokens after others, of which all keys and values are given."""
-    import torch
     from transformers.cache_utils import EncoderDecoderCache
 
-    class Flat(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+    def call(ids: Tensor, mask: Tensor, hidden: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        half = len(past) // 2
+        cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
+        logits, cache = _called(model, hidden, ids, mask=mask, past=cache)
+        return logits, *flattened(cache.self_attention_cache)
 
-        def forward(
-            self, input_ids: Tensor, mask: Tensor, hidden: Tensor, *past: Tensor
-        ) -> tuple[Tensor, ...]:
-            half = len(past) // 2
-            cache = EncoderDecoderCache(filled(past[:half]), filled(past[half:]))
-            logits, cache = _called(self.model, hidden, input_ids, mask=mask, past=cache)
-            return logits, *flattened(cache.self_attention_cache)
-
-    ids, mask = _ones(model, 2, 3), _ones(model, 2, 4)
+    ids, mask = ones(model, 2, 3), ones(model, 2, 4)
     hidden = model.get_encoder()(input_ids=mask)[0]
     _, cache = _called(model, hidden, ids)
-    kept = (cache.self_attention_cache, cache.cross_attention_cache)
-    past = [tensor for each in kept for tensor in flattened(each)]
+    past = [*flattened(cache.self_attention_cache), *flattened(cache.cross_attention_cache)]
     layers = len(past) // 4
-    own = cache_names("past_key_values", "decoder", layers)
-    cross = cache_names("past_key_values", "encoder", layers)
-    present = cache_names("present", "decoder", layers)
+    own = cache_names("past_key_values", layers, ".decoder")
+    cross = cache_names("past_key_values", layers, ".encoder")
+    present = cache_names("present", layers, ".decoder")
     inputs = ["input_ids", "encoder_attention_mask", "encoder_hidden_states", *own, *cross]
-    dynamic = {"input_ids": {0: "batch", 1: "sequence"}, "logits": {0: "batch", 1: "sequence"}}
+    dynamic = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "logits")}
     dynamic |= {name: {0: "batch", 1: "prompt"} for name in inputs[1:3]}
     dynamic |= {name: {0: "batch", 2: "past"} for name in own}
     dynamic |= {name: {0: "batch", 2: "prompt"} for name in cross}
     dynamic |= {name: {0: "batch", 2: "total"} for name in present}
-    return Trace(Flat(), (ids, mask, hidden, *past), inputs, ["logits", *present], dynamic)
+    module, example = Flat(call, model=model), (ids, mask, hidden, *past)
+    return Trace(module, example, inputs, ["logits", *present], dynamic)
 
 
 def _called(
@@ -150,18 +133,13 @@ def _called(
     return output.logits, compat.cache_of(output)
 
 
-def _ones(model: PreTrainedModel, *shape: int) -> Tensor:
-    import torch
-
-    return torch.ones(*shape, dtype=torch.long, device=model.device)
-
-
 def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
     """The decoder as one graph with two branches around one set of weights."""
     from onnx import TensorProto, helper
 
-    own = [value.name for value in step.graph.input if ".decoder." in value.name]
-    given = [value.name for value in step.graph.input if ".encoder." in value.name]
+    inputs = [value.name for value in step.graph.input]
+    own = [name for name in inputs if ".decoder." in name]
+    given = [name for name in inputs if ".encoder." in name]
     computed = [value.name for value in cross.graph.output]
     outputs = [*step.graph.output, *cross.graph.output]
     weights = {w.name: w for graph in (step.graph, cross.graph) for w in graph.initializer}
@@ -172,7 +150,8 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
         for node in graph.node
         if node.op_type == "Transpose" and node.input[0] in weights
     }
-    shared = {*weights, *alone, *(value.name for value in step.graph.input)}
+    # Empty: an optional input that is not given.
+    shared = {name: name for name in ("", *weights, *alone, *inputs)}
 
     # The first token: a past of length 0, and cross-attention from what the encoder said.
     crossed = dict(zip(given, (f"{CROSS}/{name}" for name in computed), strict=True))
@@ -180,7 +159,7 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
     first = [
         *_emptied(FIRST, own, nothing.values()),
         *_renamed(cross.graph, CROSS, shared),
-        *_renamed(step.graph, FIRST, shared, crossed | nothing),
+        *_renamed(step.graph, FIRST, shared | crossed | nothing),
     ]
     # Later ones: cross-attention is as it was, and nothing is said of it.
     later = [
@@ -190,16 +169,20 @@ def _merged(cross: ModelProto, step: ModelProto) -> ModelProto:
 
     def branch(name: str, nodes: list[NodeProto], place: str) -> GraphProto:
         parts = ((name, step.graph.output), (place, cross.graph.output))
-        said = [_value(value, f"{part}/{value.name}") for part, values in parts for value in values]
+        said = [
+            helper.make_value_info(f"{part}/{value.name}", value.type)
+            for part, values in parts
+            for value in values
+        ]
         return helper.make_graph(nodes, name, [], said)
 
     choice = helper.make_node(
         "If", [BRANCH], [value.name for value in outputs], name=BRANCH,
         then_branch=branch(NEXT, later, NEXT), else_branch=branch(FIRST, first, CROSS),
     )  # fmt: skip
-    inputs = [*step.graph.input, helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])]
-    nodes = [*alone.values(), choice]
-    return _model(step, nodes, inputs, outputs, list(weights.values()))
+    branching = helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1])
+    nodes, read = [*alone.values(), choice], [*step.graph.input, branching]
+    return _model(step, nodes, read, outputs, list(weights.values()))
 
 
 def unmerged(path: Path) -> ModelProto:
@@ -220,9 +203,7 @@ def unmerged(path: Path) -> ModelProto:
         for node in _needed(branch.node, place)
     ]
     inputs = [value for value in merged.graph.input if value.name != BRANCH]
-    found = _model(merged, [*alone, *nodes], inputs, merged.graph.output, merged.graph.initializer)
-    found.metadata_props.extend(merged.metadata_props)
-    return found
+    return _model(merged, [*alone, *nodes], inputs, merged.graph.output, merged.graph.initializer)
 
 
 def remerged(model: ModelProto) -> ModelProto:
@@ -236,9 +217,7 @@ def remerged(model: ModelProto) -> ModelProto:
         return _model(model, nodes, graph.input, outputs, weights)
 
     cross = [value for value in graph.output if ".encoder." in value.name]
-    found = _merged(part(cross), part([value for value in graph.output if value not in cross]))
-    found.metadata_props.extend(model.metadata_props)
-    return found
+    return _merged(part(cross), part([value for value in graph.output if value not in cross]))
 
 
 def _model(
@@ -251,7 +230,9 @@ def _model(
     from onnx import helper
 
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, initializer=weights)
-    return helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+    model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+    model.metadata_props.extend(like.metadata_props)
+    return model
 
 
 def _emptied(part: str, sources: Iterable[str], targets: Iterable[str]) -> list[NodeProto]:
@@ -279,37 +260,21 @@ def _needed(nodes: Sequence[NodeProto], results: Iterable[str]) -> list[NodeProt
     return found[::-1]
 
 
-def _renamed(
-    graph: GraphProto, part: str, shared: set[str], instead: Mapping[str, str] | None = None
-) -> list[NodeProto]:
-    """Its nodes, but for those that are shared, with the names of a part of their own."""
-
-    def rename(name: str) -> str:
-        if not name or name in (instead or {}):  # empty: an optional input that is not given
-            return (instead or {}).get(name, name)
-        return name if name in shared else f"{part}/{name}"
-
-    return [_copied(node, rename) for node in graph.node if node.output[0] not in shared]
+def _renamed(graph: GraphProto, part: str, instead: Mapping[str, str]) -> list[NodeProto]:
+    """Its nodes, but for those that `instead` has, with the names of a part of their own."""
+    return [
+        _copied(node, lambda name: instead.get(name, f"{part}/{name}"))
+        for node in graph.node
+        if node.output[0] not in instead
+    ]
 
 
 def _copied(node: NodeProto, rename: Callable[[str], str]) -> NodeProto:
-    from onnx import NodeProto
-
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.name = rename(node.name)
-    copy.input[:] = [rename(name) for name in node.input]
-    copy.output[:] = [rename(name) for name in node.output]
-    return copy
-
-
-def _value(value: ValueInfoProto, name: str) -> ValueInfoProto:
-    from onnx import ValueInfoProto
-
-    copy = ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
+    node = copy.deepcopy(node)
+    node.name = rename(node.name)
+    node.input[:] = map(rename, node.input)
+    node.output[:] = map(rename, node.output)
+    return node
 
 
 def prompt_inputs(
@@ -321,51 +286,22 @@ def prompt_inputs(
     return {name: np.ascontiguousarray(array, dtype=np.int64) for name, array in found.items()}
 
 
-class OnnxEncoderDecoder:
-    """Prefill and decode with ONNX Runtime on the CPU: the prompt goes to the encoder, and the
-    decoder begins with its start token. The caches are kept between calls."""
+class OnnxEncoderDecoder(OnnxRunner):
+    """The same for two graphs: the prompt goes to the encoder, and the decoder begins with its
+    start token."""
 
     def __init__(self, path: Path, threads: int | None = None):
+        super().__init__(path, threads)
         self._encoder = session_of(Path(path).with_name(ENCODER), threads)
-        self._decoder = session_of(path, threads)
-        from onnxruntime import OrtValue
-
-        self._value = OrtValue.ortvalue_from_numpy
-        self._start = int(self._decoder.get_modelmeta().custom_metadata_map[START])
-        inputs = {item.name: item.shape for item in self._decoder.get_inputs()}
-        self._shapes = {n: s for n, s in inputs.items() if n.startswith("past_key_values.")}
-        self._outputs = [item.name for item in self._decoder.get_outputs()]
-        self._given: dict[str, OrtValue] = {}
-        self._past: dict[str, OrtValue] = {}
+        self._start = int(self._session.get_modelmeta().custom_metadata_map[START])
 
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None
     ) -> np.ndarray:
         """Logits (batch, vocab) of the first token after the prompts (batch, prompt), of which
         those positions count whose mask is 1; forgets what came before."""
-        batch = len(input_ids)
-        feeds = {k: self._value(v) for k, v in prompt_inputs(input_ids, attention_mask).items()}
+        feeds = self._values(prompt_inputs(input_ids, attention_mask))
         (hidden,) = self._encoder.run_with_ort_values(["last_hidden_state"], feeds)
-        self._given = {
-            "encoder_hidden_states": hidden, "encoder_attention_mask": feeds["attention_mask"]
-        }  # fmt: skip
-        self._past = {
-            name: self._value(np.zeros((batch, heads, 0, size), np.float32))
-            for name, (_, heads, _, size) in self._shapes.items()
-        }
-        return self._run(np.full((batch, 1), self._start, np.int64), first=True)
-
-    def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        return self._run(np.ascontiguousarray(input_ids, dtype=np.int64), first=False)
-
-    def _run(self, input_ids: np.ndarray, *, first: bool) -> np.ndarray:
-        feeds = {"input_ids": self._value(input_ids), BRANCH: self._value(np.array([not first]))}
-        wanted = [name for name in self._outputs if first or ".encoder." not in name]
-        found = self._decoder.run_with_ort_values(wanted, feeds | self._given | self._past)
-        present = dict(zip(wanted, found, strict=True))
-        logits = present.pop("logits")
-        self._past |= {
-            name.replace("present.", "past_key_values."): value for name, value in present.items()
-        }
-        return logits.numpy()[:, -1]
+        mask = feeds["attention_mask"]
+        self._given = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        return super().prefill(np.full((len(input_ids), 1), self._start))

@@ -17,7 +17,7 @@ import numpy as np
 
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats import onnx_seq2seq, tracing
-from elastic.formats.onnx_session import at_the_end, step_inputs
+from elastic.formats.onnx_session import PAST, PRESENT, at_the_end, step_inputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 FILE = "openvino_model.xml"
-PAST, PRESENT = "past_key_values.", "present."
+ENCODER, DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
+START = ["elastic", onnx_seq2seq.START]
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -154,64 +155,6 @@ def precision_of(compiled: CompiledModel) -> str:
     return PRECISIONS.get(name, name)
 
 
-def open_runner(path: Path, threads: int | None = None, precision: str | None = "f32") -> Runner:
-    """The runner for what `write` returned."""
-    pass
-
-    kind = OpenVINOEncoderDecoder if Path(path).name == DECODER else OpenVINORunner
-    return kind(path, threads, precision)
-
-
-def graph_in(directory: Path) -> Path:
-    """What `write` returned for this folder."""
-    pass
-
-    there = (directory / DECODER).is_file()
-    return directory / (DECODER if there else FILE)
-
-
-def open_folder(
-    directory: Path, threads: int | None = None, precision: str | None = "f32"
-) -> Runner:
-    """The runner for what `write` left in a folder."""
-    return open_runner(graph_in(directory), threads, precision)
-
-
-class OpenVINORunner:
-    """Prefill and decode with OpenVINO on the CPU, the cache kept between calls, at a `precision`
-    of `compiled_on_cpu`."""
-
-    def __init__(self, path: Path, threads: int | None = None, precision: str | None = "f32"):
-        compiled = compiled_on_cpu(path, threads, precision)
-        self.precision = precision_of(compiled)
-        """In which it computes, as torch calls it."""
-        self._request = compiled.create_infer_request()
-        self._inputs = {name for item in compiled.inputs for name in item.get_names()}
-        self._length = 0
-
-    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
-        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
-        self._request.reset_state()
-        self._length = 0
-        return self._step(input_ids, types)
-
-    def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        return self._step(input_ids)
-
-    def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
-        inputs = step_inputs(input_ids, self._length, self._inputs, types)
-        if "beam_idx" in self._inputs:
-            inputs["beam_idx"] = np.arange(len(input_ids), dtype=np.int32)
-        logits = self._request.infer(inputs)["logits"]
-        self._length += input_ids.shape[1]
-        return at_the_end(logits)
-
-
-ENCODER, DECODER = "openvino_encoder_model.xml", "openvino_decoder_model.xml"
-START = ["elastic", onnx_seq2seq.START]
-
-
 def _write_pair(onnx_path: Path, directory: Path) -> Path:
     """Convert the two files of `elastic.formats.onnx_seq2seq.write`, of which `onnx_path` is the
     decoder; return `directory/openvino_decoder_model.xml`.
@@ -249,27 +192,49 @@ def _computed_once(model: Model, past: list[str]) -> None:
         model.remove_parameter(port.get_node())
 
 
-class OpenVINOEncoderDecoder:
-    """Prefill and decode with OpenVINO on the CPU: the prompt goes to the encoder, and the decoder
-    begins with its start token; at a `precision` of `elastic.formats.openvino.compiled_on_cpu`."""
+class OpenVINORunner:
+    """Prefill and decode with OpenVINO on the CPU, the cache kept between calls, at a `precision`
+    of `compiled_on_cpu`."""
 
     def __init__(self, path: Path, threads: int | None = None, precision: str | None = "f32"):
-        require()
+        compiled = compiled_on_cpu(path, threads, precision)
+        self.precision = precision_of(compiled)
+        """In which it computes, as torch calls it."""
+        self._request = compiled.create_infer_request()
+        self._inputs = {name for item in compiled.inputs for name in item.get_names()}
+        self._given: dict[str, np.ndarray] = {}
+        """What every step reads."""
+        self._length = 0
+
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
+        self._request.reset_state()
+        self._length = 0
+        return self._step(input_ids, types)
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        """Logits (batch, vocab) after one more token each, (batch, 1)."""
+        return self._step(input_ids)
+
+    def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        inputs = step_inputs(input_ids, self._length, self._inputs, types)
+        logits = self._request.infer(inputs | self._given)["logits"]
+        self._length += input_ids.shape[1]
+        return at_the_end(logits)
+
+
+class OpenVINOEncoderDecoder(OpenVINORunner):
+    """The same for two files: the prompt goes to the encoder, and the decoder begins with its start
+    token."""
+
+    def __init__(self, path: Path, threads: int | None = None, precision: str | None = "f32"):
+        super().__init__(path, threads, precision)
         import openvino
 
-        path = Path(path)
-        encoder, decoder = (
-            compiled_on_cpu(file, threads, precision) for file in (path.with_name(ENCODER), path)
-        )
-        self.precision = precision_of(decoder)
-        """In which it computes, as torch calls it."""
+        encoder = compiled_on_cpu(Path(path).with_name(ENCODER), threads, precision)
+        self._encoder = encoder.create_infer_request()
         # What is compiled has lost it.
         self._start = int(openvino.Core().read_model(path).get_rt_info(START).value)
-        self._encoder, self._decoder = (
-            encoder.create_infer_request(),
-            decoder.create_infer_request(),
-        )
-        self._given: dict[str, np.ndarray] = {}
 
     def prefill(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None
@@ -280,12 +245,18 @@ class OpenVINOEncoderDecoder:
         self._given = {
             "encoder_hidden_states": self._encoder.infer(inputs)["last_hidden_state"],
             "encoder_attention_mask": inputs["attention_mask"],
-            "beam_idx": np.arange(len(input_ids), dtype=np.int32),
         }
-        self._decoder.reset_state()
-        return self.decode(np.full((len(input_ids), 1), self._start))
+        return super().prefill(np.full((len(input_ids), 1), self._start))
 
-    def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        ids = np.ascontiguousarray(input_ids, dtype=np.int64)
-        return self._decoder.infer({"input_ids": ids, **self._given})["logits"][:, -1]
+
+def open_runner(path: Path, threads: int | None = None, precision: str | None = "f32") -> Runner:
+    """The runner for what `write` returned, or left in a folder."""
+    path = graph_in(path) if path.is_dir() else path
+    kind = OpenVINOEncoderDecoder if path.name == DECODER else OpenVINORunner
+    return kind(path, threads, precision)
+
+
+def graph_in(directory: Path) -> Path:
+    """What `write` returned for this folder."""
+    there = (directory / DECODER).is_file()
+    return directory / (DECODER if there else FILE)

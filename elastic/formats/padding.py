@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic.formats import hf
-from elastic.models.modules import module_tree, plain_linear, replace_module
+from elastic.models.modules import module_tree, plain_linear
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.dims import Ranges
 from elastic.spaces.uniform import covering
@@ -57,7 +57,7 @@ def _padded(
         weight = _spread(weight, int(axis == "in"), places, len(theirs))
         if bias is not None and axis == "out":
             bias = _spread(bias, 0, places, len(theirs))
-        replace_module(wider, site, plain_linear(weight, bias))
+        wider.set_submodule(site, plain_linear(weight, bias))
     for group in space:
         for module, name in group.counted if sub[group.name] else ():
             setattr(wider.get_submodule(renamed(kept, module)), name, larger[group.name])

@@ -15,7 +15,7 @@ from elastic.files import write_json
 from elastic.formats import hf
 from elastic.formats.onnx import FILE
 from elastic.formats.onnx_session import cache_names, flattened
-from elastic.formats.tracing import traceable
+from elastic.formats.tracing import ones, traceable
 from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
 
@@ -165,11 +165,8 @@ def unpaged(model: PreTrainedModel) -> str | None:
 
 def _cache(model: PreTrainedModel) -> Sequence[Tensor]:
     """Keys and values (1, kv_heads, 1, head_size) of every layer, after one token."""
-    import torch
-
-    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     with traceable(model):
-        return flattened(compat.cache_of(model(input_ids=ids, use_cache=True)))
+        return flattened(compat.cache_of(model(input_ids=ones(model, 1, 1), use_cache=True)))
 
 
 def _numbers(value: int | Sequence[int] | None) -> Sequence[int]:

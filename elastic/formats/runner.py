@@ -48,10 +48,10 @@ class TorchRunner:
         return torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device)
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(
-            input_ids=input_ids, use_cache=True, logits_to_keep=1,
-            **compat.given(self.model, self._cache),
-        )  # fmt: skip
+        return self._called(input_ids=input_ids, logits_to_keep=1)
+
+    def _called(self, **inputs: Any) -> torch.Tensor:
+        output = self.model(**inputs, use_cache=True, **compat.given(self.model, self._cache))
         self._cache = compat.cache_of(output)
         return output.logits[:, -1]
 
@@ -87,12 +87,7 @@ class TorchEncoderDecoder(TorchRunner):
         return super().prefill(np.full((len(input_ids), 1), start, np.int64))
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(
-            encoder_outputs=self._encoded, decoder_input_ids=input_ids,
-            use_cache=True, **compat.given(self.model, self._cache),
-        )  # fmt: skip
-        self._cache = compat.cache_of(output)
-        return output.logits[:, -1]
+        return self._called(encoder_outputs=self._encoded, decoder_input_ids=input_ids)
 
 
 RUNNERS = {Kind.DECODER: TorchRunner, Kind.RECURRENT: TorchRecurrent,

@@ -12,17 +12,19 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from elastic.errors import ConfigError, ExportError, MissingExtra
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 OPSET = 18
@@ -41,6 +43,25 @@ class Trace:
     dynamic: Mapping[str, Mapping[int, str]]
 
 
+class Flat(nn.Module):
+    """A function of tensors alone as the module that is traced: no cache object enters or leaves.
+    Weights are named after the `modules` that it calls."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def ones(model: PreTrainedModel, *shape: int) -> Tensor:
+    """Token ids, or a mask, to trace with."""
+    return torch.ones(*shape, dtype=torch.long, device=model.device)
+
+
 def require() -> None:
     """MissingExtra unless ONNX can be written here; asked before anything slow begins."""
     try:
@@ -50,8 +71,6 @@ def require() -> None:
 
 
 def require_float32(model: PreTrainedModel) -> None:
-    import torch
-
     if model.dtype != torch.float32:
         raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
 
@@ -63,8 +82,6 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
     OpenVINO recognises the eager form and fuses it with the cached past; the exporter's rendering
     of fused attention it does not (SmolLM2 after 256 tokens: decode 21 ms against 36).
     """
-    import torch
-
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
@@ -77,10 +94,17 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def write_traced(trace: Trace, path: Path) -> Path:
-    """Trace into `path` (and `path.data` past 2 GB)."""
+    """Trace into `path` (and `path.data` past 2 GB, which protobuf cannot hold)."""
+    import onnx
+
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        _export(trace, Path(scratch) / path.name)
-        return _settle(Path(scratch), path)
+        file = Path(scratch) / path.name
+        _export(trace, file)
+        if sum(part.stat().st_size for part in file.parent.iterdir()) > SINGLE_FILE_BYTES:
+            return save(onnx.load(file), path)
+        _data_of(path).unlink(missing_ok=True)
+        os.replace(file, path)
+        return path
 
 
 def traced(trace: Trace) -> ModelProto:
@@ -93,8 +117,6 @@ def traced(trace: Trace) -> ModelProto:
 
 
 def _export(trace: Trace, path: Path) -> None:
-    import torch
-
     with warnings.catch_warnings(), _muted():
         # The exporter's own deprecation, and the tracer on branches over Python ints.
         warnings.simplefilter("ignore")
@@ -115,9 +137,9 @@ def _export(trace: Trace, path: Path) -> None:
             raise
         except Exception as error:  # what a model's own code raises is of any kind
             reason = " ".join(str(error).split())[:400] or type(error).__name__
+            kind = type(next(trace.module.children()))
             raise ExportError(
-                f"onnx: {type(trace.module.model).__name__} cannot be traced: {reason}; "
-                "hf and peft need no trace"
+                f"onnx: {kind.__name__} cannot be traced: {reason}; hf and peft need no trace"
             ) from error
 
 
@@ -133,17 +155,6 @@ def _muted() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
-
-
-def _settle(scratch: Path, path: Path) -> Path:
-    """Move the exported file to `path`, its weights beside it where protobuf cannot hold them."""
-    _data_of(path).unlink(missing_ok=True)
-    if sum(file.stat().st_size for file in scratch.iterdir()) <= SINGLE_FILE_BYTES:
-        os.replace(scratch / path.name, path)
-        return path
-    import onnx
-
-    return save(onnx.load(scratch / path.name), path)
 
 
 def save(graph: ModelProto, path: Path) -> Path:

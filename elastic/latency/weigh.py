@@ -110,7 +110,7 @@ def _onnx(load: Load) -> Callable[[], Runner]:
 
     from elastic.formats import onnx
 
-    return lambda: onnx.open_folder(Path(load.folder))
+    return lambda: onnx.open_runner(Path(load.folder))
 
 
 def _openvino(load: Load) -> Callable[[], Runner]:
@@ -119,7 +119,7 @@ def _openvino(load: Load) -> Callable[[], Runner]:
     from elastic.formats import openvino
 
     runtime.Core().get_property("CPU", "FULL_DEVICE_NAME")  # lets the plugin be loaded
-    return lambda: openvino.open_folder(Path(load.folder), precision=None)
+    return lambda: openvino.open_runner(Path(load.folder), precision=None)
 
 
 TRANSFORMERS = ("elastic.formats.hf", "transformers.models.auto.modeling_auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -11,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
+import torch
+import transformers
+
 from elastic.config import ModelConfig
-from elastic.console import say
+from elastic.console import logging_at, say
 from elastic.errors import ModelError
 from elastic.models.digest import FETCH, digest_of
 from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
-from elastic.models.modules import as_cut_, of_family_
+from elastic.models.modules import as_cut_, linear_, of_family_
 from elastic.models.packaged import PACKAGED, unpacked
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -53,10 +57,8 @@ def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
             f"model.path {path!r}: no such folder; give a folder, a hub name (owner/name), "
             f"or one of {', '.join(PACKAGED)}"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return snapshot_download(path, allow_patterns=list(files))
+        return huggingface_hub.snapshot_download(path, allow_patterns=list(files))
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise ModelError(f"model.path {path!r}: neither a folder nor on the hub: {error}") from None
 
@@ -66,10 +68,6 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its real modules (GPT-2's Conv1D as linear layers) and no memory: enough to
     bind a search space to. In the type of its configuration unless one is given."""
-    import torch
-
-    from elastic.models.modules import linear_
-
     folder = locate(config.path, ["config.json"])
     architecture = _described(folder, config)
     kind = kind_of_architecture(architecture, config.head)
@@ -91,10 +89,9 @@ def architecture_of(config: ModelConfig) -> PretrainedConfig:
 
 def _described(folder: str, config: ModelConfig) -> PretrainedConfig:
     """As the folder says."""
-    from transformers import AutoConfig
-
     with _readable(folder, config, "config.json cannot be read"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        auto = transformers.AutoConfig
+        return auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -103,13 +100,13 @@ def _readable(
 ) -> Iterator[None]:
     """ModelError for whatever transformers raises while it reads the folder, with what would work:
     unless another remedy is given, a model that it knows."""
-    import transformers
-
     try:
         yield
     except Exception as error:  # the library and those it reads files with raise many kinds
         known = f"give a model that transformers {transformers.__version__} knows"
-        if not config.trust_remote_code and _brings_code(folder):
+        files = Path(folder).glob("*config.json")
+        brings_code = any(b'"auto_map"' in file.read_bytes() for file in files)
+        if brings_code and not config.trust_remote_code:
             remedy = (
                 "it brings Python code of its own: read that, then give --model.trust_remote_code "
                 "true to run it"
@@ -118,11 +115,6 @@ def _readable(
         raise ModelError(
             f"model.path {config.path}: {what}: {reason}; {remedy or known}"
         ) from error
-
-
-def _brings_code(folder: str) -> bool:
-    files = Path(folder).glob("*config.json")
-    return any(b'"auto_map"' in file.read_bytes() for file in files)
 
 
 def kind_of_base(config: ModelConfig) -> Kind:
@@ -138,8 +130,6 @@ def regresses(config: ModelConfig) -> bool:
 
 
 def _auto_class(kind: Kind) -> Any:
-    import transformers
-
     return {
         Kind.CLASSIFIER: transformers.AutoModelForSequenceClassification,
         Kind.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
@@ -156,8 +146,6 @@ def load(config: ModelConfig, seed: int = 0) -> Base:
 def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
     layers. A classification head that was not saved for these classes starts from the seed."""
-    from elastic.models.modules import linear_
-
     architecture = _described(folder, config)
     require(config, architecture)
     device = resolve_device(config.device)
@@ -186,13 +174,13 @@ def _load_classifier(
     dtype: torch.dtype,
     seed: int,
 ) -> PreTrainedModel:
-    from elastic.models.modules import linear_
-
     trained, before = was_trained(architecture), dict(architecture.id2label)
     kept = describe_(architecture, config.classes)
     # The padding that batches get: decoders look for the end of a text by it.
     architecture.pad_token_id = load_tokenizer(config).pad_token_id
-    with _no_advice(), _readable(folder, config, "the weights cannot be loaded", FETCH):
+    # transformers asks that a head be trained that is about to be.
+    quiet = logging_at("transformers", logging.ERROR)
+    with quiet, _readable(folder, config, "the weights cannot be loaded", FETCH):
         model, found = _auto_class(Kind.CLASSIFIER).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
@@ -207,30 +195,15 @@ def _load_classifier(
     return linear_(as_cut_(model)).eval().requires_grad_(False)
 
 
-@contextlib.contextmanager
-def _no_advice() -> Iterator[None]:
-    """Keeps transformers from asking that a head be trained that is about to be."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The type the weights were saved in, as the checkpoint's config says."""
     return architecture_of(config).dtype
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     folder = locate(config.path)
     with _readable(folder, config, "the tokenizer cannot be loaded", FETCH):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
         )
     if tokenizer.eos_token_id is None and kind_of_base(config) is not Kind.CLASSIFIER:
@@ -241,8 +214,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def resolve_device(name: str) -> torch.device:
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -252,8 +223,6 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if _bfloat16_is_faster(str(device)) else torch.float32
@@ -263,8 +232,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def _bfloat16_is_faster(device: str) -> bool:
     """Whether the processor has matrix units for it, as it says itself. One that says neither is
     timed: without them bfloat16 may be ten times slower."""
-    import torch
-
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

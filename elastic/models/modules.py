@@ -1,4 +1,4 @@
-"""Modules of a model: found by class, replaced, made plain."""
+"""Modules of a model: found by class, made plain."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from elastic.models.quantised import QuantisedLinear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -45,7 +39,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def dequantise_(model: ModuleType) -> ModuleType:
     """Replace every quantised layer by a plain one with its weight, in place."""
     for name, layer in modules_of(model, QuantisedLinear):
-        replace_module(model, name, plain_linear(layer.weight, layer.bias))
+        model.set_submodule(name, plain_linear(layer.weight, layer.bias))
     return model
 
 
@@ -54,7 +48,7 @@ def linear_(model: ModuleType) -> ModuleType:
     """Replace every Conv1D of GPT-2, a linear layer whose weight lies (in, out), by a plain one
     around the same memory, in place."""
     for name, layer in modules_of(model, Conv1D):
-        replace_module(model, name, plain_linear(layer.weight.T, layer.bias))
+        model.set_submodule(name, plain_linear(layer.weight.T, layer.bias))
     return model
 
 

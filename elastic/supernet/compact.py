@@ -20,7 +20,6 @@ from elastic.models.modules import (
     module_tree,
     modules_of,
     plain_linear,
-    replace_module,
 )
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import original, settle_
@@ -50,7 +49,7 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
             else:
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
-            replace_module(model, site, small)
+            model.set_submodule(site, small)
     return dequantise_(settle_(model)).eval()
 
 
@@ -64,7 +63,7 @@ def merge_(model: PreTrainedModel) -> PreTrainedModel:
     for site, layer in modules_of(model, FactorLinear):
         merged = merged_weight(layer.weight, layer.A, layer.B)
         bias = None if layer.bias is None else layer.bias.data
-        replace_module(model, site, plain_linear(merged, bias))
+        model.set_submodule(site, plain_linear(merged, bias))
     return model
 
 
@@ -108,7 +107,7 @@ def streamed(
     for site, layer in modules_of(model, FactorLinear):
         updates[site] = layer.A.data, layer.B.data
         bias = None if layer.bias is None else layer.bias.data
-        replace_module(model, site, plain_linear(layer.weight.data, bias))
+        model.set_submodule(site, plain_linear(layer.weight.data, bias))
     left, kept = _left(net, sub), net.kept(sub)
 
     def made(name: str) -> Tensor:

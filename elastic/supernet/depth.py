@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from elastic.models.modules import modules_of, replace_module
+from elastic.models.modules import modules_of
 from elastic.spaces.blocks import _by_layer, counts
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Stack:
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
         name = group.blocks[0].rpartition(".")[0]
         self.blocks = Blocks(list(model.get_submodule(name)))
-        replace_module(model, name, self.blocks)
+        model.set_submodule(name, self.blocks)
         self._numbered = [
             [
                 (module, name)
@@ -81,7 +81,7 @@ class Stack:
 def settle_(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every list of which some blocks run by a plain one of those, in place."""
     for name, blocks in modules_of(model, Blocks):
-        replace_module(model, name, nn.ModuleList(list(blocks)))
+        model.set_submodule(name, nn.ModuleList(list(blocks)))
     return model
 
 

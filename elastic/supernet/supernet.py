@@ -15,7 +15,6 @@ from elastic.config import AdapterConfig
 from elastic.console import track
 from elastic.errors import RunError
 from elastic.models.head import widen_head_
-from elastic.models.modules import replace_module
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import channel_index, numbers
@@ -99,7 +98,7 @@ class Supernet:
                 adapter = method(self.adapter, *sizes, dtype=dtype, device=device)
                 if generator is not None:
                     adapter.start(base.weight, generator)
-            replace_module(self.model, site, ElasticLinear(base, adapter, self.adapter.dropout))
+            self.model.set_submodule(site, ElasticLinear(base, adapter, self.adapter.dropout))
 
     def reorder(self, order: Mapping[str, Tensor]) -> None:
         """Permute the channels of every group in `order`, once; RunError the second time."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.meter import Meter
-from elastic.models.modules import modules_of, replace_module
+from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import NUMBERS, running
 from elastic.supernet.supernet import Supernet
@@ -96,12 +96,12 @@ def _without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
     for name, blocks in whole.items():
         own = running(blocks).items()
         kept = [block for number, block in own if f"{name}.{number}" not in left_out]
-        replace_module(model, name, nn.ModuleList(kept))
+        model.set_submodule(name, nn.ModuleList(kept))
     try:
         yield
     finally:
         for name, blocks in whole.items():
-            replace_module(model, name, blocks)
+            model.set_submodule(name, blocks)
 
 
 def _train(net: Supernet, batch: Batch, distill: float, left_out: Sequence[str] = ()) -> MicroBatch:

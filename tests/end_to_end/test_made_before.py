@@ -82,7 +82,7 @@ def test_an_export_computes_what_it_did(expected, kind):
     else:
         found = (
             {"onnx": onnx, "openvino": openvino}[kind]
-            .open_folder(folder, threads=1)
+            .open_runner(folder, threads=1)
             .prefill(expected["ids"].numpy())
         )
     close(found, expected["heuristic"][:, -1])

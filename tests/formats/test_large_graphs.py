@@ -46,13 +46,13 @@ def test_a_graph_above_two_gibibytes(make, tmp_path):
     largest = max(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
     assert largest > 2**31
     del model
-    assert gap(logits(onnx.open_folder(tmp_path / "onnx")), expected) < 1e-4
+    assert gap(logits(onnx.open_runner(tmp_path / "onnx")), expected) < 1e-4
     openvino.write(onnx.graph_in(tmp_path / "onnx"), tmp_path / "openvino")
-    assert gap(logits(openvino.open_folder(tmp_path / "openvino")), expected) < 1e-4
+    assert gap(logits(openvino.open_runner(tmp_path / "openvino")), expected) < 1e-4
     for kind in (onnx, openvino):
         name = kind.__name__.rpartition(".")[2]
         graph, place = kind.graph_in(tmp_path / name), tmp_path / f"{name}-int8"
         made = compression.compress(graph, place, "int8", [])
         assert made.bytes < 0.3 * made.bytes_before
-        found = logits(kind.open_folder(place))
+        found = logits(kind.open_runner(place))
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99

@@ -51,7 +51,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=RUNTIMES)
 def runner(request, folder):
-    return RUNTIMES[request.param].open_folder(folder, threads=1)
+    return RUNTIMES[request.param].open_runner(folder, threads=1)
 
 
 def expected(model, source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_names_and_inputs_are_those_of_optimum_intel(folder):
 
 def test_cross_attention_is_computed_once(model, folder):
     """Whatever is said of the prompt later changes nothing but its length."""
-    runner = openvino.open_folder(folder, threads=1)
+    runner = openvino.open_runner(folder, threads=1)
     source, target = tokens(1, 6), tokens(1, 1, seed=1)
     runner.prefill(source)
     runner._given["encoder_hidden_states"] = np.zeros_like(runner._given["encoder_hidden_states"])
@@ -149,7 +149,7 @@ def test_cross_attention_is_computed_once(model, folder):
 
 
 def test_answers_of_one_prompt_continue_each_other(model, folder):
-    runner = openvino.open_folder(folder, threads=1)
+    runner = openvino.open_runner(folder, threads=1)
     source, first, then = tokens(1, 6).repeat(2, 0), tokens(2, 1, seed=1), tokens(2, 1, seed=2)
     runner.prefill(source)
     runner.decode(first)
@@ -188,7 +188,7 @@ def test_external_weights_move_with_their_directory(model, tmp_path, monkeypatch
     }  # fmt: skip
     source, target = tokens(1, 3), tokens(1, 2, seed=1)
     for kind in RUNTIMES:
-        found = drive(RUNTIMES[kind].open_folder(tmp_path / "after"), source, target)
+        found = drive(RUNTIMES[kind].open_runner(tmp_path / "after"), source, target)
         close(found, expected(model, source, target))
 
 
@@ -207,7 +207,7 @@ def test_another_family(tmp_path):
     wanted = expected(model, source, target)
     close(drive(runner_of(model), source, target), wanted)
     for kind in RUNTIMES.values():
-        close(drive(kind.open_folder(tmp_path), source, target), wanted)
+        close(drive(kind.open_runner(tmp_path), source, target), wanted)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -83,7 +83,10 @@ def write(folder: Path) -> None:
             save_file({"ids": ids, "logits": families.output(each).detach()}, place / EXPECTED)
             (place / "form.json").write_text(
                 json.dumps(
-                    {"auto": hf.auto_class(each), "attention": each.config._attn_implementation}
+                    {
+                        "auto": hf.auto_of(type(each).__name__),
+                        "attention": each.config._attn_implementation,
+                    }
                 )
             )
             tokens = tokenizer(TEXT)["input_ids"]
