@@ -158,10 +158,6 @@ class Supernet:
         group = next(group for group in self.space.depths if group.name == depth)
         return sorted(numbers(group.blocks[:choice]))
 
-    def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
-        """As the space says it, in its order of blocks."""
-        return self.space.kept(sub)
-
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
         """The model with `sub` active inside the block."""
