@@ -6,17 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from torch import nn
 
 from elastic.errors import ConfigError, unknown
 from elastic.files import shipped
+from elastic.spaces.blocks import require_alike
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, GroupSpec
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class SearchSpace:
     def _bind(
         self, section: Section, model: nn.Module, max_rank: int
     ) -> tuple[list[Group], list[str]]:
-        linears = {name for name, module in model.named_modules() if _is_linear(module)}
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = [name for name, _ in model.named_modules()]
         pattern = re.compile(re.escape(section.blocks).replace(r"\*", r"[^.]+"))
         blocks = [name for name in names if pattern.fullmatch(name)]
@@ -223,8 +222,6 @@ def _depth(
     model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
 ) -> Group:
     """The one group of how many of the section's blocks run; the first and the last stay."""
-    from elastic.spaces.blocks import require_alike  # torch, which a space is read without
-
     shared = [s.name for s in section.groups if s.share == "model" and s.dim != "rank"]
     if shared:
         raise ConfigError(
@@ -242,12 +239,6 @@ def _depth(
     between = [block for block in blocks if block not in ends]
     name = f"{section.blocks}.{spec.name}"
     return Group(name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)
 
 
 def _all_linear(

@@ -20,7 +20,7 @@ import yaml
 from elastic.config import BudgetConfig, SearchConfig, SpaceImportConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
-from elastic.spaces.declared import SearchSpace
+from elastic.spaces.declared import SearchSpace, describe
 
 READERS = {
     "gate_proj": "down_proj",
@@ -135,8 +135,6 @@ class Imported:
     notes: Sequence[str] = field(default_factory=list)
 
     def show(self) -> None:
-        from elastic.spaces.declared import describe
-
         for line in (*describe(self.space), *(f"Note: {note}" for note in self.notes)):
             print(line)
         for file in self.files:
