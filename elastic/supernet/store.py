@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
@@ -45,8 +46,6 @@ def save_super_adapter(
 ) -> None:
     """Write factors (the supernet's unless given), channel order, space and provenance, all at
     once or not at all."""
-    from safetensors.torch import save_file
-
     with new_directory(directory) as building:
         factors = net.factor_state() if factors is None else factors
         save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
@@ -90,15 +89,11 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def read_order(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(directory / ORDER)
 
 
 def read_factors(directory: Path) -> dict[str, Tensor]:
     """Of a super-adapter or a checkpoint."""
-    from safetensors.torch import load_file
-
     return load_file(directory / FACTORS)
 
 
