@@ -18,7 +18,7 @@ from elastic.models.head import widen_head_
 from elastic.models.modules import replace_module
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import channel_index, numbers
+from elastic.spaces.dims import channel_index
 from elastic.supernet.depth import Stack
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Supernet:
             if choice in (old, 0):  # 0: its block does not run
                 continue
             if name in self._stacks:
-                self._stacks[name].run(self._blocks(name, choice))
+                self._stacks[name].run(choice)
             for size, cut, leading in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
@@ -152,11 +152,6 @@ class Supernet:
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
         self.current = sub
-
-    def _blocks(self, depth: str, choice: int) -> list[int]:
-        """Places of the blocks that this choice of a depth runs."""
-        group = next(group for group in self.space.depths if group.name == depth)
-        return sorted(numbers(group.blocks[:choice]))
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
