@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 import random as random_module
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -354,7 +353,7 @@ class CandidateSpace(Space[Candidate]):
         return self._indices(SubAdapter((*choices, bits) if len(self.modes) > 1 else choices))
 
 
-def generator_for(seed: int, *purpose: object) -> random.Random:
+def generator_for(seed: int, *purpose: object) -> random_module.Random:
     """A generator of its own for each purpose. String seeds are hashed with SHA-512 by the
     standard library, alike on every platform."""
-    return random.Random("/".join(map(str, (seed, *purpose))))
+    return random_module.Random("/".join(map(str, (seed, *purpose))))
