@@ -233,7 +233,7 @@ def record(
     }
     rows = [] if mode else [Timed(maximal, {**full, "memory_mb": memory[maximal]})]
     for sub, each in found:
-        ratio = each.ratio(CANDIDATE)
+        ratio = each.ratios[CANDIDATE]
         values = {metric: getattr(ratio, metric) * full[metric] for metric in full}
         rows.append(Timed(sub, {**values, "memory_mb": memory[sub]}))
     made = Timetable(
