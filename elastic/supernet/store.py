@@ -73,22 +73,17 @@ def load_super_adapter(
     the same.
     """
     about = read_super_adapter(directory, base_digest)
-    order, factors = read_tensors(directory)
     space = SearchSpace.from_dict(
         yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
     )
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
-    net = Supernet(model, space, adapter, order=order, start=False)
-    (net.load_updates if updates else net.load_factors)(factors)
+    net = Supernet(model, space, adapter, order=read_order(directory), start=False)
+    (net.load_updates if updates else net.load_factors)(read_factors(directory))
     return net
 
 
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Channel order and factors of a super-adapter; `read_super_adapter` checks it first."""
-    return read_order(directory), read_factors(directory)
-
-
 def read_order(directory: Path) -> dict[str, Tensor]:
+    """Of the channels, by group; `read_super_adapter` checks the super-adapter first."""
     return load_file(directory / ORDER)
 
 

@@ -88,9 +88,6 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
 def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
     counter = Counter(model, space)
     costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
-    return SpaceTable(type(model).__name__, _choices(space), space.size, costs)
-
-
-def _choices(space: BoundSpace) -> list[Choices]:
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
-    return [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
+    rows = [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
+    return SpaceTable(type(model).__name__, rows, space.size, costs)

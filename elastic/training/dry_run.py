@@ -27,7 +27,7 @@ from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.supernet.discovery import require_fits, space_for
-from elastic.supernet.store import read_tensors
+from elastic.supernet.store import read_factors
 from elastic.supernet.summary import _table
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import predecessor, with_classes
@@ -73,7 +73,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
     if config.model.quantise != "none":
         notes.append("temporaries and compute are those of a base that is not quantised")
     if before:
-        net.succeed(read_tensors(before.super_adapter)[1])
+        net.succeed(read_factors(before.super_adapter))
     with fake:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
