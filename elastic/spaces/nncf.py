@@ -255,11 +255,9 @@ def _add(
         if attention:  # whole heads, whatever their size
             choices = [width / max(widths) for width in widths]
             spec, kind = {**spec, "dim": "heads", "choices": choices}, "heads"
-    name = kind
-    while name in block["groups"]:
-        name = f"{kind}_{layers[0].rpartition('.')[2]}"
-        kind = name
-    block["groups"][name] = spec
+    while kind in block["groups"]:
+        kind = f"{kind}_{layers[0].rpartition('.')[2]}"
+    block["groups"][kind] = spec
 
 
 def _reader(block: str, name: str, readers: set[tuple[str, str]], where: str) -> str:

@@ -206,15 +206,13 @@ def _score_all(
 ) -> list[Score]:
     """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
     files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
-    if not all(file.is_file() for file in files.values()):
+    if missing := [name for name in seen if not files[name].is_file()]:
         from elastic.supernet.store import load_run
 
         _, base, net = load_run(trained)
-        for name, examples in seen.items():
-            if files[name].is_file():
-                continue
+        for name in missing:
             found = answers(
-                net.model, base.tokenizer, examples, new_tokens=config.sequence.new_tokens,
+                net.model, base.tokenizer, seen[name], new_tokens=config.sequence.new_tokens,
                 batch=config.sequence.batch, label=f"testing {name}",
             )  # fmt: skip
             rows = [
@@ -224,12 +222,8 @@ def _score_all(
                     "prediction": text,
                     "correct": same_text(text, example.answer),
                 }
-                for example, text in zip(examples, found, strict=True)
+                for example, text in zip(seen[name], found, strict=True)
             ]
             write_text(files[name], "".join(json.dumps(row) + "\n" for row in rows))
-    return [_read(file) for file in files.values()]
-
-
-def _read(file: Path) -> Score:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return Score(tuple(row["correct"] for row in rows))
+    texts = (file.read_text(encoding="utf-8").splitlines() for file in files.values())
+    return [Score(tuple(json.loads(line)["correct"] for line in lines)) for lines in texts]
