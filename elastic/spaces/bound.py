@@ -13,7 +13,7 @@ import random as random_module
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -138,11 +138,8 @@ class Space(Generic[Point]):
 
     def left(self, sub: SubAdapter, site: str, axis: str) -> Ranges:
         """The channels of an axis that `sub` leaves: those that every cut of it keeps."""
-        (group, cut), *others = self.axes[site, axis]
-        found = cut.kept(sub[group.name], group.choices[0])
-        for group, cut in others:
-            found = common(found, cut.kept(sub[group.name], group.choices[0]))
-        return found
+        cuts = self.axes[site, axis]
+        return reduce(common, (cut.kept(sub[group.name], group.choices[0]) for group, cut in cuts))
 
     @cached_property
     def depths(self) -> tuple[Group, ...]:

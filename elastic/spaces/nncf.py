@@ -135,10 +135,8 @@ class Imported:
     notes: Sequence[str] = field(default_factory=list)
 
     def show(self) -> None:
-        for line in (*describe(self.space), *(f"Note: {note}" for note in self.notes)):
-            print(line)
-        for file in self.files:
-            print(file)
+        notes = (f"Note: {note}" for note in self.notes)
+        print(*describe(self.space), *notes, *self.files, sep="\n")
 
 
 def import_space(config: SpaceImportConfig) -> Imported:
