@@ -187,10 +187,16 @@ class Supernet:
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
         verified = self._verified(state)
-        for name, tensor in self._verified_head(state).items():
-            self.head[name].copy_(tensor)
-        for adapter, own in verified:
-            adapter.load(own)
+        for name, own in self.head.items():
+            if name not in state or state[name].shape != own.shape:
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
+            if not torch.isfinite(state[name]).all():
+                raise RunError(f"{name} of the head holds NaN or infinite values")
+        for name, own in self.head.items():
+            own.copy_(state[name])
+        for adapter, part in verified:
+            adapter.load(part)
 
     def load_updates(self, state: Mapping[str, Tensor]) -> None:
         """The factors of `state` alone, whatever head they were trained with."""
@@ -218,15 +224,6 @@ class Supernet:
         for site, adapter in self.adapters():
             adapter.verify(parts[site], site)
         return [(adapter, parts[site]) for site, adapter in self.adapters()]
-
-    def _verified_head(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, own in self.head.items():
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "missing"
-                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
-            if not torch.isfinite(state[name]).all():
-                raise RunError(f"{name} of the head holds NaN or infinite values")
-        return {name: state[name] for name in self.head}
 
     def penalty(self, learning_rate: float) -> Tensor | None:
         """The regulariser of the active sub-adapter; None if the method has none now."""
