@@ -93,8 +93,12 @@ class Objective:
         more may end that early."""
         if candidate == self.space.maximal() and self.full is not None:
             return self.full
+        return self.figures(candidate, rivals or {})
+
+    def figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
+        """The same, whether it is known or not."""
         costs = self.costs(candidate)
-        correct, accuracy = self._race(self.model(candidate), self._rivals(costs, rivals or {}))
+        correct, accuracy = self._race(self.model(candidate), self._rivals(costs, rivals))
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
     def model(self, candidate: Candidate) -> PreTrainedModel:

@@ -190,7 +190,7 @@ def _importance(
 def _begun(study: optuna.Study, objective: Objective, config: SearchConfig) -> dict[str, Any]:
     """Figures of the full model; the first trials are lined up."""
     say("Scoring the full model")
-    full = objective(objective.space.maximal()).as_dict()
+    full = objective.figures(objective.space.maximal(), {}).as_dict()
     _enqueue_starts(study, objective.space, config)
     return full
 
