@@ -151,17 +151,10 @@ def _reason(kind: type, message: str) -> str:
 
 def _dotted(kind: type, prefix: str = "", of: type | None = None) -> Iterator[str]:
     """Names of all settings, or of those of one type."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if is_dataclass(hints[field.name]):
-            yield from _dotted(hints[field.name], f"{prefix}{field.name}.", of)
-            continue
-        items: list[Any] = [
-            item for item in typing.get_args(hints[field.name]) if is_dataclass(item)
-        ]
-        if of in (None, hints[field.name]) or (
-            of is typing.get_origin(hints[field.name]) and not items
-        ):
-            yield prefix + field.name
-        for item in items:  # a list of stages
-            yield from _dotted(item, f"{prefix}{field.name}.", of)
+    for name, hint in typing.get_type_hints(kind).items():
+        parts: list[Any] = [part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)]
+        container = None if parts else typing.get_origin(hint)
+        if hint not in parts and of in (None, hint, container):
+            yield prefix + name
+        for part in parts:  # a group of settings, or a list of them
+            yield from _dotted(part, f"{prefix}{name}.", of)

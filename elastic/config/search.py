@@ -49,17 +49,14 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         for name, value in self.limits().items():
-            if isinstance(value, str):
-                match = _LIMIT.match(value)
-                try:
-                    number = float(match[1]) if match else float(value)
-                except ValueError:
-                    raise ConfigError(
-                        f"budget.{name} is {value!r}; give a number, or a percentage of the full "
-                        'model such as "80%"'
-                    ) from None
-            else:
-                number = value
+            match = _LIMIT.match(str(value))
+            try:
+                number = float(match[1] if match else value)
+            except ValueError:
+                raise ConfigError(
+                    f"budget.{name} is {value!r}; give a number, or a percentage of the full "
+                    'model such as "80%"'
+                ) from None
             require(number > 0, f"budget.{name} is {value}; it must be positive")
         for name in ("min_accuracy", "max_accuracy_drop"):
             value = getattr(self, name)
@@ -76,7 +73,7 @@ class BudgetConfig:
         full = {**full, "max_accuracy_drop": full.get("min_accuracy", 0.0)}
         resolved = {}
         for name, value in self.limits().items():
-            match = _LIMIT.match(value) if isinstance(value, str) else None
+            match = _LIMIT.match(str(value))
             resolved[name] = float(match[1]) / 100 * full[name] if match else float(value)
         if "max_accuracy_drop" in resolved:
             least = full["max_accuracy_drop"] - resolved.pop("max_accuracy_drop")

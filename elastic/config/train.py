@@ -169,10 +169,8 @@ class TrainConfig:
             self.sub_adapter is None or self.start_from is not None,
             "sub_adapter: name the run that it belongs to; give start_from (or --from RUN)",
         )
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; at least 1")
-        require(self.accumulation >= 1, f"accumulation is {self.accumulation}; at least 1")
-        require(self.save_steps >= 1, f"save_steps is {self.save_steps}; at least 1")
-        require(self.order_examples >= 1, f"order_examples is {self.order_examples}; at least 1")
+        for name in ("batch_size", "accumulation", "save_steps", "order_examples"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
         require(0 <= self.distill <= 1, f"distill is {self.distill}; choose from [0, 1]")
         twice = {name for name in self.tasks if self.tasks.count(name) > 1}
         require(not twice, f"tasks names {', '.join(sorted(twice))} twice")

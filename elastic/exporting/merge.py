@@ -92,7 +92,7 @@ def combine(
 
 def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
     """The update in the supernet's channel order, at the sizes of `sub`."""
-    moved, kept, found = net.permutations(), net.kept(sub), {}
+    moved, kept, found = net.permutations(), net.space.kept(sub), {}
     layers = dict(modules_of(net.model, ElasticLinear))
     with net.active(sub):
         for name, delta in update.deltas.items():

@@ -223,7 +223,7 @@ class Proof:
     @property
     def ratio(self) -> Latency:
         """Its latency in parts of the full model's."""
-        return self.timing.ratio(CANDIDATE)
+        return self.timing.ratios[CANDIDATE]
 
     def as_dict(self) -> dict[str, Any]:
         off, full = self.deployed.max_abs_diff, self.timing.full

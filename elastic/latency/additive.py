@@ -40,17 +40,13 @@ class Posterior:
     trust: float
     """The exponent of the importances that explains the evaluations best."""
     offset: float
+    """The value at full size; with the effects of its choices, that of any other point."""
     _model: Additive
     _basis: np.ndarray
     _residual: np.ndarray
     _solve: tuple[np.ndarray, np.ndarray]
     _spread: np.ndarray
     _noise: float
-
-    def predict(self, choices: np.ndarray) -> np.ndarray:
-        """(points, groups) of indices into each group's choices -> (points,)."""
-        effects: np.ndarray = np.take_along_axis(self.effects, choices.T, 1).sum(0)
-        return self.offset + effects
 
     def sample(self, generator: np.random.Generator) -> np.ndarray:
         """Effects drawn from the belief, (groups, choices): Matheron's rule."""

@@ -111,11 +111,6 @@ class Table:
         """`pinned` effects: within one of these, every group can choose on its own."""
         return pinned(self.space, self.effects)
 
-    @property
-    def span(self) -> float:
-        """From the cheapest sub-adapter to the full model."""
-        return -least(self.alternatives())
-
     def __call__(self, point: Any) -> float:
         """Milliseconds, or whatever else it was told."""
         at = places(self.space, [point])[0]

@@ -233,7 +233,7 @@ def record(
     }
     rows = [] if mode else [Timed(maximal, {**full, "memory_mb": memory[maximal]})]
     for sub, each in found:
-        ratio = each.ratio(CANDIDATE)
+        ratio = each.ratios[CANDIDATE]
         values = {metric: getattr(ratio, metric) * full[metric] for metric in full}
         rows.append(Timed(sub, {**values, "memory_mb": memory[sub]}))
     made = Timetable(
@@ -249,15 +249,12 @@ def record(
 def _chosen(space: BoundSpace, count: int, seed: int, *, merged: bool) -> list[SubAdapter]:
     """The ladder, then stratified ones, of different speeds. The full model is measured anyway."""
     generator = generator_for(seed, "table")
-    found: dict[tuple[int, ...], SubAdapter | None] = {
-        shape_of(space, space.maximal(), merged=merged): None
-    }
-    candidates = [space.minimal(), *space.ladder()]
+    candidates = [space.maximal(), space.minimal(), *space.ladder()]
     candidates += [space.stratified(generator) for _ in range(20 * count)]
+    found: dict[tuple[int, ...], SubAdapter] = {}
     for sub in candidates:
         found.setdefault(shape_of(space, sub, merged=merged), sub)
-    subs = [sub for sub in found.values() if sub is not None][:count]
-    return subs or [space.minimal()]
+    return [*found.values()][1 : count + 1] or [space.minimal()]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -59,10 +59,6 @@ class Measurement:
     def full(self) -> Latency:
         return self.latencies[REFERENCE]
 
-    def ratio(self, name: str) -> Latency:
-        """Of a candidate to the reference."""
-        return self.ratios[name]
-
 
 def distrust(control: float, tolerance: float) -> str:
     return (

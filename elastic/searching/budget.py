@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
 from elastic.config.search import AT_LEAST
@@ -91,8 +90,7 @@ def refuse_by_extremes(
     space = objective.space
     if not {space.minimal(), space.maximal()} <= results.keys():
         return
-    least: list[dict[str, Any]] = [*objective.smallest()]
-    for costs in least:
+    for costs in objective.smallest():
         figures = replace(results[space.minimal()], **costs)
         over = violations(figures, limits).items()
         if not any(name != "min_accuracy" and past > 0.1 * limits[name] for name, past in over):

@@ -84,7 +84,7 @@ class Measured:
     def of(cls, found: Measurement, full: Figures) -> Measured:
         """The ratio to the full model in the same rounds, in the unit of its `full` figures: a
         machine that has slowed down since then favours nobody."""
-        ratio = found.ratio(CANDIDATE)
+        ratio = found.ratios[CANDIDATE]
         return cls(
             ratio.prefill_ms * full.prefill_ms,
             ratio.decode_ms * full.decode_ms,

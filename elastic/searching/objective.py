@@ -86,11 +86,6 @@ class Objective:
         self.examples = list(examples)
         generator_for(config.seed, "examples").shuffle(self.examples)
 
-    def score_full(self) -> Figures:
-        """The maximal sub-adapter."""
-        self.full = self._figures(self.space.maximal(), {})
-        return self.full
-
     def __call__(
         self, candidate: Candidate, rivals: Mapping[Candidate, Figures] | None = None
     ) -> Figures:
@@ -98,12 +93,12 @@ class Objective:
         more may end that early."""
         if candidate == self.space.maximal() and self.full is not None:
             return self.full
-        return self._figures(candidate, rivals or {})
+        return self.figures(candidate, rivals or {})
 
-    def _figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
+    def figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
+        """The same, whether it is known or not."""
         costs = self.costs(candidate)
-        model = self.model(candidate)
-        correct, accuracy = self._race(model, self._rivals(costs, rivals))
+        correct, accuracy = self._race(self.model(candidate), self._rivals(costs, rivals))
         return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
 
     def model(self, candidate: Candidate) -> PreTrainedModel:

@@ -83,10 +83,7 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
             }
             for member in front.members
         ],
-        "checks": [
-            {"predicted": predicted, "measured": measured, "what": what}
-            for what, predicted, measured in _checks(front)
-        ],
+        "checks": list(_checks(front)),
         "volumes": _volumes(front.trials, front.costs[0]),
         "costs": _costs(space, effects, list(of_kind), list(blocks)),
     }
@@ -106,17 +103,19 @@ def _volumes(trials: Sequence[Evaluated], cost: str) -> list[float]:
     return [volume / (found[-1] or 1.0) for volume in found]
 
 
-def _checks(front: Front) -> Iterator[tuple[str, float, float]]:
+def _checks(front: Front) -> Iterator[dict[str, Any]]:
     """What the table was not told: sub-adapters kept from it, and the front as it was measured. Of
     the latency that is traded, else of prefill."""
     metric = next((cost for cost in front.costs if cost in LATENCIES), LATENCIES[0])
     for timetable in front.timetables.values():
         for timed in timetable.unseen:
             predicted = timetable(timed.sub_adapter)[metric]
-            yield "kept from the table", predicted, timed.values[metric]
+            measured = timed.values[metric]
+            yield {"predicted": predicted, "measured": measured, "what": "kept from the table"}
     for member in front.members:
         if member.measured:
-            yield member.name, getattr(member.figures, metric), getattr(member.measured, metric)
+            predicted, measured = (getattr(x, metric) for x in (member.figures, member.measured))
+            yield {"predicted": predicted, "measured": measured, "what": member.name}
 
 
 def _costs(

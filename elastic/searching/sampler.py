@@ -209,7 +209,5 @@ def learn(
 
 
 def _model(space: Space[Any], importance: Mapping[str, float] | None) -> Additive:
-    weights = None
-    if importance:
-        weights = [max(importance[group.name], 1e-12) for group in space]
+    weights = [max(importance[group.name], 1e-12) for group in space] if importance else None
     return Additive(kinds(space), shares(space), weights)

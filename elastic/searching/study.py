@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +102,8 @@ def search(config: SearchConfig) -> Front:
         if config.sampler == "additive":
             measured = functools.partial(_importance, net, base.tokenizer, task.train)
             importance = {BITS: 1.0, **worker.once("importance", measured)}
-        _prepare(study, worker, objective, config)
-        assert objective.full is not None  # says `_prepare`
+        begin = functools.partial(_begun, study, objective, config)
+        objective.full = Figures(**worker.once("full", begin))
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(config, objective, limits, importance, done)
@@ -187,18 +187,12 @@ def _importance(
     return group_importance(net, track(batches, "gradients"))
 
 
-def _prepare(
-    study: optuna.Study, worker: Worker, objective: Objective, config: SearchConfig
-) -> None:
-    """Score the full model and line up the first trials."""
-
-    def begun() -> dict[str, Any]:
-        say("Scoring the full model")
-        full = objective.score_full().as_dict()
-        _enqueue_starts(study, objective.space, config)
-        return full
-
-    objective.full = Figures(**worker.once("full", begun))
+def _begun(study: optuna.Study, objective: Objective, config: SearchConfig) -> dict[str, Any]:
+    """Figures of the full model; the first trials are lined up."""
+    say("Scoring the full model")
+    full = objective.figures(objective.space.maximal(), {}).as_dict()
+    _enqueue_starts(study, objective.space, config)
+    return full
 
 
 def _evaluate(
@@ -215,7 +209,8 @@ def _evaluate(
     if results:
         say(f"Continuing after {len(results)} sub-adapters")
     repeats = failures = 0
-    with search_bar(config.trials, len(results)) as advance:
+    with counting_bar(transient=True) as progress:
+        bar = progress.add_task("searching", total=config.trials, completed=len(results))
         while repeats < PATIENCE:
             others = len(worker.running())
             results = _seen(study, space)
@@ -246,7 +241,9 @@ def _evaluate(
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
             if candidate not in results and not failures:
                 results[candidate] = figures
-                advance(len(results), figures)
+                last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
+                text = f"searching, last {last}"
+                progress.update(bar, completed=len(results), description=text)
     return results
 
 
@@ -326,16 +323,3 @@ def _enqueue_starts(study: optuna.Study, space: CandidateSpace, config: SearchCo
         starts[space.stratified(generator)] = None
     for candidate in list(starts)[: config.starts]:
         study.enqueue_trial(space.indices(candidate), skip_if_exists=True)
-
-
-@contextlib.contextmanager
-def search_bar(total: int, done: int) -> Iterator[Callable[[int, Any], None]]:
-    """A bar over trials; call the value with the count and the latest figures."""
-    with counting_bar(transient=True) as progress:
-        task = progress.add_task("searching", total=total, completed=done)
-
-        def advance(count: int, figures: Any) -> None:
-            text = f"searching, last {figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
-            progress.update(task, completed=count, description=text)
-
-        yield advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,31 +67,24 @@ def tables_of(
     found: dict[str | None, Timetable] = {}
     for mode, target in targets.items():
         _, value = given.get(mode, (None, None))
-        own = _table(worker, net, target, value, config)
-        found[mode] = own.beside(found[None]) if found else own
+        make = functools.partial(_contents, net, target, value, config)
+        timetable = Timetable.from_dict(worker.once(_attribute(mode), make), net.space)
+        say(timetable.describe())
+        if not timetable.trusted:
+            say("To measure it again on a quiet machine, search under another study.name")
+        found[mode] = timetable.beside(found[None]) if found else timetable
     return found
 
 
-def _table(
-    worker: Worker,
-    net: Supernet,
-    target: Target,
-    given: dict[str, Any] | None,
-    config: SearchConfig,
-) -> Timetable:
-    def made() -> dict[str, Any]:
-        known = given or known_timetable(target, config.table)
-        if known:
-            Timetable.from_dict(known, net.space)  # it may be of another space: refused unstored
-            return known
+def _contents(
+    net: Supernet, target: Target, given: dict[str, Any] | None, config: SearchConfig
+) -> dict[str, Any]:
+    """Of a table: given, known or measured now."""
+    known = given or known_timetable(target, config.table)
+    if not known:
         return record(net, target, config.timing, config.table, config.seed).as_dict()
-
-    stored = worker.once(_attribute(target.compress), made)
-    timetable = Timetable.from_dict(stored, net.space)
-    say(timetable.describe())
-    if not timetable.trusted:
-        say("To measure it again on a quiet machine, search under another study.name")
-    return timetable
+    Timetable.from_dict(known, net.space)  # it may be of another space: refused unstored
+    return known
 
 
 def _attribute(mode: str | None) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 import random as random_module
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -139,11 +138,8 @@ class Space(Generic[Point]):
 
     def left(self, sub: SubAdapter, site: str, axis: str) -> Ranges:
         """The channels of an axis that `sub` leaves: those that every cut of it keeps."""
-        (group, cut), *others = self.axes[site, axis]
-        found = cut.kept(sub[group.name], group.choices[0])
-        for group, cut in others:
-            found = common(found, cut.kept(sub[group.name], group.choices[0]))
-        return found
+        cuts = self.axes[site, axis]
+        return reduce(common, (cut.kept(sub[group.name], group.choices[0]) for group, cut in cuts))
 
     @cached_property
     def depths(self) -> tuple[Group, ...]:
@@ -354,7 +350,7 @@ class CandidateSpace(Space[Candidate]):
         return self._indices(SubAdapter((*choices, bits) if len(self.modes) > 1 else choices))
 
 
-def generator_for(seed: int, *purpose: object) -> random.Random:
+def generator_for(seed: int, *purpose: object) -> random_module.Random:
     """A generator of its own for each purpose. String seeds are hashed with SHA-512 by the
     standard library, alike on every platform."""
-    return random.Random("/".join(map(str, (seed, *purpose))))
+    return random_module.Random("/".join(map(str, (seed, *purpose))))

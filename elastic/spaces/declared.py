@@ -6,17 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from torch import nn
 
 from elastic.errors import ConfigError, unknown
 from elastic.files import shipped
+from elastic.spaces.blocks import require_alike
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, GroupSpec
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -31,35 +30,36 @@ class Section:
         return {
             "blocks": self.blocks,
             "adapt": list(self.adapt),
-            "groups": {
-                spec.name: {
-                    key: list(item) if isinstance(item, tuple) else item
-                    for key, item in _declared(spec).items()
-                    if key != "name"
-                }
-                for spec in self.groups
-            },
+            "groups": {spec.name: _declared(spec) for spec in self.groups},
         }
 
 
 def section_of(value: Any, source: str) -> Section:
     """From what YAML says of it; ConfigError names the group that is wrong."""
     _keys(value, {"blocks", "adapt", "groups"}, {"blocks", "groups"}, source)
-    _types(value, source)
+    if not isinstance(value["blocks"], str):
+        raise ConfigError(
+            f"{source}: blocks is {value['blocks']!r}; give a pattern of module names"
+        )
+    if not isinstance(adapt := value.get("adapt", []), list):
+        raise ConfigError(f"{source}: adapt is {adapt!r}; give a list of layer names")
+    _once(adapt, f"{source}: adapt")
+    if not isinstance(value["groups"], Mapping):
+        raise ConfigError(f"{source}: groups is {value['groups']!r}; give a mapping by name")
     groups = []
     for name, spec in value["groups"].items():
         where = f"{source}: group {name!r}"
-        if not isinstance(spec, Mapping) or spec.get("dim") not in [*DIMS, DEPTH]:
-            dim = spec.get("dim") if isinstance(spec, Mapping) else None
+        dim = spec.get("dim") if isinstance(spec, Mapping) else None
+        if dim not in [*DIMS, DEPTH]:
             raise ConfigError(f"{where}: {unknown('dim', str(dim), [*DIMS, DEPTH])}")
         lists, more = {"outputs", "inputs"}, {"align", "share", "fused"}
-        if spec["dim"] == "rank":
+        if dim == "rank":
             lists, more = {"of"}, {"align", "share"}
-        elif spec["dim"] == DEPTH:
+        elif dim == DEPTH:
             lists, more = set(), {"drop_ends"}
         _keys(spec, {"dim", "choices"} | more | lists, {"dim", "choices"} | lists, where)
         groups.append(_group_spec(name, spec, where))
-    return Section(value["blocks"], tuple(value.get("adapt", ())), tuple(groups))
+    return Section(value["blocks"], tuple(adapt), tuple(groups))
 
 
 def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:
@@ -70,16 +70,6 @@ def _keys(value: Any, allowed: set[str], needed: set[str], where: str) -> None:
             raise ConfigError(f"{where}: {unknown('key', str(key), allowed)}")
     if missing := needed - set(value):
         raise ConfigError(f"{where}: missing {sorted(missing)}")
-
-
-def _types(value: Mapping[str, Any], where: str) -> None:
-    if not isinstance(value["blocks"], str):
-        raise ConfigError(f"{where}: blocks is {value['blocks']!r}; give a pattern of module names")
-    if not isinstance(adapt := value.get("adapt", []), list):
-        raise ConfigError(f"{where}: adapt is {adapt!r}; give a list of layer names")
-    _once(adapt, f"{where}: adapt")
-    if not isinstance(value["groups"], Mapping):
-        raise ConfigError(f"{where}: groups is {value['groups']!r}; give a mapping by name")
 
 
 def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
@@ -128,9 +118,9 @@ def _once(names: Sequence[Any], where: str) -> None:
 
 
 def _declared(spec: GroupSpec) -> dict[str, Any]:
-    """What departs from the defaults."""
-    values = ((field, getattr(spec, field.name)) for field in fields(spec))
-    return {field.name: value for field, value in values if value != field.default}
+    """What departs from the defaults, beside the name."""
+    values = ((f, getattr(spec, f.name)) for f in fields(spec) if f.name != "name")
+    return {f.name: list(v) if isinstance(v, tuple) else v for f, v in values if v != f.default}
 
 
 @dataclass(frozen=True)
@@ -187,7 +177,7 @@ class SearchSpace:
     def _bind(
         self, section: Section, model: nn.Module, max_rank: int
     ) -> tuple[list[Group], list[str]]:
-        linears = {name for name, module in model.named_modules() if _is_linear(module)}
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = [name for name, _ in model.named_modules()]
         pattern = re.compile(re.escape(section.blocks).replace(r"\*", r"[^.]+"))
         blocks = [name for name in names if pattern.fullmatch(name)]
@@ -223,8 +213,6 @@ def _depth(
     model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
 ) -> Group:
     """The one group of how many of the section's blocks run; the first and the last stay."""
-    from elastic.spaces.blocks import require_alike  # torch, which a space is read without
-
     shared = [s.name for s in section.groups if s.share == "model" and s.dim != "rank"]
     if shared:
         raise ConfigError(
@@ -242,12 +230,6 @@ def _depth(
     between = [block for block in blocks if block not in ends]
     name = f"{section.blocks}.{spec.name}"
     return Group(name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)
 
 
 def _all_linear(
@@ -269,9 +251,7 @@ def describe(space: SearchSpace) -> list[str]:
     """What a space cuts, a line for each kind of block."""
     lines = []
     for section in space.sections:
-        found = [f"{len(section.adapt)} adapted layers"]
-        for spec in section.groups:
-            what = spec.of or (*spec.outputs, "->", *spec.inputs)
-            found.append(f"{spec.name} ({' '.join(what)})")
-        lines.append(f"{section.blocks}: {', '.join(found)}")
+        layers = {g.name: g.of or (*g.outputs, "->", *g.inputs) for g in section.groups}
+        groups = "".join(f", {name} ({' '.join(what)})" for name, what in layers.items())
+        lines.append(f"{section.blocks}: {len(section.adapt)} adapted layers{groups}")
     return lines

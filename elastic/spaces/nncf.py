@@ -20,7 +20,7 @@ import yaml
 from elastic.config import BudgetConfig, SearchConfig, SpaceImportConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
-from elastic.spaces.declared import SearchSpace
+from elastic.spaces.declared import SearchSpace, describe
 
 READERS = {
     "gate_proj": "down_proj",
@@ -135,12 +135,8 @@ class Imported:
     notes: Sequence[str] = field(default_factory=list)
 
     def show(self) -> None:
-        from elastic.spaces.declared import describe
-
-        for line in (*describe(self.space), *(f"Note: {note}" for note in self.notes)):
-            print(line)
-        for file in self.files:
-            print(file)
+        notes = (f"Note: {note}" for note in self.notes)
+        print(*describe(self.space), *notes, *self.files, sep="\n")
 
 
 def import_space(config: SpaceImportConfig) -> Imported:
@@ -183,12 +179,11 @@ def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
         block["adapt"] |= dict.fromkeys(adapt)
     declared = list(_sections(blocks))
     space = SearchSpace.from_dict(declared, source.name)
-    dims = {spec.dim for section in space.sections for spec in section.groups}
     notes = [
         "layers that carry factors of full rank are not named in such a file; say which with "
         "--adapt"
     ] * (not adapt)
-    train = _train(space, dims, stages, training.get("sandwich_rule"), notes)
+    train = _train(space, stages, training.get("sandwich_rule"), notes)
     section = nas.get("search")
     search = _search(section, notes) if section and section.value != {} else {}
     return Imported(space, train, search, (), notes)
@@ -258,26 +253,22 @@ def _add(
         if attention:  # whole heads, whatever their size
             choices = [width / max(widths) for width in widths]
             spec, kind = {**spec, "dim": "heads", "choices": choices}, "heads"
-    name = kind
-    while name in block["groups"]:
-        name = f"{kind}_{layers[0].rpartition('.')[2]}"
-        kind = name
-    block["groups"][name] = spec
+    while kind in block["groups"]:
+        kind = f"{kind}_{layers[0].rpartition('.')[2]}"
+    block["groups"][kind] = spec
 
 
 def _reader(block: str, name: str, readers: set[tuple[str, str]], where: str) -> str:
     parent, _, leaf = name.rpartition(".")
     near = READERS.get(leaf)
     found = FAR_READERS.get(name) or (near and ".".join(filter(None, (parent, near))))
-    if found is None:
-        listed = sorted(other for owner, other in readers if owner == block)
-        found = listed[0] if len(listed) == 1 else None
-    if found is None:
+    listed = [other for owner, other in readers if owner == block]
+    if found is None and len(listed) != 1:
         raise ConfigError(
             f"{where}: which layer of {block} reads the channels of {name} is not known; write "
             "this group by hand (see search_spaces/)"
         )
-    return found
+    return found or listed[0]
 
 
 def _sections(blocks: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -299,18 +290,16 @@ def _sections(blocks: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _train(
     space: SearchSpace,
-    dims: set[str],
     stages: Sequence[Entry],
     sandwich: Entry | None,
     notes: list[str],
 ) -> dict[str, Any]:
-    ranks = [
-        spec.choices for section in space.sections for spec in section.groups if spec.dim == "rank"
-    ]
-    order = [dim for dim in ("rank", "width", "heads") if dim in dims]
+    specs = [spec for section in space.sections for spec in section.groups]
+    ranks = [choice for spec in specs if spec.dim == "rank" for choice in spec.choices]
+    order = [dim for dim in ("rank", "width", "heads") if dim in {spec.dim for spec in specs}]
     found: dict[str, Any] = {"sampling": "lonas", "progressivity": order}
     if ranks:
-        found["adapter"] = {"rank": max(max(choices) for choices in ranks)}
+        found["adapter"] = {"rank": max(ranks)}
     if sandwich and sandwich.is_on():
         found["sampling"] = "sandwich"
     if any(flag.is_on() for stage in stages if (flag := stage.get("reorg_weights"))):

@@ -108,7 +108,7 @@ def streamed(
         updates[site] = layer.A.data, layer.B.data
         bias = None if layer.bias is None else layer.bias.data
         model.set_submodule(site, plain_linear(layer.weight.data, bias))
-    left, kept = _left(net, sub), net.kept(sub)
+    left, kept = _left(net, sub), net.space.kept(sub)
 
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")

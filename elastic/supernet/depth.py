@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.blocks import _by_layer, counts
+from elastic.spaces.dims import numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class Stack:
     """The blocks of one group, with all that says how many there are."""
 
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
-        name = group.blocks[0].rpartition(".")[0]
+        self._order, name = group.blocks, group.blocks[0].rpartition(".")[0]
         self.blocks = Blocks(list(model.get_submodule(name)))
         model.set_submodule(name, self.blocks)
         self._numbered = [
@@ -66,14 +67,14 @@ class Stack:
             for key, values in _by_layer(config, len(self.blocks))
         ]
 
-    def run(self, kept: Sequence[int]) -> None:
-        """Let the blocks in these places, ascending, run."""
-        self.blocks.running = tuple(kept)
+    def run(self, choice: int) -> None:
+        """Let so many blocks run, the first in the order of the group."""
+        self.blocks.running = tuple(sorted(numbers(self._order[:choice])))
         for place, number in enumerate(self.blocks.running):
             for module, name in self._numbered[number]:
                 setattr(module, name, place)
         for config, key in self._counts:
-            setattr(config, key, len(kept))
+            setattr(config, key, choice)
         for config, key, values in self._lists:
             setattr(config, key, [values[number] for number in self.blocks.running])
 

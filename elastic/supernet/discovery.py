@@ -173,8 +173,7 @@ def _projection_out(
         for name, (_, columns) in linears.items()
         if columns == wide and _leads_out(name) and name.startswith(beside)
     ]
-    within = [name for name in found if name.startswith(f"{attention}.")]
-    return next(iter(within or found), None)
+    return min(found, key=lambda name: not name.startswith(f"{attention}."), default=None)
 
 
 def _tried(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ anything."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -30,10 +31,10 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
     changes: dict[str, Tensor] = {}
     examples = 0
 
-    def gone(group: Group, change: Tensor) -> None:
+    def gone(group: str, change: Tensor) -> None:
         """The products (batch, ..., features) of what would be gone from one layer."""
         each = change.flatten(1).sum(1, dtype=torch.float32).cpu()
-        changes[group.name] = changes.get(group.name, 0.0) + each
+        changes[group] = changes.get(group, 0.0) + each
 
     starts: list[Tensor] = []
     # An encoder and a decoder have modules of their own around one weight.
@@ -44,7 +45,7 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
         if module.weight is shared
     ]
     for group in net.space:
-        handles += _watched(net, group, gone)
+        handles += _watched(net, group, functools.partial(gone, group.name))
     try:
         with net.active(net.space.maximal()):
             for batch in batches:
@@ -62,14 +63,12 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
 
 
 def _watched(
-    net: Supernet, group: Group, gone: Callable[[Group, Tensor], None]
+    net: Supernet, group: Group, tell: Callable[[Tensor], None]
 ) -> Iterator[RemovableHandle]:
-    """Hooks that tell `gone` about this group as gradients come by."""
+    """Hooks that tell what would be gone with this group as gradients come by."""
     for block in group.blocks[group.choices[-1] :]:
         yield net.model.get_submodule(block).register_forward_hook(
-            lambda _block, inputs, given, output: _left_out(
-                *states(inputs, given, output), lambda change: gone(group, change)
-            ),
+            lambda _block, inputs, given, output: _left_out(*states(inputs, given, output), tell),
             with_kwargs=True,
         )
     for cut in group.cuts:
@@ -79,15 +78,11 @@ def _watched(
             for start, length in cut.kept(group.choices[-1], group.choices[0]):
                 behind[start : start + length] = False
             yield net.layer(cut.site).register_forward_pre_hook(
-                lambda _layer, inputs, behind=behind: _channels(
-                    inputs[0], behind, lambda change: gone(group, change)
-                )
+                lambda _layer, inputs, behind=behind: _channels(inputs[0], behind, tell)
             )
         elif cut.axis == "rank":
             yield net.layer(cut.site).register_forward_hook(
-                lambda layer, inputs, output: _ranks(
-                    layer, inputs[0], output, group.choices[-1], lambda change: gone(group, change)
-                )
+                lambda layer, inputs, y: _ranks(layer, inputs[0], y, group.choices[-1], tell)
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
@@ -45,8 +46,6 @@ def save_super_adapter(
 ) -> None:
     """Write factors (the supernet's unless given), channel order, space and provenance, all at
     once or not at all."""
-    from safetensors.torch import save_file
-
     with new_directory(directory) as building:
         factors = net.factor_state() if factors is None else factors
         save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
@@ -74,31 +73,22 @@ def load_super_adapter(
     the same.
     """
     about = read_super_adapter(directory, base_digest)
-    order, factors = read_tensors(directory)
     space = SearchSpace.from_dict(
         yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
     )
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
-    net = Supernet(model, space, adapter, order=order, start=False)
-    (net.load_updates if updates else net.load_factors)(factors)
+    net = Supernet(model, space, adapter, order=read_order(directory), start=False)
+    (net.load_updates if updates else net.load_factors)(read_factors(directory))
     return net
 
 
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Channel order and factors of a super-adapter; `read_super_adapter` checks it first."""
-    return read_order(directory), read_factors(directory)
-
-
 def read_order(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
+    """Of the channels, by group; `read_super_adapter` checks the super-adapter first."""
     return load_file(directory / ORDER)
 
 
 def read_factors(directory: Path) -> dict[str, Tensor]:
     """Of a super-adapter or a checkpoint."""
-    from safetensors.torch import load_file
-
     return load_file(directory / FACTORS)
 
 

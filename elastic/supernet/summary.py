@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
@@ -70,11 +71,9 @@ def _short(number: float | None, unit: str = "") -> str:
     """Three digits and a prefix: 13.5 GB."""
     if number is None:
         return "unknown"
-    prefixes = iter(("", "k", "M", "G", "T", "P", "E"))
-    prefix = next(prefixes)
-    while number >= 999.5:
-        number, prefix = number / 1000, next(prefixes)
-    return f"{number:.3g} {prefix}{unit}"
+    power = bisect.bisect([999.5 * 1000**k for k in range(6)], number)
+    prefix = ("", *"kMGTPE")[power]
+    return f"{number / 1000**power:.3g} {prefix}{unit}"
 
 
 def show_space(config: SpaceShowConfig) -> SpaceTable:
@@ -89,9 +88,6 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
 def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
     counter = Counter(model, space)
     costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
-    return SpaceTable(type(model).__name__, _choices(space), space.size, costs)
-
-
-def _choices(space: BoundSpace) -> list[Choices]:
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
-    return [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
+    rows = [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
+    return SpaceTable(type(model).__name__, rows, space.size, costs)

@@ -17,7 +17,7 @@ from elastic.errors import RunError
 from elastic.models.head import widen_head_
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import channel_index, numbers
+from elastic.spaces.dims import channel_index
 from elastic.supernet.depth import Stack
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Supernet:
             if choice in (old, 0):  # 0: its block does not run
                 continue
             if name in self._stacks:
-                self._stacks[name].run(self._blocks(name, choice))
+                self._stacks[name].run(choice)
             for size, cut, leading in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
@@ -151,15 +151,6 @@ class Supernet:
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
         self.current = sub
-
-    def _blocks(self, depth: str, choice: int) -> list[int]:
-        """Places of the blocks that this choice of a depth runs."""
-        group = next(group for group in self.space.depths if group.name == depth)
-        return sorted(numbers(group.blocks[:choice]))
-
-    def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
-        """As the space says it, in its order of blocks."""
-        return self.space.kept(sub)
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
@@ -195,10 +186,16 @@ class Supernet:
     def load_factors(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `factor_state`; RunError when names or shapes differ, or a value is NaN."""
         verified = self._verified(state)
-        for name, tensor in self._verified_head(state).items():
-            self.head[name].copy_(tensor)
-        for adapter, own in verified:
-            adapter.load(own)
+        for name, own in self.head.items():
+            if name not in state or state[name].shape != own.shape:
+                found = tuple(state[name].shape) if name in state else "missing"
+                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
+            if not torch.isfinite(state[name]).all():
+                raise RunError(f"{name} of the head holds NaN or infinite values")
+        for name, own in self.head.items():
+            own.copy_(state[name])
+        for adapter, part in verified:
+            adapter.load(part)
 
     def load_updates(self, state: Mapping[str, Tensor]) -> None:
         """The factors of `state` alone, whatever head they were trained with."""
@@ -226,15 +223,6 @@ class Supernet:
         for site, adapter in self.adapters():
             adapter.verify(parts[site], site)
         return [(adapter, parts[site]) for site, adapter in self.adapters()]
-
-    def _verified_head(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, own in self.head.items():
-            if name not in state or state[name].shape != own.shape:
-                found = tuple(state[name].shape) if name in state else "missing"
-                raise RunError(f"{name} of the head: expected {tuple(own.shape)}, it is {found}")
-            if not torch.isfinite(state[name]).all():
-                raise RunError(f"{name} of the head holds NaN or infinite values")
-        return {name: state[name] for name in self.head}
 
     def penalty(self, learning_rate: float) -> Tensor | None:
         """The regulariser of the active sub-adapter; None if the method has none now."""

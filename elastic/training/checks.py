@@ -87,12 +87,12 @@ def predecessor(config: TrainConfig) -> Run:
     assert config.start_from is not None
     before = Run(config.start_from)
     theirs = before.config()
-    for name in ("method", "rank", "scale"):
-        field = "resolved_method" if name == "method" else name
+    for field in ("resolved_method", "rank", "scale"):
         mine, other = getattr(config.adapter, field), getattr(theirs.adapter, field)
         if mine != other:
             raise ConfigError(
-                f"start_from: {before.path} was trained with adapter {name} {other}, not {mine}; "
+                f"start_from: {before.path} was trained with adapter "
+                f"{field.removeprefix('resolved_')} {other}, not {mine}; "
                 "a sequence keeps one method, rank and scale"
             )
     if theirs.model.classes and not config.sub_adapter:
@@ -106,7 +106,6 @@ def predecessor(config: TrainConfig) -> Run:
             f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
             "model.classes alike"
         )
-
     if space_for(config).sections != before.space().sections:
         raise ConfigError(
             f"start_from: {before.path} was trained in another search space than {config.space}; "

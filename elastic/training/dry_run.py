@@ -27,7 +27,7 @@ from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.supernet.discovery import require_fits, space_for
-from elastic.supernet.store import read_tensors
+from elastic.supernet.store import read_factors
 from elastic.supernet.summary import _table
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import predecessor, with_classes
@@ -73,7 +73,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
     if config.model.quantise != "none":
         notes.append("temporaries and compute are those of a base that is not quantised")
     if before:
-        net.succeed(read_tensors(before.super_adapter)[1])
+        net.succeed(read_factors(before.super_adapter))
     with fake:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
@@ -83,10 +83,13 @@ def estimate(*runs: TrainConfig) -> Estimate:
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
     batch, examples = _data(runs, model)
+    schedules = [Schedule.of(run, n) for run, n in zip(runs, examples, strict=bool(examples))]
+    steps = sum(schedule.steps for schedule in schedules)
+    plan = Plan(len(runs), sum(examples), len(config.resolved_stages), steps)
     compute = None
     try:
         with fake:
-            memory, compute = _measure(net, runs, batch, examples, memory)
+            memory, compute = _measure(net, config, batch, schedules, memory)
     except Exception as error:  # whatever a model's own code raises when it reads a value
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         notes.append(f"activations and compute unknown, {type(model).__name__} failed: {reason}")
@@ -99,7 +102,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         trained_by=_trained_by(net, [shapes[site] for site in net.space.targets]),
         batch=batch,
         accumulation=config.accumulation,
-        plan=_plan(runs, examples) if examples else None,
+        plan=plan if examples else None,
         memory=memory,
         compute=compute,
         device=device.type,
@@ -128,24 +131,14 @@ def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, l
     return Batch(sequences, padded(longest), max(one.answer for one in encoded)), counts
 
 
-def _plan(runs: Sequence[TrainConfig], examples: Sequence[int]) -> Plan:
-    steps = sum(schedule.steps for schedule in _schedules(runs, examples))
-    return Plan(len(runs), sum(examples), len(runs[-1].resolved_stages), steps)
-
-
-def _schedules(runs: Sequence[TrainConfig], examples: Sequence[int]) -> list[Schedule]:
-    return [Schedule.of(run, count) for run, count in zip(runs, examples, strict=True)]
-
-
 def _measure(
     net: Supernet,
-    runs: Sequence[TrainConfig],
+    config: TrainConfig,
     batch: Batch,
-    examples: Sequence[int],
+    schedules: Sequence[Schedule],
     memory: Memory,
 ) -> tuple[Memory, Compute]:
     """Memory and compute by running micro-batches of the maximal and the minimal sub-adapter."""
-    config = runs[-1]
     largest = rehearse(net, net.space.maximal(), batch)
     smallest = rehearse(net, net.space.minimal(), batch)
     # Nearly the maximal sub-adapter, which has no teacher, but taught by it.
@@ -166,9 +159,9 @@ def _measure(
 
     spans = [
         [stage.epochs * schedule.steps_per_epoch * flops for flops in step(stage)]
-        for schedule in _schedules(runs, examples)
+        for schedule in schedules
         for stage in schedule.stages
-    ] if examples else []  # fmt: skip
+    ]
     memory = replace(memory, activations=taught.saved, temporaries=taught.peak - taught.saved)
     whole = (sum(low for low, _ in spans), sum(high for _, high in spans)) if spans else None
     return memory, Compute(maximal, minimal, step(config.resolved_stages[-1]), whole)

@@ -107,8 +107,7 @@ def _without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
 def _train(net: Supernet, batch: Batch, distill: float, left_out: Sequence[str] = ()) -> MicroBatch:
     with _without(net.model, left_out):
         model = net.model.train()
-        inputs = batch.tensors(model)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs = {key: tensor.to(model.device) for key, tensor in batch.tensors(model).items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)

@@ -23,7 +23,7 @@ from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.importance import channel_order
-from elastic.supernet.store import read_order, read_super_adapter, read_tensors, save_super_adapter
+from elastic.supernet.store import read_factors, read_order, read_super_adapter, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.callbacks import check_trackers
 from elastic.training.checks import (
@@ -167,7 +167,7 @@ def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, befor
     """The supernet in which the next task begins, or in which one sub-adapter goes on with its
     own; BaseMismatch on another base model."""
     read_super_adapter(before.super_adapter, base.digest)
-    order, factors = read_tensors(before.super_adapter)
+    order, factors = read_order(before.super_adapter), read_factors(before.super_adapter)
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
     if config.sub_adapter:
         net.load_factors(factors)

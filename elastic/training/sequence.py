@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +13,7 @@ from elastic import distributed, plotting
 from elastic.config import TaskConfig, TrainConfig
 from elastic.console import say, wide
 from elastic.data import load_task
-from elastic.errors import ConfigError, DataError, unknown
+from elastic.errors import ConfigError, DataMissing
 from elastic.evaluation.evaluate import answers, same_text
 from elastic.evaluation.statistics import Score
 from elastic.files import write_json, write_text
@@ -138,9 +136,10 @@ def train_sequence(config: TrainConfig) -> Sequential:
     with distributed.main_first():
         run.claim(config)
     stages = stage_configs(config)
-    tests = [
-        _load(stage.task, name, config) for name, stage in zip(config.tasks, stages, strict=True)
-    ]
+    try:
+        tests = [load_task(stage.task, config.seed).test for stage in stages]
+    except DataMissing as error:
+        raise ConfigError(f"tasks: {error}") from None
     with distributed.main_first():
         run.begin(config)
     scores = []
@@ -193,40 +192,13 @@ def stage_config(config: TrainConfig, number: int) -> TrainConfig:
 
 def _named(task: TaskConfig, name: str) -> TaskConfig:
     """The task with its name put where {task} stands."""
-    texts: dict[str, Any] = {
-        key: value for key, value in vars(task).items() if isinstance(value, str)
-    }
-    if not any(_PLACE in text for text in texts.values()):
+    texts = {key: text for key, text in vars(task).items() if _PLACE in str(text)}
+    if not texts:
         raise ConfigError(
             "tasks: nothing in the settings of `task` depends on the name; write {task} where it "
             "belongs, such as --task.train data/{task}.train.jsonl"
         )
-    named: dict[str, Any] = {key: text.replace(_PLACE, name) for key, text in texts.items()}
-    return replace(task, **named)
-
-
-def _load(task: TaskConfig, name: str, config: TrainConfig) -> Sequence[Example]:
-    try:
-        return load_task(task, config.seed).test
-    except DataError as error:
-        template = config.task.train or config.task.folder or ""
-        if name in _known(template) or Path(template.replace(_PLACE, name)).exists():
-            raise
-        raise ConfigError(f"tasks: {unknown('task', name, _known(template))}: {error}") from None
-
-
-def _known(template: str) -> list[str]:
-    """Names for which the training data is there."""
-    if _PLACE not in template:
-        return []
-    depth = Path(template[: template.index(_PLACE)] + _PLACE).parts
-    names = set()
-    for path in glob.glob(template.replace(_PLACE, "*")):
-        pattern = re.escape(Path(template).name).replace(re.escape(_PLACE), "(.+)")
-        part = Path(path).parts[len(depth) - 1]
-        found = re.fullmatch(pattern, part)
-        names.add(found[1] if found else part)
-    return sorted(names)
+    return replace(task, **{key: text.replace(_PLACE, name) for key, text in texts.items()})
 
 
 def _score_all(
@@ -234,15 +206,13 @@ def _score_all(
 ) -> list[Score]:
     """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
     files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
-    if not all(file.is_file() for file in files.values()):
+    if missing := [name for name in seen if not files[name].is_file()]:
         from elastic.supernet.store import load_run
 
         _, base, net = load_run(trained)
-        for name, examples in seen.items():
-            if files[name].is_file():
-                continue
+        for name in missing:
             found = answers(
-                net.model, base.tokenizer, examples, new_tokens=config.sequence.new_tokens,
+                net.model, base.tokenizer, seen[name], new_tokens=config.sequence.new_tokens,
                 batch=config.sequence.batch, label=f"testing {name}",
             )  # fmt: skip
             rows = [
@@ -252,12 +222,8 @@ def _score_all(
                     "prediction": text,
                     "correct": same_text(text, example.answer),
                 }
-                for example, text in zip(examples, found, strict=True)
+                for example, text in zip(seen[name], found, strict=True)
             ]
             write_text(files[name], "".join(json.dumps(row) + "\n" for row in rows))
-    return [_read(file) for file in files.values()]
-
-
-def _read(file: Path) -> Score:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return Score(tuple(row["correct"] for row in rows))
+    texts = (file.read_text(encoding="utf-8").splitlines() for file in files.values())
+    return [Score(tuple(json.loads(line)["correct"] for line in lines)) for lines in texts]

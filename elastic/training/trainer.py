@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -249,8 +250,6 @@ class ElasticTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         """Factors alone; of a sharded model they come in `state_dict`, gathered."""
-        from safetensors.torch import save_file
-
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         state = self.net.factor_state() if state_dict is None else self.net.named(state_dict)

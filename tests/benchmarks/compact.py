@@ -96,7 +96,7 @@ def main() -> None:
                     share = (macs[name] - macs["fixed"]) / (macs[REFERENCE] - macs["fixed"])
                     for step in ("prefill", "decode"):
                         own, fixed = (
-                            getattr(found.ratio(each), f"{step}_ms") for each in (name, "fixed")
+                            getattr(found.ratios[each], f"{step}_ms") for each in (name, "fixed")
                         )
                         allowed = fixed + share * (1 - fixed)
                         row |= {step: 1 / own, f"{step} allowed": 1 / allowed,

@@ -139,7 +139,7 @@ def timed(run: Run, names: Sequence[str], file: Path) -> dict[str, dict]:
             for name, sub in subs.items():
                 if runtime not in known.setdefault(shapes[name], {}):
                     measured = bench(Candidate(sub))
-                    ratio = measured.ratio(CANDIDATE).prefill_ms
+                    ratio = measured.ratios[CANDIDATE].prefill_ms
                     known[shapes[name]][runtime] = {"prefill": ratio, "control": measured.control}
                     write_json(file, known)
     return {name: known[shape] for name, shape in shapes.items()}

@@ -167,7 +167,7 @@ def test_nothing_is_decoded(run, monkeypatch):
                     vocabulary=9, clock=machine.clock)  # fmt: skip
     assert found.latencies["small"].prefill_ms == 2000
     assert found.latencies["small"].decode_ms == found.full.decode_ms == 0
-    assert found.ratio("small").prefill_ms == 0.5 and found.ratio("small").decode_ms == 1
+    assert found.ratios["small"].prefill_ms == 0.5 and found.ratios["small"].decode_ms == 1
     assert found.control == 0 and not runners["full"].tokens
     report = time_run(LatencyConfig(
         run=str(run.path), sub_adapter="minimal",

@@ -38,8 +38,8 @@ def test_times_are_what_the_clock_says():
     assert found.full.decode_ms == pytest.approx(8)  # per token, not per round
     assert found.latencies["half"].prefill_ms == pytest.approx(20)
     assert found.latencies["half"].decode_ms == pytest.approx(2)
-    assert found.ratio("half").prefill_ms == pytest.approx(0.5)
-    assert found.ratio("half").decode_ms == pytest.approx(0.25)
+    assert found.ratios["half"].prefill_ms == pytest.approx(0.5)
+    assert found.ratios["half"].decode_ms == pytest.approx(0.25)
     assert found.control == pytest.approx(0)
     assert found.trusted
     assert set(found.latencies) == {"full", "half"}
@@ -122,10 +122,10 @@ def test_a_machine_that_slows_down_favours_nobody(names):
     found = run(machine, runners, timing(rounds=6, max_rounds=6))
     assert found.control == pytest.approx(0, abs=1e-9)
     # Within a round the slope cancels but for what it is of a turn's own time.
-    assert found.ratio("a").prefill_ms == pytest.approx(1, rel=0.01)
-    assert found.ratio("a").decode_ms == pytest.approx(1, rel=0.01)
-    assert found.ratio("b").prefill_ms == pytest.approx(0.5, rel=0.01)
-    assert found.ratio("b").decode_ms == pytest.approx(0.5, rel=0.01)
+    assert found.ratios["a"].prefill_ms == pytest.approx(1, rel=0.01)
+    assert found.ratios["a"].decode_ms == pytest.approx(1, rel=0.01)
+    assert found.ratios["b"].prefill_ms == pytest.approx(0.5, rel=0.01)
+    assert found.ratios["b"].decode_ms == pytest.approx(0.5, rel=0.01)
 
 
 def test_what_slows_a_whole_round_leaves_the_ratio_alone():
@@ -141,9 +141,9 @@ def test_what_slows_a_whole_round_leaves_the_ratio_alone():
         FakeRunner(machine, "a", 0.007, 0.003, of(1)),
     ]
     found = run(machine, runners, timing(rounds=8, max_rounds=8))
-    assert found.ratio("a").prefill_ms == pytest.approx(0.7)
-    assert found.ratio("a").decode_ms == pytest.approx(0.75)
-    assert found.ratio("full").prefill_ms == found.ratio("full").decode_ms == 1
+    assert found.ratios["a"].prefill_ms == pytest.approx(0.7)
+    assert found.ratios["a"].decode_ms == pytest.approx(0.75)
+    assert found.ratios["full"].prefill_ms == found.ratios["full"].decode_ms == 1
 
 
 def test_a_ratio_does_not_depend_on_when_it_was_measured():
@@ -153,7 +153,7 @@ def test_a_ratio_does_not_depend_on_when_it_was_measured():
             FakeRunner(machine, "full", 0.010, 0.004, lambda *_: speed),
             FakeRunner(machine, "a", 0.007, 0.003, lambda *_: speed),
         ]
-        return run(machine, runners).ratio("a")
+        return run(machine, runners).ratios["a"]
 
     early, late = ratio(1.0), ratio(3.0)
     assert early.prefill_ms == pytest.approx(late.prefill_ms)

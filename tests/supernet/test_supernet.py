@@ -6,7 +6,7 @@ import errno
 import os
 
 import pytest
-import safetensors.torch
+import safetensors
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -17,6 +17,7 @@ from elastic.errors import BaseMismatch, RunError
 from elastic.models.digest import digest_of
 from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
+from elastic.supernet import store
 from elastic.supernet.compact import compact, merge_, sliced
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.store import load_super_adapter
@@ -386,7 +387,7 @@ def test_a_full_disk_leaves_the_old_directory(tmp_path, monkeypatch, error):
     directory = tmp_path / "net"
     save(tiny.supernet(seed=0), directory)
     before = contents(directory)
-    real, calls = safetensors.torch.save_file, []
+    real, calls = store.save_file, []
 
     def second_fails(tensors, filename, *args):
         calls.append(filename)
@@ -394,7 +395,7 @@ def test_a_full_disk_leaves_the_old_directory(tmp_path, monkeypatch, error):
             raise error
         return real(tensors, filename, *args)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", second_fails)
+    monkeypatch.setattr(store, "save_file", second_fails)
     with pytest.raises(RunError, match="No space left") as caught:
         save(tiny.supernet(seed=1), directory)
     assert len(calls) == 2 and str(directory) in str(caught.value)
