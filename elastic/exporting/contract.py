@@ -143,10 +143,10 @@ class Format:
         full = source.folder(kind, "full")
         return self._load(source, directory), self._load(source, full)
 
-    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+    def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         timing = source.config.timing
         return Load(
-            runtime=runtime or self.runtime or "", folder=str(folder), batch=timing.batch,
+            runtime=self.runtime or "", folder=str(folder), batch=timing.batch,
             prompt_tokens=timing.prompt_tokens, settings=settings,
         )  # fmt: skip
 
