@@ -18,14 +18,12 @@ from elastic.evaluation.statistics import Score
 from elastic.formats import pipelines
 from elastic.formats.runner import Runner
 from elastic.latency.weigh import Load
+from elastic.models import loading
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from elastic.models import loading
-
 
 Which = Literal["compact", "full"]
 
