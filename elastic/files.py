@@ -65,11 +65,8 @@ def read_json(path: Path | str) -> Any:
 
 def digest(path: Path | str) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    total = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            total.update(chunk)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tag(text: str) -> str:
@@ -97,15 +94,11 @@ def new_directory(path: Path | str) -> Iterator[Path]:
 def clear_leftovers(folder: Path) -> None:
     """Remove what `new_directory` was at when its process was killed; a directory that it had moved
     aside for a new one that never came goes back to its place."""
-    for left in folder.glob(f".*{BUILDING}"):
-        with _lock(left) as alone:
-            if alone:
-                shutil.rmtree(left, ignore_errors=True)
-    for left in folder.glob(f".*{ASIDE}"):
+    for left in [*folder.glob(f".*{BUILDING}"), *folder.glob(f".*{ASIDE}")]:
         with _lock(left) as alone:
             if not alone:
                 continue
-            for old in left.iterdir():
+            for old in left.iterdir() if left.name.endswith(ASIDE) else ():
                 if not (folder / old.name).exists():
                     os.rename(old, folder / old.name)
             shutil.rmtree(left, ignore_errors=True)
@@ -130,22 +123,16 @@ def _held_directory(path: Path, ending: str) -> Iterator[Path]:
 def _lock(directory: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone has the directory, while the block lasts; a lock ends with its
     process. Where directories cannot be locked nobody ever has one alone."""
-    try:
-        import fcntl
+    alone = False
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
 
-        descriptor = os.open(directory, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield False
-        return
-    try:
-        try:
+            descriptor = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             alone = True
-        except OSError:
-            alone = False
         yield alone
-    finally:
-        os.close(descriptor)
 
 
 def _make_shareable(target: Path) -> None:

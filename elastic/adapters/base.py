@@ -31,18 +31,16 @@ class Adapter(nn.Module):
     """Parameters on the output side, whose learning rate is `lr_ratio` times the others'."""
     clip_penalty: ClassVar[bool] = True
     """Whether the penalty's gradient is clipped with the task's, or added after clipping."""
-    grows: ClassVar[bool] = False
-    """Whether the next task of a sequence gets new factors beside the finished ones."""
     dropout_on_rank: bool = False
     """Whether dropout acts on A x instead of x."""
-    scale: float = 1.0
+    scale: float
     """A number that multiplies the whole update: inside B in `factors`, not in `unscaled`."""
 
     def __init__(
         self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
         super().__init__()
-        self.max_rank = config.rank
+        self.max_rank, self.scale = config.rank, config.scale
 
     @classmethod
     def refuse(cls, config: AdapterConfig, out_features: int, in_features: int) -> str | None:

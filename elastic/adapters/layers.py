@@ -166,12 +166,10 @@ class FactorLinear(nn.Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
-        )
-        self.A = nn.Parameter(A, requires_grad=False)
-        self.B = nn.Parameter(B, requires_grad=False)
+        self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return _add_update(F.linear(x, self.weight, self.bias), x, self.A, self.B)

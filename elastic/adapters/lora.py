@@ -24,7 +24,6 @@ class Lora(Adapter):
         self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
         super().__init__(config, out_features, in_features)
-        self.scale = config.scale
         self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))
         self.B = nn.Parameter(torch.zeros(out_features, config.rank, **factory))
 

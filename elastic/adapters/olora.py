@@ -27,13 +27,11 @@ class Olora(Adapter):
 
     along_in: ClassVar = {"A": 1, "A_old": 1}
     along_out: ClassVar = {"B": 0, "B_old": 0}
-    grows = True
 
     def __init__(
         self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
         super().__init__(config, out_features, in_features)
-        self.scale = config.scale
         self.settings = config.olora
         self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))
         self.B = nn.Parameter(torch.zeros(out_features, config.rank, **factory))

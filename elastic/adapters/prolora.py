@@ -34,7 +34,6 @@ class Prolora(Adapter):
         self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
         super().__init__(config, out_features, in_features)
-        self.scale = config.scale
         self.settings = config.prolora
         self.unshared = config.prolora.unshared_rank
         shared = config.rank - self.unshared

@@ -40,7 +40,6 @@ class Sorsa(Adapter):
         self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
     ) -> None:
         super().__init__(config, out_features, in_features)
-        self.scale = config.scale
         self.settings = config.sorsa
         rank = config.rank
         self.A = nn.Parameter(torch.zeros(rank, in_features, **factory))

@@ -33,6 +33,7 @@ class SosLora(Adapter):
     ) -> None:
         super().__init__(config, out_features, in_features)
         self.settings = settings = config.soslora
+        self.scale = 1.0  # every expert has scales of its own
         experts, rank = settings.experts, _expert_rank(config)
         self.expert_rank = rank
         self.dropout_on_rank = settings.dropout_on == "rank"
@@ -61,13 +62,10 @@ class SosLora(Adapter):
     @torch.no_grad()
     def start(self, weight: Tensor, generator: torch.Generator) -> None:
         experts, rank, in_features = self.A.shape
-        rows = experts * rank
-        if rows <= in_features:
-            blocks = [_orthonormal(rows, in_features, generator, self.A.dtype)]
-        else:
-            blocks = [
-                _orthonormal(rank, in_features, generator, self.A.dtype) for _ in range(experts)
-            ]
+        # All rows together, or where the layer is too narrow for that each expert's.
+        rows, times = (experts * rank, 1) if experts * rank <= in_features else (rank, experts)
+        dtype = self.A.dtype
+        blocks = [_orthonormal(rows, in_features, generator, dtype) for _ in range(times)]
         self.A.copy_(math.sqrt(2) * torch.cat(blocks).unflatten(0, (experts, rank)))
         nn.init.zeros_(self.B)
         self.expert_scales.copy_(self._base_scales().expand_as(self.expert_scales))

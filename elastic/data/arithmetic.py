@@ -47,12 +47,8 @@ def _problem(generator: random.Random) -> Example:
     name, thing = generator.choice(NAMES), generator.choice(THINGS)
     total = generator.randint(4, LARGEST)
     text = generator.choice(FIRST).format(n=name, a=total, t=thing)
-    if generator.random() < 0.5:
-        number = generator.randint(2, total - 1)
-        text += generator.choice(FEWER).format(b=number)
-        total -= number
-    else:
-        number = generator.randint(2, LARGEST)
-        text += generator.choice(MORE).format(b=number)
-        total += number
+    fewer = generator.random() < 0.5
+    number = generator.randint(2, total - 1 if fewer else LARGEST)
+    text += generator.choice(FEWER if fewer else MORE).format(b=number)
+    total += -number if fewer else number
     return Example(text + generator.choice(LAST).format(t=thing), str(total))

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from elastic.data.labels import number_in
+from elastic.data.task import Example
 from elastic.errors import DataError
 from elastic.models.kinds import Kind, classes_of, has_types, is_number, kind_of, longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from elastic.data.task import Example
 
 
 def padded(length: int) -> int:

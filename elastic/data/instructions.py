@@ -17,14 +17,13 @@ from elastic.data.task import Example, Task, disjoint, limits
 from elastic.errors import DataError, DataMissing
 
 QUESTIONS = {
-    "TC": "Which topic is this text about? Choose one of the options.",
-    "SC": "Which sentiment does this text express? Choose one of the options.",
-    "NLI": "How does the second sentence relate to the first? Choose one of the options.",
-    "QQP": "Do the two questions mean the same? Choose one of the options.",
-    "BoolQA": "Is the answer to the question about this passage true or false? "
-    "Choose one of the options.",
-    "MultiRC": "Is this answer to the question about the passage right? Choose one of the options.",
-    "WiC": "Is the word used in the same sense in both sentences? Choose one of the options.",
+    "TC": "Which topic is this text about?",
+    "SC": "Which sentiment does this text express?",
+    "NLI": "How does the second sentence relate to the first?",
+    "QQP": "Do the two questions mean the same?",
+    "BoolQA": "Is the answer to the question about this passage true or false?",
+    "MultiRC": "Is this answer to the question about the passage right?",
+    "WiC": "Is the word used in the same sense in both sentences?",
     "COPA": "",
 }
 """In our words, by task type; COPA has neither question nor options."""
@@ -39,9 +38,7 @@ def load(config: TaskConfig, seed: int) -> Task:
     if not isinstance(labels, list) or not labels:
         raise DataError(f"{folder / 'labels.json'}: expected a list of answers")
     test, train = (_read(folder, split, labels, config, seed) for split in ("test", "train"))
-    dev = None
-    if (folder / "dev.json").is_file():
-        dev = _read(folder, "dev", labels, config, seed)
+    dev = _read(folder, "dev", labels, config, seed) if (folder / "dev.json").is_file() else None
     return disjoint(train, dev, test, config, dict.fromkeys(limits(config), str(folder)))
 
 
@@ -82,5 +79,6 @@ def _prompt(folder: Path, row: dict[str, Any], labels: list[Any], config: TaskCo
     if config.name_data:
         lines.append(f"Dataset:{folder.name}")
     if QUESTIONS[kind]:
-        lines += [QUESTIONS[kind], f"Option: {', '.join(map(str, labels))} "]
+        question = f"{QUESTIONS[kind]} Choose one of the options."
+        lines += [question, f"Option: {', '.join(map(str, labels))} "]
     return "\n".join([*lines, str(row["sentence"]), "Answer:"])

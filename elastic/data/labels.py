@@ -6,15 +6,11 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from elastic.console import say
+from elastic.data.task import Task
 from elastic.errors import DataError
 from elastic.models.kinds import is_number
-
-if TYPE_CHECKING:
-    from elastic.data.task import Task
-
 
 MOST = 200
 """Distinct answers above which they are hardly classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,6 @@ class HarnessReport:
     file: Path
 
     def show(self) -> None:
-        import json
-
         for task, metrics in self.results.items():
             n = f" of {self.counts[task]}" if task in self.counts else ""
             for metric, found in metrics.items():
@@ -105,9 +104,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
 
 def _file(run: Run, config: EvaluateConfig) -> Path:
     """Of this sub-adapter, these tasks and these settings."""
-    name = Path(config.sub_adapter).stem if config.sub_adapter.endswith(".json") else (
-        config.sub_adapter
-    )  # fmt: skip
+    name = Path(config.sub_adapter).name.removesuffix(".json")
     tasks = "-".join(config.harness)
     if len(tasks) > 100:  # names of files end at 255 bytes
         tasks = f"{tasks[:80]}-{tag(tasks)}"
@@ -151,13 +148,8 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """As JSON can say it; a function by its name."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    return getattr(value, "__name__", None) or str(value)
+    text = json.dumps(value, default=lambda other: getattr(other, "__name__", None) or str(other))
+    return json.loads(text)
 
 
 def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM]:
@@ -195,14 +187,12 @@ def runner_model(
     continuation token by token, texts greedily, up to one of the tokens in `ends`."""
     from lm_eval.api.model import TemplateLM
 
-    ends = {tokenizer.eos_token_id, *ends}
+    ends, start = {tokenizer.eos_token_id, *ends}, tokenizer.bos_token_id
 
     class RunnerModel(TemplateLM):
         eot_token_id = tokenizer.eos_token_id
         # What an empty context is, as the harness has it for models in memory.
-        prefix_token_id = tokenizer.eos_token_id
-        if tokenizer.bos_token_id is not None:
-            prefix_token_id = tokenizer.bos_token_id
+        prefix_token_id = tokenizer.eos_token_id if start is None else start
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -221,34 +211,27 @@ def runner_model(
         def loglikelihood_rolling(
             self, requests: Sequence[Instance], disable_tqdm: bool = False
         ) -> list[float]:
-            found = []
-            for request in track(requests, "likelihoods"):
-                ids = self.tok_encode(request.args[0])
-                found.append(likelihood(runner, [self.prefix_token_id], ids)[0])
-            return found
+            texts = [request.args[0] for request in requests]
+            return [
+                likelihood(runner, [self.prefix_token_id], self.tok_encode(text))[0]
+                for text in track(texts, "likelihoods")
+            ]
 
         def generate_until(
             self, requests: Sequence[Instance], disable_tqdm: bool = False
         ) -> list[str]:
-            return [
-                _generated(runner, tokenizer, self.tok_encode(text), settings, ends)
-                for text, settings in track([request.args for request in requests], "answering")
-            ]
+            asked = [request.args for request in requests]
+            return [self._generated(*args) for args in track(asked, "answering")]
+
+        def _generated(self, text: str, settings: Mapping[str, Any]) -> str:
+            """A greedy answer up to a stop string, a token of `ends` or `max_gen_toks`."""
+            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+                raise ConfigError(
+                    "harness: exported models answer greedily; this task wants samples"
+                )
+            stops = settings.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            most = int(settings.get("max_gen_toks", 256))
+            return continued(runner, tokenizer, self.tok_encode(text), most, ends, stops)
 
     return RunnerModel()
-
-
-def _generated(
-    runner: Runner,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    settings: Mapping[str, Any],
-    ends: Collection[int],
-) -> str:
-    """A greedy answer up to a stop string, a token of `ends` or `max_gen_toks`."""
-    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-        raise ConfigError("harness: exported models answer greedily; this task wants samples")
-    stops = settings.get("until") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    most = int(settings.get("max_gen_toks", 256))
-    return continued(runner, tokenizer, ids, most, ends, stops)

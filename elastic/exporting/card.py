@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from elastic.config.search import AT_LEAST
+from elastic.exporting.proof import Accuracy, Proof
+from elastic.exporting.report import Report, markdown_table
 from elastic.files import write_text
+from elastic.formats import hf
+from elastic.latency.measure import Latency, Measurement
 from elastic.run import as_plain
-
-if TYPE_CHECKING:
-    from elastic.exporting.proof import Accuracy, Proof
-    from elastic.exporting.report import Report
-    from elastic.latency.measure import Latency, Measurement
 
 FILE = "README.md"
 PIPELINES = {
@@ -43,8 +43,6 @@ SPELT_OUT = {"params": "parameters", "macs": "multiply-accumulates", "mb": "MB"}
 def write(report: Report, directory: Path) -> Path:
     """DIRECTORY/README.md; the architecture and whether code comes along are read from the
     folder."""
-    from elastic.formats import hf
-
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     auto = hf.auto_of(config["architectures"][0])
     code = (directory / hf.CODE).is_file() or "auto_map" in config
@@ -125,18 +123,13 @@ def _summary(report: Report, code: bool) -> str:
 
 
 def _quality(score: Accuracy, proof: Proof | None) -> Iterator[str]:
-    if score.accuracy_interval is None:
+    if not score.told:
         return
     yield "## Quality"
-    low, high = score.accuracy_interval
-    yield (
-        f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
-        f"{score.accuracy_n} test examples that the search never saw."
-    )
+    yield f"{score.told} that the search never saw."
     if proof and proof.trade.difference is not None and proof.trade.difference_interval:
-        own, full, (low, high) = (
-            proof.trade.compact, proof.trade.full, proof.trade.difference_interval
-        )  # fmt: skip
+        own, full = proof.trade.compact, proof.trade.full
+        low, high = proof.trade.difference_interval
         yield (
             f"On {full.accuracy_n} of them the full model reaches {full.accuracy:.1%} and this one "
             f"{own.accuracy:.1%}, a difference of {100 * proof.trade.difference:+.1f} points "
@@ -156,7 +149,7 @@ def _latency(own: Latency, timing: Measurement) -> Iterator[str]:
     if not rows:
         return
     yield "## Latency"
-    yield _table(["", "this model", "full model", "ratio"], rows)
+    yield markdown_table(["", "this model", "full model", "ratio"], rows)
     if not timing.trusted:
         yield "The machine was too busy for these times to be trusted."
 
@@ -192,18 +185,11 @@ def _sizes(sub_adapter: Mapping[str, int]) -> str:
             continue
         columns[kind] = None
         blocks.setdefault(block, {})[kind] = size
-    rows: list[tuple[str, str, dict[str, int]]] = []
-    for block, sizes in blocks.items():
-        if rows and rows[-1][2] == sizes and _follows(rows[-1][1], block):
-            rows[-1] = (rows[-1][0], block, sizes)
-        else:
-            rows.append((block, block, sizes))
-    parts = []
-    if rows:
-        parts.append(_table(["layers", *columns], [
-            [_span(first, last), *(_size(sizes.get(kind)) for kind in columns)]
-            for first, last, sizes in rows
-        ]))  # fmt: skip
+    rows = []
+    for (_, sizes), run in groupby(enumerate(blocks), lambda one: (_stack(*one), blocks[one[1]])):
+        names = [name for _, name in run]
+        rows.append([_span(names[0], names[-1]), *(_size(sizes.get(kind)) for kind in columns)])
+    parts = [markdown_table(["layers", *map(_plain, columns)], rows)] if rows else []
     parts += [f"{_code(name)}: {size}" for name, size in whole.items()]
     return "\n\n".join(parts) or "Nothing was cut."
 
@@ -212,12 +198,10 @@ def _size(size: int | None) -> str:
     return "" if size is None else "left out" if size == 0 else str(size)
 
 
-def _follows(one: str, other: str) -> bool:
-    """Whether names differ by one in their last number alone."""
-    before, after = (re.split(r"(?<=\.)(\d+)(?=\D*$)", name) for name in (one, other))
-    if len(before) != 3 or len(after) != 3 or before[::2] != after[::2]:
-        return False
-    return int(after[1]) == int(before[1]) + 1
+def _stack(place: int, block: str) -> tuple[Any, ...]:
+    """The same for names that follow each other and differ by one in their last number alone."""
+    before, *numbered = re.split(r"(?<=\.)(\d+)(?=\D*$)", block)
+    return (before, int(numbered[0]) - place, numbered[1]) if numbered else (before,)
 
 
 def _span(first: str, last: str) -> str:
@@ -278,14 +262,6 @@ def _limit(name: str) -> str:
     words = [word for word in name.split("_") if word not in ("min", "max")]
     spelt = " ".join(SPELT_OUT.get(word, word) for word in words)
     return f"{_plain(spelt)} at {'least' if name in AT_LEAST else 'most'}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    align = ["---", *(["---:"] * (len(head) - 1))]
-    return "\n".join(line(row) for row in ([_plain(name) for name in head], align, *rows))
 
 
 def _plain(value: Any) -> str:

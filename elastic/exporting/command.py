@@ -14,26 +14,12 @@ from elastic.config import ExportConfig
 from elastic.config.latency import RoundedTo
 from elastic.config.model import Dtype
 from elastic.console import say
-from elastic.data import load_task
+from elastic.data import Example, load_task
 from elastic.errors import ExportError, require
 from elastic.evaluation.evaluate import evaluate
-from elastic.exporting import card, foreign
+from elastic.exporting import card, foreign, proof
 from elastic.exporting.contract import Source, Which
 from elastic.exporting.merge import combine
-from elastic.exporting.proof import (
-    Accuracy,
-    Proof,
-    Result,
-    Skipped,
-    Trade,
-    Unproved,
-    beside,
-    inputs_of,
-    probe,
-    prove,
-    samples,
-    size_of,
-)
 from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, read_json, write_json, write_text
@@ -57,8 +43,6 @@ from elastic.supernet.store import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from elastic.data import Example
 
 
 def export(config: ExportConfig) -> Report:
@@ -92,7 +76,7 @@ def export(config: ExportConfig) -> Report:
     if config.hf.uniform:
         cut = compact(net, sub)
         # With others to be merged, its accuracy alone would say nothing.
-        known = Accuracy()
+        known = proof.Accuracy()
         if not others:
             known = _accuracy(chosen.saved, config, sub, cut, base.tokenizer, task.test)
         instead_of = Model(name, sub, known, count(cut), full_cost)
@@ -101,37 +85,36 @@ def export(config: ExportConfig) -> Report:
     name = f"{name}-merged" if others else name
     directory = run.export(config.name or name, sub, config.kinds)
 
-    inputs = [inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
+    inputs = [proof.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     if others:
         updates = [foreign.read(folder, wanted, digest) for folder in others]
-        merged = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
-        model, merge = merged.model, merged.report
-        probes = [probe(model, ids) for ids in inputs]
+        model, merge = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
+        probes = [proof.probe(model, ids) for ids in inputs]
     else:
         model = compact(net, sub)
         with net.active(sub) as active:
-            probes = [probe(active, ids) for ids in inputs]
+            probes = [proof.probe(active, ids) for ids in inputs]
     both: dict[Which, PreTrainedModel] = {
         "compact": model, "full": compact(net, net.space.maximal())
     }  # fmt: skip
-    formats: dict[str, Result] = {}
+    formats: dict[str, proof.Result] = {}
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
             source = Source(
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), name, task.train
             )
-            asked = samples(source, task.test)
+            asked = proof.samples(source, task.test)
             reasons = _reasons(source)
             for kind in config.kinds:
                 if reason := reasons.get(kind):
-                    formats[kind] = Skipped(reason)
+                    formats[kind] = proof.Skipped(reason)
                     continue
                 say(f"Writing and checking {kind}")
                 source.write(kind, "compact", building / kind)
-                formats[kind] = prove(kind, source, building / kind, probes, task.test)
-        proofs = {kind: found for kind, found in formats.items() if isinstance(found, Proof)}
-        as_torch = {kind: proof for kind, proof in proofs.items() if proof.as_torch}
+                formats[kind] = proof.prove(kind, source, building / kind, probes, task.test)
+        proved = {kind: found for kind, found in formats.items() if isinstance(found, proof.Proof)}
+        as_torch = {kind: found for kind, found in proved.items() if found.as_torch}
         if as_torch and config.accuracy:
             # Of what the search scored, the answers to single examples are not known.
             mine, full = (
@@ -141,12 +124,12 @@ def export(config: ExportConfig) -> Report:
                 )
                 for which, each in both.items()
             )  # fmt: skip
-            trade = beside(full, mine)
+            trade = proof.beside(full, mine)
         else:
             saved = chosen.saved if name == chosen.name else {}
-            trade = Trade(_accuracy(saved, config, sub, model, base.tokenizer, task.test))
-        for kind, proof in as_torch.items():
-            formats[kind] = dataclasses.replace(proof, trade=trade)
+            trade = proof.Trade(_accuracy(saved, config, sub, model, base.tokenizer, task.test))
+        for kind, found in as_torch.items():
+            formats[kind] = dataclasses.replace(found, trade=trade)
         return _described(
             building, run, config,
             directory=directory,
@@ -171,8 +154,8 @@ def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> 
     )
     if (building / "hf").is_dir():
         card.write(report, building / "hf")
-        assert not isinstance(report.formats["hf"], Skipped)
-        whole = dataclasses.replace(report.formats["hf"], bytes=size_of(building / "hf"))
+        assert not isinstance(report.formats["hf"], proof.Skipped)
+        whole = dataclasses.replace(report.formats["hf"], bytes=proof.size_of(building / "hf"))
         report = dataclasses.replace(report, formats={**report.formats, "hf": whole})
     write_json(building / "report.json", report.contents)
     write_text(building / "report.md", report.markdown())
@@ -197,14 +180,14 @@ def _accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     test: Sequence[Example],
-) -> Accuracy:
+) -> proof.Accuracy:
     """On the test split: the search's if it scored this sub-adapter, else measured now."""
     if saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress"):
-        return Accuracy(*(saved[key] for key in Accuracy().as_dict()))
+        return proof.Accuracy(*(saved[key] for key in proof.Accuracy().as_dict()))
     if not config.accuracy:
-        return Accuracy()
+        return proof.Accuracy()
     score = evaluate(model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring")
-    return Accuracy(**score.as_dict())
+    return proof.Accuracy(**score.as_dict())
 
 
 UNPROVED = "neither loaded again nor compared: prove false"
@@ -227,14 +210,13 @@ def write_only(config: ExportConfig) -> Report:
         "in another type than they are stored in; leave it out",
     )
     dtype = loading.stored_dtype(trained.model) or torch.float32
-    as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-    stored = dataclasses.replace(trained.model, **as_stored)
+    as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     skeleton = loading.skeleton(trained.model, dtype)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     full_cost = Counter(net.model, net.space).full
     name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
     directory = run.export(config.name or name, sub, ["hf"])
-    base = loading.load_model(folder, dataclasses.replace(stored, device="cpu"))
+    base = loading.load_model(folder, dataclasses.replace(trained.model, **as_stored))
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
@@ -252,7 +234,7 @@ def write_only(config: ExportConfig) -> Report:
             building, run, config,
             directory=directory,
             base_digest=digest,
-            model=Model(name, sub, Accuracy(), count(found.model), full_cost),
-            formats={"hf": Unproved(0, UNPROVED)},
+            model=Model(name, sub, proof.Accuracy(), count(found.model), full_cost),
+            formats={"hf": proof.Unproved(0, UNPROVED)},
             provenance=provenance("cpu"),
         )  # fmt: skip

@@ -18,14 +18,12 @@ from elastic.evaluation.statistics import Score
 from elastic.formats import pipelines
 from elastic.formats.runner import Runner
 from elastic.latency.weigh import Load
+from elastic.models import loading
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from elastic.models import loading
-
 
 Which = Literal["compact", "full"]
 
@@ -143,10 +141,10 @@ class Format:
         full = source.folder(kind, "full")
         return self._load(source, directory), self._load(source, full)
 
-    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+    def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         timing = source.config.timing
         return Load(
-            runtime=runtime or self.runtime or "", folder=str(folder), batch=timing.batch,
+            runtime=self.runtime or "", folder=str(folder), batch=timing.batch,
             prompt_tokens=timing.prompt_tokens, settings=settings,
         )  # fmt: skip
 

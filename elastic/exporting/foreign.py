@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.config import ModelConfig
 from elastic.console import say
@@ -24,9 +24,6 @@ from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
 from elastic.models import loading
 from elastic.models.head import head_of
 from elastic.supernet.store import ABOUT, load_super_adapter, read_super_adapter
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -128,12 +125,9 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
             f"merge: {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
         )
     config: Any = adapted.peft_config["default"]
-    kind = config.peft_type.value.lower()
-    if getattr(config, "use_dora", False):
-        kind = "dora"
+    kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
     after = adapted.merge_and_unload(safe_merge=True)
-    deltas = _changes(before, after, folder)
-    return Update(folder.name, f"peft {kind}", deltas)
+    return Update(folder.name, f"peft {kind}", _changes(before, after, folder))
 
 
 def _changes(before: Mapping[str, Tensor], after: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +21,6 @@ from elastic.supernet.depth import renamed
 from elastic.supernet.supernet import Supernet
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A sub-adapter with others folded in, and what became of each."""
-
-    model: PreTrainedModel
-    report: Mapping[str, Any]
-
-
 @torch.no_grad()
 def combine(
     net: Supernet,
@@ -39,8 +30,8 @@ def combine(
     *,
     name: str = "sub-adapter",
     seed: int = 0,
-) -> Merged:
-    """`sub` and other adapters in one model of plain layers.
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`sub` and other adapters in one model of plain layers, and what became of each.
 
     Updates are permuted like the base weights and cut to the sub-adapter's widths; the strategy
     then combines them parameter by parameter. The report has, per adapter, the Frobenius norm of
@@ -87,7 +78,7 @@ def combine(
             for j in range(i)
         },
     }  # fmt: skip
-    return Merged(small, report)
+    return small, report
 
 
 def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:

@@ -149,6 +149,15 @@ class Accuracy(_Plain):
     accuracy_interval: Sequence[float] | None = None
     unanswered: int | None = None
 
+    @property
+    def told(self) -> str:
+        """In words; nothing where nobody asked."""
+        if self.accuracy_interval is None:
+            return ""
+        low, high = self.accuracy_interval
+        interval = f"(95 % interval {low:.1%} to {high:.1%})"
+        return f"Accuracy {self.accuracy:.1%} {interval} on {self.accuracy_n} test examples"
+
 
 @dataclass(frozen=True)
 class Trade:
@@ -249,7 +258,6 @@ class Proof:
             "trusted": self.timing.trusted,
             **self.weighed.as_dict(),
             "texts": self.texts,
-            **(Trade().as_dict() if self.as_torch else {}),
             **self.trade.as_dict(),
         }
 

@@ -43,8 +43,13 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "\n".join([f"{self.title}:", "", *(f"| {' | '.join(row)} |" for row in rows)])
+        return f"{self.title}:\n\n{markdown_table(self.columns, self.rows)}"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Its first column is text, the others are numbers."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ class Model:
     full_cost: Cost
 
     def as_dict(self) -> dict[str, Any]:
+        named = {"name": self.name, "sub_adapter": self.sub.as_dict()}
         full = {f"full_{name}": value for name, value in vars(self.full_cost).items()}
-        return {**self.accuracy.as_dict(), **vars(self.cost), **full}
+        return {**named, **self.accuracy.as_dict(), **vars(self.cost), **full}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ class Report:
     instead_of: Model | None = None
     """The sub-adapter whose place a uniform one takes."""
     merge: Mapping[str, Any] | None = None
-    """What became of other adapters, as `Merged.report` has it."""
+    """What became of other adapters, as `merge.combine` has it."""
 
     @property
     def proved(self) -> dict[str, Proof]:
@@ -113,18 +119,14 @@ class Report:
     @property
     def contents(self) -> dict[str, Any]:
         """What report.json says."""
-        model, instead = self.model, self.instead_of
-        rest = {"merge": self.merge} if self.merge else {}
-        if instead:
-            named = {"name": instead.name, "sub_adapter": instead.sub.as_dict()}
-            rest = {"instead_of": {**named, **instead.as_dict()}, **rest}
+        instead = {"instead_of": self.instead_of.as_dict()} if self.instead_of else {}
+        merge = {"merge": self.merge} if self.merge else {}
         paths = {name: {"path": path} for name, path in self.paths.items()}
         return {
             "verdict": verdict(self.formats),
-            "name": model.name,
-            "sub_adapter": model.sub.as_dict(),
-            **rest,
-            **model.as_dict(),
+            **self.model.as_dict(),
+            **instead,
+            **merge,
             "timing": as_plain(self.config.timing),
             "formats": {
                 name: {**paths.get(name, {}), **found.as_dict()}
@@ -153,19 +155,15 @@ class Report:
 
     def _parts(self) -> Iterator[str | Table | Said]:
         """Lines and tables, in order."""
-        model, score, proved = self.model, self.model.accuracy, self.proved
+        model, proved = self.model, self.proved
         yield verdict(self.formats)
         yield (
             f"Sub-adapter {model.name}: {model.cost.params / 1e6:.1f} M of "
             f"{model.full_cost.params / 1e6:.1f} M parameters, "
             f"{model.cost.macs / model.full_cost.macs:.0%} of the operations per token"
         )
-        if score.accuracy_interval is not None:
-            low, high = score.accuracy_interval
-            yield (
-                f"Accuracy {score.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
-                f"{score.accuracy_n} test examples the search never saw"
-            )
+        if model.accuracy.told:
+            yield f"{model.accuracy.told} the search never saw"
         if self.instead_of:
             yield _instead_of(self.instead_of, model)
         if self.merge:

@@ -98,7 +98,7 @@ class Hf(_Torch):
         full = source.models["full"]
         return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
 
-    def _load(self, source: Source, folder: Path, runtime: str = "", **settings: Any) -> Load:
+    def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
         trusted = source.trained.trust_remote_code
         return super()._load(source, folder, dtype=dtype, device=device, trust_remote_code=trusted)
@@ -134,8 +134,7 @@ class Peft(_Torch):
 
     def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
         _, full = source.formats["hf"].loads(source, "hf", directory)
-        dtype = source.trained.dtype
-        settings = {**full.settings, "dtype": dtype}
+        settings = {**full.settings, "dtype": source.trained.dtype}
         own = self._load(
             source, directory, device=self.device(source),
             model=as_plain(dataclasses.replace(source.trained, quantise="none")),

@@ -60,9 +60,9 @@ def main() -> None:
             for run, weight in zip((sorsa, olora), weights, strict=True)
         ]
         strategy = settings.get("strategy", "linear")
-        merged = combine(net, sub, updates, MergeConfig(adapters=entries, strategy=strategy))
-        rows[way] = scored(merged.model)
-        merges[way] = merged.report
+        merging = MergeConfig(adapters=entries, strategy=strategy)
+        merged, merges[way] = combine(net, sub, updates, merging)
+        rows[way] = scored(merged)
     report(
         "merging",
         "test accuracy of a sub-adapter of SmolLM2-135M with other adapters folded in",

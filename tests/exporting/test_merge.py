@@ -150,7 +150,7 @@ def test_merging_then_cutting_is_cutting_then_merging(folder, tmp_path, kind, wh
     net = net_of(folder)
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     sub = net.space.named(which, seed=1)
-    found = merged(net, sub, [update]).model
+    found = merged(net, sub, [update])[0]
 
     other = Supernet(theirs.merge_and_unload(), tiny.space(heads=True), tiny.ADAPTERS["lora"])
     other.reorder(tiny.permutations(other))
@@ -173,9 +173,9 @@ def test_weights_scale_each_update(folder, tmp_path):
     updates = [read_peft(folder, tmp_path / str(seed)) for seed in range(2)]
     plain = compact(Supernet(load_base(folder), tiny.space(heads=True), tiny.ADAPTERS["lora"],
                              order=net.order), sub).state_dict()  # fmt: skip
-    alone = [merged(net, sub, [u], weight=0.0).model.state_dict() for u in updates]
+    alone = [merged(net, sub, [u], weight=0.0)[0].state_dict() for u in updates]
     own = compact(net, sub).state_dict()
-    found = merged(net, sub, updates, weight=2.0, weights=[0.5, -3.0]).model.state_dict()
+    found = merged(net, sub, updates, weight=2.0, weights=[0.5, -3.0])[0].state_dict()
     for name, tensor in found.items():
         expected = (
             plain[name]
@@ -202,10 +202,10 @@ def test_strategies_are_those_of_peft(folder, tmp_path, strategy):
     for _, adapter in net.adapters():
         adapter.B.data.zero_()
     updates = [read_peft(folder, tmp_path / name) for name in "01"]
-    found = merged(net, net.space.maximal(), updates, strategy=strategy, density=0.4,
-                   weights=[1.0, 0.7])  # fmt: skip
+    found, _ = merged(net, net.space.maximal(), updates, strategy=strategy, density=0.4,
+                      weights=[1.0, 0.7])  # fmt: skip
     # Their factors pass through a float32 SVD.
-    close(logits(found.model, tokens()), logits(expected, tokens()), 1e-4)
+    close(logits(found, tokens()), logits(expected, tokens()), 1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["dare_linear", "dare_ties"])
@@ -215,7 +215,7 @@ def test_random_strategies_follow_the_seed(folder, tmp_path, strategy):
     config = MergeConfig(adapters=[MergeAdapterConfig(path="x")], strategy=strategy, density=0.5)
 
     def run(seed):
-        return logits(combine(net, net.space.minimal(), updates, config, seed=seed).model, tokens())
+        return logits(combine(net, net.space.minimal(), updates, config, seed=seed)[0], tokens())
 
     assert torch.equal(run(1), run(1))
     assert not torch.allclose(run(1), run(2))
@@ -229,7 +229,7 @@ def test_ties_stay_ties(tmp_path):
     net = net_of(folder)
     for _, adapter in net.adapters():
         adapter.B.data.zero_()
-    found = merged(net, net.space.maximal(), [update]).model
+    found = merged(net, net.space.maximal(), [update])[0]
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert not torch.equal(found.lm_head.weight, net.model.lm_head.weight)
     close(logits(found, tokens()), logits(theirs.merge_and_unload(), tokens()), MERGED)
@@ -245,12 +245,12 @@ def test_the_report_by_hand(folder):
     half = delta.clone()
     half[rows[0], :16] *= -1
     updates = [Update("one", "k", {name: delta}), Update("two", "k", {name: half})]
-    report = merged(net, net.space.minimal(), updates).report
+    report = merged(net, net.space.minimal(), updates)[1]
     one, two = report["adapters"][1:]
     assert one["norm"] == pytest.approx(math.sqrt(32 * (9 + 16)))
     assert one["lost_by_cutting"] == pytest.approx(16 / 25) == two["lost_by_cutting"]
     assert report["cosine"]["two | one"] == pytest.approx(0.0)
-    whole = merged(net, net.space.maximal(), updates).report
+    whole = merged(net, net.space.maximal(), updates)[1]
     assert whole["adapters"][1]["lost_by_cutting"] == 0
     assert whole["cosine"]["two | one"] == pytest.approx(16 / 25)
     own = [net.layer(site).factors() for site in net.space.targets]
@@ -298,7 +298,7 @@ def test_a_sorsa_an_olora_and_a_peft_adapter_in_one_sub_adapter(runs, tiny_folde
     digest = digest_of(tiny_folder)
     updates = [foreign.read(foreign.identify(str(p), digest), base, digest) for p in others]
     entries = [MergeAdapterConfig(path="", weight=0.5)] * 3
-    expected = combine(net, net.space.heuristic(), updates, MergeConfig(adapters=entries)).model
+    expected = combine(net, net.space.heuristic(), updates, MergeConfig(adapters=entries))[0]
     loaded = hf.load(report.directory / "hf", torch.float32)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name

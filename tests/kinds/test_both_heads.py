@@ -230,13 +230,13 @@ def test_adapters_from_elsewhere_are_cut_the_same_way():
         for name in ("q_proj", "k_proj", "o_proj")
     }
     config = MergeConfig(adapters=[MergeAdapterConfig(path="theirs")])
-    found = combine(net, sub, [Update("theirs", "peft lora", deltas)], config)
+    found, _ = combine(net, sub, [Update("theirs", "peft lora", deltas)], config)
     base = tiny.llama(**GRID)
     for name, delta in deltas.items():
         base.get_parameter(name).data += delta
     other = Supernet(base, net.declared, tiny.ADAPTERS["lora"], order=net.order, start=False)
     other.load_factors(net.factor_state())
-    close(output(found.model), output(compact(other, sub)), 1e-10)
+    close(output(found), output(compact(other, sub)), 1e-10)
 
 
 def test_tensors_made_one_at_a_time_are_the_same():

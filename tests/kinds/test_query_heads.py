@@ -157,14 +157,14 @@ def test_adapters_from_elsewhere_are_cut_the_same_way():
     }
     config = MergeConfig(adapters=[MergeAdapterConfig(path="theirs")])
     sub = net.space.minimal()
-    found = combine(net, sub, [Update("theirs", "peft lora", deltas)], config)
+    found, _ = combine(net, sub, [Update("theirs", "peft lora", deltas)], config)
     moved = net.permutations()
     for name, delta in deltas.items():
         site = name.removesuffix(".weight")
         axis = "out" if "q_proj" in site else "in"
         delta = delta[moved[site, axis]] if axis == "out" else delta[:, moved[site, axis]]
         net.layer(site).base.weight.data += delta
-    close(output(found.model), output(compact(net, sub)), 1e-10)
+    close(output(found), output(compact(net, sub)), 1e-10)
 
 
 def test_their_importance_is_the_slope_of_the_loss():
