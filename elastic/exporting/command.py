@@ -56,15 +56,15 @@ def export(config: ExportConfig) -> Report:
         return write_only(config)
     run = Run(config.run)
     trained = run.config()
+    # The base itself is hashed, and held against this, when the run is loaded.
+    digest = read_json(run.super_adapter / ABOUT)["base_digest"]
+    others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     chosen = run.chosen(config.sub_adapter)
     if chosen.compress and config.has_graphs and not config.compress:
         config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])
     for kind in config.kinds:
         FORMATS[kind].require()
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
-    # The base itself is hashed, and held against this, when the run is loaded.
-    digest = read_json(run.super_adapter / ABOUT)["base_digest"]
-    others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
     task = load_task(trained.task, trained.seed)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
     dtype: Dtype = "float64" if trained.model.dtype == "float64" else "float32"

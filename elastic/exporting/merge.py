@@ -16,7 +16,7 @@ from elastic.errors import RunError
 from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.compact import _wide, sliced
+from elastic.supernet.compact import wide_type, sliced
 from elastic.supernet.depth import renamed
 from elastic.supernet.supernet import Supernet
 
@@ -41,7 +41,7 @@ def combine(
     small = sliced(net, sub)
     own = {}
     for site, layer in modules_of(small, FactorLinear):
-        own[f"{site}.weight"] = (layer.B @ layer.A).to(_wide(layer.weight))
+        own[f"{site}.weight"] = (layer.B @ layer.A).to(wide_type(layer.weight))
         bias = None if layer.bias is None else layer.bias.data
         small.set_submodule(site, plain_linear(layer.weight.data, bias))
     cut = [own, *(_cut(net, sub, update) for update in updates)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from elastic.errors import ConfigError, unknown
 from elastic.formats import onnx_seq2seq, tracing
-from elastic.formats.onnx_decoder import _decoder
+from elastic.formats.onnx_decoder import decoder_trace
 from elastic.formats.onnx_session import OnnxRunner
 from elastic.formats.tracing import Flat, Trace, require
 from elastic.models.kinds import Kind, has_types, kind_of
@@ -51,7 +51,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     if kind is Kind.ENCODER_DECODER:
         return onnx_seq2seq.write(model, directory, logits=logits)
     with tracing.traceable(model):
-        trace = _classifier(model) if kind is Kind.CLASSIFIER else _decoder(model, logits)
+        trace = _classifier(model) if kind is Kind.CLASSIFIER else decoder_trace(model, logits)
         return tracing.write_traced(trace, directory / FILE)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _decoder(model: PreTrainedModel, logits: str) -> Trace:
+def decoder_trace(model: PreTrainedModel, logits: str) -> Trace:
     def call(
         input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:

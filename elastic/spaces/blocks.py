@@ -68,7 +68,7 @@ def require_alike(
             )
     config = copy.deepcopy(model.config)
     setattr(config, keys[0], least)
-    for key, values in _by_layer(config, len(blocks)):
+    for key, values in by_layer(config, len(blocks)):
         setattr(config, key, values[:least])
     try:
         with torch.device("meta"):
@@ -85,7 +85,7 @@ def require_alike(
         )
 
 
-def _by_layer(config: PretrainedConfig, full: int) -> list[tuple[str, list[Any]]]:
+def by_layer(config: PretrainedConfig, full: int) -> list[tuple[str, list[Any]]]:
     """What a config says of every block, such as its kind of attention."""
     return [
         (key, list(value))

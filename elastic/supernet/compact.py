@@ -69,7 +69,7 @@ def merge_(model: PreTrainedModel) -> PreTrainedModel:
 
 def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """weight + B A, (out, in), formed in float32 (float64 if it is) and rounded once."""
-    wide = _wide(weight)
+    wide = wide_type(weight)
     return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
 
 
@@ -78,7 +78,7 @@ def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     return merge_(sliced(net, sub))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_type(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

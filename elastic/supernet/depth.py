@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
-from elastic.spaces.blocks import _by_layer, counts
+from elastic.spaces.blocks import by_layer, counts
 from elastic.spaces.dims import numbers
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Stack:
         self._lists = [
             (config, key, values)
             for config, _ in self._counts
-            for key, values in _by_layer(config, len(self.blocks))
+            for key, values in by_layer(config, len(self.blocks))
         ]
 
     def run(self, choice: int) -> None:

@@ -60,14 +60,14 @@ class SpaceTable:
             space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
         costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
         for name, cost in self.costs.items():
-            costs.add_row(name, f"{cost.params:,}", _short(cost.macs))
+            costs.add_row(name, f"{cost.params:,}", shortened(cost.macs))
         space.columns[2].justify = "right"
         for column in costs.columns[1:]:
             column.justify = "right"
         return [space, costs]
 
 
-def _short(number: float | None, unit: str = "") -> str:
+def shortened(number: float | None, unit: str = "") -> str:
     """Three digits and a prefix: 13.5 GB."""
     if number is None:
         return "unknown"
@@ -82,10 +82,10 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
     model = loading.skeleton(config.model)
     bound = space.bind(model, config.rank)
     require_fits(model, space, config.rank)
-    return _table(model, bound)
+    return sizes_table(model, bound)
 
 
-def _table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
+def sizes_table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
     counter = Counter(model, space)
     costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)

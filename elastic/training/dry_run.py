@@ -28,7 +28,7 @@ from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.store import read_factors
-from elastic.supernet.summary import _table
+from elastic.supernet.summary import sizes_table
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import predecessor, with_classes
 from elastic.training.estimate import Batch, Compute, Estimate, Memory, Plan
@@ -94,7 +94,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         notes.append(f"activations and compute unknown, {type(model).__name__} failed: {reason}")
     return Estimate(
-        **vars(_table(model, net.space)),
+        **vars(sizes_table(model, net.space)),
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         method=config.adapter.resolved_method,
