@@ -16,7 +16,7 @@ from elastic.errors import RunError
 from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.compact import wide_type, sliced
+from elastic.supernet.compact import sliced, wide_type
 from elastic.supernet.depth import renamed
 from elastic.supernet.supernet import Supernet
 

@@ -60,14 +60,14 @@ class SpaceTable:
             space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
         costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
         for name, cost in self.costs.items():
-            costs.add_row(name, f"{cost.params:,}", shortened(cost.macs))
+            costs.add_row(name, f"{cost.params:,}", short(cost.macs))
         space.columns[2].justify = "right"
         for column in costs.columns[1:]:
             column.justify = "right"
         return [space, costs]
 
 
-def shortened(number: float | None, unit: str = "") -> str:
+def short(number: float | None, unit: str = "") -> str:
     """Three digits and a prefix: 13.5 GB."""
     if number is None:
         return "unknown"

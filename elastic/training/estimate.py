@@ -13,7 +13,7 @@ from elastic.console import wide
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.models.kinds import Kind, kind_of
-from elastic.supernet.summary import SpaceTable, shortened
+from elastic.supernet.summary import SpaceTable, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,7 +128,7 @@ class Estimate(SpaceTable):
 
         memory = Table("", "bytes", title=f"Memory of one micro-batch ({self.device})")
         for name, size in {**vars(self.memory), "total": self.memory.total}.items():
-            memory.add_row(name, shortened(size, "B"), end_section=name == "temporaries")
+            memory.add_row(name, short(size, "B"), end_section=name == "temporaries")
         memory.columns[1].justify = "right"
         return [*super().tables(), memory]
 
@@ -154,12 +154,12 @@ class Estimate(SpaceTable):
             )
         if compute:
             lines.append(
-                f"Compute: {shortened(compute.maximal, 'FLOP')} per micro-batch maximal, "
-                f"{shortened(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
+                f"Compute: {short(compute.maximal, 'FLOP')} per micro-batch maximal, "
+                f"{short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
             )
         return lines + [f"Note: {note}" for note in self.notes]
 
 
 def _span(flops: tuple[int, int]) -> str:
-    low, high = (shortened(number, "FLOP") for number in flops)
+    low, high = (short(number, "FLOP") for number in flops)
     return low if low == high else f"{low} to {high}"
