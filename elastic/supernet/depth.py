@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.blocks import by_layer, counts
-from elastic.spaces.dims import numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +47,7 @@ class Stack:
     """The blocks of one group, with all that says how many there are."""
 
     def __init__(self, model: PreTrainedModel, group: Group) -> None:
-        self._order, name = group.blocks, group.blocks[0].rpartition(".")[0]
+        name = group.blocks[0].rpartition(".")[0]
         self.blocks = Blocks(list(model.get_submodule(name)))
         model.set_submodule(name, self.blocks)
         self._numbered = [
@@ -67,14 +66,14 @@ class Stack:
             for key, values in by_layer(config, len(self.blocks))
         ]
 
-    def run(self, choice: int) -> None:
-        """Let so many blocks run, the first in the order of the group."""
-        self.blocks.running = tuple(sorted(numbers(self._order[:choice])))
+    def run(self, kept: Sequence[int]) -> None:
+        """Let the blocks in these places, ascending, run."""
+        self.blocks.running = tuple(kept)
         for place, number in enumerate(self.blocks.running):
             for module, name in self._numbered[number]:
                 setattr(module, name, place)
         for config, key in self._counts:
-            setattr(config, key, choice)
+            setattr(config, key, len(kept))
         for config, key, values in self._lists:
             setattr(config, key, [values[number] for number in self.blocks.running])
 

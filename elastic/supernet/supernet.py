@@ -17,7 +17,7 @@ from elastic.errors import RunError
 from elastic.models.head import widen_head_
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import channel_index
+from elastic.spaces.dims import channel_index, numbers
 from elastic.supernet.depth import Stack
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Supernet:
             if choice in (old, 0):  # 0: its block does not run
                 continue
             if name in self._stacks:
-                self._stacks[name].run(choice)
+                self._stacks[name].run(self._blocks(name, choice))
             for size, cut, leading in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
@@ -151,6 +151,11 @@ class Supernet:
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
         self.current = sub
+
+    def _blocks(self, depth: str, choice: int) -> list[int]:
+        """Places of the blocks that this choice of a depth runs, in the order as it is now."""
+        group = next(group for group in self.space.depths if group.name == depth)
+        return sorted(numbers(group.blocks[:choice]))
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
