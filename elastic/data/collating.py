@@ -29,34 +29,42 @@ def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
     (batch, answer length), padded on the right. Classifiers: inputs (batch, length), padded on the
     right, perhaps with token_type_ids, labels (batch,).
     """
-    ids = [sequence.ids for sequence in sequences]
-    if sequences[0].source:
-        sources, mask = _filled([sequence.source for sequence in sequences], pad)
-        labels, _ = _filled(ids, IGNORED)
-        return {"input_ids": sources, "attention_mask": mask, "labels": labels}
-    classified = sequences[0].label is not None
-    tokens, mask = _filled(ids, pad, left=not classified)
-    batch = {"input_ids": tokens, "attention_mask": mask}
-    if classified:
+    if sequences[0].label is not None:
+        ids, mask = _right([sequence.ids for sequence in sequences], pad)
+        batch = {"input_ids": ids, "attention_mask": mask}
         if sequences[0].types:
-            batch["token_type_ids"], _ = _filled([sequence.types for sequence in sequences], 0)
+            batch["token_type_ids"], _ = _right([sequence.types for sequence in sequences], 0)
         return {**batch, "labels": torch.tensor([sequence.label for sequence in sequences])}
-    answers = torch.tensor([[sequence.answer] for sequence in sequences])
-    labels = tokens.where(torch.arange(tokens.shape[1], 0, -1) <= answers, IGNORED)
+    if sequences[0].source:
+        ids, mask = _right([sequence.source for sequence in sequences], pad)
+        labels, real = _right([sequence.ids for sequence in sequences], pad)
+        labels[real == 0] = IGNORED
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    longest = max(len(sequence.ids) for sequence in sequences)
+    length = padded(longest)
+    shape = (len(sequences), length)
+    ids = torch.full(shape, pad)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED)
+    for row, sequence in enumerate(sequences):
+        ids[row, length - len(sequence.ids) :] = torch.tensor(sequence.ids)
+        mask[row, length - len(sequence.ids) :] = 1
+        labels[row, length - sequence.answer :] = torch.tensor(sequence.ids[-sequence.answer :])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {**batch, "position_ids": positions, "labels": labels}
+    return {
+        "input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels
+    }  # fmt: skip
 
 
-def _filled(
-    rows: Sequence[tuple[int, ...]], pad: int, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right, or on the left, and their mask, (rows, length)."""
-    sizes = torch.tensor([[len(row)] for row in rows])
-    place = torch.arange(padded(int(sizes.max())))
-    real = (place.flip(0) if left else place) < sizes
-    ids = torch.full(real.shape, pad)
-    ids[real] = torch.tensor([token for row in rows for token in row])
-    return ids, real.long()
+def _right(rows: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and their mask, (rows, length)."""
+    length = padded(max(map(len, rows)))
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
 
 
 def answer_width(labels: Tensor) -> int:
