@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from elastic import __main__
 from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
-from elastic.exporting import command, proof, targets
+from elastic.exporting import proof, targets
 from elastic.exporting.command import export
 from elastic.exporting.proof import NEW_TOKENS
 from elastic.files import new_directory
@@ -318,7 +318,7 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
         probes.append(real(*args))
         return probes[-1]
 
-    monkeypatch.setattr(command, "probe", honest)
+    monkeypatch.setattr(proof, "probe", honest)
     with pytest.raises(ExportError, match=r"^hf: its logits are not numbers"):
         export(config(exported, sub_adapter="maximal"))
     assert len(probes) == 4 and all(len(p.logits) == NEW_TOKENS for p in probes)
