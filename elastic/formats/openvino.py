@@ -2,8 +2,8 @@
 
 Stateful: the KV cache lives inside the model as variables and never passes through its inputs.
 Inputs are input_ids, attention_mask, position_ids and beam_idx, the only output is logits: what
-openvino-genai's LLMPipeline expects. Encoder-decoder models are two files, of
-optimum-intel.
+openvino-genai's LLMPipeline expects. Encoder-decoder models are two files, with names and
+inputs of optimum-intel.
 """
 
 from __future__ import annotations
