@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
+# Every process of the tests would compile torch and transformers anew, 20 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 EXTRAS := compress,datasets,eval,genai,gp,onnx,openvino,quantised,tensorboard,workers
 
 .PHONY: demo test test-slow test-oldest lint bench clean

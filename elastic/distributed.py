@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 
 def count() -> int:
+    """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,16 +1,16 @@
 """What can go wrong, as a tree.
 
     ElasticError
-    ├── ConfigError          a setting, a search space or a stage that cannot work
-    ├── DataError            a data file or split that cannot be used; names file and line
-    │   └── DataMissing      a data file or folder that is not there
-    ├── ModelError           a base model that is not there or has no place to attach to
-    ├── RunError             a run directory that belongs to something else, or lacks a step
-    │   ├── BaseMismatch     a super-adapter met another base model than its own
-    │   └── TrainingError    the loss or a factor became infinite or NaN
-    ├── BudgetError          no sub-adapter meets the budget
-    ├── ExportError          a model that cannot be written as asked, or was not written right
-    └── MissingExtra         an optional dependency is not installed
+    ├── ConfigError
+    ├── DataError
+    │   └── DataMissing
+    ├── ModelError
+    ├── RunError
+    │   ├── BaseMismatch
+    │   └── TrainingError
+    ├── BudgetError
+    ├── ExportError
+    └── MissingExtra
 
 Every message says what failed, where, what came and what would work. `BudgetError` ends a command
 with exit code 2, the others with 1.
@@ -27,42 +27,44 @@ class ElasticError(Exception):
 
 
 class ConfigError(ElasticError, ValueError):
-    pass
+    """A setting, a search space or a stage that cannot work."""
 
 
 class DataError(ElasticError, ValueError):
-    pass
+    """A data file or split that cannot be used; names file and line."""
 
 
 class DataMissing(DataError):
-    pass
+    """A data file or folder that is not there."""
 
 
 class ModelError(ElasticError):
-    pass
+    """A base model that is not there or has no place to attach to."""
 
 
 class RunError(ElasticError):
-    pass
+    """A run directory that belongs to something else, or lacks a step."""
 
 
 class BaseMismatch(RunError):
-    pass
+    """A super-adapter met another base model than its own."""
 
 
 class TrainingError(RunError):
-    pass
+    """The loss or a factor became infinite or NaN."""
 
 
 class BudgetError(ElasticError):
-    pass
+    """No sub-adapter meets the budget."""
 
 
 class ExportError(ElasticError):
-    pass
+    """A model that cannot be written as asked, or was not written right."""
 
 
 class MissingExtra(ElasticError, ImportError):
+    """An optional dependency is not installed."""
+
     def __init__(self, package: str, extra: str, what: str) -> None:
         super().__init__(
             f"{what} needs {package}, which is not installed; "

@@ -158,7 +158,7 @@ def _replace_directory(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def named_failure(path: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into an error that names the file."""
+    """Turns a full disk or a missing permission into a RunError that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -183,7 +183,8 @@ def _code(error: Exception) -> int | None:
 
 
 def shipped(folder: str, name: str) -> Path:
-    """The file that `name` means: a path, or the name of a file shipped in `folder`.
+    """The file that `name` means: a path, or the name of a file shipped in `folder`; ConfigError if
+    it is neither.
 
     In a wheel the folder lies inside the package, in a checkout beside it.
     """

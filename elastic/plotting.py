@@ -41,6 +41,7 @@ def percent_bars(
 
 
 def save(figure: Figure, path: Path) -> None:
+    """As PNG, in one step."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png")
     write_bytes(path, buffer.getvalue())

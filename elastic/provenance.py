@@ -14,6 +14,7 @@ PACKAGES = ("elastic-adapters", "torch", "transformers", "optuna", "bitsandbytes
 
 
 def provenance(device: str) -> dict[str, Any]:
+    """Versions, device and date: what a figure depends on beside its configuration."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -102,7 +102,8 @@ class Run:
         """What `--sub_adapter` means; reads its file, the one time.
 
         best (of the search, or the only one trained), a name of the search's front, a JSON file, or
-        maximal, heuristic, minimal, random, uniform-FRACTION.
+        maximal, heuristic, minimal, random, uniform-FRACTION. RunError while there is no best one,
+        or for a file of something else.
         """
         file = self.sub_adapters / f"{name}.json"
         if Path(name).suffix == ".json":
@@ -193,6 +194,7 @@ def as_plain(config: Any) -> dict[str, Any]:
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """What two configurations say differently, a line for each setting."""
     found = []
     for key in dict.fromkeys((*mine, *theirs)):
         a, b = mine.get(key), theirs.get(key)

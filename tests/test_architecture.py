@@ -13,6 +13,7 @@ import pytest
 from transformers import Trainer
 
 import elastic
+import elastic.errors
 
 ROOT = Path(elastic.__file__).parents[1]
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "README.md")
@@ -162,3 +163,42 @@ def said(name: str, cell: str) -> bool:
     kin = "and kin" in cell
     return any(name in one.split(".") or name == one or one.startswith(f"{name}.")
                or (kin and name.startswith(one.rpartition(".")[2])) for one in names)  # fmt: skip
+
+
+def raised_by(function: ast.FunctionDef) -> set[str]:
+    """Names of this package's errors that the function's own lines raise."""
+    found: set[str] = set()
+    rest: list[ast.AST] = [*function.body]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            found.add(ast.unparse(node.exc.func))
+        rest.extend(ast.iter_child_nodes(node))
+    return found & {name for name, one in vars(elastic.errors).items() if isinstance(one, type)}
+
+
+def silent(body: list[ast.stmt], where: str) -> list[str]:
+    """Public functions and methods whose docstring does not name an error that they raise."""
+    wrong = []
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        name = f"{where}.{node.name}"
+        if isinstance(node, ast.ClassDef):
+            wrong += silent(node.body, name)
+        elif documented := ast.get_docstring(node):
+            wrong += [f"{name}: {e}" for e in sorted(raised_by(node)) if e not in documented]
+    return wrong
+
+
+@pytest.mark.parametrize("package", ["", *PACKAGES])
+def test_docstrings_name_the_errors_that_are_raised(package):
+    files = sorted((ROOT / "elastic" / package).glob("*.py"))
+    assert files
+    assert not [
+        line
+        for file in files
+        for line in silent(ast.parse(file.read_text(encoding="utf-8")).body, file.stem)
+    ]

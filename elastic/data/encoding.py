@@ -50,7 +50,8 @@ class Encoded:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, encoder_decoder: bool = False
 ) -> Encoded:
-    """Prompt, a space, the answer and the end-of-sequence token, as ids."""
+    """Prompt, a space, the answer and the end-of-sequence token, as ids; DataError where the prompt
+    or the answer has none."""
     head = tokenizer(prompt)["input_ids"]
     joined = answer if encoder_decoder else " " + answer
     tail = tokenizer(joined, add_special_tokens=False)["input_ids"]
@@ -68,7 +69,8 @@ def encode_example(
     example: Example,
     answer: str | None = None,
 ) -> Encoded:
-    """With its answer, or another one, as this kind of model takes it."""
+    """With its answer, or another one, as this kind of model takes it; DataError for what has no
+    tokens, or is none of a classifier's classes."""
     answer = example.answer if answer is None else answer
     kind = kind_of(model)
     if kind is not Kind.CLASSIFIER:
@@ -91,7 +93,7 @@ def encode_example(
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
     """What an answer is generated after: the prompt, or the conversation so far with the opening of
-    the assistant's turn."""
+    the assistant's turn; DataError for a conversation without a chat template."""
     if not example.messages:
         return tokenizer(example.text)["input_ids"]
     if tokenizer.chat_template is None:
@@ -104,7 +106,7 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, example: Example
 ) -> Encoded:
     """The ids of a text to be classified and, where the model has them, the types; what is longer
-    than the model can read is cut."""
+    than the model can read is cut. DataError for a text without tokens."""
     prompt = example.text if example.messages else example.prompt
     found = tokenizer(
         prompt, example.second, truncation=True, max_length=most_tokens(model, tokenizer),

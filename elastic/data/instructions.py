@@ -31,7 +31,10 @@ QUESTIONS = {
 
 def load(config: TaskConfig, seed: int) -> Task:
     """Rows of each split, shuffled by the seed; without dev.json validation is held out of
-    training. A row whose prompt also stands in the test split is dropped from the other two."""
+    training. A row whose prompt also stands in the test split is dropped from the other two.
+
+    DataError names the file or folder that cannot be used.
+    """
     assert config.folder is not None
     folder = _folder(config.folder)
     labels = read_json(folder / "labels.json")

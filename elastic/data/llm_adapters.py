@@ -103,6 +103,7 @@ def extract(kind: str, text: str) -> str | None:
 
 
 def matches(kind: str, answer: str | None, expected: str) -> bool:
+    """Whether an answer is the expected one; numbers may differ by `TOLERANCE`."""
     if answer is None:
         return False
     if kind == NUMBER:
@@ -128,7 +129,7 @@ def sets_of(names: list[str]) -> list[str]:
 
 def file_of(name: str, data: Path) -> Path:
     """Of a set: FOLDER/NAME.test.jsonl, also in a folder of its group, or LLM-Adapters'
-    FOLDER/NAME/test.json."""
+    FOLDER/NAME/test.json. DataMissing names all three."""
     [group] = [group for group, names in GROUPS.items() if name in names]
     tried = [
         data / f"{name}.test.jsonl",

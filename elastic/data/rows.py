@@ -38,7 +38,8 @@ def read_json(file: Path | str) -> Any:
 
 
 def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Rows of a JSON list, or of JSON Lines, each with where it stands."""
+    """Rows of a JSON list, or of JSON Lines, each with where it stands; DataError names the line
+    that is no object."""
     text = _text(file)
     listed = text.lstrip().startswith("[") and Path(file).suffix != ".jsonl"
     if listed:
@@ -88,7 +89,8 @@ def _line(line: str, where: str) -> Any:
 
 
 def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Example:
-    """By the templates and fields that the settings name."""
+    """By the templates and fields that the settings name; DataError says which the row at `where`
+    lacks, or cannot fill."""
     if config.prompt == CHAT:
         return _conversation(row, where)
     known = {k: v for k, v in row.items() if v is not None}

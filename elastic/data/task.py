@@ -24,6 +24,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Example:
+    """A prompt and the answer to it."""
+
     prompt: str
     answer: str
     """Joined to the prompt by a space; training adds the end-of-sequence token."""
@@ -89,6 +91,7 @@ def disjoint(
 
 
 def limits(config: TaskConfig) -> dict[Split, int]:
+    """The most examples of each split."""
     return {
         "train": config.train_examples,
         "validation": config.validation_examples,

@@ -77,7 +77,8 @@ def evaluate_run(
     config: EvaluateConfig,
 ) -> Evaluation | Published | HarnessReport | Perplexity:
     """`elastic evaluate`: one sub-adapter, active in the supernet, on one split, on published sets,
-    whose predictions are written to RUN/evaluate, or on what else was named."""
+    whose predictions are written to RUN/evaluate, or on what else was named. ConfigError for
+    settings that do not go together."""
     run = Run(config.run)
     trained = run.config()
     asked = next((name for name in ("tasks", "harness", "text") if getattr(config, name)), None)

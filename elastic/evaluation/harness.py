@@ -49,7 +49,8 @@ class HarnessReport:
 
 
 def task_manager(config: EvaluateConfig) -> TaskManager:
-    """The harness's tasks and the user's own; ConfigError names one that is none of them."""
+    """The harness's tasks and the user's own; ConfigError names one that is none of them,
+    MissingExtra a harness that is not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -61,7 +61,11 @@ class Perplexity:
 
 
 def perplexity_of(config: EvaluateConfig) -> Perplexity:
-    """`elastic evaluate RUN --text FILE`."""
+    """`elastic evaluate RUN --text FILE`.
+
+    ConfigError for a model that continues no texts or a window longer than it reads, DataMissing or
+    DataError for a file that cannot be read.
+    """
     assert config.text is not None
     run = Run(config.run)
     trained = run.config()

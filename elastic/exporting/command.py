@@ -198,6 +198,9 @@ def write_only(config: ExportConfig) -> Report:
 
     The base is read in the type it was saved in, so that its file is mapped, not copied; sums of
     weights and updates are formed in float32 and rounded once.
+
+    ConfigError for a base that is merged in another type than it is stored in, ExportError for a
+    model that no Hugging Face class describes.
     """
     run = Run(config.run)
     trained = run.config()

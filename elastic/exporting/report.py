@@ -25,6 +25,8 @@ LONGEST = 160
 
 @dataclass(frozen=True)
 class Table:
+    """Rows of text under a title, for the terminal and for Markdown."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]

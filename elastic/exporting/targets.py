@@ -165,6 +165,8 @@ class _Graph(Format):
 
 
 class Onnx(_Graph):
+    """Written from float32 weights, run by onnxruntime."""
+
     runtime = "onnx"
 
     def write(self, source: Source, which: Which, directory: Path) -> None:

@@ -37,6 +37,8 @@ FILE_TYPES: dict[Type, str] = {
 
 @dataclass(frozen=True)
 class Family:
+    """How llama.cpp knows a family of models."""
+
     uniform: str
     """llama.cpp's name of the architecture, one size for all layers."""
     mixed: str | None

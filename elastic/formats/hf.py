@@ -212,7 +212,8 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
 
 
 def auto_of(architecture: str) -> str:
-    """The name of transformers' auto class that loads a model of the class of this name."""
+    """The name of transformers' auto class that loads a model of the class of this name;
+    ExportError if there is none."""
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto

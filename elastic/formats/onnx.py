@@ -39,7 +39,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     past + sequence; logits (batch, 1 or sequence, vocab). Of a classifier: input_ids,
     attention_mask and, where the model has them, token_type_ids (batch, sequence); logits
     (batch, classes). Of an encoder-decoder model: see `elastic.formats.onnx_seq2seq.write`.
-    ExportError names what cannot be traced.
+    ConfigError for another type of weights; ExportError names what cannot be traced.
     """
     require()
     if logits not in ("last", "all"):

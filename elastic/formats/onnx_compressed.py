@@ -201,6 +201,7 @@ class _Rows:
 
 
 def initializers(model: ModelProto) -> dict[str, TensorProto]:
+    """The graph's weights by name."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
@@ -213,6 +214,7 @@ def _readers(model: ModelProto) -> dict[str, list[NodeProto]]:
 
 
 def attributes_of(node: NodeProto) -> dict:
+    """A node's settings by name."""
     from onnx import helper
 
     return {item.name: helper.get_attribute_value(item) for item in node.attribute}

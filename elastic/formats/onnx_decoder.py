@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 def decoder_trace(model: PreTrainedModel, logits: str) -> Trace:
+    """What to trace of a decoder: tokens and its cache in, logits and the longer cache out."""
+
     def call(
         input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:

@@ -47,7 +47,7 @@ def flattened(cache: Cache) -> list[Tensor]:
 
 
 def session_of(path: Path, threads: int | None = None) -> InferenceSession:
-    """The graph, ready to run on the CPU."""
+    """The graph, ready to run on the CPU; MissingExtra without onnxruntime."""
     try:
         import onnxruntime
     except ImportError as error:

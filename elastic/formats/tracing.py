@@ -71,6 +71,7 @@ def require() -> None:
 
 
 def require_float32(model: PreTrainedModel) -> None:
+    """ConfigError for a model of another type, which runtimes on the CPU compute otherwise."""
     if model.dtype != torch.float32:
         raise ConfigError(f"onnx: wanted a float32 model, got {model.dtype}; call model.float()")
 

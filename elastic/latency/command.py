@@ -102,7 +102,8 @@ class TableReport:
 def time_run(config: LatencyConfig) -> LatencyReport | TableReport:
     """Of a trained run; the sub-adapter is sliced, and merged unless `timing.merged` is false.
 
-    RunError when the full model differs from itself by more than `timing.tolerance`.
+    ConfigError for settings that do not go together; RunError when the full model differs from
+    itself by more than `timing.tolerance`.
     """
     if config.table.file:
         raise ConfigError("table.file is read by `elastic search`; to write one, give --save FILE")

@@ -61,6 +61,7 @@ class Measurement:
 
 
 def distrust(control: float, tolerance: float) -> str:
+    """Why times are not to be trusted: the full model differs from itself by `control`."""
     return (
         f"this machine is too busy to trust these times: the full model differs from itself by "
         f"{control:.1%} (more than {tolerance:.0%})"

@@ -44,6 +44,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Weight:
+    """What a model costs to load."""
+
     load_s: float
     """Seconds from files, which the system may hold in memory already, to a model ready to run."""
     memory_mb: float
@@ -161,6 +163,7 @@ def _resident(folder: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """In the process of one runtime: each model in a child of its own, figures printed as JSON."""
     loads = [Load(**json.loads(argument)) for argument in arguments]
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     for name in {name: None for load in loads for name in LOADERS[load.runtime][1]}:

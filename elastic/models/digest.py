@@ -13,7 +13,8 @@ FETCH = "if files are damaged or missing, fetch or save the model again"
 
 
 def digest_of(folder: Path | str) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors on disk, sorted by name.
+    """SHA-256 over names, types, shapes and bytes of all tensors on disk, sorted by name;
+    ModelError where there are none.
 
     Independent of how the weights are split into files and of the type they are loaded as.
     """

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def describe_(architecture: PretrainedConfig, classes: Sequence[str]) -> bool:
     """Put the classes into a model's configuration; whether its saved head is theirs. Classes that
-    differ in case alone, or are the numbers of unnamed ones, are the same in the saved order."""
+    differ in case alone, or are the numbers of unnamed ones, are the same in the saved order.
+    ConfigError without any."""
     if not classes:
         raise ConfigError("model.classes: name what the classification head is to tell apart")
     saved = [architecture.id2label[number] for number in sorted(architecture.id2label)]

@@ -201,6 +201,7 @@ def stored_dtype(config: ModelConfig) -> torch.dtype | None:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with padding; ModelError if it cannot be read, or ends no answer."""
     folder = locate(config.path)
     with _readable(folder, config, "the tokenizer cannot be loaded", FETCH):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -214,6 +215,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def resolve_device(name: str) -> torch.device:
+    """The device of that name, "auto" a GPU where there is one; ModelError if torch knows none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -223,6 +225,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of that name, "auto" bfloat16 where the device is faster with it."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if _bfloat16_is_faster(str(device)) else torch.float32

@@ -32,6 +32,7 @@ def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float
 
 
 def met(figures: Figures, limits: Mapping[str, float]) -> bool:
+    """Whether every limit holds."""
     return all(amount <= 0 for amount in violations(figures, limits).values())
 
 

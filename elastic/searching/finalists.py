@@ -44,8 +44,8 @@ def finish(
     importance: Mapping[str, float] | None = None,
 ) -> Front:
     """Non-dominated sub-adapters within the budget, scored on the test split, timed for real where
-    this is the target, and saved. The study keeps scores and times, so that nothing is asked twice
-    and a worker elsewhere loses no measurement."""
+    this is the target, and saved; BudgetError if none is within. The study keeps scores and times,
+    so that nothing is asked twice and a worker elsewhere loses no measurement."""
     assert objective.full is not None
     space, timetables = objective.space, objective.timetables
     accuracies = {one: figures.accuracy for one, figures in results.items()}

@@ -64,7 +64,8 @@ def search(config: SearchConfig) -> Front:
     """Evaluate sub-adapters up to `config.trials`, write the front below RUN/search, return it.
 
     BudgetError when no sub-adapter meets the budget: before weights load if counting shows it,
-    after the two extremes if their latency shows it, else at the end.
+    after the two extremes if their latency shows it, else at the end. RunError where there is
+    nothing to search, MissingExtra for a sampler that is not installed.
     """
     run = Run(config.run)
     trained = run.config()

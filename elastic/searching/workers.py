@@ -45,7 +45,8 @@ def experimental() -> warnings.catch_warnings:
 
 def open_storage(place: str | None, folder: Path) -> BaseStorage:
     """What `study.storage` names: unset a journal file in `folder`, grpc://HOST:PORT, another URL
-    for a database, or the path of a journal file. RunError if it cannot be reached."""
+    for a database, or the path of a journal file. RunError if it cannot be reached, MissingExtra
+    without its driver."""
     try:
         if place is None:
             folder.mkdir(parents=True, exist_ok=True)

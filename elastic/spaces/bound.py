@@ -132,6 +132,11 @@ class Space(Generic[Point]):
                     found.setdefault((cut.site, cut.axis), []).append((group, cut))
         return found
 
+    @cached_property
+    def reading(self) -> tuple[str, ...]:
+        """Layers whose columns can be cut."""
+        return tuple(site for site, axis in self.axes if axis == "in")
+
     def is_leading(self, cut: Cut) -> bool:
         """Whether what is left of its axis are the first channels, whatever is chosen."""
         return not cut.parts and len(self.axes.get((cut.site, cut.axis), ())) < 2
@@ -302,7 +307,7 @@ class BoundSpace(Space[SubAdapter]):
         return BoundSpace(tuple(groups), self.targets)
 
     def named(self, name: str, seed: int = 0) -> SubAdapter:
-        """maximal, heuristic, minimal, random or uniform-FRACTION."""
+        """maximal, heuristic, minimal, random or uniform-FRACTION; RunError for another name."""
         if name in ("maximal", "heuristic", "minimal"):
             made: SubAdapter = getattr(self, name)()
             return made

@@ -132,7 +132,7 @@ class SearchSpace:
 
     @classmethod
     def load(cls, name: str) -> SearchSpace:
-        """The shipped space of that name, or the one in a YAML file."""
+        """The shipped space of that name, or the one in a YAML file; ConfigError if it is none."""
         path = shipped("search_spaces", name)
         try:
             value = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -107,7 +107,8 @@ class GroupSpec:
         """Absolute choices, descending, the full size among them.
 
         A fraction is rounded to the nearest multiple of `align` (at least `least` of them); an
-        absolute size must be a multiple itself.
+        absolute size must be a multiple itself. ConfigError names the choice that is none, or past
+        the full size.
         """
         sizes = {full}
         for choice in self.choices:
@@ -139,7 +140,8 @@ def rank(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
 
 
 def width(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
-    """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP."""
+    """Rows of `outputs` and, with them, columns of `inputs`: the channels of an MLP;
+    ConfigError for those of attention."""
     parts: dict[str, tuple[int, ...]] = dict.fromkeys((*spec.outputs, *spec.inputs), (1,))
     if spec.fused:
         channels = model.get_submodule(f"{block}.{spec.inputs[0]}").in_features
@@ -161,7 +163,7 @@ def width(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) ->
 
 def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Whole key-value heads with the query heads that share them, so that grouped-query
-    attention stays valid. A choice counts key-value heads."""
+    attention stays valid. A choice counts key-value heads; ConfigError where they cannot be cut."""
     _, attention, head_size = _attention(model, block, spec)
     shared = getattr(attention, QUERIES, 1)
     units = {
@@ -176,7 +178,7 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites
 
 def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Query heads of every key-value head alike. A choice counts those of one key-value head,
-    which keeps its own most important ones."""
+    which keeps its own most important ones. ConfigError for attention that does not group them."""
     name, attention, head_size = _attention(model, block, spec)
     shared = getattr(attention, QUERIES, None)
     if shared is None or spec.fused:
@@ -222,6 +224,7 @@ def numbers(blocks: Iterable[str]) -> list[int]:
 
 
 def head_size_of(attention: nn.Module) -> int | None:
+    """Channels of one attention head."""
     return next((getattr(attention, name) for name in HEAD_SIZES if hasattr(attention, name)), None)
 
 

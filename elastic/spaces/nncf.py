@@ -161,7 +161,8 @@ def import_space(config: SpaceImportConfig) -> Imported:
 
 
 def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
-    """The same without writing. `adapt` names further layers of a block that carry factors."""
+    """The same without writing. `adapt` names further layers of a block that carry factors;
+    ConfigError names what in the file is no search space."""
     nas = _parsed(source)
     training = nas["training"]
     width = training["elasticity"]["width"]

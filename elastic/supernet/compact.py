@@ -79,6 +79,7 @@ def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
 
 
 def wide_type(tensor: Tensor) -> torch.dtype:
+    """The type that a weight and its update are added in."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

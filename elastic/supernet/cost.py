@@ -15,6 +15,8 @@ from elastic.spaces.bound import BoundSpace, SubAdapter
 
 @dataclass(frozen=True)
 class Cost:
+    """What a model of some size takes."""
+
     params: int
     """Elements of all distinct parameters, however many bits each takes."""
     macs: int

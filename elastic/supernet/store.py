@@ -93,7 +93,8 @@ def read_factors(directory: Path) -> dict[str, Tensor]:
 
 
 def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
-    """What is known of a super-adapter, refused if it was trained on other base weights."""
+    """What is known of a super-adapter; BaseMismatch if it was trained on other base weights,
+    RunError if a newer version wrote it."""
     missing = [n for n in (FACTORS, ORDER, SPACE, ABOUT) if not (directory / n).is_file()]
     if missing:
         raise RunError(f"{directory}: no super-adapter ({', '.join(missing)} missing); train first")

@@ -86,6 +86,7 @@ def show_space(config: SpaceShowConfig) -> SpaceTable:
 
 
 def sizes_table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
+    """Sizes by group."""
     counter = Counter(model, space)
     costs = {name: counter(space.named(name)) for name in ("maximal", "heuristic", "minimal")}
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)

@@ -125,7 +125,8 @@ class Supernet:
         return found
 
     def activate(self, sub: SubAdapter) -> None:
-        """Make `sub` the active sub-adapter; only groups that differ are touched.
+        """Make `sub` the active sub-adapter; only groups that differ are touched. RunError if it is
+        no point of the space.
 
         Prefer `active`, which restores what was there.
         """

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def tell_what_is_cut(examples: Sequence[Encoded], longest: int) -> None:
+    """Say which texts are longer than the model reads."""
     if full := sum(len(example.ids) == longest for example in examples):
         say(f"{full} of {len(examples)} texts fill the {longest} tokens that the model reads; what "
             "they have beyond is cut")  # fmt: skip

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig) -> Run | Sequential | Estimate:
-    """`elastic train`: one task, or `tasks` one after another; or what either will need."""
+    """`elastic train`: one task, or `tasks` one after another; or what either will need.
+    ConfigError for settings that do not go together, before weights load."""
     if config.tasks and loading.kind_of_base(config.model) is Kind.CLASSIFIER:
         raise ConfigError(
             f"tasks: a sequence is answered with text, {config.model.path} has a classification "

@@ -133,7 +133,8 @@ def build(
     calibration: list[Encoded],
     pad: int,
 ) -> Supernet:
-    """The supernet at the start of training, its channels ordered."""
+    """The supernet at the start of training, its channels ordered; ConfigError for a space or a
+    method that does not fit the model."""
     bound = space.bind(model, config.adapter.rank)
     examples = calibration[: config.order_examples]
     batches = collated(examples, config.batch_size, pad, model.device)

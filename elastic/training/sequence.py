@@ -129,6 +129,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
     """Train each task from where the one before ended; RUN/tasks/NN-NAME is a run of its own.
 
     All data is read and checked before weights load. A killed sequence resumes within its stage.
+    ConfigError for tasks that do not go together.
     """
     from elastic.training import one_task
 
@@ -155,10 +156,12 @@ def train_sequence(config: TrainConfig) -> Sequential:
 
 
 def stage_configs(config: TrainConfig) -> list[TrainConfig]:
+    """The configuration of each stage's run."""
     return [stage_config(config, number) for number in range(len(config.tasks))]
 
 
 def stage_path(run: Run, number: int, name: str) -> Path:
+    """The run directory of one stage."""
     return run.tasks / f"{number + 1:02d}-{name}"
 
 
