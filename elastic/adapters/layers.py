@@ -20,13 +20,17 @@ class Size:
     """What is active in one elastic layer. A plain object: activation rewrites thousands of these,
     and an `nn.Module` attribute costs ten times as much."""
 
-    __slots__ = ("column_parts", "columns", "rank", "row_parts", "rows")
+    __slots__ = ("column_parts", "columns", "degree", "made_up", "rank", "row_parts", "rows")
 
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         self.rows, self.columns, self.rank = rows, columns, rank
         self.row_parts: Parts = None
         """Where an axis of several parts is cut: (start, length) of what is left of each."""
         self.column_parts: Parts = None
+        self.made_up: Tensor | None = None
+        """(cut columns, active columns): the active ones take over so much of each cut one, times
+        the degree, to make up for it; None: nothing."""
+        self.degree = 0.0
 
     def keep(self, axis: str, left: tuple[tuple[int, int], ...]) -> None:
         """Make these rows ("out") or columns ("in") active: (start, length), the first from 0."""
@@ -45,6 +49,25 @@ class Size:
         """The active columns of (rows, columns)."""
         return _leading(tensor, 1, self.columns, self.column_parts)
 
+    def compensated_columns(self, tensor: Tensor) -> Tensor:
+        """The same of a matrix that is multiplied with the layer's input, with what they take over
+        of the others; summed in float32 or wider."""
+        active = self.leading_columns(tensor)
+        if self.made_up is None:
+            return active
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        made_up = self.made_up.to(tensor.device, wide)
+        behind = self._behind(tensor).to(wide)
+        return torch.addmm(active.to(wide), behind, made_up, alpha=self.degree).to(tensor.dtype)
+
+    def _behind(self, tensor: Tensor) -> Tensor:
+        """The columns that are not active, ascending."""
+        parts = self.column_parts or ((0, self.columns),)
+        ends = [0, *(start + length for start, length in parts)]
+        starts = [*(start for start, _ in parts), tensor.shape[1]]
+        pieces = [tensor[:, a:b] for a, b in zip(ends, starts, strict=True) if a < b]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
 
 class ElasticLinear(nn.Module):
     """A frozen linear layer and its factors, run on their leading rows, columns and ranks.
@@ -62,6 +85,8 @@ class ElasticLinear(nn.Module):
         self.size = Size(
             base.out_features, base.in_features, adapter.max_rank if adapter is not None else 0
         )
+        self._compensated: tuple[Tensor | None, float, Tensor] = (None, 0.0, torch.empty(0))
+        """What was made up for last, its degree, and the base weight with it."""
         self.train(base.training)  # new modules start in training mode, where dropout acts
 
     @property
@@ -74,7 +99,13 @@ class ElasticLinear(nn.Module):
         pass asks again, so that a dequantised weight need not be kept."""
         base, size = self.base, self.size
         rows, columns = (0, size.rows, size.row_parts), (1, size.columns, size.column_parts)
-        return lambda: _leading(_leading(base.weight, *rows), *columns)
+        if size.made_up is None:
+            return lambda: _leading(_leading(base.weight, *rows), *columns)
+        made_up, degree, weight = self._compensated
+        if made_up is not size.made_up or degree != size.degree:
+            weight = size.compensated_columns(base.weight)
+            self._compensated = size.made_up, size.degree, weight
+        return lambda: _leading(weight, *rows)
 
     @property
     def bias(self) -> Tensor | None:
@@ -87,7 +118,7 @@ class ElasticLinear(nn.Module):
         return self._cut(*self.adapter.factors(self.size.rank))
 
     def _cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self.size.leading_columns(A), self.size.leading(B)
+        return self.size.compensated_columns(A), self.size.leading(B)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is not None and self._lean(x):

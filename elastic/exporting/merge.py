@@ -30,21 +30,22 @@ def combine(
     *,
     name: str = "sub-adapter",
     seed: int = 0,
+    degree: float = 0.0,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`sub` and other adapters in one model of plain layers, and what became of each.
 
-    Updates are permuted like the base weights and cut to the sub-adapter's widths; the strategy
-    then combines them parameter by parameter. The report has, per adapter, the Frobenius norm of
-    its full update, the share of the squared norm lost by cutting, and the cosines between the cut
-    updates.
+    Updates are permuted like the base weights and cut to the sub-adapter's widths, a part `degree`
+    of what is cut made up for; the strategy then combines them parameter by parameter. The report
+    has, per adapter, the Frobenius norm of its full update, the share of the squared norm lost by
+    cutting, and the cosines between the cut updates.
     """
-    small = sliced(net, sub)
+    small = sliced(net, sub, degree)
     own = {}
     for site, layer in modules_of(small, FactorLinear):
         own[f"{site}.weight"] = (layer.B @ layer.A).to(wide_type(layer.weight))
         bias = None if layer.bias is None else layer.bias.data
         small.set_submodule(site, plain_linear(layer.weight.data, bias))
-    cut = [own, *(_cut(net, sub, update) for update in updates)]
+    cut = [own, *(_cut(net, sub, update, degree) for update in updates)]
     weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -81,11 +82,12 @@ def combine(
     return small, report
 
 
-def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
-    """The update in the supernet's channel order, at the sizes of `sub`."""
+def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[str, Tensor]:
+    """The update in the supernet's channel order, at the sizes of `sub`; what is made up for of the
+    weights is made up for of it."""
     moved, kept, found = net.permutations(), net.space.kept(sub), {}
     layers = dict(modules_of(net.model, ElasticLinear))
-    with net.active(sub):
+    with net.active(sub, degree):
         for name, delta in update.deltas.items():
             site, _, leaf = name.rpartition(".")
             layer = layers.get(site)
@@ -104,7 +106,7 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update) -> dict[str, Tensor]:
                 continue
             if layer is not None:
                 delta = layer.size.leading(delta)
-                delta = layer.size.leading_columns(delta) if leaf == "weight" else delta
+                delta = layer.size.compensated_columns(delta) if leaf == "weight" else delta
             found[left] = delta.to(whole.device)
     return found
 

@@ -7,6 +7,7 @@ so a compact model can be written by a machine that holds neither it nor its bas
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.adapters.layers import ElasticLinear, FactorLinear
+from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
 from elastic.models.modules import (
     dequantise_,
     module_tree,
@@ -27,8 +28,9 @@ from elastic.supernet.supernet import Supernet
 
 
 @torch.no_grad()
-def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
-    """A new model with `sub`'s sizes, its factors beside the weights (unmerged).
+def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedModel:
+    """A new model with `sub`'s sizes, its factors beside the weights (unmerged); a part `degree` of
+    what is cut is made up for.
 
     Elastic layers are copied; everything else (embeddings, norms, uncut layers' biases) is shared
     with the supernet, which must not change while the slice is in use. Ties stay ties. Quantised
@@ -36,7 +38,7 @@ def sliced(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
     """
     sub = net.space.check(sub)
     left_out = net.space.left_out(sub)
-    with net.active(sub):
+    with net.active(sub, degree):
         model = module_tree(net.model)
         for site, layer in modules_of(net.model, ElasticLinear):
             if site.startswith(left_out):
@@ -73,9 +75,9 @@ def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
 
 
-def compact(net: Supernet, sub: SubAdapter) -> PreTrainedModel:
+def compact(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedModel:
     """`sub` as a model of plain linear layers: sliced, then merged."""
-    return merge_(sliced(net, sub))
+    return merge_(sliced(net, sub, degree))
 
 
 def wide_type(tensor: Tensor) -> torch.dtype:
@@ -94,7 +96,11 @@ class Streamed:
 
 
 def streamed(
-    base: PreTrainedModel, net: Supernet, sub: SubAdapter, head: Mapping[str, Tensor] | None = None
+    base: PreTrainedModel,
+    net: Supernet,
+    sub: SubAdapter,
+    head: Mapping[str, Tensor] | None = None,
+    degree: float = 0.0,
 ) -> Streamed:
     """What `compact` would give, bit for bit.
 
@@ -103,13 +109,13 @@ def streamed(
     """
     head = head or {}
     sub = net.space.check(sub)
-    model = sliced(net, sub)
+    model = sliced(net, sub, degree)
     updates = {}
     for site, layer in modules_of(model, FactorLinear):
         updates[site] = layer.A.data, layer.B.data
         bias = None if layer.bias is None else layer.bias.data
         model.set_submodule(site, plain_linear(layer.weight.data, bias))
-    left, kept = _left(net, sub), net.space.kept(sub)
+    left, kept = _left(net, sub, degree), net.space.kept(sub)
 
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")
@@ -117,11 +123,8 @@ def streamed(
         tensor = head.get(name)
         if tensor is None:
             tensor = getattr(base.get_submodule(source), leaf)
-        rows, columns = left.get(source, (None, None))
-        if rows is not None:
-            tensor = tensor[rows]
-        if columns is not None and leaf == "weight":
-            tensor = tensor[:, columns]
+        if source in left:
+            tensor = left[source](tensor, leaf)
         if site in updates and leaf == "weight":
             tensor = merged_weight(tensor, *updates[site])
         return tensor.detach()
@@ -130,20 +133,27 @@ def streamed(
     return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
 
 
-def _left(net: Supernet, sub: SubAdapter) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """By elastic layer, which rows and columns of the base weight are left, and in which order;
-    None where all are, as they stand."""
-    moved, found = net.permutations(), {}
-    with net.active(sub):
-        for site, layer in modules_of(net.model, ElasticLinear):
-            rows = moved.get((site, "out"))
-            columns = moved.get((site, "in"))
-            if rows is None and layer.size.rows != layer.base.out_features:
-                rows = torch.arange(layer.base.out_features)
-            if columns is None and layer.size.columns != layer.base.in_features:
-                columns = torch.arange(layer.base.in_features)
-            found[site] = (
-                None if rows is None else layer.size.leading(rows),
-                None if columns is None else layer.size.leading_columns(columns[None])[0],
-            )
-    return found
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of one layer's tensors, from how the base has them."""
+
+    size: Size
+    rows: Tensor | None
+    """The base's, in the supernet's order; None: as they stand."""
+    columns: Tensor | None
+
+    def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
+        if leaf == "weight":
+            ordered = tensor if self.columns is None else tensor[:, self.columns]
+            tensor = self.size.compensated_columns(ordered)
+        return self.size.leading(tensor if self.rows is None else tensor[self.rows])
+
+
+def _left(net: Supernet, sub: SubAdapter, degree: float) -> dict[str, _Cut]:
+    """By elastic layer."""
+    moved = net.permutations()
+    with net.active(sub, degree):
+        return {
+            site: _Cut(copy.copy(layer.size), moved.get((site, "out")), moved.get((site, "in")))
+            for site, layer in modules_of(net.model, ElasticLinear)
+        }

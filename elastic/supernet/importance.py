@@ -8,18 +8,17 @@ ordering by weight norm destroys the model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic.data.answers import padded_behind, padding_is_seen
-from elastic.data.collating import IGNORED
-from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut, numbers
 from elastic.supernet.depth import states
+from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -69,59 +68,35 @@ def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
 def _activation_scores(
     model: PreTrainedModel, groups: list[Group], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    kind = kind_of(model)
     reading = [(group, cut) for group in groups for cut in group.cuts if cut.axis == "in"]
     squares = {
         cut.site: torch.zeros(model.get_submodule(cut.site).in_features, dtype=torch.float64)
         for _, cut in reading
     }
-
     changes = {block: (0.0, 0) for group in groups for block in group.blocks}
+    watching = Watching(model)
 
-    def tokens(site: str, x: Tensor) -> Tensor:
-        """(real tokens, features) in double precision."""
-        in_decoder = kind is Kind.ENCODER_DECODER and "decoder" in site.split(".")
-        real = answer if in_decoder else prompt
-        x = x.double().flatten(0, -2)
-        return x if real is None else x[real]
-
-    def watch(site: str) -> RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares[site] += tokens(site, inputs[0]).pow(2).sum(0).cpu()
-
-        return model.get_submodule(site).register_forward_pre_hook(hook)
+    def add(site: str, x: Tensor) -> None:
+        squares[site] += x.double().pow(2).sum(0).cpu()
 
     def watch_block(block: str) -> RemovableHandle:
         def hook(
             module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], output: Any
         ) -> None:
-            before, after = (tokens(block, x) for x in states(inputs, given, output))
+            before, after = (
+                watching.tokens(block, x.double()) for x in states(inputs, given, output)
+            )
             total, seen = changes[block]
             change = 1 - torch.cosine_similarity(before, after)
             changes[block] = total + float(change.sum()), seen + len(change)
 
         return model.get_submodule(block).register_forward_hook(hook, with_kwargs=True)
 
-    # What padding computes is noise, and how much there is depends on the batch.
-    prompt: Tensor | None = None
-    answer: Tensor | None = None
-    handles = [watch(site) for site in squares] + [watch_block(block) for block in changes]
+    handles = [watch_block(block) for block in changes]
     try:
-        for batch in batches:
-            behind = "position_ids" in batch and padding_is_seen(model)
-            if behind:
-                batch = padded_behind(batch)
-            prompt = batch["attention_mask"].flatten().bool() if "attention_mask" in batch else None
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            if behind:  # no token sees what stands behind it
-                inputs["attention_mask"] = torch.ones_like(batch["attention_mask"])
-            if kind is Kind.ENCODER_DECODER:
-                answer = batch["labels"].flatten() != IGNORED
-                model(**batch, use_cache=False)
-            elif kind is Kind.CLASSIFIER:
-                model(**inputs)
-            else:
-                model(**inputs, logits_to_keep=1, use_cache=False)
+        with watching.inputs({site: partial(add, site) for site in squares}):
+            for batch in batches:
+                watching(batch)
     finally:
         for handle in handles:
             handle.remove()

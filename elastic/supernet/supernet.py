@@ -18,6 +18,7 @@ from elastic.models.head import widen_head_
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import channel_index, numbers
+from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Supernet:
             self.reorder(order)
         self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
         self.current = self.space.maximal()
+        self.degree = 0.0
+        """How much of what is cut is made up for now."""
+        self.compensation: Compensation | None = None
         self._actions = {
             group.name: [
                 (self.layer(cut.site).size, cut, self.space.is_leading(cut)) for cut in group.cuts
@@ -124,9 +128,10 @@ class Supernet:
                     found[place] = found[place][index] if place in found else index
         return found
 
-    def activate(self, sub: SubAdapter) -> None:
-        """Make `sub` the active sub-adapter; only groups that differ are touched. RunError if it is
-        no point of the space.
+    def activate(self, sub: SubAdapter, degree: float = 0.0) -> None:
+        """Make `sub` the active sub-adapter; only groups that differ are touched. A part `degree`
+        of what is cut is made up for (`elastic.supernet.compensation`), if its moments are known.
+        RunError if `sub` is no point of the space.
 
         Prefer `active`, which restores what was there.
         """
@@ -152,6 +157,20 @@ class Supernet:
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
         self.current = sub
+        if degree or self.degree:
+            self._make_up(degree)
+
+    def _make_up(self, degree: float) -> None:
+        """Let the layers whose columns are cut make up for so much of it."""
+        self.degree = degree
+        gone = self.space.left_out(self.current)
+        for site in self.space.reading:
+            layer = self.layer(site)
+            cut = layer.size.columns < layer.base.in_features and not site.startswith(gone)
+            layer.size.made_up, layer.size.degree = None, degree
+            if degree and cut and self.compensation is not None:
+                left = self.space.left(self.current, site, "in")
+                layer.size.made_up = self.compensation(site, left)
 
     def _blocks(self, depth: str, choice: int) -> list[int]:
         """Places of the blocks that this choice of a depth runs, in the order as it is now."""
@@ -159,14 +178,14 @@ class Supernet:
         return sorted(numbers(group.blocks[:choice]))
 
     @contextlib.contextmanager
-    def active(self, sub: SubAdapter) -> Iterator[PreTrainedModel]:
-        """The model with `sub` active inside the block."""
-        before = self.current
-        self.activate(sub)
+    def active(self, sub: SubAdapter, degree: float = 0.0) -> Iterator[PreTrainedModel]:
+        """The model with `sub` active, and so much made up for, inside the block."""
+        before = self.current, self.degree
+        self.activate(sub, degree)
         try:
             yield self.model
         finally:
-            self.activate(before)
+            self.activate(*before)
 
     def factor_state(self) -> dict[str, Tensor]:
         """All factors at full size, by site, and the head of a classifier: what training

@@ -35,15 +35,19 @@ def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-12)
 
 
 def one_function(
-    net: Supernet, sub: SubAdapter, compute: Callable[[PreTrainedModel], torch.Tensor], precision
+    net: Supernet,
+    sub: SubAdapter,
+    compute: Callable[[PreTrainedModel], torch.Tensor],
+    precision: float,
+    degree: float = 0.0,
 ) -> tuple[torch.Tensor, PreTrainedModel]:
     """What `sub` computes, and its compact model: active, sliced and merged it is the same, and the
     counter counts it."""
     with torch.no_grad():
-        with net.active(sub):
+        with net.active(sub, degree):
             expected = compute(net.model)
-        small = compact(net, sub)
-        close(compute(sliced(net, sub)), expected, precision)
+        small = compact(net, sub, degree)
+        close(compute(sliced(net, sub, degree)), expected, precision)
         close(compute(small), expected, precision)
     assert Counter(net.model, net.space)(sub) == count(small)
     return expected, small
@@ -83,10 +87,11 @@ def without_data(base, net, space, method, order) -> Supernet:
     return bare
 
 
-def same(base, net, bare) -> None:
+def same(base, net, bare, degree: float = 0.0) -> None:
+    head = {name: x.detach() for name, x in net.head.items()}
     for sub in several(net, draws=1):
-        expected = compact(net, sub).state_dict()
-        found = streamed(base, bare, sub, {name: x.detach() for name, x in net.head.items()})
+        expected = compact(net, sub, degree).state_dict()
+        found = streamed(base, bare, sub, head, degree)
         assert list(found.tensors) == list(expected)
         for name, tensor in expected.items():
             made = found.tensors[name]()

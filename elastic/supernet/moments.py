@@ -1,0 +1,116 @@
+"""Second moments of what enters the layers whose columns can be cut: what is known, of calibration
+examples, about how channels follow one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from elastic.console import say, track
+from elastic.files import write_bytes
+from elastic.supernet.watching import Watching
+
+if TYPE_CHECKING:
+    from elastic.supernet.supernet import Supernet
+
+ROOM = 4e9
+"""Bytes of moments that one pass over the calibration batches adds up."""
+
+
+@torch.no_grad()
+def second_moments(
+    net: Supernet, batches: Sequence[dict[str, Tensor]], room: float = ROOM
+) -> dict[str, Tensor]:
+    """By layer whose columns can be cut, G = E[x xᵀ] over real tokens of its input x at full size,
+    (in, in) float32, in the supernet's order of channels.
+
+    `batches` are keyword arguments of the model. Layers are taken in as many passes as their
+    moments need `room`. One that sees nothing, or what is not finite, is left out, and said.
+    """
+    watching, found = Watching(net.model), {}
+    with net.active(net.space.maximal()):
+        for sites in _rounds(net, room):
+            sums = {site: torch.zeros(1) for site in sites}
+            seen = dict.fromkeys(sites, 0)
+            add = {site: partial(_add, sums, seen, site) for site in sites}
+            with watching.inputs(add):
+                for batch in track(batches, "second moments", quiet=len(batches) < 2):
+                    watching(batch)
+            for site in sites:
+                if seen[site] and torch.isfinite(sums[site]).all():
+                    found[site] = sums[site] / seen[site]
+                else:
+                    reason = "not finite" if seen[site] else "unknown"
+                    say(f"{site} is not made up for when cut: its inputs are {reason}")
+    return found
+
+
+def _add(sums: dict[str, Tensor], seen: dict[str, int], site: str, x: Tensor) -> None:
+    x = x.float()
+    sums[site] = x.T @ x if not seen[site] else sums[site].addmm_(x.T, x)
+    seen[site] += len(x)
+
+
+def _rounds(net: Supernet, room: float) -> Iterator[list[str]]:
+    """Sites that fit together."""
+    sites: list[str] = []
+    held = 0
+    for site in net.space.reading:
+        size = 4 * net.layer(site).base.in_features ** 2
+        if sites and held + size > room:
+            yield sites
+            sites, held = [], 0
+        sites.append(site)
+        held += size
+    if sites:
+        yield sites
+
+
+SCALE, CORRELATION = "scale", "correlation"
+
+
+class Moments(Mapping[str, Tensor]):
+    """Those that `save` wrote, read when asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = safe_open(file, "pt")
+        names = self._file.keys()
+        self._sites = [n.removesuffix(f".{SCALE}") for n in names if n.endswith(f".{SCALE}")]
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self._sites:
+            raise KeyError(site)
+        scale = self._file.get_tensor(f"{site}.{SCALE}")
+        packed = self._file.get_tensor(f"{site}.{CORRELATION}")
+        n = len(scale)
+        found = torch.zeros(n, n)
+        found[*torch.tril_indices(n, n, -1)] = packed.float()
+        found += found.T.clone()
+        found.fill_diagonal_(1)
+        return found * (scale * scale[:, None])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def save(moments: Mapping[str, Tensor], file: Path) -> None:
+    """Of each its root diagonal (in,) in float32 and the correlations below it in float16: a
+    quarter of the matrices' size, rounded far below the ridge that every solution gets."""
+    tensors = {}
+    for site, moment in moments.items():
+        scale = moment.diagonal().clamp(min=0).sqrt()
+        safe = torch.where(scale > 0, scale, 1.0)
+        below = torch.tril_indices(len(scale), len(scale), -1)
+        tensors[f"{site}.{SCALE}"] = scale.cpu().contiguous()
+        tensors[f"{site}.{CORRELATION}"] = (moment / safe / safe[:, None])[*below].half().cpu()
+    write_bytes(file, serialised(tensors))
