@@ -27,6 +27,8 @@ class Chosen:
     candidate: Candidate | None = None
     saved: Mapping[str, Any] = field(default_factory=dict)
     """All that the search of this run wrote about it."""
+    compensation: Mapping[str, Any] | None = None
+    """As its file says (`elastic.supernet.held_out.Compensated`); None: it does not."""
 
     @property
     def compress(self) -> str | None:
@@ -116,8 +118,11 @@ class Run:
         elif not file.is_file():
             return Chosen(name)
         value = read_json(file)
-        ours = file.resolve().parent == self.sub_adapters.resolve()
-        return Chosen(name, Candidate.of(value, file), value if ours else {})
+        candidate, said = Candidate.of(value, file), value.get("compensation")
+        if file.resolve().parent != self.sub_adapters.resolve():
+            return Chosen(name, candidate, compensation=said)
+        # An earlier version, which says nothing of it, made up for nothing.
+        return Chosen(name, candidate, value, said or {"degree": 0.0, "held_out_losses": {}})
 
     def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
         """What `--sub_adapter` means: a name and a point of the space."""

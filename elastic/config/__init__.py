@@ -8,6 +8,7 @@ from elastic.config.adapter import (
     SorsaConfig,
     SosLoraConfig,
 )
+from elastic.config.compensation import CompensationConfig
 from elastic.config.evaluate import EvaluateConfig
 from elastic.config.export import ExportConfig, HfConfig, MergeAdapterConfig, MergeConfig
 from elastic.config.latency import LatencyConfig, TableConfig, TimingConfig
@@ -17,8 +18,8 @@ from elastic.config.space import SpaceImportConfig, SpaceShowConfig
 from elastic.config.train import ScheduleConfig, SequenceConfig, StageConfig, TrainConfig
 
 __all__ = [
-    "AdapterConfig", "BudgetConfig", "EvaluateConfig", "ExportConfig", "HfConfig",
-    "LatencyConfig", "MergeAdapterConfig", "MergeConfig", "ModelConfig", "OloraConfig",
+    "AdapterConfig", "BudgetConfig", "CompensationConfig", "EvaluateConfig", "ExportConfig",
+    "HfConfig", "LatencyConfig", "MergeAdapterConfig", "MergeConfig", "ModelConfig", "OloraConfig",
     "ProloraConfig", "ScheduleConfig", "SearchConfig", "SequenceConfig", "SorsaConfig",
     "SosLoraConfig", "SpaceImportConfig", "SpaceShowConfig", "StageConfig", "StudyConfig",
     "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig",

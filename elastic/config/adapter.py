@@ -122,9 +122,18 @@ _ALPHA_PER_RANK: dict[Method, float] = {
 }  # fmt: skip
 
 
+NOTHING = "none"
+"""An adapter that changes nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The low-rank factors of the super-adapter."""
+
+    taken_from: str | None = None
+    """A LoRA of PEFT to take over instead of training one, as its folder, or none: the base model
+    as it is. Its ranks are sorted by what they do; rank and alpha are its own. On the command line
+    `--adapter.from` says the same."""
 
     method: Literal["auto", Method] = "auto"
     """auto: lora, or olora when there is a list of tasks."""
@@ -142,6 +151,10 @@ class AdapterConfig:
     soslora: SosLoraConfig = field(default_factory=SosLoraConfig)
 
     def __post_init__(self) -> None:
+        require(
+            self.taken_from is None or self.resolved_method == "lora",
+            f"adapter.from takes over a LoRA; leave out adapter.method ({self.method})",
+        )
         require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
         require(0 <= self.dropout < 1, f"adapter.dropout is {self.dropout}; choose from [0, 1)")
         require(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import Graph
 from elastic.errors import require
 
@@ -26,6 +27,9 @@ class EvaluateConfig:
 
     run: str = "runs/default"
     sub_adapter: str = "maximal"
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    """Of a sub-adapter that the search did not choose; what it chose is kept, or turned off by
+    degrees of 0 alone."""
     split: Literal["validation", "test"] = "test"
     tasks: list[str] = field(default_factory=list)
     """Published sets instead of the run's own: math, commonsense, or gsm8k, aqua, mawps, svamp,

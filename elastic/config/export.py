@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import GRAPHS, Graph, RoundedTo, TimingConfig
 from elastic.errors import require
 
@@ -93,6 +94,9 @@ class ExportConfig:
     """Training examples that int4_awq, int4_scale and int4_gptq look at."""
     logits: Literal["last", "all"] = "last"
     """onnx, openvino: positions that get logits; last makes prefill cheaper, all allows scoring."""
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    """Of a sub-adapter that the search did not choose; what it chose is kept, or turned off by
+    degrees of 0 alone."""
     merge: MergeConfig = field(default_factory=MergeConfig)
     hf: HfConfig = field(default_factory=HfConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)

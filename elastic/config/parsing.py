@@ -39,6 +39,7 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = [f"--{dataclasses.fields(kind)[0].name}", arguments[0]]
+    arguments = [re.sub(r"^--adapter\.from(?==|$)", "--adapter.taken_from", a) for a in arguments]
     parser = _parser(kind, prog)
     arguments = _with_values(kind, _with_recipes(_continuing(kind, arguments)))
     return _build(kind, parser, lambda: parser.parse_args(arguments))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require_graph
 from elastic.errors import ConfigError, require
 
@@ -115,6 +116,7 @@ class SearchConfig:
     race: float = 0.05
     """Stop evaluating a sub-adapter that loses to a cheaper one on the same examples; the largest
     probability of stopping one that is as accurate as all those. 0 evaluates all to the end."""
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
     compress: list[RoundedTo] = field(default_factory=list)
     """Weights of so few bits as one more choice, at most one mode of every number of bits. Accuracy
     is that of the rounded weights, latency and memory those of compressed graphs: give

@@ -105,6 +105,9 @@ class TrainConfig:
     or none for `sampling: lonas`."""
     order_examples: int = 64
     """Training examples of the calibration pass behind `order: activation`."""
+    compensation_examples: int = 128
+    """Training examples of the calibration pass after training, from which a sub-adapter makes up
+    for channels that it cuts (`compensation` of the other commands); 0: none."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     tasks: list[str] = field(default_factory=list)
@@ -171,6 +174,13 @@ class TrainConfig:
         )
         for name in ("batch_size", "accumulation", "save_steps", "order_examples"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        least = self.compensation_examples
+        require(least >= 0, f"compensation_examples is {least}; at least 0")
+        taken = self.adapter.taken_from
+        require(
+            taken is None or not (self.tasks or self.start_from or self.dry_run),
+            f"adapter.from {taken}: nothing is trained; leave out tasks, start_from and dry_run",
+        )
         require(0 <= self.distill <= 1, f"distill is {self.distill}; choose from [0, 1]")
         twice = {name for name in self.tasks if self.tasks.count(name) > 1}
         require(not twice, f"tasks names {', '.join(sorted(twice))} twice")

@@ -23,6 +23,7 @@ from elastic.models import loading
 from elastic.models.kinds import Kind, classes_of, is_number
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.supernet.held_out import Compensated, compensated
 from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Evaluation:
     score: Score
     metrics: Mapping[str, Any]
     """Of a classifier, beside its accuracy."""
+    made_up: Compensated
 
     def show(self) -> None:
         print(f"{self.name} on {self.split}: {self.score}")
@@ -47,7 +49,10 @@ class Evaluation:
         elif self.metrics:
             each = ", ".join(f"{name} {value:.3f}" for name, value in self.metrics["f1"].items())
             print(f"Matthews correlation {self.metrics['matthews']:.3f}; F1 of {each}")
-        about = {"sub_adapter": self.name, "split": self.split}
+        if self.made_up != Compensated():
+            print(f"Compensation: {self.made_up}")
+        about = {"sub_adapter": self.name, "split": self.split,
+                 "compensation": self.made_up.as_dict()}  # fmt: skip
         print(json.dumps({**about, **self.score.as_dict(), **self.metrics}))
 
 
@@ -98,15 +103,16 @@ def evaluate_run(
     if not sets:
         own = getattr(load_task(trained.task, trained.seed), config.split)
         sets = {config.split: own[: config.examples]}
-    _, base, net = load_run(run)
     chosen = run.chosen(config.sub_adapter)
+    _, base, net = load_run(run)
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
     if mode := chosen.compress:
         say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "
             "has the accuracy of its compressed graph")  # fmt: skip
     beams = config.beams if config.tasks and config.protocol == "published" else None
     scores = {}
-    with net.active(sub) as model:
+    opened = compensated(run, net, base.tokenizer, chosen, sub, config.compensation)
+    with opened as (model, made_up):
         for label, examples in sets.items():
             scores[label] = evaluate(
                 model, base.tokenizer, examples, batch_tokens=config.batch_tokens, beams=beams,
@@ -115,11 +121,11 @@ def evaluate_run(
     if not config.tasks:
         score, examples = scores[config.split], sets[config.split]
         found = _metrics(net.model, examples, score) if net.head else {}
-        return Evaluation(name, config.split, score, found)
+        return Evaluation(name, config.split, score, found, made_up)
     file = _file(run, name, config)
     file.parent.mkdir(exist_ok=True)
-    about = {"sub_adapter": sub.as_dict(), "name": name, "protocol": config.protocol,
-             "beams": beams, "data": config.data,
+    about = {"sub_adapter": sub.as_dict(), "name": name, "compensation": made_up.as_dict(),
+             "protocol": config.protocol, "beams": beams, "data": config.data,
              **provenance(str(base.model.device))}  # fmt: skip
     predictions = {
         label: {**scores[label].as_dict(), "predictions": _predictions(examples, scores[label])}

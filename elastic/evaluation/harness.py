@@ -17,6 +17,7 @@ from elastic.files import read_json, tag, write_json
 from elastic.models.kinds import Kind, kind_of
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.supernet.held_out import compensated
 from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
@@ -84,9 +85,11 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
         from lm_eval.models.huggingface import HFLM
 
         trained, base, net = load_run(run)
-        name, chosen = run.resolve(config.sub_adapter, net.space, trained.seed)
-        sub, device = chosen.as_dict(), str(base.model.device)
-        with net.active(chosen) as active:
+        chosen = run.chosen(config.sub_adapter)
+        name, point = chosen.name, chosen.at(net.space, trained.seed)
+        sub, device = point.as_dict(), str(base.model.device)
+        made_up = compensated(run, net, base.tokenizer, chosen, point, config.compensation)
+        with made_up as (active, _):
             # transformers mixes the states of a batch that it decodes.
             batch = 1 if kind_of(active) is Kind.RECURRENT else config.batch
             model = HFLM(pretrained=active, tokenizer=base.tokenizer, batch_size=batch)

@@ -18,6 +18,7 @@ from elastic.console import track
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.models import loading
 from elastic.run import Run
+from elastic.supernet.held_out import compensated
 from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
         start = None
     if len(ids) < 2:
         raise DataError(f"text {config.text}: {len(ids)} tokens; at least 2 are needed")
-    name, sub = run.resolve(config.sub_adapter, net.space, trained.seed)
-    with net.active(sub) as model:
+    chosen = run.chosen(config.sub_adapter)
+    name, sub = chosen.name, chosen.at(net.space, trained.seed)
+    with compensated(run, net, base.tokenizer, chosen, sub, config.compensation) as (model, _):
         losses, counts = window_losses(model, ids, config.window, start, label=name)
     return Perplexity(name, config.text, losses, counts)
 

@@ -28,11 +28,13 @@ from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.provenance import provenance
-from elastic.run import Run
+from elastic.run import Chosen, Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact, streamed
+from elastic.supernet.compensation import HALF, Compensation
 from elastic.supernet.cost import Counter, count
+from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import (
     ABOUT,
     load_run,
@@ -43,6 +45,8 @@ from elastic.supernet.store import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elastic.supernet.supernet import Supernet
 
 
 def export(config: ExportConfig) -> Report:
@@ -71,29 +75,38 @@ def export(config: ExportConfig) -> Report:
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
     name, sub = chosen.name, chosen.at(net.space, config.seed)
+    held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
+    made_up = held_out.best(chosen, sub)
     full_cost = Counter(net.model, net.space).full
     instead_of = merge = None
     if config.hf.uniform:
-        cut = compact(net, sub)
+        cut = held_out.model(sub, made_up)
         # With others to be merged, its accuracy alone would say nothing.
         known = proof.Accuracy()
         if not others:
             known = _accuracy(chosen.saved, config, sub, cut, base.tokenizer, task.test)
-        instead_of = Model(name, sub, known, count(cut), full_cost)
+        instead_of = Model(name, sub, known, count(cut), full_cost, made_up)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
+        made_up = held_out.best(Chosen(name), sub)
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
     directory = run.export(config.name or name, sub, config.kinds)
 
     inputs = [proof.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     if others:
+        # They are merged into what the supernet computes.
+        made_up = dataclasses.replace(made_up, sequential=False)
         updates = [foreign.read(folder, wanted, digest) for folder in others]
-        model, merge = combine(net, sub, updates, config.merge, name=name, seed=config.seed)
+        model, merge = combine(
+            net, sub, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
+        )
         probes = [proof.probe(model, ids) for ids in inputs]
     else:
-        model = compact(net, sub)
-        with net.active(sub) as active:
-            probes = [proof.probe(active, ids) for ids in inputs]
+        model = held_out.model(sub, made_up)
+        with net.active(sub, made_up.degree) as active:
+            # What was fitted is in no supernet.
+            asked = model if made_up.sequential else active
+            probes = [proof.probe(asked, ids) for ids in inputs]
     both: dict[Which, PreTrainedModel] = {
         "compact": model, "full": compact(net, net.space.maximal())
     }  # fmt: skip
@@ -104,7 +117,7 @@ def export(config: ExportConfig) -> Report:
             source = Source(
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), name, task.train
             )
-            asked = proof.samples(source, task.test)
+            samples = proof.samples(source, task.test)
             reasons = _reasons(source)
             for kind in config.kinds:
                 if reason := reasons.get(kind):
@@ -134,10 +147,10 @@ def export(config: ExportConfig) -> Report:
             building, run, config,
             directory=directory,
             base_digest=base.digest,
-            model=Model(name, sub, trade.compact, count(model), full_cost),
+            model=Model(name, sub, trade.compact, count(model), full_cost, made_up),
             formats=formats,
             provenance=provenance(str(model.device)),
-            samples=asked,
+            samples=samples,
             instead_of=instead_of,
             merge=merge,
         )  # fmt: skip
@@ -190,6 +203,24 @@ def _accuracy(
     return proof.Accuracy(**score.as_dict())
 
 
+def _without_asking(
+    chosen: Chosen, net: Supernet, sub: SubAdapter, config: ExportConfig
+) -> Compensated:
+    """What the search chose, or the one degree that was set: held-out examples cannot be asked of a
+    model that is not in memory."""
+    degrees = set(config.compensation.degrees)
+    if net.compensation is None or not net.cuts(sub) or degrees == {0.0}:
+        return Compensated()
+    net.compensation = Compensation(
+        net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
+    )
+    if chosen.compensation is not None:
+        return Compensated.of(chosen.compensation)
+    if len(degrees) > 1:
+        say("prove false: nobody is asked how much of what is cut to make up for: half of it")
+    return Compensated(degrees.pop() if len(degrees) == 1 else HALF)
+
+
 UNPROVED = "neither loaded again nor compared: prove false"
 
 
@@ -217,14 +248,17 @@ def write_only(config: ExportConfig) -> Report:
     skeleton = loading.skeleton(trained.model, dtype)
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     full_cost = Counter(net.model, net.space).full
-    name, sub = run.resolve(config.sub_adapter, net.space, config.seed)
+    chosen = run.chosen(config.sub_adapter)
+    name, sub = chosen.name, chosen.at(net.space, config.seed)
+    made_up = _without_asking(chosen, net, sub, config)
     directory = run.export(config.name or name, sub, ["hf"])
     base = loading.load_model(folder, dataclasses.replace(trained.model, **as_stored))
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
     factors = read_factors(run.super_adapter)
-    found = streamed(base, net, sub, {key: factors[key] for key in net.head})
+    head = {key: factors[key] for key in net.head}
+    found = streamed(base, net, sub, head, made_up.degree)
     if reason := hf.why_not(found.model):
         raise ExportError(f"hf: {reason}")
     with new_directory(directory) as building:
@@ -237,7 +271,7 @@ def write_only(config: ExportConfig) -> Report:
             building, run, config,
             directory=directory,
             base_digest=digest,
-            model=Model(name, sub, proof.Accuracy(), count(found.model), full_cost),
+            model=Model(name, sub, proof.Accuracy(), count(found.model), full_cost, made_up),
             formats={"hf": proof.Unproved(0, UNPROVED)},
             provenance=provenance("cpu"),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from elastic.latency.measure import distrust
 from elastic.run import as_plain
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.cost import Cost
+from elastic.supernet.held_out import SEQUENTIAL, Compensated
 
 LONGEST = 160
 """Characters of a prompt that are shown, its last ones."""
@@ -78,9 +79,11 @@ class Model:
     """On the test split."""
     cost: Cost
     full_cost: Cost
+    made_up: Compensated
 
     def as_dict(self) -> dict[str, Any]:
-        named = {"name": self.name, "sub_adapter": self.sub.as_dict()}
+        named = {"name": self.name, "sub_adapter": self.sub.as_dict(),
+                 "compensation": self.made_up.as_dict()}  # fmt: skip
         full = {f"full_{name}": value for name, value in vars(self.full_cost).items()}
         return {**named, **self.accuracy.as_dict(), **vars(self.cost), **full}
 
@@ -164,6 +167,8 @@ class Report:
             f"{model.full_cost.params / 1e6:.1f} M parameters, "
             f"{model.cost.macs / model.full_cost.macs:.0%} of the operations per token"
         )
+        if model.made_up != Compensated():
+            yield _made_up(model.made_up)
         if model.accuracy.told:
             yield f"{model.accuracy.told} the search never saw"
         if self.instead_of:
@@ -214,6 +219,16 @@ def verdict(formats: Mapping[str, Result]) -> str:
     }
     told = [f"{beginnings[kind]}: {', '.join(names)}" for kind, names in kinds.items() if names]
     return ". ".join(told) or "Nothing was written that runs here"
+
+
+def _made_up(made_up: Compensated) -> str:
+    """How much of what is cut the model makes up for, and what said so."""
+    told = f"Compensation: {made_up}"
+    losses = [
+        f"{loss:.4f} {'fitted' if what == SEQUENTIAL else f'at {float(what):.0%}'}"
+        for what, loss in made_up.losses.items()
+    ]
+    return f"{told}; loss of held-out answers {', '.join(losses)}" if losses else told
 
 
 def _instead_of(chosen: Model, written: Model) -> str:

@@ -1,17 +1,19 @@
-"""A sub-adapter as a stock PEFT LoRA on the untouched base model."""
+"""A sub-adapter as a stock PEFT LoRA on the untouched base model, and a stock LoRA read back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from elastic.adapters.layers import ElasticLinear
-from elastic.errors import ExportError
+from elastic.errors import BaseMismatch, ExportError, RunError
+from elastic.files import read_json
 from elastic.models.kinds import Kind, classes_of, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
@@ -19,6 +21,7 @@ from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 TASK_TYPES = {Kind.DECODER: "CAUSAL_LM", Kind.ENCODER_DECODER: "SEQ_2_SEQ_LM",
               Kind.CLASSIFIER: "SEQ_CLS"}  # fmt: skip
@@ -126,3 +129,93 @@ def _targets(net: Supernet, sites: Collection[str]) -> list[str]:
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIGEST = "base_digest"
 """Where an adapter that we wrote names its base, in the metadata of its tensors."""
+
+
+WITHOUT = ("use_dora", "modules_to_save", "bias", "trainable_token_indices", "lora_bias")
+"""Settings of a LoRA that change more than B A."""
+
+
+def lora_config(folder: Path) -> Mapping[str, Any]:
+    """The configuration of a stock LoRA that is nothing but B A, and perhaps a trained head; reads
+    no weights. RunError for anything else."""
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        if not (folder / name).is_file():
+            raise RunError(
+                f"adapter.from {folder}: {name} is missing; give the folder of a PEFT adapter, "
+                "saved as safetensors, or none"
+            )
+    config = read_json(folder / PEFT_CONFIG)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RunError(
+            f"adapter.from {folder}: a LoRA can be taken over, this is {kind}; merge it into a "
+            "sub-adapter at export instead (merge.adapters)"
+        )
+    others = {name: config.get(name) for name in WITHOUT}
+    others["bias"] = None if others["bias"] == "none" else others["bias"]
+    if config.get("task_type") == TASK_TYPES[Kind.CLASSIFIER]:
+        others.pop("modules_to_save")  # its head
+    if more := {name: value for name, value in others.items() if value}:
+        raise RunError(
+            f"adapter.from {folder}: it trained more than two factors per layer ({more}); merge it "
+            "into its base model and give adapter.from none"
+        )
+    return config
+
+
+def lora_rank(folder: Path) -> int:
+    """The largest rank of a stock LoRA; RunError for another adapter."""
+    config = lora_config(folder)
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def lora_sites(folder: Path) -> list[str]:
+    """The layers that a stock LoRA changes; reads names alone."""
+    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+        names = file.keys()
+    ending = ".lora_A.weight"
+    return [
+        name.removeprefix("base_model.model.").removesuffix(ending)
+        for name in names
+        if name.endswith(ending)
+    ]
+
+
+@torch.no_grad()
+def read_lora(
+    model: PreTrainedModel, folder: Path, base_digest: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (rank, in) and B (out, rank), scaled and in float32, of every layer that a stock LoRA
+    changes, as PEFT reads it onto this model, which gets the head that was trained along and stays
+    as it was otherwise. RunError for an adapter of another model, or with NaN; BaseMismatch where
+    its file names another base."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.lora import Linear
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / PEFT_WEIGHTS)
+    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+        theirs = (file.metadata() or {}).get(DIGEST, base_digest)
+    if theirs != base_digest:
+        raise BaseMismatch(
+            f"adapter.from {folder} was trained on a base with {theirs}, this one has {base_digest}"
+        )
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"adapter.from {folder} does not fit this model: {reason}") from None
+    expected = get_peft_model_state_dict(wrapped)
+    if strange := sorted(set(expected).symmetric_difference(saved)):
+        raise RunError(f"adapter.from {folder}: {strange[0]} belongs to no layer of this model")
+    if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
+        raise RunError(f"adapter.from {folder}: {bad[0]} holds NaN or infinite values")
+    found = {}
+    body: Any = wrapped.base_model
+    for name, layer in modules_of(body.model, Linear):
+        factors: list[Any] = [part["default"] for part in (layer.lora_A, layer.lora_B)]
+        A, B = (factor.weight.detach().float() for factor in factors)
+        found[name] = A.clone(), layer.scaling["default"] * B
+    body.unload()
+    model.requires_grad_(False)
+    return found

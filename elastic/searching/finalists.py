@@ -23,11 +23,13 @@ from elastic.searching.page import write_page
 from elastic.searching.pareto import non_dominated, thin
 from elastic.searching.sampler import learn
 from elastic.spaces.bound import Candidate
+from elastic.supernet.held_out import Compensated
 
 if TYPE_CHECKING:
     import optuna
 
 
+COMPENSATION = "compensation"
 SCORES, TIMES = "test scores", "measured"
 """What a study keeps of its finalists, by candidate."""
 
@@ -121,18 +123,20 @@ def best_of(
 def _scores(
     study: optuna.Study, chosen: Sequence[Evaluated], objective: Objective, test: Sequence[Example]
 ) -> list[dict[str, Any]]:
-    """On the test split."""
+    """On the test split, fitted to the full model where that is better, and what says so."""
     known = study.user_attrs.get(SCORES, {})
     asked = [one for one in chosen if str(one.candidate) not in known]
     say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
     for one in track(asked, "test split"):
-        model = objective.model(one.candidate)
+        made_up = objective.held_out.refined(one.sub_adapter, one.figures.made_up)
+        model = objective.model(one.candidate, made_up)
         score = evaluate(
             model, objective.tokenizer, test, batch_tokens=objective.config.batch_tokens, quiet=True
         )
-        known[str(one.candidate)] = score.as_dict()
+        known[str(one.candidate)] = {**score.as_dict(), COMPENSATION: made_up.as_dict()}
     study.set_user_attr(SCORES, known)
-    return [known[str(one.candidate)] for one in chosen]
+    # A study of an earlier version says nothing of compensation, and had none.
+    return [{COMPENSATION: Compensated().as_dict(), **known[str(one.candidate)]} for one in chosen]
 
 
 def _times(

@@ -110,7 +110,7 @@ class Member(Evaluated):
 
     name: str
     test: Mapping[str, Any]
-    """accuracy, accuracy_n, accuracy_interval."""
+    """accuracy, accuracy_n, accuracy_interval, and the compensation it was scored with."""
     measured: Measured | None
     """None where the target is another machine."""
     best: bool = False

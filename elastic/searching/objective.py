@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
@@ -16,8 +16,8 @@ from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import per_second
 from elastic.spaces.bound import Candidate, CandidateSpace, bits_of, generator_for
-from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
+from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -45,9 +45,18 @@ class Figures:
     memory_mb: float
     params: int
     macs: int
+    degree: float = 0.0
+    """How much of what it cuts it makes up for."""
+    held_out_losses: Mapping[str, float] = field(default_factory=dict)
+    """By degree, what decided that: mean loss of an answer token."""
     correct: str = ""
     """One digit per example seen, 1 where it was right, in an order of the examples that all
     trials of a study share."""
+
+    @property
+    def made_up(self) -> Compensated:
+        """As the search evaluated it."""
+        return Compensated(self.degree, losses=self.held_out_losses)
 
     def budget_values(self) -> dict[str, float]:
         """By the names of `BudgetConfig`."""
@@ -56,8 +65,9 @@ class Figures:
         return {"min_accuracy": values.pop("accuracy"), **values}
 
     def numbers(self) -> dict[str, float]:
-        """All but the single examples."""
-        return {name: value for name, value in asdict(self).items() if name != "correct"}
+        """All that is a number and no setting."""
+        others = ("degree", "held_out_losses", "correct")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +83,7 @@ class Objective:
         examples: Sequence[Example],
         config: SearchConfig,
         timetables: Mapping[str | None, Timetable],
+        held_out: HeldOut,
     ) -> None:
         """`timetables` by compression; None: as it is."""
         self.net = net
@@ -80,6 +91,7 @@ class Objective:
         self.tokenizer = tokenizer
         self.config = config
         self.timetables = timetables
+        self.held_out = held_out
         self.cost = Counter(net.model, net.space)
         self.full: Figures | None = None
         """Those of the maximal sub-adapter, when known."""
@@ -89,8 +101,8 @@ class Objective:
     def __call__(
         self, candidate: Candidate, rivals: Mapping[Candidate, Figures] | None = None
     ) -> Figures:
-        """Slice, merge, score on validation; of the `rivals`, the most accurate one that costs no
-        more may end that early."""
+        """Slice, merge, make up for what is cut, score on validation; of the `rivals`, the most
+        accurate one that costs no more may end that early."""
         if candidate == self.space.maximal() and self.full is not None:
             return self.full
         return self.figures(candidate, rivals or {})
@@ -98,12 +110,17 @@ class Objective:
     def figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
         """The same, whether it is known or not."""
         costs = self.costs(candidate)
-        correct, accuracy = self._race(self.model(candidate), self._rivals(costs, rivals))
-        return Figures(accuracy=accuracy, accuracy_n=len(correct), correct=correct, **costs)
+        made_up = self.held_out(candidate.sub_adapter)
+        model = self.model(candidate, made_up)
+        correct, accuracy = self._race(model, self._rivals(costs, rivals))
+        return Figures(
+            accuracy=accuracy, accuracy_n=len(correct), correct=correct, degree=made_up.degree,
+            held_out_losses=made_up.losses, **costs,
+        )  # fmt: skip
 
-    def model(self, candidate: Candidate) -> PreTrainedModel:
-        """What it is scored as: sliced, merged and rounded."""
-        model, mode = compact(self.net, candidate.sub_adapter), candidate.compress
+    def model(self, candidate: Candidate, made_up: Compensated) -> PreTrainedModel:
+        """What it is scored as: sliced, merged, that much made up for, and rounded."""
+        model, mode = self.held_out.model(candidate.sub_adapter, made_up), candidate.compress
         return round_(model, mode, self.config.timing.runtime) if mode else model
 
     def costs(self, candidate: Candidate) -> dict[str, Any]:

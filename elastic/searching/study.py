@@ -16,7 +16,7 @@ from optuna import samplers
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 
-from elastic.config import SearchConfig
+from elastic.config import CompensationConfig, SearchConfig
 from elastic.config.search import ACCURACY
 from elastic.console import counting_bar, say, track
 from elastic.data import load_task
@@ -46,6 +46,7 @@ from elastic.searching.workers import POLL, Worker, experimental, open_storage
 from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
+from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import FACTORS, load_run
 from elastic.supernet.supernet import Supernet
 
@@ -98,7 +99,8 @@ def search(config: SearchConfig) -> Front:
                 f"elastic export {run.path} --sub_adapter maximal"
             )
         timetables = tables_of(worker, net, targets, given, config)
-        objective = Objective(net, base.tokenizer, task.validation, config, timetables)
+        held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
+        objective = Objective(net, base.tokenizer, task.validation, config, timetables, held_out)
         importance = None
         if config.sampler == "additive":
             measured = functools.partial(_importance, net, base.tokenizer, task.train)
@@ -147,6 +149,10 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     settings = as_plain(config)
     for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
         settings.pop(name)
+    before = study.user_attrs.get("settings", settings)
+    if "compensation" not in before:  # of an earlier version, which made up for nothing
+        settings.pop("compensation")
+        config = replace(config, compensation=CompensationConfig(degrees=[0.0]))
     mine = {"settings": settings, **_subject(run)}
     for name, value in mine.items():
         stored = study.user_attrs.get(name)

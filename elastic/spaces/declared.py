@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import yaml
@@ -111,6 +111,14 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
     )  # fmt: skip
 
 
+def _within(spec: GroupSpec, max_rank: int) -> GroupSpec:
+    """Without ranks past this one."""
+    if spec.dim != "rank":
+        return spec
+    fits = tuple(c for c in spec.choices if isinstance(c, float) or c <= max_rank)
+    return replace(spec, choices=fits or (1.0,))
+
+
 def _once(names: Sequence[Any], where: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -148,6 +156,31 @@ class SearchSpace:
         if not any(section.adapt for section in sections):
             raise ConfigError(f"{source}: no layer carries factors; name some in adapt")
         return cls(sections, source)
+
+    def adapting(self, sites: Sequence[str], max_rank: int) -> SearchSpace:
+        """For factors of these layers and this rank that are there already: the layers are among
+        the adapted ones of their blocks, and no rank is larger. ConfigError for a layer outside."""
+        more: dict[Section, dict[str, None]] = {section: {} for section in self.sections}
+        for site in sites:
+            for section in self.sections:
+                pattern = re.escape(section.blocks).replace(r"\*", r"[^.]+")
+                if match := re.match(rf"{pattern}\.(.+)", site):
+                    more[section][match[1]] = None
+                    break
+            else:
+                raise ConfigError(
+                    f"{self.source}: {site} lies in no block of this space, so its update cannot "
+                    "be part of a sub-adapter"
+                )
+        sections = (
+            replace(
+                section,
+                adapt=tuple(dict.fromkeys((*section.adapt, *more[section]))),
+                groups=tuple(_within(spec, max_rank) for spec in section.groups),
+            )
+            for section in self.sections
+        )
+        return SearchSpace(tuple(sections), self.source)
 
     def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The declaration again; `from_dict` reads it back to an equal space."""

@@ -13,17 +13,25 @@ have been trained to do without the others.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from elastic.spaces.dims import common
+
 if TYPE_CHECKING:
+    from elastic.spaces.bound import BoundSpace
     from elastic.spaces.dims import Ranges
 
 RIDGE = 0.01
+HALF = 0.5
+"""The degree where nothing decides: within noise of the best at every width that was tried."""
 ROOM = 1e9
 """Bytes of solutions that are remembered."""
 
@@ -36,9 +44,14 @@ class Compensation:
     """
 
     def __init__(
-        self, moments: Mapping[str, Tensor], ridge: float = RIDGE, room: float = ROOM
+        self,
+        moments: Mapping[str, Tensor],
+        ridge: float = RIDGE,
+        room: float = ROOM,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.moments, self.ridge, self.room = moments, ridge, room
+        """`device` is where is solved."""
+        self.moments, self.ridge, self.room, self.device = moments, ridge, room, device
         self._solved: OrderedDict[tuple[str, Ranges], Tensor] = OrderedDict()
         self._held = 0
 
@@ -49,7 +62,7 @@ class Compensation:
             return None
         key = site, left
         if key not in self._solved:
-            self._remember(key, solution(self.moments[site], left, self.ridge))
+            self._remember(key, solution(self.moments[site].to(self.device), left, self.ridge))
         self._solved.move_to_end(key)
         return self._solved[key]
 
@@ -66,16 +79,45 @@ def solution(moment: Tensor, left: Ranges, ridge: float) -> Tensor:
 
     Where rounding makes a moment with a small ridge indefinite, the ridge grows until it is not.
     """
-    stays = torch.zeros(len(moment), dtype=torch.bool)
+    stays = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
     for start, length in left:
         stays[start : start + length] = True
     kept, cut = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
     damping = ridge * float(moment.diagonal().mean())
     if damping <= 0:
-        return torch.zeros(len(cut), len(kept))
+        return torch.zeros(len(cut), len(kept), device=moment.device)
     among, across = moment[kept][:, kept].double(), moment[kept][:, cut].double()
     failed = True
     while failed:
         factor, failed = torch.linalg.cholesky_ex(among + damping * torch.eye(len(kept)).to(among))
         damping *= 10
     return torch.cholesky_solve(across, factor).T.float().contiguous()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What compensation takes of a space, in bytes."""
+
+    saved: int
+    """Moments in the super-adapter's directory."""
+    calibration: int
+    """Moments that are added up in one pass."""
+    solutions: int
+    """All choices of all layers, solved; no more than `compensation.room_mb` is held at a time."""
+
+
+def footprint(space: BoundSpace, columns: Mapping[str, int], room: float) -> Footprint:
+    """Of the layers with so many columns, at most `room` bytes of moments in one pass."""
+    saved = sums = solutions = 0
+    for site in space.reading:
+        n = columns[site]
+        saved += 4 * n + n * (n - 1)  # float32, and half of a matrix in float16
+        sums += 4 * n * n
+        cuts = space.axes[site, "in"]
+        for choices in itertools.product(*(group.choices for group, _ in cuts)):
+            chosen = zip(cuts, choices, strict=True)
+            ranges = (cut.kept(choice, group.choices[0]) for (group, cut), choice in chosen)
+            kept = sum(length for _, length in functools.reduce(common, ranges))
+            solutions += 4 * kept * (n - kept)
+    largest = max((4 * columns[site] ** 2 for site in space.reading), default=0)
+    return Footprint(saved, min(sums, max(int(room), largest)), solutions)

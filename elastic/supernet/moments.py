@@ -14,10 +14,12 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from elastic.console import say, track
+from elastic.data.collating import collated
 from elastic.files import write_bytes
 from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
+    from elastic.data.encoding import Encoded
     from elastic.supernet.supernet import Supernet
 
 ROOM = 4e9
@@ -49,6 +51,20 @@ def second_moments(
                 else:
                     reason = "not finite" if seen[site] else "unknown"
                     say(f"{site} is not made up for when cut: its inputs are {reason}")
+    return found
+
+
+def calibrated(
+    net: Supernet, examples: Sequence[Encoded], *, batch_size: int, pad: int
+) -> dict[str, Tensor]:
+    """Those of encoded training examples, as the model meets them: prompt and answer."""
+    if not net.space.reading or not examples:
+        return {}
+    say(f"Calibrating what cut channels leave behind on {len(examples)} training examples")
+    training = net.model.training
+    net.model.eval()
+    found = second_moments(net, list(collated(examples, batch_size, pad, net.model.device)))
+    net.model.train(training)
     return found
 
 

@@ -21,6 +21,8 @@ from elastic.models.digest import digest_of
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.compensation import Compensation
+from elastic.supernet.moments import Moments, save
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ FACTORS, ORDER, SPACE, ABOUT = (
     "space.yaml",
     "about.json",
 )
+MOMENTS = "moments.safetensors"
+"""What those of earlier versions lack."""
 
 
 def save_super_adapter(
@@ -42,14 +46,17 @@ def save_super_adapter(
     model: ModelConfig,
     base_digest: str,
     factors: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     **about: Any,
 ) -> None:
-    """Write factors (the supernet's unless given), channel order, space and provenance, all at
-    once or not at all."""
+    """Write factors (the supernet's unless given), channel order, space, moments where known, and
+    provenance, all at once or not at all."""
     with new_directory(directory) as building:
         factors = net.factor_state() if factors is None else factors
         save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
         save_file({k: v.contiguous() for k, v in net.order.items()}, building / ORDER)
+        if moments:
+            save(moments, building / MOMENTS)
         write_text(building / SPACE, yaml.safe_dump(net.declared.as_dict(), sort_keys=False))
         write_json(
             building / ABOUT,
@@ -79,7 +86,14 @@ def load_super_adapter(
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
     net = Supernet(model, space, adapter, order=read_order(directory), start=False)
     (net.load_updates if updates else net.load_factors)(read_factors(directory))
+    net.compensation = saved_compensation(directory)
     return net
+
+
+def saved_compensation(directory: Path) -> Compensation | None:
+    """With the moments of a super-adapter; None for one of an earlier version, or without."""
+    file = directory / MOMENTS
+    return Compensation(Moments(file)) if file.is_file() else None
 
 
 def read_order(directory: Path) -> dict[str, Tensor]:

@@ -160,6 +160,13 @@ class Supernet:
         if degree or self.degree:
             self._make_up(degree)
 
+    def cuts(self, sub: SubAdapter) -> bool:
+        """Whether some layer that runs has fewer columns than in full."""
+        return any(
+            0 < sub[group.name] < group.choices[0] and any(cut.axis == "in" for cut in group.cuts)
+            for group in self.space
+        )
+
     def _make_up(self, degree: float) -> None:
         """Let the layers whose columns are cut make up for so much of it."""
         self.degree = degree

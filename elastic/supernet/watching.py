@@ -26,10 +26,15 @@ class Watching:
         self._prompt: Tensor | None = None
         self._answer: Tensor | None = None
 
+    def real(self, module: str) -> Tensor | None:
+        """Which tokens are, (batch * length,) as the module of this name has them in the last
+        batch; None: all."""
+        in_decoder = self.kind is Kind.ENCODER_DECODER and "decoder" in module.split(".")
+        return self._answer if in_decoder else self._prompt
+
     def tokens(self, module: str, x: Tensor) -> Tensor:
         """(real tokens, features) of what enters or leaves the module of this name."""
-        in_decoder = self.kind is Kind.ENCODER_DECODER and "decoder" in module.split(".")
-        real = self._answer if in_decoder else self._prompt
+        real = self.real(module)
         x = x.flatten(0, -2)
         return x if real is None else x[real]
 

@@ -26,7 +26,9 @@ from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
+from elastic.supernet.compensation import footprint
 from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.moments import ROOM
 from elastic.supernet.store import read_factors
 from elastic.supernet.summary import sizes_table
 from elastic.supernet.supernet import Supernet
@@ -105,6 +107,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         plan=plan if examples else None,
         memory=memory,
         compute=compute,
+        compensation=footprint(net.space, {name: shape[1] for name, shape in shapes.items()}, ROOM),
         device=device.type,
         notes=notes,
     )

@@ -13,6 +13,7 @@ from elastic.console import wide
 from elastic.data.collating import collate
 from elastic.data.encoding import Encoded
 from elastic.models.kinds import Kind, kind_of
+from elastic.supernet.compensation import Footprint
 from elastic.supernet.summary import SpaceTable, short
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Estimate(SpaceTable):
     """None if the data is not there."""
     memory: Memory
     compute: Compute | None
+    compensation: Footprint
     device: str
     """Whose kernels memory and compute belong to."""
     notes: Sequence[str]
@@ -156,6 +158,13 @@ class Estimate(SpaceTable):
             lines.append(
                 f"Compute: {short(compute.maximal, 'FLOP')} per micro-batch maximal, "
                 f"{short(compute.minimal, 'FLOP')} minimal; {_span(compute.step)} per step{whole}"
+            )
+        made_up = self.compensation
+        if made_up.saved:
+            lines.append(
+                f"Compensation of cut channels: {short(made_up.saved, 'B')} of moments in the "
+                f"super-adapter, {short(made_up.calibration, 'B')} while calibrating; all choices "
+                f"solved {short(made_up.solutions, 'B')} (compensation.room_mb bounds it)"
             )
         return lines + [f"Note: {note}" for note in self.notes]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from elastic import distributed
 from elastic.adapters import check
-from elastic.config import TrainConfig
+from elastic.config import CompensationConfig, TrainConfig
 from elastic.console import say
 from elastic.data import load_task
 from elastic.data.answers import answer_logits
@@ -22,9 +24,18 @@ from elastic.models import loading, requirements
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.importance import channel_order
-from elastic.supernet.store import read_factors, read_order, read_super_adapter, save_super_adapter
+from elastic.supernet.moments import calibrated
+from elastic.supernet.store import (
+    read_factors,
+    read_order,
+    read_super_adapter,
+    save_super_adapter,
+    saved_compensation,
+)
 from elastic.supernet.supernet import Supernet
+from elastic.training import adopted
 from elastic.training.callbacks import check_trackers
 from elastic.training.checks import (
     predecessor,
@@ -55,6 +66,9 @@ def train_one(config: TrainConfig) -> Run:
     configuration is resumed from its last checkpoint, or returned as it is when finished.
     """
     run, config = Run(config.run), with_classes(config)
+    taken = config.adapter.taken_from
+    if taken:
+        config = adopted.as_taken(config)
     with distributed.main_first():
         finished = run.claim(config)
     if finished:
@@ -62,7 +76,7 @@ def train_one(config: TrainConfig) -> Run:
         return run
     check_trackers(config.report_to)
     refuse_sharded(config)
-    space = space_for(config)
+    space = adopted.adapted(space_for(config), config)
     requirements.require_training(config.model)
     if config.packing:
         requirements.require_packing(config.model)
@@ -72,10 +86,11 @@ def train_one(config: TrainConfig) -> Run:
     require_fits(skeleton, space, config.adapter.rank)
     refuse_differing_depths(config, bound)
     before = predecessor(config) if config.start_from else None
-    only = None
+    only = chosen = None
     if before and config.sub_adapter:
         ordered = bound.ordered(read_order(before.super_adapter))
-        only = before.resolve(config.sub_adapter, ordered)[1]
+        chosen = before.chosen(config.sub_adapter)
+        only = chosen.at(ordered)
     task = load_task(config.task, config.seed)
     if config.model.classes:
         check_classes(task, config.model.classes)
@@ -96,31 +111,51 @@ def train_one(config: TrainConfig) -> Run:
     if before:
         net = continued(base, space, config, before)
     else:
-        net = build(base.model, space, config, calibration=examples, pad=pad)
-    schedule = Schedule.of(config, len(examples), distributed.count())
+        known = adopted.factors_of(base, config) if taken else None
+        net = build(base.model, space, config, calibration=examples, pad=pad, known=known)
+    made_up = Compensated()
+    if before and only and chosen:
+        with distributed.main_first():  # the moments of an earlier version's run are saved once
+            held_out = HeldOut.of(before, net, base.tokenizer, task, CompensationConfig())
+        # Of one process, as an order is. Training goes on in the supernet.
+        made_up = distributed.shared(lambda: held_out.chosen(chosen, only))
+        made_up = replace(made_up, sequential=False)
     what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
-    say(
-        f"Training {what}: {schedule.steps} steps of "
-        f"{examples_per_step(config, distributed.count())} examples, "
-        f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
-    )
-    with named_failure(run.checkpoints):
-        trainer = fit(net, config, schedule, examples, run, pad=pad, only=only, watched=watched)
-    factors = trainer.factors()
+    about: dict[str, Any] = {"seed": config.seed, "steps": 0, **adopted.origin(config)}
+    factors, sharded = None, False
+    if taken:
+        say(f"Taken over from {taken}: {what}, nothing to train")
+    else:
+        schedule = Schedule.of(config, len(examples), distributed.count())
+        say(
+            f"Training {what}: {schedule.steps} steps of "
+            f"{examples_per_step(config, distributed.count())} examples, "
+            f"{str(base.model.dtype).removeprefix('torch.')} on {base.model.device}"
+        )
+        with named_failure(run.checkpoints):
+            trainer = fit(
+                net, config, schedule, examples, run,
+                pad=pad, only=only, degree=made_up.degree, watched=watched,
+            )  # fmt: skip
+        factors, sharded = trainer.factors(), trainer.is_sharded
+        rate = schedule.learning_rate(schedule.steps - 1)
+        about |= {"steps": schedule.steps, "learning_rate": rate}
+    moments: Mapping[str, torch.Tensor] = {}
+    if only:  # it has learnt to live with these
+        moments = net.compensation.moments if net.compensation else {}
+    elif distributed.is_main() and not sharded:
+        moments = calibrated(
+            net, examples[: config.compensation_examples], batch_size=config.batch_size, pad=pad
+        )
     with distributed.main_first():
         if distributed.is_main():
             if only:
-                write_json(run.sub_adapter, {"sub_adapter": only.as_dict()})
+                chosen_one = {"sub_adapter": only.as_dict(), "compensation": made_up.as_dict()}
+                write_json(run.sub_adapter, chosen_one)
             save_super_adapter(
-                net,
-                run.super_adapter,
-                factors=factors,
-                model=config.model,
-                base_digest=base.digest,
-                seed=config.seed,
-                steps=schedule.steps,
-                learning_rate=schedule.learning_rate(schedule.steps - 1),
-            )
+                net, run.super_adapter, factors=factors, moments=moments, model=config.model,
+                base_digest=base.digest, **about,
+            )  # fmt: skip
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
 
@@ -132,22 +167,25 @@ def build(
     *,
     calibration: list[Encoded],
     pad: int,
+    known: adopted.Factors | None = None,
 ) -> Supernet:
-    """The supernet at the start of training, its channels ordered; ConfigError for a space or a
-    method that does not fit the model."""
+    """The supernet at the start of training, its channels ordered, or with factors that are known;
+    ConfigError for a space or a method that does not fit the model."""
     bound = space.bind(model, config.adapter.rank)
     examples = calibration[: config.order_examples]
     batches = collated(examples, config.batch_size, pad, model.device)
+    whole = model if known is None else adopted.as_one(model, known)
     if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
-    order = distributed.shared(lambda: channel_order(model, bound, config.resolved_order, batches))
-    settings: dict[str, Any] = {"order": order, "seed": config.seed}
-    if config.resolved_order == "none":
-        return Supernet(model, space, config.adapter, **settings)
+    order = distributed.shared(lambda: channel_order(whole, bound, config.resolved_order, batches))
     batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
-    before = _logits(model, batch)
-    net = Supernet(model, space, config.adapter, **settings)
+    before = _logits(whole, batch)
+    net = Supernet(model, space, config.adapter, order=order, seed=config.seed, start=known is None)
+    if known is not None:
+        adopted.load_(net, known)
+    elif config.resolved_order == "none":
+        return net
     change = float((_logits(net.model, batch) - before).norm() / before.norm())
     if not change <= CHANGE:
         raise ConfigError(
@@ -172,6 +210,7 @@ def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, befor
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
     if config.sub_adapter:
         net.load_factors(factors)
+        net.compensation = saved_compensation(before.super_adapter)
     else:
         net.succeed(factors, config.seed)
     return net

@@ -54,14 +54,17 @@ class ElasticTrainer(Trainer):
         schedule: Schedule,
         *,
         only: SubAdapter | None = None,
+        degree: float = 0.0,
         probe: Probe | None = None,
         **kwargs: Any,
     ) -> None:
-        """`only`: the one sub-adapter to train, taught by what the maximal one is now."""
+        """`only`: the one sub-adapter to train, taught by what the maximal one is now; `degree`:
+        how much of what is cut is made up for in every step."""
         self.net = net
         self.config = config
         self.schedule = schedule
         self.only = only
+        self.degree = degree
         self.probe = probe
         self.pace = Pace()
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
@@ -95,7 +98,7 @@ class ElasticTrainer(Trainer):
         self._teacher = None
         losses = []
         for sub in self._visits:
-            with self.net.active(sub):
+            with self.net.active(sub, self.degree):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
             if not torch.isfinite(losses[-1]):
                 what = f"the loss is {float(losses[-1])}"
@@ -239,10 +242,15 @@ class ElasticTrainer(Trainer):
         )
         return self.lr_scheduler
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all of the model."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def factors(self) -> dict[str, Tensor]:
         """All factors at full size, by site, in the main process at least; every process takes
         part, for they may be sharded."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             return self.net.named(self.accelerator.get_state_dict(self.model_wrapped) or {})
         return self.net.factor_state()
 
@@ -293,9 +301,11 @@ def fit(
     *,
     pad: int,
     only: SubAdapter | None = None,
+    degree: float = 0.0,
     watched: Sequence[Encoded] = (),
 ) -> ElasticTrainer:
-    """Run all stages on the encoded examples, resuming from a checkpoint of `run`.
+    """Run all stages on the encoded examples, resuming from a checkpoint of `run`; of what is cut
+    a part `degree` is made up for.
 
     The losses of three sub-adapters are measured now and then on the `watched` examples.
     """
@@ -342,6 +352,7 @@ def fit(
         config,
         schedule,
         only=only,
+        degree=degree,
         probe=probe,
         args=arguments,
         train_dataset=list(enumerate(encoded)),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet import moments
 from elastic.supernet.compact import compact
-from elastic.supernet.compensation import Compensation, solution
+from elastic.supernet.compensation import Compensation, footprint, solution
 from elastic.supernet.moments import Moments, second_moments
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
@@ -168,6 +170,28 @@ def test_padding_is_not_counted():
     assert set(together) == set(net.space.reading)
     for site, moment in together.items():
         torch.testing.assert_close(moment, apart[site])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "t5"])
+def test_what_it_takes_is_known_beforehand(family, tmp_path):
+    net = supernet(family)
+    columns = {site: net.layer(site).base.in_features for site in net.space.reading}
+    found = footprint(net.space, columns, room=1e12)
+    known = some_moments(net).moments
+    moments.save(known, tmp_path / "moments.safetensors")
+    held = sum(read.nbytes for read in load_file(tmp_path / "moments.safetensors").values())
+    assert found.saved == held
+    assert found.calibration == sum(moment.nbytes for moment in known.values())
+    solved = set()
+    for indices in itertools.product(
+        *(range(len(g.choices)) for g in net.space if g.dim != "rank")
+    ):
+        named = dict(zip((g.name for g in net.space if g.dim != "rank"), indices, strict=True))
+        sub = net.space.at({g.name: named.get(g.name, 0) for g in net.space})
+        for site in net.space.reading:
+            if (left := net.space.left(sub, site, "in")) != ((0, columns[site]),):
+                solved.add((site, left))
+    assert found.solutions == sum(net.compensation(*each).nbytes for each in solved)
 
 
 def test_in_as_many_passes_as_there_is_room_for():

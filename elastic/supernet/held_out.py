@@ -1,0 +1,219 @@
+"""What held-out examples say is best for a sub-adapter: to make up for nothing of what it cuts, for
+all, or for a part. Where its size was trained well, less is better (`elastic.supernet.compensation`
+has the formula)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from elastic.data import load_task
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.data.collating import IGNORED, collated
+from elastic.data.encoding import encode_all
+from elastic.errors import RunError
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.compact import compact
+from elastic.supernet.compensation import Compensation
+from elastic.supernet.moments import calibrated, save
+from elastic.supernet.sequential import can_fit, fit_
+from elastic.supernet.store import MOMENTS, saved_compensation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elastic.config import CompensationConfig
+    from elastic.data.task import Example, Task
+    from elastic.run import Chosen, Run
+    from elastic.supernet.supernet import Supernet
+
+
+SEQUENTIAL = "sequential"
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """How much of what it cuts a sub-adapter makes up for, and why."""
+
+    degree: float = 0.0
+    sequential: bool = False
+    """Whether it was fitted to the full model on top of that (`elastic.supernet.sequential`)."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Mean loss of a held-out answer token at every degree that was tried, and when fitted; none
+    where nothing had to be decided."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `of` reads it back."""
+        return {
+            "degree": self.degree,
+            "sequential": self.sequential,
+            "held_out_losses": dict(self.losses),
+        }
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Compensated:
+        """From what `as_dict` gave; RunError for something else."""
+        degree = saved.get("degree") if isinstance(saved, Mapping) else None
+        if not isinstance(degree, int | float) or not 0 <= degree <= 1:
+            raise RunError(
+                f"compensation of a sub-adapter: expected a degree in [0, 1], it is {saved!r}"
+            )
+        return cls(degree, bool(saved.get("sequential")), saved.get("held_out_losses", {}))
+
+    def __str__(self) -> str:
+        if not self.degree and not self.sequential:
+            return "nothing of what is cut is made up for"
+        fitted = ", fitted to the full model" if self.sequential else ""
+        return f"{self.degree:.0%} of what is cut is made up for{fitted}"
+
+
+class HeldOut:
+    """Decides by the validation examples of a run's task."""
+
+    def __init__(
+        self, net: Supernet, config: CompensationConfig, batches: Sequence[dict[str, Tensor]]
+    ) -> None:
+        self.net, self.config, self.batches = net, config, batches
+        self.examples: Callable[[], Sequence[dict[str, Tensor]]] = list
+        """Gives the training examples that `fitted` sees."""
+        self._decided: dict[SubAdapter, Compensated] = {}
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        net: Supernet,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        config: CompensationConfig,
+    ) -> HeldOut:
+        """With the moments of the run's super-adapter. One that an earlier version trained gets
+        them now, from as many of its training examples as training takes by default."""
+        trained = run.config()
+        pad, batch_size = tokenizer.pad_token_id, trained.batch_size
+        if not config.is_on or not trained.compensation_examples:
+            net.compensation = None
+            return cls(net, config, [])
+        net.compensation = net.compensation or saved_compensation(run.super_adapter)
+        if net.compensation is None and net.space.reading:
+            examples = task.train[: trained.compensation_examples]
+            encoded = encode_all(tokenizer, examples, net.model)
+            found = calibrated(net, encoded, batch_size=batch_size, pad=pad)
+            save(found, run.super_adapter / MOMENTS)
+            net.compensation = saved_compensation(run.super_adapter)
+        if net.compensation:
+            moments = net.compensation.moments
+            room, device = config.room_mb * 1e6, net.model.device
+            net.compensation = Compensation(moments, config.ridge, room, device)
+
+        def batches(examples: Sequence[Example], size: int) -> list[dict[str, Tensor]]:
+            encoded = encode_all(tokenizer, examples, net.model)
+            return list(collated(encoded, size, pad, net.model.device))
+
+        held_out = cls(net, config, batches(task.validation[: config.examples], batch_size))
+        fitted = task.train[: config.fitted_examples]
+        # At least two, one of which chooses the ridge.
+        size = min(batch_size, max(1, len(fitted) // 2))
+        held_out.examples = lambda: batches(fitted, size)
+        return held_out
+
+    def chosen(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
+        """As the file of the chosen one says, where it does; else what is best. Nothing where it
+        was turned off."""
+        if chosen.compensation is None or self.net.compensation is None:
+            return self(sub)
+        return Compensated.of(chosen.compensation)
+
+    def best(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
+        """The same; what is not in a file may be fitted, too."""
+        made_up = self.chosen(chosen, sub)
+        return made_up if chosen.compensation is not None else self.refined(sub, made_up)
+
+    def model(self, sub: SubAdapter, made_up: Compensated) -> PreTrainedModel:
+        """The sub-adapter as a model of its own, sliced and merged."""
+        small = compact(self.net, sub, made_up.degree)
+        if made_up.sequential:
+            fit_(small, self.net, sub, self.examples())
+        return small
+
+    def refined(self, sub: SubAdapter, made_up: Compensated) -> Compensated:
+        """With the fit to the full model, if the held-out examples say that it is better."""
+        net, tried = self.net, self.config.sequential and can_fit(self.net.model)
+        if not tried or net.compensation is None or not net.cuts(sub):
+            return made_up
+        small = compact(net, sub, made_up.degree)
+        before = made_up.losses.get(f"{made_up.degree:g}")
+        before = mean_loss(small, self.batches) if before is None else before
+        changed = fit_(small, net, sub, self.examples())
+        after = mean_loss(small, self.batches)
+        losses = {**made_up.losses, f"{made_up.degree:g}": before, SEQUENTIAL: after}
+        better = bool(changed) and after < before
+        finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        return Compensated(made_up.degree, better, finite)
+
+    def __call__(self, sub: SubAdapter) -> Compensated:
+        """How much is best for a sub-adapter, decided once."""
+        if sub not in self._decided:
+            self._decided[sub] = decide(self.net, sub, self.config.degrees, self.batches)
+        return self._decided[sub]
+
+
+@contextlib.contextmanager
+def compensated(
+    run: Run,
+    net: Supernet,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Chosen,
+    sub: SubAdapter,
+    config: CompensationConfig,
+) -> Iterator[tuple[PreTrainedModel, Compensated]]:
+    """The chosen one, active in the supernet, or as a model of its own where it was fitted, and how
+    much it makes up for; data is read only where that has to be decided, or to fit."""
+    made_up = Compensated()
+    if chosen.compensation is not None or net.cuts(sub):
+        task = load_task(run.config().task, run.config().seed)
+        held_out = HeldOut.of(run, net, tokenizer, task, config)
+        made_up = held_out.chosen(chosen, sub)
+        if made_up.sequential:
+            yield held_out.model(sub, made_up), made_up
+            return
+    with net.active(sub, made_up.degree) as model:
+        yield model, made_up
+
+
+def decide(
+    net: Supernet, sub: SubAdapter, degrees: Sequence[float], batches: Sequence[dict[str, Tensor]]
+) -> Compensated:
+    """The degree with the lowest loss of the answers in `batches`; of equals the smallest.
+
+    Without moments, or for a sub-adapter that cuts no channels, there is nothing to decide. A loss
+    that is no number never wins.
+    """
+    if net.compensation is None or not net.cuts(sub):
+        return Compensated()
+    if len(set(degrees)) == 1:
+        return Compensated(degrees[0])  # unasked
+    losses = {}
+    for degree in sorted(set(degrees)):
+        with net.active(sub, degree) as model:
+            losses[degree] = mean_loss(model, batches)
+    finite = {degree: loss for degree, loss in losses.items() if math.isfinite(loss)}
+    best = min(finite, key=lambda degree: (finite[degree], degree), default=0.0)
+    return Compensated(best, losses={f"{degree:g}": loss for degree, loss in finite.items()})
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Of an answer token; of a number, half the mean squared error."""
+    total = tokens = 0.0
+    for batch in batches:
+        logits, labels = answer_logits(model, batch)
+        total += float(answer_loss(logits, labels))
+        tokens += float((labels != IGNORED).sum())
+    return total / max(tokens, 1)

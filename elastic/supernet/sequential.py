@@ -1,0 +1,251 @@
+"""Sequential compensation: a compact model is fitted, block after block, to what the full one says.
+
+With h the compact block's own input of a layer whose columns can be cut, and e what the full
+block's output has over the compact one's, both after all that came before,
+
+    Δ = argmin ‖Δ h - e‖² + λ ‖Δ‖²,    λ = ridge · mean(h²),
+
+is added to the layer's weight, and its bias fitted along where it has one. So a block also makes up
+for what the blocks before it have lost, and one that was not cut does too. Where something stands
+between the layer and the block's output, a norm or another layer, e is what the full model's own
+layer says over this one. The ridge of each layer is chosen on examples held out from its fit; where
+none lowers their error the layer stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.console import track
+from elastic.models.kinds import Kind, kind_of
+from elastic.supernet.depth import renamed, running
+from elastic.supernet.watching import Watching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from elastic.spaces.bound import SubAdapter
+    from elastic.supernet.supernet import Supernet
+
+RIDGES = (0.01, 0.1, 1.0)
+HELD_OUT = 4
+"""One batch in so many, the second one first, chooses the ridge."""
+
+
+def can_fit(model: PreTrainedModel) -> bool:
+    """Whether the blocks of this kind of model can be run one at a time."""
+    return kind_of(model) is not Kind.RECURRENT
+
+
+@torch.no_grad()
+def fit_(
+    small: PreTrainedModel, net: Supernet, sub: SubAdapter, batches: Sequence[dict[str, Tensor]]
+) -> int:
+    """Fit the compact model `small` of `sub`, in place, to the maximal sub-adapter; how many of its
+    layers changed. `batches` are training examples, two at least, as `collate` makes them."""
+    kept, changed = net.space.kept(sub), 0
+    with net.active(net.space.maximal()):
+        for blocks, sites in _stacks(net).items():
+            whole, cut = _Recorded(net.model, blocks, batches), _Recorded(small, blocks, batches)
+            numbers = range(len(net.model.get_submodule(blocks)))
+            for number in track(numbers, f"fitting {blocks}", quiet=len(numbers) < 8):
+                name = f"{blocks}.{number}"
+                said: dict[str, list[Tensor]] = {site: [] for site in sites.get(number, ())}
+                with _outputs(net.model, said):
+                    goals = whole.run(name)
+                if (mine := renamed(kept, name)) is None:
+                    continue
+                for site, own in said.items():
+                    left = renamed(kept, site)
+                    assert left is not None
+                    changed += cut.fit(mine, left, goals, own)
+                cut.run(mine)
+    return changed
+
+
+@contextlib.contextmanager
+def _outputs(model: PreTrainedModel, into: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Inside the block, what the layers of these names say."""
+    handles = [
+        model.get_submodule(site).register_forward_hook(
+            lambda _module, _inputs, y, found=found: found.append(y)
+        )
+        for site, found in into.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stacks(net: Supernet) -> dict[str, dict[int, list[str]]]:
+    """By list of blocks, in the model's order, and number, the layers whose columns can be cut."""
+    found: dict[str, dict[int, list[str]]] = {}
+    order = {name: place for place, (name, _) in enumerate(net.model.named_modules())}
+    for site in sorted(net.space.reading, key=order.__getitem__):
+        match = re.match(r"(.*?)\.(\d+)\.", site)
+        if match:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(site)
+    return found
+
+
+@dataclass
+class _Call:
+    """How a model called its blocks on one batch."""
+
+    hidden: Tensor
+    """What enters the next block to run, (batch, ..., features)."""
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    """By block, beside that."""
+    real: Tensor | None
+    """Flat places of real tokens; None: all are."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, -2).float()
+        return x if self.real is None else x[self.real]
+
+
+class _Recorded:
+    """The blocks of one model, run one at a time on what came out of the ones before."""
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: str, batches: Sequence[dict[str, Tensor]]
+    ) -> None:
+        self.model = model
+        watching = Watching(model)
+        stack = model.get_submodule(blocks)
+        assert isinstance(stack, nn.ModuleList)
+        self.calls = []
+        for batch in batches:
+            inputs: list[Tensor] = []
+            arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+            def note(
+                name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+                inputs: list[Tensor] = inputs, arguments: dict[str, Any] = arguments,
+            ) -> None:  # fmt: skip
+                inputs += [args[0] if args else kwargs["hidden_states"]][: not inputs]
+                own = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                own |= {k: None for k in ("past_key_values", "past_key_value") if k in own}
+                own |= {"use_cache": False} if "use_cache" in own else {}
+                arguments[name] = args[1:], own
+
+            handles = [
+                block.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=f"{blocks}.{number}", note=note: note(
+                        name, args, kwargs
+                    ),
+                    with_kwargs=True,
+                )
+                for number, block in running(stack).items()
+            ]
+            try:
+                watching(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.calls.append(_Call(inputs[0], arguments, watching.real(blocks)))
+
+    def _output(self, block: str, call: _Call) -> Tensor:
+        args, kwargs = call.arguments[block]
+        output = self.model.get_submodule(block)(call.hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def run(self, block: str) -> list[Tensor]:
+        """On to behind this block; its outputs, by batch."""
+        for call in self.calls:
+            call.hidden = self._output(block, call)
+        return [call.hidden for call in self.calls]
+
+    def fit(
+        self, block: str, site: str, goals: Sequence[Tensor], own_goals: Sequence[Tensor]
+    ) -> bool:
+        """Fit one layer so that the block says what is wanted of it, or the layer itself where it
+        is not the last to speak; whether it changed."""
+        layer = self.model.get_submodule(site)
+        assert isinstance(layer, nn.Linear)
+        last = self._passes(block, layer)
+        sums = [_Sums(layer), _Sums(layer)]
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = layer.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
+        try:
+            for number, call in enumerate(self.calls):
+                output = self._output(block, call)
+                h, y = seen.pop()
+                goal, now = (goals[number], output) if last else (own_goals[number], y)
+                sums[number % HELD_OUT == 1].add(
+                    call.tokens(h), call.tokens(goal) - call.tokens(now)
+                )
+        finally:
+            handle.remove()
+        return sums[0].solve_(layer, held_out=sums[1])
+
+    def _passes(self, block: str, layer: nn.Linear) -> bool:
+        """Whether the block's output moves as the layer's does, which is found by trying."""
+        call = self.calls[0]
+        before = self._output(block, call).float()
+        step = 1e-2 * before.std()
+        handle = layer.register_forward_hook(lambda _, inputs, y: y + step.to(y.dtype))
+        try:
+            moved = self._output(block, call).float() - before
+        finally:
+            handle.remove()
+        return bool((call.tokens(moved) - step).abs().mean() < 0.05 * step)
+
+
+class _Sums:
+    """Products of a layer's inputs h (in, and 1 for a bias) and of errors e (out)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.biased = layer.bias is not None
+        self.inner: Tensor | float = 0.0
+        self.outer: Tensor | float = 0.0
+        self.square = 0.0
+
+    def add(self, h: Tensor, e: Tensor) -> None:
+        """Real tokens of one batch, (tokens, in) and (tokens, out)."""
+        if self.biased:
+            h = torch.cat([h, h.new_ones(len(h), 1)], 1)
+        self.inner = self.inner + (h.T @ h).double()
+        self.outer = self.outer + (e.T @ h).double()
+        self.square += float(e.double().square().sum())
+
+    def error(self, change: Tensor) -> float:
+        """‖Δ h - e‖²."""
+        inner, outer = torch.as_tensor(self.inner), torch.as_tensor(self.outer)
+        return self.square + float((change @ inner * change).sum() - 2 * (change * outer).sum())
+
+    def solve_(self, layer: nn.Linear, held_out: _Sums) -> bool:
+        """Change the layer by what is best on held-out tokens; whether anything is."""
+        inner, outer = torch.as_tensor(self.inner), torch.as_tensor(self.outer)
+        width = layer.in_features
+        scale = inner.diagonal()[:width].mean()
+        if not (torch.isfinite(inner).all() and torch.isfinite(outer).all() and scale > 0):
+            return False
+        best, least = None, held_out.square
+        for ridge in RIDGES:
+            damping = torch.full_like(inner.diagonal(), float(ridge * scale))
+            damping[width:] = 1e-6 * scale
+            factor, failed = torch.linalg.cholesky_ex(inner + damping.diag())
+            if failed:
+                continue
+            change = torch.cholesky_solve(outer.T, factor).T
+            if (error := held_out.error(change)) < least:
+                best, least = change, error
+        if best is None:
+            return False
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        weight = layer.weight.to(wide) + best[:, :width].to(wide)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+        if self.biased:
+            bias = layer.bias.to(wide) + best[:, width].to(wide)
+            layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+        return True

@@ -1,0 +1,113 @@
+"""A super-adapter from an adapter that was trained elsewhere: its ranks sorted by what they do, the
+channels of its model ordered, without a step of training. What its sub-adapters cut is made up for
+as any other's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elastic.config import TrainConfig
+from elastic.config.adapter import NOTHING
+from elastic.errors import ConfigError
+from elastic.files import digest
+from elastic.formats import peft
+from elastic.models import loading
+from elastic.models.modules import module_tree, plain_linear
+from elastic.supernet.compact import merged_weight
+from elastic.supernet.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from elastic.spaces.declared import SearchSpace
+
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""A (rank, in) and B (out, rank) by layer, scaled."""
+
+
+def as_taken(config: TrainConfig) -> TrainConfig:
+    """The settings with the adapter's own rank, at scale 1; RunError or ConfigError for an adapter
+    that cannot be taken over. Reads no weights."""
+    taken = config.adapter.taken_from
+    rank = 1 if taken in (None, NOTHING) else peft.lora_rank(Path(str(taken)))
+    return replace(config, adapter=replace(config.adapter, rank=rank, alpha=float(rank)))
+
+
+def origin(config: TrainConfig) -> dict[str, str]:
+    """For a super-adapter's about.json."""
+    taken = config.adapter.taken_from
+    if taken in (None, NOTHING):
+        return {}
+    file = Path(str(taken)) / peft.PEFT_WEIGHTS
+    return {"taken_from": str(taken), "taken_digest": f"sha256:{digest(file)}"}
+
+
+def adapted(space: SearchSpace, config: TrainConfig) -> SearchSpace:
+    """The space with further adapted layers where the adapter has some; they keep their rank.
+    ConfigError names one outside of its blocks. Reads no weights."""
+    taken = config.adapter.taken_from
+    if taken is None:
+        return space
+    sites = [] if taken == NOTHING else peft.lora_sites(Path(taken))
+    return space.adapting(sites, config.adapter.rank)
+
+
+def factors_of(base: loading.Base, config: TrainConfig) -> Factors:
+    """Of every layer that the adapter changes; a head that was trained along is put into the
+    model. BaseMismatch for an adapter of another base."""
+    taken = config.adapter.taken_from
+    if taken in (None, NOTHING):
+        return {}
+    return peft.read_lora(base.model, Path(str(taken)), base.digest)
+
+
+@torch.no_grad()
+def as_one(model: PreTrainedModel, factors: Factors) -> PreTrainedModel:
+    """The model with its adapter merged, sharing what that leaves alone."""
+    whole = module_tree(model)
+    for site, (A, B) in factors.items():
+        layer = model.get_submodule(site)
+        bias = None if layer.bias is None else layer.bias.data
+        whole.set_submodule(site, plain_linear(merged_weight(layer.weight, A, B), bias))
+    return whole
+
+
+@torch.no_grad()
+def load_(net: Supernet, factors: Factors) -> None:
+    """Put them into a supernet of LoRA whose channels are ordered: the leading ranks are those that
+    matter most, and all of them are the update itself. ConfigError for a layer outside."""
+    if strange := sorted(set(factors) - set(net.space.targets)):
+        raise ConfigError(f"adapter.taken_from: {strange[0]} is no layer that the space adapts")
+    moved = net.permutations()
+    state: dict[str, Tensor] = dict(net.head)
+    for site, adapter in net.adapters():
+        known = {name: torch.zeros_like(tensor) for name, tensor in adapter.state_dict().items()}
+        if site in factors:
+            A, B = sorted_ranks(*factors[site])
+            if (site, "in") in moved:
+                A = A[:, moved[site, "in"]]
+            if (site, "out") in moved:
+                B = B[moved[site, "out"]]
+            known["A"][: len(A)], known["B"][:, : len(A)] = A, B / adapter.scale
+        state |= {f"{site}.{name}": tensor for name, tensor in known.items()}
+    net.load_factors(state)
+
+
+def sorted_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same B A whose first ranks are its best approximation of that rank (Eckart and
+    Young 1936), from the singular values of their triangular parts.
+
+    Shapes: A (rank, in), B (out, rank); the rank stays.
+    """
+    left, upper = torch.linalg.qr(B.double())
+    right, lower = torch.linalg.qr(A.T.double())
+    U, S, V = torch.linalg.svd(upper @ lower.T)
+    root = S.sqrt()
+    return (right @ V.T * root).T.to(A.dtype), (left @ U * root).to(B.dtype)

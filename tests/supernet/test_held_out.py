@@ -1,0 +1,153 @@
+"""What held-out examples decide, and what a run keeps of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from elastic.config import CompensationConfig
+from elastic.data import load_task
+from elastic.data.encoding import encode_all
+from elastic.errors import RunError
+from elastic.run import Chosen
+from elastic.supernet import held_out
+from elastic.supernet.compensation import Compensation
+from elastic.supernet.held_out import Compensated, HeldOut, compensated, decide, mean_loss
+from elastic.supernet.moments import Moments, calibrated
+from elastic.supernet.store import MOMENTS, load_run
+from tests.helpers.laws import batch_of, loss
+from tests.helpers.tiny_runs import copy_run
+
+
+@pytest.fixture
+def loaded(trained, tmp_path):
+    """A run that may be written to, its tokenizer and its supernet."""
+    run = copy_run(trained, tmp_path / "run")
+    _, base, net = load_run(run)
+    return run, base.tokenizer, net
+
+
+def answered(monkeypatch, losses: dict[float, float]) -> list[float]:
+    """Held-out losses by degree; returns the degrees that were asked."""
+    asked = []
+
+    def canned(model, batches):
+        asked.append(batches.degree)
+        return losses[batches.degree]
+
+    monkeypatch.setattr(held_out, "mean_loss", canned)
+    return asked
+
+
+class Batches:
+    """Knows which degree is active."""
+
+    def __init__(self, net) -> None:
+        self.net = net
+
+    @property
+    def degree(self) -> float:
+        return self.net.degree
+
+
+@pytest.mark.parametrize(
+    "losses, best",
+    [
+        ({0.0: 3.0, 0.5: 1.0, 1.0: 2.0}, 0.5),
+        ({0.0: 1.0, 0.5: 2.0, 1.0: 3.0}, 0.0),
+        ({0.0: 1.0, 0.5: 1.0, 1.0: 1.0}, 0.0),
+        ({0.0: math.nan, 0.5: 2.0, 1.0: 1.0}, 1.0),
+        ({0.0: math.nan, 0.5: math.inf, 1.0: math.nan}, 0.0),
+    ],
+)
+def test_the_lowest_loss_decides(loaded, monkeypatch, losses, best):
+    _, _, net = loaded
+    asked = answered(monkeypatch, losses)
+    found = decide(net, net.space.minimal(), [1.0, 0.0, 0.5], Batches(net))
+    assert asked == [0.0, 0.5, 1.0]
+    assert found.degree == best
+    finite = {degree: value for degree, value in losses.items() if math.isfinite(value)}
+    assert {float(degree): value for degree, value in found.losses.items()} == finite
+    assert Compensated.of(found.as_dict()) == found
+
+
+def test_nothing_is_asked_where_there_is_nothing_to_decide(loaded, monkeypatch):
+    _, _, net = loaded
+    asked = answered(monkeypatch, {})
+    assert decide(net, net.space.maximal(), [0.0, 1.0], Batches(net)) == Compensated()
+    assert decide(net, net.space.minimal(), [0.75], Batches(net)) == Compensated(0.75)
+    net.compensation = None
+    assert decide(net, net.space.minimal(), [0.0, 1.0], Batches(net)) == Compensated()
+    assert not asked
+
+
+def test_the_loss_is_that_of_an_answer_token(loaded):
+    _, _, net = loaded
+    one, two = batch_of("a b c"), batch_of("d e f g", "h i")
+    tokens = [int((batch["labels"] != -100).sum()) for batch in (one, two)]
+    expected = (loss(net, one) + loss(net, two)) / sum(tokens)
+    assert mean_loss(net.model, [one, two]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_test_examples_decide_nothing(loaded):
+    run, tokenizer, net = loaded
+    config = run.config()
+    task = load_task(config.task, config.seed)
+
+    class Guarded:
+        train, validation = task.train, task.validation
+
+    chooser = HeldOut.of(run, net, tokenizer, Guarded(), CompensationConfig(examples=5))
+    assert sum(len(batch["labels"]) for batch in chooser.batches) == 5
+    assert chooser(net.space.minimal()).losses
+
+
+def test_what_an_earlier_version_trained_gets_its_moments_now(loaded):
+    run, tokenizer, net = loaded
+    file, config = run.super_adapter / MOMENTS, run.config()
+    file.unlink()
+    net.compensation = None
+    asked = Chosen("minimal")
+    found = compensated(
+        run, net, tokenizer, asked, net.space.minimal(), CompensationConfig(degrees=[0.0, 1.0])
+    )
+    assert set(found.losses) == {"0", "1"}
+    examples = encode_all(tokenizer, load_task(config.task, config.seed).train, net.model)
+    known = calibrated(net, examples, batch_size=config.batch_size, pad=tokenizer.pad_token_id)
+    kept = Moments(file)
+    assert set(kept) == set(known) == set(net.space.reading)
+    for site, moment in known.items():
+        torch.testing.assert_close(kept[site], moment, rtol=0, atol=1e-3 * float(moment.max()))
+
+
+def test_turned_off_it_is_off_whatever_was_chosen(loaded):
+    run, tokenizer, net = loaded
+    chosen = Chosen("minimal", compensation={"degree": 1.0, "held_out_losses": {}})
+    minimal = net.space.minimal()
+    found = compensated(run, net, tokenizer, chosen, minimal, CompensationConfig(degrees=[0.0]))
+    assert found == Compensated() and net.compensation is None
+
+
+def test_what_was_chosen_is_kept(loaded):
+    run, tokenizer, net = loaded
+    chosen = Chosen("minimal", compensation={"degree": 1.0, "held_out_losses": {"1": 2.0}})
+    found = compensated(run, net, tokenizer, chosen, net.space.minimal(), CompensationConfig())
+    assert found == Compensated(1.0, {"1": 2.0})
+
+
+@pytest.mark.parametrize("saved", [{}, {"degree": 2}, {"degree": "half"}, 0.5])
+def test_what_is_no_compensation_is_refused(saved):
+    with pytest.raises(RunError, match="degree"):
+        Compensated.of(saved)
+
+
+def test_settings_reach_the_solutions(loaded):
+    run, tokenizer, net = loaded
+    config = run.config()
+    task = load_task(config.task, config.seed)
+    settings = CompensationConfig(ridge=0.5, room_mb=3)
+    HeldOut.of(run, net, tokenizer, task, settings)
+    assert isinstance(net.compensation, Compensation)
+    assert net.compensation.ridge == 0.5 and net.compensation.room == 3e6
