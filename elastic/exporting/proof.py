@@ -20,7 +20,15 @@ from elastic.exporting.contract import Source
 from elastic.exporting.targets import FORMATS
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency import weigh
-from elastic.latency.measure import REFERENCE, Latency, Measurement, calmest, clock_of, measure
+from elastic.latency.measure import (
+    REFERENCE,
+    Bounds,
+    Latency,
+    Measurement,
+    calmest,
+    clock_of,
+    measure,
+)
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -234,6 +242,11 @@ class Proof:
         """Its latency in parts of the full model's."""
         return self.timing.ratios[CANDIDATE]
 
+    @property
+    def bounds(self) -> Bounds:
+        """Between which that lies."""
+        return self.timing.bounds[CANDIDATE]
+
     def as_dict(self) -> dict[str, Any]:
         off, full = self.deployed.max_abs_diff, self.timing.full
         return {
@@ -254,6 +267,8 @@ class Proof:
             "full_decode_ms": full.decode_ms,
             "prefill_ratio": self.ratio.prefill_ms,
             "decode_ratio": self.ratio.decode_ms,
+            "prefill_ratio_interval": list(self.bounds.prefill),
+            "decode_ratio_interval": list(self.bounds.decode),
             "control": self.timing.control,
             "trusted": self.timing.trusted,
             **self.weighed.as_dict(),

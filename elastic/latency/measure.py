@@ -7,8 +7,9 @@ injected, so all of this is tested without timing.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,29 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Between which a median ratio to the reference lies, (low, high), with 95 % confidence where
+    there are rounds enough: `between`."""
+
+    prefill: tuple[float, float]
+    decode: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Latency by name; `full` is the reference."""
 
     latencies: Mapping[str, Latency]
     control: float
-    """How much the reference differs from itself: |ratio - 1|, the larger of prefill and decode."""
+    """How much the reference differs from itself: |ratio - 1|, the larger of prefill and decode,
+    the ratio being the median over the rounds of that within one."""
     rounds: int
     tolerance: float
     ratios: Mapping[str, Latency]
     """Of each to the reference: medians over the rounds of the ratio within one, the reference
     being the mean of its two turns. What slows a whole round slows both."""
+    bounds: Mapping[str, Bounds]
+    """Of those ratios."""
 
     @property
     def trusted(self) -> bool:
@@ -119,20 +132,17 @@ def measure(
         )
         for name in turns
     }
-    ratios = {
-        name: Latency(
-            float(np.median(_within_rounds(prefill, name))),
-            float(np.median(_within_rounds(decode, name))),
-            latencies[name].spread,
-        )
-        for name in runners
+    within = {
+        name: (_within_rounds(prefill, name), _within_rounds(decode, name)) for name in runners
     }
-    again, full = latencies.pop(CONTROL), latencies[REFERENCE]
-    control = max(
-        abs(_ratio(again.prefill_ms, full.prefill_ms) - 1),
-        abs(_ratio(again.decode_ms, full.decode_ms) - 1),
-    )
-    return Measurement(latencies, control, round_number, config.tolerance, ratios)
+    ratios = {
+        name: Latency(float(np.median(first)), float(np.median(each)), latencies[name].spread)
+        for name, (first, each) in within.items()
+    }
+    bounds = {name: Bounds(between(first), between(each)) for name, (first, each) in within.items()}
+    latencies.pop(CONTROL)
+    control = max(_differs(prefill), _differs(decode))
+    return Measurement(latencies, control, round_number, config.tolerance, ratios, bounds)
 
 
 def calmest(attempt: Callable[[], Measurement]) -> Measurement:
@@ -171,9 +181,22 @@ def _within_rounds(times: Mapping[str, list[float]], name: str) -> np.ndarray:
     return own
 
 
-def _ratio(own: float, full: float) -> float:
-    """1 of nothing to nothing."""
-    return own / full if full else 1.0
+def _differs(times: Mapping[str, list[float]]) -> float:
+    """By how much the reference differs from itself, in parts of it; by nothing where nothing is
+    timed."""
+    again, full = np.array(times[CONTROL]), np.array(times[REFERENCE])
+    return abs(float(np.median(again / full)) - 1) if full.all() else 0.0
+
+
+def between(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The narrowest pair of ordered values with the median of what they were drawn from between
+    them in 95 % of cases, whatever its distribution (the sign test's interval; Conover 1999). Of
+    five or fewer values, the smallest and the largest: 94 % for five, 75 % for three."""
+    ordered = sorted(float(value) for value in values)
+    n, left = len(ordered), 0  # so many are outside at either end
+    while 2 * sum(math.comb(n, k) for k in range(left + 2)) <= 0.05 * 2**n:
+        left += 1
+    return ordered[left], ordered[n - 1 - left]
 
 
 def _spread(times: list[float]) -> float:

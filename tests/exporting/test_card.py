@@ -21,6 +21,7 @@ from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Cost
+from elastic.supernet.held_out import Compensated
 from tests.helpers import tiny
 from tests.helpers.tiny_runs import measurement
 
@@ -39,7 +40,8 @@ PROOF = Proof(
     as_torch=True,
 )  # fmt: skip
 MODEL = Model("uniform-0.5", SUB, Accuracy(0.525, 400, [0.476, 0.573]),
-              Cost(90_000_000, 50_000_000), Cost(135_000_000, 100_000_000))  # fmt: skip
+              Cost(90_000_000, 50_000_000), Cost(135_000_000, 100_000_000),
+              Compensated())  # fmt: skip
 ORIGIN = {
     "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "method": "lora", "space": "llama.yaml",
     "task": "gsm8k", "budget": {"prefill_ms": 20.0, "min_accuracy": 0.5},

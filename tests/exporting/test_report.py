@@ -17,23 +17,29 @@ from elastic.exporting.proof import (
     Weighed,
 )
 from elastic.exporting.report import Model, Report, verdict
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Bounds, Latency, Measurement
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.cost import Cost
+from elastic.supernet.held_out import Compensated
 
 
-def timed(prefill=0.5, decode=0.8, control=0.01, full_prefill_ms=40.0) -> Measurement:
+def timed(prefill=0.5, decode=0.8, control=0.01, full_prefill_ms=40.0, width=0.02) -> Measurement:
+    """`width`: how far the bounds of a ratio are from it."""
     full = Latency(full_prefill_ms, 10.0 if decode else 0.0, 0.0)
     own = Latency(prefill * 40, decode * 10, 0.0)
     ratios = {"compact": Latency(prefill, decode or 1.0, 0.0)}
-    return Measurement({"full": full, "compact": own}, control, 3, 0.03, ratios)
+    bounds = {name: Bounds((r.prefill_ms - width, r.prefill_ms + width),
+                           (r.decode_ms - width, r.decode_ms + width))
+              for name, r in ratios.items()}  # fmt: skip
+    return Measurement({"full": full, "compact": own}, control, 3, 0.03, ratios, bounds)
 
 
-def entry(prefill=0.5, decode=0.8, control=0.01, **more) -> Proof:
+def entry(prefill=0.5, decode=0.8, control=0.01, width=0.02, **more) -> Proof:
     settings = dict(
         about={}, bytes=3_000_000, exact=Agreement(1e-5, 20.0, 32, 32, False),
         deployed=Agreement(0.25, 20.0, 32, 30, False), precision="bfloat16",
-        timing=timed(prefill, decode, control), weighed=Weighed(0.5, 100.0, 1.0, 200.0, 6_000_000),
+        timing=timed(prefill, decode, control, width=width),
+        weighed=Weighed(0.5, 100.0, 1.0, 200.0, 6_000_000),
         texts=["four", "five"], as_torch=False,
         trade=Trade(Accuracy(0.75, 8, [0.409, 0.929]), Accuracy(0.875, 8, [0.529, 0.978]), -0.125,
                     [-0.37, 0.07]),
@@ -50,16 +56,18 @@ SKIPPED = Skipped("no reason")
         ({"hf": entry(), "peft": SKIPPED},
          "Faster than the full model: hf (prefill 2.00x as fast, decode 1.25x as fast)"),
         ({"hf": entry(0.5, 0)}, "Faster than the full model: hf (prefill 2.00x as fast)"),
-        # Both have to be faster, and by more than the full model differs from itself.
+        # Both have to be faster, with the whole of their intervals.
         ({"hf": entry(0.5, 1.25)},
          "NOT FASTER than the full model: hf (prefill 2.00x as fast, decode 0.80x as fast)"),
         ({"hf": entry(1.25, 0.5)},
          "NOT FASTER than the full model: hf (prefill 0.80x as fast, decode 2.00x as fast)"),
         ({"hf": entry(0.5, 0.992)},
-         "NOT FASTER than the full model: hf (prefill 2.00x as fast, decode 1.01x as fast)"),
+         "Not known to be faster than the full model: hf (prefill 1.92x to 2.08x, decode 0.99x to "
+         "1.03x)"),
+        ({"hf": entry(0.5, 0.992, width=0.005)},
+         "Faster than the full model: hf (prefill 2.00x as fast, decode 1.01x as fast)"),
         ({"hf": entry(control=0.2)},
-         "Not known to be faster than the full model, which timed twice disagrees: hf (it differs "
-         "from itself by 20.0%)"),
+         "Not known to be faster than the full model: hf (it differs from itself by 20.0%)"),
         ({"hf": SKIPPED}, "Nothing was written that runs here"),
     ],
 )  # fmt: skip
@@ -68,7 +76,7 @@ def test_the_verdict_on_one_format(formats, said):
 
 
 def test_the_verdict_begins_with_what_is_not_faster():
-    formats = {"hf": entry(), "onnx": entry(0.9, 1.0), "peft": entry(control=0.2),
+    formats = {"hf": entry(), "onnx": entry(0.9, 1.1), "peft": entry(control=0.2),
                "openvino": entry()}  # fmt: skip
     slow, unknown, fast = verdict(formats).split(". ")
     assert slow.startswith("NOT FASTER") and "onnx (" in slow
@@ -87,7 +95,8 @@ def report(tmp_path) -> Report:
     score = Accuracy(0.5, 80, [0.4, 0.6])
     return Report(
         directory=tmp_path,
-        model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1), Cost(100_000_000, 4)),
+        model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1), Cost(100_000_000, 4),
+                    Compensated(0.5, False, {"0": 2.5, "0.5": 2.25, "sequential": 2.375})),
         config=ExportConfig(), trained=TrainConfig(), formats=formats, origin={}, license=None,
         base_digest="", provenance={},
         samples=[Sample("x" * 500 + " two and two?", "4", "four"),
@@ -110,7 +119,8 @@ def test_both_forms_begin_with_the_verdict_and_tell_everything(report, capsys):
     assert " ".join(shown.split()).startswith(first)
     for text in (shown, written):
         for told in (
-            "50.0 M of 100.0 M parameters, 25% of the operations", "on 80 test examples",
+            "50.0 M of 100.0 M parameters, 25% of the operations",
+            "50% of what is cut is made up for", "2.3750 fitted", "on 80 test examples",
             "75.0% [41, 93]", "87.5% [53, 98]", "-12.5 [-37, 7.0]", "hf, accuracy on 8 test",
             "20.0 (2.00x)", "40.0", "8.0 (1.25x)", "10.0", "50.0%", "0.50 / 1.00", "- / 1.00",
             "batch 1 and a prompt of 64 tokens", "1.0e-05 of 20", "equal", "bfloat16", "30 of 32",

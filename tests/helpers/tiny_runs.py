@@ -20,7 +20,7 @@ from elastic.config import (
     TimingConfig,
     TrainConfig,
 )
-from elastic.latency.measure import Latency, Measurement
+from elastic.latency.measure import Bounds, Latency, Measurement
 from elastic.run import Run
 from elastic.supernet.cost import count
 from elastic.training.one_task import train_one
@@ -145,7 +145,8 @@ def measurement(latencies: Mapping[str, Latency], config: TimingConfig) -> Measu
         name: Latency(own.prefill_ms / full.prefill_ms, own.decode_ms / full.decode_ms, own.spread)
         for name, own in latencies.items()
     }
-    return Measurement(latencies, 0.0, config.rounds, config.tolerance, ratios)
+    bounds = {name: Bounds((r.prefill_ms,) * 2, (r.decode_ms,) * 2) for name, r in ratios.items()}
+    return Measurement(latencies, 0.0, config.rounds, config.tolerance, ratios, bounds)
 
 
 RATES = ("examples_per_second", "tokens_per_second")
