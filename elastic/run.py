@@ -50,6 +50,7 @@ class Run:
         self.super_adapter = self.path / "super_adapter"
         self.metrics = self.path / "train" / "metrics.jsonl"
         self.checkpoints = self.path / "train" / "checkpoints"
+        self.moments = self.path / "train" / "moments.safetensors"  # while it trains
         self.sub_adapter = self.path / "sub_adapter.json"  # of a run that trained only that one
         self.search = self.path / "search"
         self.front = self.search / "front.json"

@@ -108,6 +108,9 @@ class TrainConfig:
     compensation_examples: int = 128
     """Training examples of the calibration pass after training, from which a sub-adapter makes up
     for channels that it cuts (`compensation` of the other commands); 0: none."""
+    compensation_in_training: float = 0.0
+    """Part of what a step's sub-adapter cuts that is made up for while it is trained, too, from a
+    calibration pass before training. What is trained so is best used with the same part of it."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     tasks: list[str] = field(default_factory=list)
@@ -176,6 +179,13 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
         least = self.compensation_examples
         require(least >= 0, f"compensation_examples is {least}; at least 0")
+        part = self.compensation_in_training
+        require(0 <= part <= 1, f"compensation_in_training is {part}; choose from [0, 1]")
+        require(
+            not part or (self.compensation_examples > 0 and self.start_from is None),
+            f"compensation_in_training {part}: it needs compensation_examples, and a run that "
+            "begins anew; leave out start_from",
+        )
         taken = self.adapter.taken_from
         require(
             taken is None or not (self.tasks or self.start_from or self.dry_run),

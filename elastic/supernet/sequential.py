@@ -120,6 +120,8 @@ class _Recorded:
         self, model: PreTrainedModel, blocks: str, batches: Sequence[dict[str, Tensor]]
     ) -> None:
         self.model = model
+        self._known: list[Tensor] = []
+        """What leaves the block that was fitted last, by batch, where that is known already."""
         watching = Watching(model)
         stack = model.get_submodule(blocks)
         assert isinstance(stack, nn.ModuleList)
@@ -161,8 +163,9 @@ class _Recorded:
 
     def run(self, block: str) -> list[Tensor]:
         """On to behind this block; its outputs, by batch."""
-        for call in self.calls:
-            call.hidden = self._output(block, call)
+        for number, call in enumerate(self.calls):
+            call.hidden = self._known[number] if self._known else self._output(block, call)
+        self._known = []
         return [call.hidden for call in self.calls]
 
     def fit(
@@ -175,6 +178,7 @@ class _Recorded:
         last = self._passes(block, layer)
         sums = [_Sums(layer), _Sums(layer)]
         seen: list[tuple[Tensor, Tensor]] = []
+        rest: list[tuple[Tensor, Tensor]] = []  # inputs, and what the block says beside this layer
         handle = layer.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
         try:
             for number, call in enumerate(self.calls):
@@ -184,9 +188,13 @@ class _Recorded:
                 sums[number % HELD_OUT == 1].add(
                     call.tokens(h), call.tokens(goal) - call.tokens(now)
                 )
+                if last:
+                    rest.append((h, output - y.view_as(output)))  # some code flattens its tokens
         finally:
             handle.remove()
-        return sums[0].solve_(layer, held_out=sums[1])
+        changed = sums[0].solve_(layer, held_out=sums[1])
+        self._known = [beside + layer(h).view_as(beside) for h, beside in rest] if last else []
+        return changed
 
     def _passes(self, block: str, layer: nn.Linear) -> bool:
         """Whether the block's output moves as the layer's does, which is found by trying."""

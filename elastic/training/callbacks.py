@@ -28,9 +28,17 @@ class Probe:
     one's. These are comparable from step to step, at the cost of three forward passes.
     """
 
-    def __init__(self, net: Supernet, batch: Mapping[str, Tensor], every: int, seed: int) -> None:
-        """`batch` as `collate` makes it; taken after every `every` optimiser steps."""
-        self.net, self.batch, self.every = net, dict(batch), every
+    def __init__(
+        self,
+        net: Supernet,
+        batch: Mapping[str, Tensor],
+        every: int,
+        seed: int,
+        degree: float = 0.0,
+    ) -> None:
+        """`batch` as `collate` makes it; taken after every `every` optimiser steps. A part `degree`
+        of what is cut is made up for."""
+        self.net, self.batch, self.every, self.degree = net, dict(batch), every, degree
         self.subs = {
             "maximal": net.space.maximal(),
             "random": net.space.random(generator_for(seed, "probe")),
@@ -45,7 +53,7 @@ class Probe:
         found = {}
         try:
             for name, sub in self.subs.items():
-                with self.net.active(sub):
+                with self.net.active(sub, self.degree):
                     logits, labels = answer_logits(model, self.batch)
                 mean = answer_loss(logits, labels) / (labels != IGNORED).sum()
                 found[f"loss_{name}"] = float(mean)

@@ -23,10 +23,11 @@ from elastic.files import named_failure, write_json
 from elastic.models import loading, requirements
 from elastic.run import Run
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.compensation import Compensation
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.importance import channel_order
-from elastic.supernet.moments import calibrated
+from elastic.supernet.moments import Moments, calibrated, save
 from elastic.supernet.store import (
     read_factors,
     read_order,
@@ -120,6 +121,11 @@ def train_one(config: TrainConfig) -> Run:
         # Of one process, as an order is. Training goes on in the supernet.
         made_up = distributed.shared(lambda: held_out.chosen(chosen, only))
         made_up = replace(made_up, sequential=False)
+    calibration = examples[: config.compensation_examples]
+    if config.compensation_in_training:
+        made_up = Compensated(config.compensation_in_training)
+        with distributed.main_first():
+            net.compensation = _compensation_to_train_with(run, net, calibration, config, pad)
     what = "one sub-adapter" if only else f"{net.space.size:.1e} sub-adapters in one"
     about: dict[str, Any] = {"seed": config.seed, "steps": 0, **adopted.origin(config)}
     factors, sharded = None, False
@@ -141,12 +147,10 @@ def train_one(config: TrainConfig) -> Run:
         rate = schedule.learning_rate(schedule.steps - 1)
         about |= {"steps": schedule.steps, "learning_rate": rate}
     moments: Mapping[str, torch.Tensor] = {}
-    if only:  # it has learnt to live with these
+    if only or config.compensation_in_training:  # it has learnt to live with these
         moments = net.compensation.moments if net.compensation else {}
     elif distributed.is_main() and not sharded:
-        moments = calibrated(
-            net, examples[: config.compensation_examples], batch_size=config.batch_size, pad=pad
-        )
+        moments = calibrated(net, calibration, batch_size=config.batch_size, pad=pad)
     with distributed.main_first():
         if distributed.is_main():
             if only:
@@ -157,7 +161,17 @@ def train_one(config: TrainConfig) -> Run:
                 base_digest=base.digest, **about,
             )  # fmt: skip
             shutil.rmtree(run.checkpoints, ignore_errors=True)
+            run.moments.unlink(missing_ok=True)
     return run
+
+
+def _compensation_to_train_with(
+    run: Run, net: Supernet, examples: list[Encoded], config: TrainConfig, pad: int
+) -> Compensation:
+    """From a calibration pass before training, which a resumed run finds again."""
+    if not run.moments.is_file():
+        save(calibrated(net, examples, batch_size=config.batch_size, pad=pad), run.moments)
+    return Compensation(Moments(run.moments))
 
 
 def build(

@@ -340,7 +340,7 @@ def fit(
     probe = None
     if config.probe_steps and watched and not only:
         batch = {key: value.to(device) for key, value in collate(watched, pad).items()}
-        probe = Probe(net, batch, config.probe_steps, config.seed)
+        probe = Probe(net, batch, config.probe_steps, config.seed, degree)
 
     def batch_of(numbered: Sequence[tuple[int, Encoded]]) -> dict[str, Tensor]:
         numbers, sequences = zip(*numbered, strict=True)

@@ -424,8 +424,13 @@ def test_what_a_search_says_of_its_own_is_believed_of_no_other_file(tmp_path):
     for file in (ours, copied):
         file.write_text(json.dumps(saved))
     for name in ("best", str(ours)):
-        assert run.chosen(name) == Chosen("best", candidate, saved)
+        nothing = {"degree": 0.0, "held_out_losses": {}}  # an earlier version made up for nothing
+        assert run.chosen(name) == Chosen("best", candidate, saved, nothing)
     assert run.chosen(str(copied)) == Chosen("copied", candidate)
+    half = {"degree": 0.5, "sequential": True, "held_out_losses": {"0.5": 1.0}}
+    for file in (ours, copied):
+        file.write_text(json.dumps({**saved, "compensation": half}))
+        assert run.chosen(str(file)).compensation == half
     assert run.chosen("minimal") == Chosen("minimal") and run.chosen("minimal").compress is None
 
 

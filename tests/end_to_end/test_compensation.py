@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from elastic.config import CompensationConfig, EvaluateConfig, StageConfig
+from elastic.data.answers import answer_logits, answer_loss
 from elastic.evaluation.command import evaluate_run
 from elastic.exporting.command import export
 from elastic.files import read_json
@@ -18,7 +19,14 @@ from elastic.supernet.compact import compact
 from elastic.supernet.store import MOMENTS, load_run
 from elastic.training.one_task import train_one
 from tests.helpers import exports, searches, tiny
-from tests.helpers.tiny_runs import copy_run, factors
+from tests.helpers.laws import batch_of
+from tests.helpers.tiny_runs import (
+    assert_same_factors,
+    copy_run,
+    factors,
+    interrupted,
+    train_config,
+)
 
 ALL = CompensationConfig(degrees=[1.0], sequential=False)
 
@@ -42,7 +50,11 @@ def test_the_front_says_it_and_the_export_has_it(run):
         name for name in members if net.cuts(run.chosen(name).at(net.space))
     ]  # fmt: skip
     assert cut and all(members[name]["compensation"]["degree"] == 1 for name in cut)
-    report = export(exports.config(run, sub_adapter=cut[0], formats=["hf", "onnx"]))
+    report = export(
+        exports.config(
+            run, sub_adapter=cut[0], formats=["hf", "onnx"], compensation=CompensationConfig()
+        )
+    )
     saved = read_json(report.directory / "report.json")
     assert saved["compensation"] == members[cut[0]]["compensation"]
     assert "100% of what is cut is made up for" in report.markdown()
@@ -56,12 +68,15 @@ def test_the_front_says_it_and_the_export_has_it(run):
 
 
 def test_what_was_not_searched_is_decided_where_it_is_written(run):
-    report = export(exports.config(run, sub_adapter="minimal"))
+    asked = dict(sub_adapter="minimal", compensation=CompensationConfig())
+    report = export(exports.config(run, **asked))
     saved = read_json(report.directory / "report.json")["compensation"]
-    assert set(saved["held_out_losses"]) == {"0", "0.5", "1"}
-    assert saved["held_out_losses"][f"{saved['degree']:g}"] == min(
-        saved["held_out_losses"].values()
-    )
+    losses = dict(saved["held_out_losses"])
+    assert set(losses) == {"0", "0.5", "1", "sequential"}
+    fitted = losses.pop("sequential")
+    least = losses[f"{saved['degree']:g}"]
+    assert least == min(losses.values())
+    assert saved["sequential"] == (fitted < least)
 
 
 def test_streamed_with_one_degree_it_is_the_same_model(run):
@@ -94,7 +109,7 @@ def test_one_that_is_trained_on_keeps_it(run, tmp_path):
     moments = [each.super_adapter / MOMENTS for each in (run, trained)]
     assert moments[0].read_bytes() == moments[1].read_bytes()
     assert any(not torch.equal(x, factors(run)[name]) for name, x in factors(trained).items())
-    report = export(exports.config(trained))
+    report = export(exports.config(trained, compensation=CompensationConfig()))
     assert read_json(report.directory / "report.json")["compensation"] == about["compensation"]
 
 
@@ -104,4 +119,40 @@ def test_without_calibration_nothing_is_made_up_for(trained, tmp_path):
     assert not (plain.super_adapter / MOMENTS).exists()
     report = export(exports.config(plain, sub_adapter="minimal", compensation=ALL))
     saved = read_json(report.directory / "report.json")["compensation"]
-    assert saved == {"degree": 0.0, "held_out_losses": {}}
+    assert saved == {"degree": 0.0, "sequential": False, "held_out_losses": {}}
+
+
+@pytest.fixture(scope="module")
+def along(tiny_folder, tmp_path_factory):
+    """Settings of a run that is trained with half of what it cuts made up for."""
+    folder = tmp_path_factory.mktemp("along")
+    config = train_config(tiny_folder, folder / "run", task=searches.choices_task(folder))
+    return replace(config, compensation_in_training=0.5)
+
+
+def test_in_training_cut_channels_are_trained_through_those_that_make_up_for_them(along):
+    run = train_one(along)
+    plain = train_one(replace(along, run=f"{along.run}-plain", compensation_in_training=0.0))
+    assert not run.moments.exists()
+    assert any(not torch.equal(x, factors(plain)[name]) for name, x in factors(run).items())
+    _, _, net = load_run(run)
+    site = next(site for site in net.space.reading if net.layer(site).adapter is not None)
+    minimal = net.space.minimal()
+    gone = torch.ones(net.layer(site).base.in_features, dtype=torch.bool)
+    for start, length in net.space.left(minimal, site, "in"):
+        gone[start : start + length] = False
+    for degree in (0.0, 0.5):
+        with net.active(minimal, degree) as model:
+            answer_loss(*answer_logits(model, batch_of("a b c", "d e f"))).backward()
+        gradient = net.layer(site).adapter.A.grad
+        assert bool(gradient[:, gone].abs().sum() > 0) == (degree > 0)
+
+
+def test_a_killed_run_that_makes_up_for_cuts_ends_like_one_that_was_not(along, monkeypatch):
+    whole = train_one(replace(along, run=f"{along.run}-whole"))
+    stopped = interrupted(replace(along, run=f"{along.run}-stopped"), monkeypatch, step=5)
+    assert stopped.moments.exists()
+    resumed = train_one(replace(along, run=f"{along.run}-stopped"))
+    assert_same_factors(whole, resumed)
+    files = [run.super_adapter / MOMENTS for run in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -65,7 +65,8 @@ def test_a_run_is_known_as_trained(run, capsys):
 def test_a_study_goes_on(run, fake_latency, capsys):
     before = trials(run)
     assert main([*SEARCH, "--trials", "8"]) == 0
-    assert trials(run) == before
+    again = trials(run)  # with columns that were not known then
+    assert [{name: row[name] for name in before[0]} for row in again] == before
     assert main([*SEARCH, "--trials", "10"]) == 0
     after = trials(run)
     assert len(after) == 10
@@ -89,17 +90,20 @@ def test_an_export_computes_what_it_did(expected, kind):
 
 
 def test_an_export_is_made_again_with_the_same_report(run, fake_latency):
-    """The same keys in the same order, and the same of everything that is no time."""
+    """The same keys in the same order, new ones between them, and the same of everything that is
+    no time; what is cut was not made up for then."""
     file = run.path / "export" / "heuristic" / "report.json"
     before = json.loads(file.read_text())
     formats = "hf,peft,onnx,openvino"
     arguments = ["export", "run", "--sub_adapter", "heuristic", "--formats", formats, *TIMING]
+    arguments += ["--compensation.degrees", "0"]
     assert main(arguments) == 0
     after = json.loads(file.read_text())
-    assert list(after) == list(before)
+    assert [key for key in after if key in before] == list(before)
     for name in ("sub_adapter", "params", "full_params", "macs", "accuracy", "accuracy_n"):
         assert after[name] == before[name], name
     for kind, written in before["formats"].items():
-        assert list(after["formats"][kind]) == list(written), kind
+        keys = [key for key in after["formats"][kind] if key in written]
+        assert keys == list(written), kind
         if "path" in written:
             assert after["formats"][kind]["greedy_tokens_equal"] is True

@@ -23,7 +23,7 @@ from elastic.supernet.store import load_run, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
-from tests.helpers.laws import MERGED, close
+from tests.helpers.laws import MERGED, close, some_moments
 from tests.helpers.tiny import logits, tokens
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run, move_factors, snapshot, train_config
 
@@ -85,6 +85,27 @@ def merged(net, sub, updates, **settings):
         MergeAdapterConfig(path=u.name, weight=w) for u, w in zip(updates, weights, strict=True)
     ]
     return combine(net, sub, updates, MergeConfig(adapters=entries, **settings))
+
+
+@pytest.mark.parametrize("degree", [0.0, 0.5])
+def test_what_is_cut_of_another_adapter_is_made_up_for_as_what_is_cut_of_the_base(folder, degree):
+    """As if it had been merged into the base before anything was cut."""
+    net, base = net_of(folder), load_base(folder)
+    generator = torch.Generator().manual_seed(3)
+    weights = [f"{site}.weight" for site in net.space.reading]
+    deltas = {
+        name: 0.1 * torch.randn(base.get_parameter(name).shape, generator=generator).double()
+        for name in weights
+    }
+    for name, delta in deltas.items():
+        base.get_parameter(name).data += delta
+    other = Supernet(base, tiny.space(heads=True), tiny.ADAPTERS["lora"], order=net.order)
+    other.load_factors(net.factor_state())
+    net.compensation = other.compensation = some_moments(net)
+    entries = MergeConfig(adapters=[MergeAdapterConfig(path="theirs")])
+    update, sub = Update("theirs", "lora", deltas), net.space.minimal()
+    found, _ = combine(net, sub, [update], entries, degree=degree)
+    close(logits(found, tokens()), logits(compact(other, sub, degree), tokens()), MERGED)
 
 
 def read_peft(folder, path) -> Update:

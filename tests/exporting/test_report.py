@@ -120,7 +120,7 @@ def test_both_forms_begin_with_the_verdict_and_tell_everything(report, capsys):
     for text in (shown, written):
         for told in (
             "50.0 M of 100.0 M parameters, 25% of the operations",
-            "50% of what is cut is made up for", "2.3750 fitted", "on 80 test examples",
+            "50% of what is cut is made up for", "2.3750", "on 80 test examples",
             "75.0% [41, 93]", "87.5% [53, 98]", "-12.5 [-37, 7.0]", "hf, accuracy on 8 test",
             "20.0 (2.00x)", "40.0", "8.0 (1.25x)", "10.0", "50.0%", "0.50 / 1.00", "- / 1.00",
             "batch 1 and a prompt of 64 tokens", "1.0e-05 of 20", "equal", "bfloat16", "30 of 32",

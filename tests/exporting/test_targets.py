@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from elastic import __main__
-from elastic.config import ExportConfig, HfConfig
+from elastic.config import CompensationConfig, ExportConfig, HfConfig
 from elastic.errors import ConfigError
 from elastic.exporting.command import export
 from elastic.files import write_json
@@ -129,9 +129,10 @@ def test_a_folder_has_a_card_that_says_how_to_load_it(run):
 
 def test_what_is_only_written_is_what_is_proved(run, tmp_path):
     file = uneven(run, tmp_path / "uneven.json")
-    shards = HfConfig(max_shard_size="20KB")
-    proved = export(config(run, sub_adapter=file, name="proved", hf=shards))
-    only = export(config(run, sub_adapter=file, name="only", hf=shards, prove=False))
+    half = CompensationConfig(degrees=[0.5], sequential=False)
+    asked = dict(sub_adapter=file, hf=HfConfig(max_shard_size="20KB"), compensation=half)
+    proved = export(config(run, name="proved", **asked))
+    only = export(config(run, name="only", prove=False, **asked))
     for name in ("params", "macs", "full_params", "full_macs", "sub_adapter", "base_digest"):
         assert only.contents[name] == proved.contents[name], name
     files = {file.name for file in (proved.directory / "hf").iterdir()}

@@ -8,7 +8,7 @@ import signal
 
 import torch
 
-from elastic.config import ExportConfig
+from elastic.config import CompensationConfig, ExportConfig
 from elastic.files import write_json
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
@@ -20,7 +20,9 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 
 
 def config(run: Run, **overrides) -> ExportConfig:
-    settings = dict(formats=["hf"], accuracy=False, timing=ONE_ROUND)
+    """What is cut is not made up for, so that a name alone says what is written."""
+    nothing = CompensationConfig(degrees=[0.0])
+    settings = dict(formats=["hf"], accuracy=False, timing=ONE_ROUND, compensation=nothing)
     return ExportConfig(run=str(run.path), **(settings | overrides))
 
 

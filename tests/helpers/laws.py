@@ -18,6 +18,7 @@ from elastic.formats import hf
 from elastic.models.modules import linear_
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact, sliced, streamed
+from elastic.supernet.compensation import Compensation
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.store import save_super_adapter
 from elastic.supernet.supernet import Supernet
@@ -57,6 +58,17 @@ def several(net: Supernet, draws: int = 3) -> list[SubAdapter]:
     generator = random.Random(0)
     named = [net.space.maximal(), net.space.minimal(), net.space.heuristic()]
     return named + [net.space.random(generator) for _ in range(draws)]
+
+
+def some_moments(net: Supernet, ridge: float = 0.01) -> Compensation:
+    """Of inputs that depend on one another."""
+    generator = torch.Generator().manual_seed(1)
+    known = {}
+    for site in net.space.reading:
+        n = net.layer(site).base.in_features
+        x = torch.randn(2 * n, n, generator=generator) @ torch.randn(n, n, generator=generator)
+        known[site] = x.T @ x / len(x)
+    return Compensation(known, ridge)
 
 
 # The directory of a super-adapter

@@ -29,7 +29,7 @@ from tests.helpers import tiny
 from tests.helpers.exports import mixed_ranks
 from tests.helpers.families import ROUNDED, model_of, output
 from tests.helpers.graphs import same_in_every_runtime
-from tests.helpers.laws import batch_of, close, one_function, same, without_data
+from tests.helpers.laws import batch_of, close, one_function, same, some_moments, without_data
 from tests.helpers.tiny_runs import space_file, train_config
 
 KEYS, QUERIES, SIZE = 3, 4, 4
@@ -78,12 +78,16 @@ def with_sizes(net: Supernet, heads: int, queries: int) -> SubAdapter:
 
 NET = net_of()
 DEEP = net_of(depth={"dim": "depth", "choices": [4, 3, 2]})
+for each in (NET, DEEP):
+    each.compensation = some_moments(each)
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from([NET, DEEP]))
-def test_active_sliced_merged_and_written_are_one_function(tmp_path_factory, generator, net):
+@given(st.randoms(use_true_random=False), st.sampled_from([NET, DEEP]), st.sampled_from([0.0, 0.5]))
+def test_active_sliced_merged_and_written_are_one_function(
+    tmp_path_factory, generator, net, degree
+):
     ids, sub = tiny.tokens(), net.space.random(generator)
-    expected, small = one_function(net, sub, lambda model: tiny.logits(model, ids), 1e-12)
+    expected, small = one_function(net, sub, lambda model: tiny.logits(model, ids), 1e-12, degree)
     again = hf.load(hf.write(small, None, tmp_path_factory.mktemp("hf")), torch.float64)
     for attention in ("sdpa", "eager"):  # only the latter asks the module
         again.set_attn_implementation(attention)

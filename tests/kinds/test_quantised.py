@@ -29,7 +29,7 @@ from elastic.supernet.store import load_run, load_super_adapter, save_super_adap
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
-from tests.helpers.laws import MERGED, close, several
+from tests.helpers.laws import MERGED, close, several, some_moments
 from tests.helpers.seq2seq import SPACE as T5_SPACE
 from tests.helpers.tiny import logits, tokens
 from tests.helpers.tiny_runs import (
@@ -117,6 +117,20 @@ def formed(monkeypatch):
 def test_the_kinds_are_those_of_the_configuration():
     kinds = typing.get_args(typing.get_type_hints(ModelConfig)["quantise"])
     assert set(kinds) == {"none", *DEQUANTISE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_cut_is_made_up_for_as_in_the_dequantised_twin(folder, kind):
+    packed, dense = twins(folder, kind)
+    packed.compensation = dense.compensation = some_moments(dense)
+    sub = packed.space.minimal()
+    with dense.active(sub, 0.5) as model:
+        expected = logits(model, tokens())
+    with packed.active(sub, 0.5) as model:
+        close(logits(model, tokens()), expected)
+    with packed.active(sub) as model:
+        assert not torch.allclose(logits(model, tokens()), expected, atol=1e-3)
+    close(logits(compact(packed, sub, 0.5), tokens()), expected, MERGED)
 
 
 @pytest.mark.parametrize("kind", KINDS)

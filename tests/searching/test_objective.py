@@ -13,6 +13,7 @@ from elastic.searching import objective
 from elastic.searching.objective import LOOKS, Figures, Objective, chance, wins
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.cost import Cost
+from elastic.supernet.held_out import Compensated
 
 N = 200
 COSTS = {"prefill_ms": 50.0, "decode_ms": 5.0, "memory_mb": 1.0}
@@ -27,6 +28,20 @@ def figures(correct: str, prefill_ms: float = 40.0) -> Figures:
     )  # fmt: skip
 
 
+class Decided:
+    """Makes up for half of what is cut, whatever that is."""
+
+    def __init__(self, answers: str) -> None:
+        self.answers = answers
+
+    def __call__(self, sub) -> Compensated:
+        return Compensated(0.5, losses={"0": 2.0, "0.5": 1.0})
+
+    def model(self, sub, made_up: Compensated) -> str:
+        assert made_up == self(sub)
+        return self.answers
+
+
 @pytest.fixture
 def score(monkeypatch):
     """Figures of answers given as a string, and how many of them were looked at."""
@@ -39,12 +54,12 @@ def score(monkeypatch):
     def scored(answers: str, rivals, race: float = 0.05) -> tuple[Figures, int]:
         looked.clear()
         monkeypatch.setattr(objective, "evaluate", evaluated)
-        monkeypatch.setattr(objective, "compact", lambda net, sub: answers)
         monkeypatch.setattr(objective, "Counter", lambda *_: lambda sub: Cost(1, 1))
         net = SimpleNamespace(model=None, space=SPACE)
         ask = Objective(
-            net, None, range(len(answers)), SearchConfig(race=race), {None: lambda sub: COSTS}
-        )
+            net, None, range(len(answers)), SearchConfig(race=race), {None: lambda sub: COSTS},
+            Decided(answers),
+        )  # fmt: skip
         ask.examples = list(range(len(answers)))  # in order, as the strings are
         found = ask(SOMEBODY, {str(n): rival for n, rival in enumerate(rivals)})
         return found, len(looked)
@@ -56,6 +71,7 @@ def test_a_clear_loser_is_stopped_early(score):
     rival = figures("1" * 180 + "0" * 20)
     found, looked = score("0" * N, [rival])
     assert looked == found.accuracy_n == len(found.correct) == LOOKS[0] * N
+    assert found.made_up == Compensated(0.5, losses={"0": 2.0, "0.5": 1.0})
     assert found.accuracy == 0.0  # 0.9, less what it lost; never below nothing
     some, looked = score("01" * 100, [rival])
     assert looked < N

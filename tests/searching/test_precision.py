@@ -29,6 +29,7 @@ from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.study import search
 from elastic.spaces.bound import Candidate, CandidateSpace, bits_of
 from elastic.supernet.compact import compact
+from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import load_run
 from tests.helpers import tiny
 from tests.helpers.searches import config, sub_of, trials_of
@@ -105,7 +106,9 @@ def test_the_smallest_of_every_precision_decides_what_cannot_be_met():
         for mode, ms in small.items()
     }
     net = SimpleNamespace(model=tiny.llama(), space=SPACE)
-    objective = Objective(net, None, [], SearchConfig(compress=MODES, timing=GRAPH), timetables)
+    config = SearchConfig(compress=MODES, timing=GRAPH)
+    held_out = HeldOut(net, config.compensation, [])
+    objective = Objective(net, None, [], config, timetables, held_out)
     assert [costs["prefill_ms"] for costs in objective.smallest()] == list(small.values())
 
 
@@ -180,7 +183,7 @@ def test_accuracy_is_that_of_the_rounded_weights(trained, tmp_path, fake_graphs)
     found = search(config(run, trials=8, starts=6, compress=["int4"], timing=GRAPH))
     one = next(one for one in found.trials if one.candidate.compress)
     trained_as, base, net = load_run(run)
-    model = round_(compact(net, one.sub_adapter), "int4", "onnx")
+    model = round_(compact(net, one.sub_adapter, one.figures.degree), "int4", "onnx")
     examples = load_task(trained_as.task, trained_as.seed).validation
     score = evaluate(model, base.tokenizer, examples, quiet=True)
     assert one.figures.accuracy == score.accuracy

@@ -11,7 +11,7 @@ import pytest
 from optuna.samplers import NSGAIIISampler, NSGAIISampler
 
 from elastic import __main__
-from elastic.config import BudgetConfig, SearchConfig
+from elastic.config import BudgetConfig, CompensationConfig, SearchConfig
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluation.evaluate import evaluate
@@ -24,6 +24,7 @@ from elastic.searching.study import search
 from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
+from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import load_run
 from tests.helpers.searches import config, front_of, measured, sub_of, trained_run, trials_of
 from tests.helpers.tiny import ATTENTION, GATE_UP
@@ -132,12 +133,15 @@ def test_figures_are_those_of_the_sub_adapter(searched):
         assert (figures.params, figures.macs) == (cost.params, cost.macs)
         assert figures.prefill_ms == pytest.approx(prefill_of(cost.params), rel=0.01)
         assert figures.decode_ms == pytest.approx(decode_of(cost.params), rel=0.01)
-        with net.active(sub) as model:
+        with net.active(sub, figures.degree) as model:
             score = evaluate(model, base.tokenizer, task.validation)
         assert (figures.accuracy, figures.accuracy_n) == (score.accuracy, score.n)
+    held_out = HeldOut.of(run, net, base.tokenizer, task, CompensationConfig())
     for member in front.members:
-        with net.active(member.sub_adapter) as model:
-            assert member.test["accuracy"] == evaluate(model, base.tokenizer, task.test).accuracy
+        made_up = Compensated.of(member.test["compensation"])
+        model = held_out.model(member.sub_adapter, made_up)
+        assert member.test["accuracy"] == evaluate(model, base.tokenizer, task.test).accuracy
+    assert any(one.figures.held_out_losses for one in front.trials)
 
 
 def test_the_extremes_come_first(searched):

@@ -20,18 +20,15 @@ from elastic.supernet.moments import Moments, second_moments
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
-from tests.helpers.laws import MERGED, batch_of, one_function, same, several, without_data
-
-
-def some_moments(net: Supernet, ridge: float = 0.01) -> Compensation:
-    """Of inputs that depend on one another."""
-    generator = torch.Generator().manual_seed(1)
-    known = {}
-    for site in net.space.reading:
-        n = net.layer(site).base.in_features
-        x = torch.randn(2 * n, n, generator=generator) @ torch.randn(n, n, generator=generator)
-        known[site] = x.T @ x / len(x)
-    return Compensation(known, ridge)
+from tests.helpers.laws import (
+    MERGED,
+    batch_of,
+    one_function,
+    same,
+    several,
+    some_moments,
+    without_data,
+)
 
 
 def supernet(family: str, method: str = "lora") -> Supernet:

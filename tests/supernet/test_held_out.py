@@ -110,9 +110,9 @@ def test_what_an_earlier_version_trained_gets_its_moments_now(loaded):
     file.unlink()
     net.compensation = None
     asked = Chosen("minimal")
-    found = compensated(
-        run, net, tokenizer, asked, net.space.minimal(), CompensationConfig(degrees=[0.0, 1.0])
-    )
+    minimal, settings = net.space.minimal(), CompensationConfig(degrees=[0.0, 1.0])
+    with compensated(run, net, tokenizer, asked, minimal, settings) as (model, found):
+        assert model is net.model and net.degree == found.degree
     assert set(found.losses) == {"0", "1"}
     examples = encode_all(tokenizer, load_task(config.task, config.seed).train, net.model)
     known = calibrated(net, examples, batch_size=config.batch_size, pad=tokenizer.pad_token_id)
@@ -126,15 +126,36 @@ def test_turned_off_it_is_off_whatever_was_chosen(loaded):
     run, tokenizer, net = loaded
     chosen = Chosen("minimal", compensation={"degree": 1.0, "held_out_losses": {}})
     minimal = net.space.minimal()
-    found = compensated(run, net, tokenizer, chosen, minimal, CompensationConfig(degrees=[0.0]))
-    assert found == Compensated() and net.compensation is None
+    settings = CompensationConfig(degrees=[0.0])
+    with compensated(run, net, tokenizer, chosen, minimal, settings) as (_, found):
+        assert found == Compensated() and net.compensation is None
 
 
-def test_what_was_chosen_is_kept(loaded):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_was_chosen_is_kept(loaded, sequential):
     run, tokenizer, net = loaded
-    chosen = Chosen("minimal", compensation={"degree": 1.0, "held_out_losses": {"1": 2.0}})
-    found = compensated(run, net, tokenizer, chosen, net.space.minimal(), CompensationConfig())
-    assert found == Compensated(1.0, {"1": 2.0})
+    about = {"degree": 1.0, "sequential": sequential, "held_out_losses": {"1": 2.0}}
+    chosen, minimal = Chosen("minimal", compensation=about), net.space.minimal()
+    opened = compensated(run, net, tokenizer, chosen, minimal, CompensationConfig())
+    with opened as (model, found):
+        assert found == Compensated(1.0, sequential, {"1": 2.0})
+        # What is fitted is a model of its own.
+        assert (model is net.model) != sequential
+
+
+def test_a_fit_is_kept_only_if_it_helps(loaded, monkeypatch):
+    run, tokenizer, net = loaded
+    config = run.config()
+    task = load_task(config.task, config.seed)
+    held = HeldOut.of(run, net, tokenizer, task, CompensationConfig())
+    minimal = net.space.minimal()
+    for fitted, better in ((0.5, True), (1.5, False), (math.nan, False)):
+        monkeypatch.setattr(held_out, "mean_loss", lambda model, batches, loss=fitted: loss)
+        found = held.refined(minimal, Compensated(1.0, losses={"1": 1.0}))
+        assert found.degree == 1.0 and found.sequential is better
+        assert found.losses.get("sequential", math.nan) == pytest.approx(fitted, nan_ok=True)
+    off = HeldOut(net, CompensationConfig(sequential=False), held.batches)
+    assert off.refined(minimal, Compensated(1.0)) == Compensated(1.0)
 
 
 @pytest.mark.parametrize("saved", [{}, {"degree": 2}, {"degree": "half"}, 0.5])
