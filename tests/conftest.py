@@ -15,6 +15,11 @@ torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# OpenVINO tells its makers of every argument of every conversion, each from a process forked off
+# this one: more than the conversion takes. Of continuous integration it tells nothing.
+os.environ.setdefault("CI", "true")
+
+
 # Few examples: one of them builds a model. No deadline: the machine may be busy.
 settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 
