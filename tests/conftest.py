@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -52,13 +53,48 @@ def tiny_folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(autouse=True)
-def no_weighing(monkeypatch):
+# What every test would pay for again. Of the session: runs and exports that a module shares are
+# made before what belongs to one test.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_weighing():
     """Exports start no processes, which import torch for seconds; latency/test_weigh.py does."""
     from elastic.latency import weigh
 
     canned = [weigh.Weight(0.125, 10.0), weigh.Weight(0.25, 20.0)]
-    monkeypatch.setattr(weigh, "weigh", lambda loads: canned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weigh, "weigh", lambda loads: canned)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fitting_once():
+    """That a space fits a model is found out once of each: it takes a third of a tiny training, and
+    most tests train the same. What does not fit is refused every time."""
+    modules = collected("elastic.training.one_task", "elastic.training.dry_run")
+    fitting = set()
+
+    def fitting_or(require_fits):
+        def once(model, space, rank):
+            settings = model.config.to_json_string(use_diff=False)
+            key = (type(model), settings, repr(space), rank)
+            if key not in fitting:
+                require_fits(model, space, rank)
+                fitting.add(key)
+
+        return once
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "require_fits", fitting_or(module.require_fits))
+        yield
+
+
+def collected(*names):
+    """Those of these modules that some test has imported: what takes long to import is not imported
+    to be patched."""
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 @pytest.fixture
@@ -88,12 +124,11 @@ def fake_latency(tmp_path_factory):
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """Drawing takes longer than these searches; the one in `searched`, made before this, draws."""
-    from elastic.searching.front import Front
-
-    monkeypatch.setattr(Front, "_plot", lambda self, path: None)
+    for module in collected("elastic.searching.front"):
+        monkeypatch.setattr(module.Front, "_plot", lambda self, path: None)
 
 
 @pytest.fixture

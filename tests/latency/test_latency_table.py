@@ -32,7 +32,7 @@ from tests.helpers.tiny_runs import (
     randomize_factors,
 )
 
-pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+pytestmark = pytest.mark.usefixtures("fake_latency")
 
 SIZES = TableConfig(seen=9, unseen=5)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastic.errors import RunError
-from elastic.formats import hf, onnx
+from elastic.formats import hf, onnx, openvino
 from elastic.latency.weigh import Load, weigh
 from tests.helpers import tiny
 
@@ -21,10 +21,11 @@ def test_a_model_weighs_what_its_tensors_do(tmp_path):
         settings = {"dtype": "float32", "device": "cpu"}
         loads.append(Load(runtime="hf", folder=str(tmp_path / name), settings=settings))
         sizes.append(sum(p.numel() for p in model.parameters()) * 4e-6)
-    onnx.write(small, tmp_path / "graph")
-    loads.append(Load(runtime="onnx", folder=str(tmp_path / "graph")))
+    openvino.write(onnx.write(small, tmp_path / "onnx"), tmp_path / "openvino")
+    for runtime in ("onnx", "openvino"):
+        loads.append(Load(runtime=runtime, folder=str(tmp_path / runtime)))
     assert sizes[0] > 10 * sizes[1]
-    for load, weight, size in zip(loads, weigh(loads), [*sizes, sizes[1]], strict=True):
+    for load, weight, size in zip(loads, weigh(loads), [*sizes, *sizes[1:] * 2], strict=True):
         assert 0.9 * size < weight.memory_mb < 2.2 * size + 30, load
         assert 0 < weight.load_s < 60
 

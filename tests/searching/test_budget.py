@@ -24,7 +24,7 @@ from elastic.supernet.store import load_run
 from tests.helpers.searches import config, data_of
 from tests.helpers.tiny_runs import copy_run, prefill_of
 
-pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
 def test_another_budget_reuses_what_was_evaluated(searched, tmp_path, asked):

@@ -16,7 +16,7 @@ from elastic.supernet.store import load_run
 from tests.helpers.searches import config, data_of
 from tests.helpers.tiny_runs import copy_run
 
-pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

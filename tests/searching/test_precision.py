@@ -35,8 +35,6 @@ from tests.helpers import tiny
 from tests.helpers.searches import config, sub_of, trials_of
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run, decode_of, measurement, prefill_of
 
-pytestmark = pytest.mark.usefixtures("no_plot")
-
 MODES = ["int8", "int4"]
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
 WIDE = CandidateSpace.of(SPACE, MODES)

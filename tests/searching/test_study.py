@@ -30,7 +30,7 @@ from tests.helpers.searches import config, front_of, measured, sub_of, trained_r
 from tests.helpers.tiny import ATTENTION, GATE_UP
 from tests.helpers.tiny_runs import copy_run, decode_of, fake_measure, prefill_of, randomize_factors
 
-pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
 def test_files_of_a_search(searched):

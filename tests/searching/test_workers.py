@@ -24,7 +24,7 @@ from elastic.searching.workers import Worker, open_storage
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 from tests.programs.searching import KILLED_AT
 
-pytestmark = pytest.mark.usefixtures("fake_latency", "no_plot")
+pytestmark = pytest.mark.usefixtures("fake_latency")
 
 TRIALS, WORKERS = 20, 4
 
