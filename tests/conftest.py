@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers.once import fitting_once
+
 torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread than computing
 
 
@@ -69,25 +71,11 @@ def no_weighing():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fitting_once():
-    """That a space fits a model is found out once of each: it takes a third of a tiny training, and
-    most tests train the same. What does not fit is refused every time."""
+def fits_once():
+    """That a space fits a model is found out once of each."""
     modules = collected("elastic.training.one_task", "elastic.training.dry_run")
-    fitting = set()
-
-    def fitting_or(require_fits):
-        def once(model, space, rank):
-            settings = model.config.to_json_string(use_diff=False)
-            key = (type(model), settings, repr(space), rank)
-            if key not in fitting:
-                require_fits(model, space, rank)
-                fitting.add(key)
-
-        return once
-
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "require_fits", fitting_or(module.require_fits))
+        fitting_once(patch, *modules)
         yield
 
 

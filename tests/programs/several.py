@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from elastic.config import SequenceConfig, StageConfig, TaskConfig
 from elastic.spaces.dims import DEPTH, DIMS
 from elastic.supernet.supernet import Supernet
+from elastic.training import one_task
 from elastic.training.command import train
 from tests.helpers import tiny
+from tests.helpers.once import fitting_once
 from tests.helpers.steps import step_gradients
 from tests.helpers.tiny_runs import interrupted, space_file, train_config
 
@@ -107,6 +109,7 @@ def shard(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    fitting_once(MonkeyPatch(), one_task)
     model, folder, *names = sys.argv[1:]
     for name in names:
         config = config_of(Path(model), Path(folder), name, alone=False)
