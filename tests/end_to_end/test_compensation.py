@@ -88,6 +88,19 @@ def test_streamed_with_one_degree_it_is_the_same_model(run):
     assert read_json(only.directory / "report.json")["compensation"]["degree"] == 1
 
 
+def test_streamed_it_is_not_fitted_and_says_so(run, tmp_path, capsys):
+    _, _, net = load_run(run)
+    about = {"degree": 1.0, "sequential": True, "held_out_losses": {}}
+    file = tmp_path / "fitted.json"
+    minimal = net.space.minimal().as_dict()
+    file.write_text(json.dumps({"sub_adapter": minimal, "compensation": about}))
+    asked = dict(sub_adapter=str(file), compensation=CompensationConfig(), prove=False)
+    report = export(exports.config(run, **asked))
+    assert "not fitted" in " ".join(capsys.readouterr().err.split())
+    saved = read_json(report.directory / "report.json")["compensation"]
+    assert saved == {**about, "sequential": False}
+
+
 def test_an_evaluation_is_of_what_was_chosen(run, capsys):
     best = read_json(run.sub_adapters / "best.json")
     found = evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter="best"))

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elastic.config import (
     BudgetConfig,
+    CompensationConfig,
     ExportConfig,
     LatencyConfig,
     MergeAdapterConfig,
@@ -57,7 +58,10 @@ def written(run):
 
 
 def exported(run: Run, formats: list[str], sub: str) -> dict:
-    settings = ExportConfig(run=str(run.path), sub_adapter=sub, formats=formats, timing=ONE_ROUND)
+    nothing = CompensationConfig(degrees=[0.0])
+    settings = ExportConfig(
+        run=str(run.path), sub_adapter=sub, formats=formats, timing=ONE_ROUND, compensation=nothing
+    )
     return export(settings).contents
 
 

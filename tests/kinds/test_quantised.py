@@ -9,7 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, ModelConfig, SearchConfig
+from elastic.config import (
+    CompensationConfig,
+    ExportConfig,
+    MergeAdapterConfig,
+    MergeConfig,
+    ModelConfig,
+    SearchConfig,
+)
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.exporting import foreign
 from elastic.exporting.command import export
@@ -392,7 +399,13 @@ def test_an_exported_run_is_the_supernet(run):
     """Trained in bfloat16 with what saves memory, exported in float32; the command itself
     compares what it wrote with the supernet."""
     report = export(
-        ExportConfig(run=str(run.path), sub_adapter="heuristic", formats=["hf"], timing=ONE_ROUND)
+        ExportConfig(
+            run=str(run.path),
+            sub_adapter="heuristic",
+            formats=["hf"],
+            timing=ONE_ROUND,
+            compensation=CompensationConfig(degrees=[0.0]),
+        )
     )
     loaded = hf.load(report.directory / "hf", torch.float32)
     config, _, net = load_run(run, dtype="float32")

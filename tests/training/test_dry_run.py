@@ -293,9 +293,13 @@ def rows_file(folder: Path, count: int, length: int = 18) -> TaskConfig:
 
 
 def shaped(folder: Path, run: Path, **overrides) -> TrainConfig:
-    """A run of equal batches: 16 sequences in 2 steps an epoch, channels as they come."""
+    """A run of equal batches: 16 sequences in 2 steps an epoch, channels as they come, and nothing
+    but its steps."""
     base = tiny.save_tiny(folder / "base", hidden_size=64, intermediate_size=256, head_dim=16)
-    settings = dict(task=rows_file(folder, 16), batch_size=4, accumulation=2, order="none")
+    settings = dict(
+        task=rows_file(folder, 16), batch_size=4, accumulation=2, order="none",
+        compensation_examples=0,
+    )  # fmt: skip
     return train_config(base, run, **(settings | overrides))
 
 
