@@ -64,10 +64,13 @@ SKIPPED = Skipped("no reason")
         ({"hf": entry(0.5, 0.992)},
          "Not known to be faster than the full model: hf (prefill 1.92x to 2.08x, decode 0.99x to "
          "1.03x)"),
-        ({"hf": entry(0.5, 0.992, width=0.005)},
-         "Faster than the full model: hf (prefill 2.00x as fast, decode 1.01x as fast)"),
+        ({"hf": entry(0.5, 0.98, control=0.001, width=0.005)},
+         "Faster than the full model: hf (prefill 2.00x as fast, decode 1.02x as fast)"),
+        # Nor is it told by less than the full model differs from itself.
+        ({"hf": entry(control=0.3)},
+         "Not known to be faster than the full model: hf (it differs from itself by 30.0%)"),
         ({"hf": entry(control=0.2)},
-         "Not known to be faster than the full model: hf (it differs from itself by 20.0%)"),
+         "Faster than the full model: hf (prefill 2.00x as fast, decode 1.25x as fast)"),
         ({"hf": SKIPPED}, "Nothing was written that runs here"),
     ],
 )  # fmt: skip
@@ -76,7 +79,7 @@ def test_the_verdict_on_one_format(formats, said):
 
 
 def test_the_verdict_begins_with_what_is_not_faster():
-    formats = {"hf": entry(), "onnx": entry(0.9, 1.1), "peft": entry(control=0.2),
+    formats = {"hf": entry(), "onnx": entry(0.9, 1.1), "peft": entry(control=0.3),
                "openvino": entry()}  # fmt: skip
     slow, unknown, fast = verdict(formats).split(". ")
     assert slow.startswith("NOT FASTER") and "onnx (" in slow
