@@ -76,18 +76,18 @@ def export(config: ExportConfig) -> Report:
     _, base, net = load_run(run, dtype=dtype)
     name, sub = chosen.name, chosen.at(net.space, config.seed)
     held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
-    made_up = held_out.best(chosen, sub)
+    of_whom = chosen
     full_cost = Counter(net.model, net.space).full
     instead_of = merge = None
     if config.hf.uniform:
-        cut = held_out.model(sub, made_up)
+        made_up, cut = held_out.best(chosen, sub)
         # With others to be merged, its accuracy alone would say nothing.
         known = proof.Accuracy()
         if not others:
             known = _accuracy(chosen.saved, config, sub, cut, base.tokenizer, task.test)
         instead_of = Model(name, sub, known, count(cut), full_cost, made_up)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
-        made_up = held_out.best(Chosen(name), sub)
+        of_whom = Chosen(name)
         name = f"{name}-uniform"
     name = f"{name}-merged" if others else name
     directory = run.export(config.name or name, sub, config.kinds)
@@ -95,14 +95,14 @@ def export(config: ExportConfig) -> Report:
     inputs = [proof.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     if others:
         # They are merged into what the supernet computes.
-        made_up = dataclasses.replace(made_up, sequential=False)
+        made_up = dataclasses.replace(held_out.chosen(of_whom, sub), sequential=False)
         updates = [foreign.read(folder, wanted, digest) for folder in others]
         model, merge = combine(
             net, sub, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
         )
         probes = [proof.probe(model, ids) for ids in inputs]
     else:
-        model = held_out.model(sub, made_up)
+        made_up, model = held_out.best(of_whom, sub)
         with net.active(sub, made_up.degree) as active:
             # What was fitted is in no supernet.
             asked = model if made_up.sequential else active

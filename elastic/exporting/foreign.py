@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from elastic.config import ModelConfig
 from elastic.console import say
-from elastic.errors import BaseMismatch, RunError
+from elastic.errors import RunError
 from elastic.files import read_json
-from elastic.formats.peft import DIGEST, PEFT_CONFIG, PEFT_WEIGHTS
+from elastic.formats import peft
+from elastic.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from elastic.models import loading
 from elastic.models.head import head_of
 from elastic.supernet.store import ABOUT, load_super_adapter, read_super_adapter
@@ -60,12 +60,7 @@ def identify(path: str, base_digest: str) -> Path:
             f"merge: {path}: {PEFT_WEIGHTS} is missing; pickled weights (.bin) are not read, save "
             "the adapter as safetensors"
         )
-    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
-        theirs = (file.metadata() or {}).get(DIGEST, base_digest)
-    if theirs != base_digest:
-        raise BaseMismatch(
-            f"merge: {path} was trained on a base with {theirs}, this run's has {base_digest}"
-        )
+    peft.require_base(folder, base_digest, "merge:")
     return folder
 
 
@@ -99,31 +94,14 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
 def _of_peft(folder: Path, model: ModelConfig) -> Update:
     """PEFT merges the adapter into a fresh base model, not quantised as it knows no such layers of
     ours; what has changed is the update."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
     theirs = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
     if theirs and theirs != model.path:
         say(f"{folder} says that it was trained on {theirs}; shapes are all that can be compared")
-    weights = load_file(folder / PEFT_WEIGHTS)
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise RunError(f"merge: {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
+    weights = peft.weights_of(folder, "merge:")
     dense = dataclasses.replace(model, quantise="none")
     wide = loading.load_model(loading.locate(model.path), dense)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
-    try:
-        adapted = PeftModel.from_pretrained(wide, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise BaseMismatch(
-            f"merge: {folder} does not fit {model.path}: {' '.join(str(error).split())[:300]}"
-        ) from None
-    expected = set(get_peft_model_state_dict(adapted))
-    if strange := sorted(expected.symmetric_difference(weights)):
-        verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"
-        raise RunError(
-            f"merge: {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
-        )
+    adapted: Any = peft.attached(wide, folder, weights, "merge:", model.path)
     config: Any = adapted.peft_config["default"]
     kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
     after = adapted.merge_and_unload(safe_merge=True)

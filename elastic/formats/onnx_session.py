@@ -91,7 +91,32 @@ def at_the_end(logits: np.ndarray) -> np.ndarray:
     return logits[:, -1] if logits.ndim == 3 else logits
 
 
-class OnnxRunner:
+class CachingRunner:
+    """Prefill and decode of a runtime that keeps the cache between calls."""
+
+    _length = 0
+    """Tokens in the cache."""
+
+    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
+        self._forget(len(input_ids))
+        self._length = 0
+        return self._step(input_ids, types)
+
+    def decode(self, input_ids: np.ndarray) -> np.ndarray:
+        """Logits (batch, vocab) after one more token each, (batch, 1)."""
+        return self._step(input_ids)
+
+    def _forget(self, batch: int) -> None:
+        """Empty the cache, for so many sequences."""
+        raise NotImplementedError
+
+    def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
+        """Logits (batch, vocab) after these further tokens, which join the cache."""
+        raise NotImplementedError
+
+
+class OnnxRunner(CachingRunner):
     """Prefill and decode with ONNX Runtime on the CPU, the cache kept between calls.
 
     The cached tensors stay inside the runtime (OrtValue): through numpy each step would copy
@@ -108,17 +133,9 @@ class OnnxRunner:
         self._given: dict[str, OrtValue] = {}
         """What every step reads."""
         self._past: dict[str, OrtValue] = {}
-        self._length = 0
 
-    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
-        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
-        self._past = self._values(empty_past(self._inputs, len(input_ids)))
-        self._length = 0
-        return self._step(input_ids, types)
-
-    def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        return self._step(input_ids)
+    def _forget(self, batch: int) -> None:
+        self._past = self._values(empty_past(self._inputs, batch))
 
     def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         inputs = step_inputs(input_ids, self._length, self._inputs, types)

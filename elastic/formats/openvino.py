@@ -17,7 +17,7 @@ import numpy as np
 
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats import onnx_seq2seq, tracing
-from elastic.formats.onnx_session import PAST, PRESENT, at_the_end, step_inputs
+from elastic.formats.onnx_session import PAST, PRESENT, CachingRunner, at_the_end, step_inputs
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -192,7 +192,7 @@ def _computed_once(model: Model, past: list[str]) -> None:
         model.remove_parameter(port.get_node())
 
 
-class OpenVINORunner:
+class OpenVINORunner(CachingRunner):
     """Prefill and decode with OpenVINO on the CPU, the cache kept between calls, at a `precision`
     of `compiled_on_cpu`."""
 
@@ -204,17 +204,9 @@ class OpenVINORunner:
         self._inputs = {name for item in compiled.inputs for name in item.get_names()}
         self._given: dict[str, np.ndarray] = {}
         """What every step reads."""
-        self._length = 0
 
-    def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
-        """Logits (batch, vocab) after the prompts (batch, prompt); forgets what came before."""
+    def _forget(self, batch: int) -> None:
         self._request.reset_state()
-        self._length = 0
-        return self._step(input_ids, types)
-
-    def decode(self, input_ids: np.ndarray) -> np.ndarray:
-        """Logits (batch, vocab) after one more token each, (batch, 1)."""
-        return self._step(input_ids)
 
     def _step(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         inputs = step_inputs(input_ids, self._length, self._inputs, types)

@@ -20,6 +20,7 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -181,41 +182,67 @@ def lora_sites(folder: Path) -> list[str]:
     ]
 
 
+def require_base(folder: Path, base_digest: str, where: str) -> None:
+    """BaseMismatch where an adapter's file names another base; `where` begins every message."""
+    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+        theirs = (file.metadata() or {}).get(DIGEST, base_digest)
+    if theirs != base_digest:
+        raise BaseMismatch(
+            f"{where} {folder} was trained on a base with {theirs}, this run's has {base_digest}"
+        )
+
+
+def weights_of(folder: Path, where: str) -> dict[str, Tensor]:
+    """An adapter's own tensors; RunError for NaN."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / PEFT_WEIGHTS)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"{where} {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
+    return weights
+
+
+def attached(
+    model: PreTrainedModel, folder: Path, weights: Collection[str], where: str, base: str
+) -> PeftModel:
+    """An adapter on its base, as PEFT loads it; BaseMismatch where shapes differ, RunError unless
+    all of its `weights`, and nothing else, belong there."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BaseMismatch(f"{where} {folder} does not fit {base}: {reason}") from None
+    expected = set(get_peft_model_state_dict(adapted))
+    # What belongs nowhere is named before what is missing for it.
+    if strange := sorted(set(weights) - expected) + sorted(expected - set(weights)):
+        verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"
+        raise RunError(
+            f"{where} {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"
+        )
+    return adapted
+
+
 @torch.no_grad()
 def read_lora(
-    model: PreTrainedModel, folder: Path, base_digest: str
+    model: PreTrainedModel, folder: Path, base: str, base_digest: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (rank, in) and B (out, rank), scaled and in float32, of every layer that a stock LoRA
     changes, as PEFT reads it onto this model, which gets the head that was trained along and stays
     as it was otherwise. RunError for an adapter of another model, or with NaN; BaseMismatch where
     its file names another base."""
-    from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora import Linear
-    from safetensors.torch import load_file
 
-    saved = load_file(folder / PEFT_WEIGHTS)
-    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
-        theirs = (file.metadata() or {}).get(DIGEST, base_digest)
-    if theirs != base_digest:
-        raise BaseMismatch(
-            f"adapter.from {folder} was trained on a base with {theirs}, this one has {base_digest}"
-        )
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"adapter.from {folder} does not fit this model: {reason}") from None
-    expected = get_peft_model_state_dict(wrapped)
-    if strange := sorted(set(expected).symmetric_difference(saved)):
-        raise RunError(f"adapter.from {folder}: {strange[0]} belongs to no layer of this model")
-    if bad := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
-        raise RunError(f"adapter.from {folder}: {bad[0]} holds NaN or infinite values")
+    where = "adapter.from"
+    require_base(folder, base_digest, where)
+    adapted: Any = attached(model, folder, weights_of(folder, where), where, base)
     found = {}
-    body: Any = wrapped.base_model
-    for name, layer in modules_of(body.model, Linear):
+    for name, layer in modules_of(adapted.base_model.model, Linear):
         factors: list[Any] = [part["default"] for part in (layer.lora_A, layer.lora_B)]
         A, B = (factor.weight.detach().float() for factor in factors)
         found[name] = A.clone(), layer.scaling["default"] * B
-    body.unload()
+    adapted.base_model.unload()
     model.requires_grad_(False)
     return found

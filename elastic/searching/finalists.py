@@ -128,11 +128,11 @@ def _scores(
     asked = [one for one in chosen if str(one.candidate) not in known]
     say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
     for one in track(asked, "test split"):
-        made_up = objective.held_out.refined(one.sub_adapter, one.figures.made_up)
-        model = objective.model(one.candidate, made_up)
+        made_up, small = objective.held_out.refined(one.sub_adapter, one.figures.made_up)
         score = evaluate(
-            model, objective.tokenizer, test, batch_tokens=objective.config.batch_tokens, quiet=True
-        )
+            objective.rounded(small, one.candidate), objective.tokenizer, test,
+            batch_tokens=objective.config.batch_tokens, quiet=True,
+        )  # fmt: skip
         known[str(one.candidate)] = {**score.as_dict(), COMPENSATION: made_up.as_dict()}
     study.set_user_attr(SCORES, known)
     # A study of an earlier version says nothing of compensation, and had none.

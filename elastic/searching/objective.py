@@ -120,7 +120,11 @@ class Objective:
 
     def model(self, candidate: Candidate, made_up: Compensated) -> PreTrainedModel:
         """What it is scored as: sliced, merged, that much made up for, and rounded."""
-        model, mode = self.held_out.model(candidate.sub_adapter, made_up), candidate.compress
+        return self.rounded(self.held_out.model(candidate.sub_adapter, made_up), candidate)
+
+    def rounded(self, model: PreTrainedModel, candidate: Candidate) -> PreTrainedModel:
+        """In the candidate's precision."""
+        mode = candidate.compress
         return round_(model, mode, self.config.timing.runtime) if mode else model
 
     def costs(self, candidate: Candidate) -> dict[str, Any]:

@@ -5,6 +5,7 @@ has the formula)."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class HeldOut:
     ) -> None:
         self.net, self.config, self.batches = net, config, batches
         self.examples: Callable[[], Sequence[dict[str, Tensor]]] = list
-        """Gives the training examples that `fitted` sees."""
+        """Gives the training examples that a fit sees."""
         self._decided: dict[SubAdapter, Compensated] = {}
 
     @classmethod
@@ -120,7 +121,7 @@ class HeldOut:
         fitted = task.train[: config.fitted_examples]
         # At least two, one of which chooses the ridge.
         size = min(batch_size, max(1, len(fitted) // 2))
-        held_out.examples = lambda: batches(fitted, size)
+        held_out.examples = functools.cache(lambda: batches(fitted, size))
         return held_out
 
     def chosen(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
@@ -130,10 +131,12 @@ class HeldOut:
             return self(sub)
         return Compensated.of(chosen.compensation)
 
-    def best(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
-        """The same; what is not in a file may be fitted, too."""
+    def best(self, chosen: Chosen, sub: SubAdapter) -> tuple[Compensated, PreTrainedModel]:
+        """The same, and the model that is then; what is not in a file may be fitted, too."""
         made_up = self.chosen(chosen, sub)
-        return made_up if chosen.compensation is not None else self.refined(sub, made_up)
+        if chosen.compensation is not None:
+            return made_up, self.model(sub, made_up)
+        return self.refined(sub, made_up)
 
     def model(self, sub: SubAdapter, made_up: Compensated) -> PreTrainedModel:
         """The sub-adapter as a model of its own, sliced and merged."""
@@ -142,12 +145,13 @@ class HeldOut:
             fit_(small, self.net, sub, self.examples())
         return small
 
-    def refined(self, sub: SubAdapter, made_up: Compensated) -> Compensated:
-        """With the fit to the full model, if the held-out examples say that it is better."""
-        net, tried = self.net, self.config.sequential and can_fit(self.net.model)
+    def refined(self, sub: SubAdapter, made_up: Compensated) -> tuple[Compensated, PreTrainedModel]:
+        """With the fit to the full model, if the held-out examples say that it is better, and the
+        model that is then."""
+        net, small = self.net, compact(self.net, sub, made_up.degree)
+        tried = self.config.sequential and can_fit(net.model)
         if not tried or net.compensation is None or not net.cuts(sub):
-            return made_up
-        small = compact(net, sub, made_up.degree)
+            return made_up, small
         before = made_up.losses.get(f"{made_up.degree:g}")
         before = mean_loss(small, self.batches) if before is None else before
         changed = fit_(small, net, sub, self.examples())
@@ -155,7 +159,8 @@ class HeldOut:
         losses = {**made_up.losses, f"{made_up.degree:g}": before, SEQUENTIAL: after}
         better = bool(changed) and after < before
         finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-        return Compensated(made_up.degree, better, finite)
+        decided = Compensated(made_up.degree, better, finite)
+        return decided, small if better else compact(net, sub, made_up.degree)
 
     def __call__(self, sub: SubAdapter) -> Compensated:
         """How much is best for a sub-adapter, decided once."""

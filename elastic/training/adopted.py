@@ -32,40 +32,47 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 """A (rank, in) and B (out, rank) by layer, scaled."""
 
 
+def _folder(config: TrainConfig) -> Path | None:
+    """Of the adapter; None where there is nothing to read."""
+    taken = config.adapter.taken_from
+    return None if taken in (None, NOTHING) else Path(str(taken))
+
+
 def as_taken(config: TrainConfig) -> TrainConfig:
     """The settings with the adapter's own rank, at scale 1; RunError or ConfigError for an adapter
     that cannot be taken over. Reads no weights."""
-    taken = config.adapter.taken_from
-    rank = 1 if taken in (None, NOTHING) else peft.lora_rank(Path(str(taken)))
+    folder = _folder(config)
+    rank = peft.lora_rank(folder) if folder else 1
     return replace(config, adapter=replace(config.adapter, rank=rank, alpha=float(rank)))
 
 
 def origin(config: TrainConfig) -> dict[str, str]:
     """For a super-adapter's about.json."""
-    taken = config.adapter.taken_from
-    if taken in (None, NOTHING):
+    folder = _folder(config)
+    if folder is None:
         return {}
-    file = Path(str(taken)) / peft.PEFT_WEIGHTS
-    return {"taken_from": str(taken), "taken_digest": f"sha256:{digest(file)}"}
+    return {
+        "taken_from": str(config.adapter.taken_from),
+        "taken_digest": f"sha256:{digest(folder / peft.PEFT_WEIGHTS)}",
+    }
 
 
 def adapted(space: SearchSpace, config: TrainConfig) -> SearchSpace:
     """The space with further adapted layers where the adapter has some; they keep their rank.
     ConfigError names one outside of its blocks. Reads no weights."""
-    taken = config.adapter.taken_from
-    if taken is None:
+    if config.adapter.taken_from is None:
         return space
-    sites = [] if taken == NOTHING else peft.lora_sites(Path(taken))
-    return space.adapting(sites, config.adapter.rank)
+    folder = _folder(config)
+    return space.adapting(peft.lora_sites(folder) if folder else [], config.adapter.rank)
 
 
 def factors_of(base: loading.Base, config: TrainConfig) -> Factors:
     """Of every layer that the adapter changes; a head that was trained along is put into the
     model. BaseMismatch for an adapter of another base."""
-    taken = config.adapter.taken_from
-    if taken in (None, NOTHING):
+    folder = _folder(config)
+    if folder is None:
         return {}
-    return peft.read_lora(base.model, Path(str(taken)), base.digest)
+    return peft.read_lora(base.model, folder, config.model.path, base.digest)
 
 
 @torch.no_grad()
@@ -85,19 +92,17 @@ def load_(net: Supernet, factors: Factors) -> None:
     matter most, and all of them are the update itself. ConfigError for a layer outside."""
     if strange := sorted(set(factors) - set(net.space.targets)):
         raise ConfigError(f"adapter.taken_from: {strange[0]} is no layer that the space adapts")
-    moved = net.permutations()
     state: dict[str, Tensor] = dict(net.head)
     for site, adapter in net.adapters():
         known = {name: torch.zeros_like(tensor) for name, tensor in adapter.state_dict().items()}
         if site in factors:
             A, B = sorted_ranks(*factors[site])
-            if (site, "in") in moved:
-                A = A[:, moved[site, "in"]]
-            if (site, "out") in moved:
-                B = B[moved[site, "out"]]
             known["A"][: len(A)], known["B"][:, : len(A)] = A, B / adapter.scale
         state |= {f"{site}.{name}": tensor for name, tensor in known.items()}
     net.load_factors(state)
+    for (site, axis), index in net.permutations().items():
+        if (own := net.layer(site).adapter) is not None:
+            own.reorder(axis, index)
 
 
 def sorted_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def main() -> None:
         start = time.perf_counter()
         decided = held_out(sub)
         middle = time.perf_counter()
-        chosen = held_out.refined(sub, decided)
+        chosen, _ = held_out.refined(sub, decided)
         end = time.perf_counter()
         ways = {
             "cut": Compensated(),

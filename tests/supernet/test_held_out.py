@@ -151,11 +151,11 @@ def test_a_fit_is_kept_only_if_it_helps(loaded, monkeypatch):
     minimal = net.space.minimal()
     for fitted, better in ((0.5, True), (1.5, False), (math.nan, False)):
         monkeypatch.setattr(held_out, "mean_loss", lambda model, batches, loss=fitted: loss)
-        found = held.refined(minimal, Compensated(1.0, losses={"1": 1.0}))
+        found, _ = held.refined(minimal, Compensated(1.0, losses={"1": 1.0}))
         assert found.degree == 1.0 and found.sequential is better
         assert found.losses.get("sequential", math.nan) == pytest.approx(fitted, nan_ok=True)
     off = HeldOut(net, CompensationConfig(sequential=False), held.batches)
-    assert off.refined(minimal, Compensated(1.0)) == Compensated(1.0)
+    assert off.refined(minimal, Compensated(1.0))[0] == Compensated(1.0)
 
 
 @pytest.mark.parametrize("saved", [{}, {"degree": 2}, {"degree": "half"}, 0.5])
