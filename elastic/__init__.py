@@ -19,6 +19,7 @@ _WHERE = {
     "EvaluateConfig": "config",
     "LatencyConfig": "config",
     "BudgetConfig": "config",
+    "RecoveryConfig": "config",
     "ModelConfig": "config",
     "AdapterConfig": "config",
     "TaskConfig": "config",
@@ -29,8 +30,8 @@ _WHERE = {
     "Supernet": "supernet.supernet",
     "Run": "run",
     "train": "training.command",
-    "search": "searching.study",
-    "export": "exporting.command",
+    "search": "recovery.command",
+    "export": "recovery.command",
     "compact": "supernet.compact",
     "sliced": "supernet.compact",
 }

@@ -12,8 +12,8 @@ from elastic import config
 
 COMMANDS = {
     "train": (config.TrainConfig, "elastic.training.command", "train"),
-    "search": (config.SearchConfig, "elastic.searching.study", "search"),
-    "export": (config.ExportConfig, "elastic.exporting.command", "export"),
+    "search": (config.SearchConfig, "elastic.recovery.command", "search"),
+    "export": (config.ExportConfig, "elastic.recovery.command", "export"),
     "evaluate": (config.EvaluateConfig, "elastic.evaluation.command", "evaluate_run"),
     "latency": (config.LatencyConfig, "elastic.latency.command", "time_run"),
     "space show": (config.SpaceShowConfig, "elastic.supernet.summary", "show_space"),

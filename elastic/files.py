@@ -69,6 +69,14 @@ def digest(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def same_file(existing: Path, path: Path) -> None:
+    """The file under another name, or its copy where a file has one name alone."""
+    try:
+        os.link(existing, path)
+    except OSError:
+        shutil.copyfile(existing, path)
+
+
 def tag(text: str) -> str:
     """A dozen letters for a text that is too long to be part of a name."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -95,7 +103,7 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what `new_directory` was at when its process was killed; a directory that it had moved
     aside for a new one that never came goes back to its place."""
     for left in [*folder.glob(f".*{BUILDING}"), *folder.glob(f".*{ASIDE}")]:
-        with _lock(left) as alone:
+        with lock(left) as alone:
             if not alone:
                 continue
             for old in left.iterdir() if left.name.endswith(ASIDE) else ():
@@ -109,7 +117,7 @@ def _held_directory(path: Path, ending: str) -> Iterator[Path]:
     """A hidden directory beside `path`, locked while the block lasts and removed after it."""
     while True:
         held = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=ending))
-        with _lock(held, wait=True):
+        with lock(held, wait=True):
             if not held.exists():  # cleared away as a leftover in the moment before it was locked
                 continue
             try:
@@ -120,9 +128,9 @@ def _held_directory(path: Path, ending: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _lock(directory: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone has the directory, while the block lasts; a lock ends with its
-    process. Where directories cannot be locked nobody ever has one alone."""
+def lock(directory: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone has the directory, while the block lasts; to `wait` until it has.
+    A lock ends with its process. Where directories cannot be locked nobody ever has one alone."""
     alone = False
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):

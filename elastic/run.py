@@ -29,6 +29,8 @@ class Chosen:
     """All that the search of this run wrote about it."""
     compensation: Mapping[str, Any] | None = None
     """As its file says (`elastic.supernet.held_out.Compensated`); None: it does not."""
+    recovery: Mapping[str, Any] | None = None
+    """As its file says (`elastic.recovery`); None: it was not trained on."""
 
     @property
     def compress(self) -> str | None:
@@ -56,6 +58,7 @@ class Run:
         self.front = self.search / "front.json"
         self.report = self.search / "report.html"
         self.sub_adapters = self.search / "sub_adapters"
+        self.recovered = self.search / "recovered"
         self.tasks = self.path / "tasks"
 
     def claim(self, config: TrainConfig) -> bool:
@@ -120,10 +123,20 @@ class Run:
             return Chosen(name)
         value = read_json(file)
         candidate, said = Candidate.of(value, file), value.get("compensation")
+        recovery = value.get("recovery")
         if file.resolve().parent != self.sub_adapters.resolve():
-            return Chosen(name, candidate, compensation=said)
+            return Chosen(name, candidate, compensation=said, recovery=recovery)
         # An earlier version, which says nothing of it, made up for nothing.
-        return Chosen(name, candidate, value, said or {"degree": 0.0, "held_out_losses": {}})
+        said = said or {"degree": 0.0, "held_out_losses": {}}
+        return Chosen(name, candidate, value, said, recovery)
+
+    def factors_of(self, chosen: Chosen | None) -> Path:
+        """The super-adapter in which it has its factors: this run's, or what is left of the one
+        that was trained on for it."""
+        recovery = (chosen and chosen.recovery) or {}
+        if not recovery.get("taken"):
+            return self.super_adapter
+        return Run(self.recovered / recovery["folder"]).super_adapter
 
     def resolve(self, name: str, space: BoundSpace, seed: int = 0) -> tuple[str, SubAdapter]:
         """What `--sub_adapter` means: a name and a point of the space."""

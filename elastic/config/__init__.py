@@ -13,6 +13,7 @@ from elastic.config.evaluate import EvaluateConfig
 from elastic.config.export import ExportConfig, HfConfig, MergeAdapterConfig, MergeConfig
 from elastic.config.latency import LatencyConfig, TableConfig, TimingConfig
 from elastic.config.model import ModelConfig, TaskConfig
+from elastic.config.recovery import RecoveryConfig
 from elastic.config.search import BudgetConfig, SearchConfig, StudyConfig
 from elastic.config.space import SpaceImportConfig, SpaceShowConfig
 from elastic.config.train import ScheduleConfig, SequenceConfig, StageConfig, TrainConfig
@@ -20,7 +21,7 @@ from elastic.config.train import ScheduleConfig, SequenceConfig, StageConfig, Tr
 __all__ = [
     "AdapterConfig", "BudgetConfig", "CompensationConfig", "EvaluateConfig", "ExportConfig",
     "HfConfig", "LatencyConfig", "MergeAdapterConfig", "MergeConfig", "ModelConfig", "OloraConfig",
-    "ProloraConfig", "ScheduleConfig", "SearchConfig", "SequenceConfig", "SorsaConfig",
-    "SosLoraConfig", "SpaceImportConfig", "SpaceShowConfig", "StageConfig", "StudyConfig",
-    "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig",
+    "ProloraConfig", "RecoveryConfig", "ScheduleConfig", "SearchConfig", "SequenceConfig",
+    "SorsaConfig", "SosLoraConfig", "SpaceImportConfig", "SpaceShowConfig", "StageConfig",
+    "StudyConfig", "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig",
 ]  # fmt: skip

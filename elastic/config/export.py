@@ -11,6 +11,7 @@ from typing import Literal
 
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import GRAPHS, Graph, RoundedTo, TimingConfig
+from elastic.config.recovery import RecoveryConfig
 from elastic.errors import require
 
 
@@ -97,6 +98,9 @@ class ExportConfig:
     compensation: CompensationConfig = field(default_factory=CompensationConfig)
     """Of a sub-adapter that the search did not choose; what it chose is kept, or turned off by
     degrees of 0 alone."""
+    recover: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """The sub-adapter is trained on so before it is written, if held-out examples say that it is
+    better then; what the search recovered is written as it is."""
     merge: MergeConfig = field(default_factory=MergeConfig)
     hf: HfConfig = field(default_factory=HfConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
@@ -129,6 +133,16 @@ class ExportConfig:
             self.prove or plain,
             "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and "
             "nothing to merge, to pad or to make uniform",
+        )
+        require(
+            not (self.recover.steps and self.hf.uniform),
+            "recover and hf.uniform: another sub-adapter is written than the one trained on; train "
+            "on the uniform one with --sub_adapter, or leave one of them out",
+        )
+        require(
+            self.prove or not self.recover.steps,
+            "recover trains the model in memory, and prove false is for those that do not fit "
+            "there; leave one of them out",
         )
         require(
             re.fullmatch(r"[1-9]\d*[KMGT]B", self.hf.max_shard_size) is not None,

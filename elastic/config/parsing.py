@@ -24,6 +24,9 @@ if typing.TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
+SHORT = {r"adapter\.from": "adapter.taken_from", "recover": "recover.steps"}
+"""What the command line calls settings that cannot have these names."""
+
 # A setting is explained by the docstring under its field.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -39,7 +42,8 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = [f"--{dataclasses.fields(kind)[0].name}", arguments[0]]
-    arguments = [re.sub(r"^--adapter\.from(?==|$)", "--adapter.taken_from", a) for a in arguments]
+    for short, name in SHORT.items():
+        arguments = [re.sub(rf"^--{short}(?==|$)", f"--{name}", a) for a in arguments]
     parser = _parser(kind, prog)
     arguments = _with_values(kind, _with_recipes(_continuing(kind, arguments)))
     return _build(kind, parser, lambda: parser.parse_args(arguments))
@@ -87,7 +91,8 @@ def _continuing(kind: type, arguments: list[str]) -> list[str]:
     others = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
     what = Path(given.get("--sub_adapter", "next")).stem
     beside = [] if "--run" in given else ["--run", f"{run.rstrip('/')}-{what}"]
-    return ["--config", str(Path(run) / "config.yaml"), "--start_from", run, *beside, *others]
+    trained = ["--config", str(Path(run) / "config.yaml"), "--adapter.taken_from", "null"]
+    return [*trained, "--start_from", run, *beside, *others]
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require_graph
+from elastic.config.recovery import RecoveryConfig
 from elastic.errors import ConfigError, require
 
 Objective = Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params", "macs"]
@@ -117,6 +118,9 @@ class SearchConfig:
     """Stop evaluating a sub-adapter that loses to a cheaper one on the same examples; the largest
     probability of stopping one that is as accurate as all those. 0 evaluates all to the end."""
     compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    recover: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """The front is trained on so, and ranked again: front.json has every sub-adapter before and
+    after."""
     compress: list[RoundedTo] = field(default_factory=list)
     """Weights of so few bits as one more choice, at most one mode of every number of bits. Accuracy
     is that of the rounded weights, latency and memory those of compressed graphs: give

@@ -132,12 +132,18 @@ class TrainConfig:
         default_factory=lambda: ["rank", "width", "heads", "query_heads", "depth"]
     )
     """The order in which stages may open dimensions; an open one never closes."""
+    max_steps: int | None = None
+    """Ends training after so many optimiser steps, whatever the stages would take; the learning
+    rate goes down with them."""
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: Literal["stratified", "sandwich", "uniform", "lonas"] = "stratified"
-    """stratified: a target size first, then choices near it, and the maximal sub-adapter every
-    fourth time. sandwich: the maximal, the minimal and a stratified one in every step, which costs
-    more than two steps. uniform: every group draws on its own. lonas: as published, uniform for
-    every micro-batch, channels in no particular order, all open from the start."""
+    """stratified: a target size first, then choices near it, and the maximal sub-adapter now and
+    then (`maximal_every`). sandwich: the maximal, the minimal and a stratified one in every step,
+    which costs more than two steps. uniform: every group draws on its own. lonas: as published,
+    uniform for every micro-batch, channels in no particular order, all open from the start."""
+    maximal_every: int = 4
+    """Of stratified draws every this many is the maximal sub-adapter, which uniform ones hardly
+    ever train."""
     sample_each: Literal["auto", "step", "micro_batch", "process"] = "auto"
     """Draw once per optimiser step, anew for every micro-batch, or for every micro-batch of every
     process. auto: step, or micro_batch for `sampling: lonas`."""
@@ -175,8 +181,10 @@ class TrainConfig:
             self.sub_adapter is None or self.start_from is not None,
             "sub_adapter: name the run that it belongs to; give start_from (or --from RUN)",
         )
-        for name in ("batch_size", "accumulation", "save_steps", "order_examples"):
+        for name in ("batch_size", "accumulation", "save_steps", "order_examples", "maximal_every"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        most = self.max_steps
+        require(most is None or most >= 1, f"max_steps is {most}; at least 1")
         least = self.compensation_examples
         require(least >= 0, f"compensation_examples is {least}; at least 0")
         part = self.compensation_in_training

@@ -104,7 +104,7 @@ def evaluate_run(
         own = getattr(load_task(trained.task, trained.seed), config.split)
         sets = {config.split: own[: config.examples]}
     chosen = run.chosen(config.sub_adapter)
-    _, base, net = load_run(run)
+    _, base, net = load_run(run, chosen=chosen)
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
     if mode := chosen.compress:
         say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "

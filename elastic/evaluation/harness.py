@@ -84,8 +84,8 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
     else:
         from lm_eval.models.huggingface import HFLM
 
-        trained, base, net = load_run(run)
         chosen = run.chosen(config.sub_adapter)
+        trained, base, net = load_run(run, chosen=chosen)
         name, point = chosen.name, chosen.at(net.space, trained.seed)
         sub, device = point.as_dict(), str(base.model.device)
         made_up = compensated(run, net, base.tokenizer, chosen, point, config.compensation)

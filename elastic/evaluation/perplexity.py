@@ -84,7 +84,8 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
         raise DataMissing(f"text {config.text}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"text {config.text}: not UTF-8 text: {error.reason}") from None
-    _, base, net = load_run(run)
+    chosen = run.chosen(config.sub_adapter)
+    _, base, net = load_run(run, chosen=chosen)
     ids = base.tokenizer(text, verbose=False)["input_ids"]
     start = base.tokenizer.bos_token_id
     if ids and ids[0] == start:
@@ -93,7 +94,6 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
         start = None
     if len(ids) < 2:
         raise DataError(f"text {config.text}: {len(ids)} tokens; at least 2 are needed")
-    chosen = run.chosen(config.sub_adapter)
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
     with compensated(run, net, base.tokenizer, chosen, sub, config.compensation) as (model, _):
         losses, counts = window_losses(model, ids, config.window, start, label=name)

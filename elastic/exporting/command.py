@@ -78,7 +78,10 @@ def export(config: ExportConfig) -> Report:
     held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
     of_whom = chosen
     full_cost = Counter(net.model, net.space).full
+    full = compact(net, net.space.maximal())
     instead_of = merge = None
+    if chosen.recovery:
+        net.load_factors(read_factors(run.factors_of(chosen)))
     if config.hf.uniform:
         made_up, cut = held_out.best(chosen, sub)
         # With others to be merged, its accuracy alone would say nothing.
@@ -89,6 +92,8 @@ def export(config: ExportConfig) -> Report:
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         of_whom = Chosen(name)
         name = f"{name}-uniform"
+        if chosen.recovery:
+            net.load_factors(read_factors(run.super_adapter))
     name = f"{name}-merged" if others else name
     directory = run.export(config.name or name, sub, config.kinds)
 
@@ -107,9 +112,7 @@ def export(config: ExportConfig) -> Report:
             # What was fitted is in no supernet.
             asked = model if made_up.sequential else active
             probes = [proof.probe(asked, ids) for ids in inputs]
-    both: dict[Which, PreTrainedModel] = {
-        "compact": model, "full": compact(net, net.space.maximal())
-    }  # fmt: skip
+    both: dict[Which, PreTrainedModel] = {"compact": model, "full": full}
     formats: dict[str, proof.Result] = {}
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
@@ -151,6 +154,7 @@ def export(config: ExportConfig) -> Report:
             formats=formats,
             provenance=provenance(str(model.device)),
             samples=samples,
+            recovery=chosen.recovery if of_whom is chosen else None,
             instead_of=instead_of,
             merge=merge,
         )  # fmt: skip
@@ -250,9 +254,10 @@ def write_only(config: ExportConfig) -> Report:
     dtype = loading.stored_dtype(trained.model) or torch.float32
     as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     skeleton = loading.skeleton(trained.model, dtype)
-    net = load_super_adapter(skeleton, digest, run.super_adapter)
-    full_cost = Counter(net.model, net.space).full
     chosen = run.chosen(config.sub_adapter)
+    factors_of = run.factors_of(chosen)
+    net = load_super_adapter(skeleton, digest, factors_of)
+    full_cost = Counter(net.model, net.space).full
     name, sub = chosen.name, chosen.at(net.space, config.seed)
     made_up = _without_asking(chosen, net, sub, config)
     directory = run.export(config.name or name, sub, ["hf"])
@@ -260,7 +265,7 @@ def write_only(config: ExportConfig) -> Report:
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
-    factors = read_factors(run.super_adapter)
+    factors = read_factors(factors_of)
     head = {key: factors[key] for key in net.head}
     found = streamed(base, net, sub, head, made_up.degree)
     if reason := hf.why_not(found.model):

@@ -105,6 +105,8 @@ class Report:
     provenance: Mapping[str, Any]
     """As `elastic.provenance` has it."""
     samples: Sequence[Sample] = ()
+    recovery: Mapping[str, Any] | None = None
+    """What became of the sub-adapter when it was trained on, as `elastic.recovery` has it."""
     instead_of: Model | None = None
     """The sub-adapter whose place a uniform one takes."""
     merge: Mapping[str, Any] | None = None
@@ -126,10 +128,12 @@ class Report:
         """What report.json says."""
         instead = {"instead_of": self.instead_of.as_dict()} if self.instead_of else {}
         merge = {"merge": self.merge} if self.merge else {}
+        recovery = {"recovery": self.recovery} if self.recovery else {}
         paths = {name: {"path": path} for name, path in self.paths.items()}
         return {
             "verdict": verdict(self.formats),
             **self.model.as_dict(),
+            **recovery,
             **instead,
             **merge,
             "timing": as_plain(self.config.timing),
@@ -169,6 +173,8 @@ class Report:
         )
         if model.made_up != Compensated():
             yield _made_up(model.made_up)
+        if self.recovery:
+            yield _recovered(self.recovery)
         if model.accuracy.told:
             yield f"{model.accuracy.told} the search never saw"
         if self.instead_of:
@@ -239,6 +245,19 @@ def _made_up(made_up: Compensated) -> str:
         for what, loss in made_up.losses.items()
     ]
     return f"{told}; loss of held-out answers {', '.join(losses)}" if losses else told
+
+
+def _recovered(recovery: Mapping[str, Any]) -> str:
+    """What further training at its own size was worth, and what as much is to the full model."""
+    before, after = recovery["before"], recovery["after"]
+    full = recovery["maximal"]
+    taken = "" if recovery["taken"] else ", which was not taken"
+    return (
+        f"Recovery by {recovery['steps']} steps at its own size{taken}: accuracy "
+        f"{before['accuracy']:.1%} before, {after['accuracy']:.1%} after; loss of held-out answers "
+        f"{before['held_out_loss']:.4f}, {after['held_out_loss']:.4f}. The full model after as "
+        f"many: accuracy {full['before']['accuracy']:.1%}, {full['after']['accuracy']:.1%}"
+    )
 
 
 def _instead_of(chosen: Model, written: Model) -> str:

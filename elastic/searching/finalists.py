@@ -85,10 +85,13 @@ def finish(
         )
         for number, (one, score, timing) in enumerate(zip(chosen, scores, measured, strict=True), 1)
     ]
-    front = Front(run, members, objective.full, trials, config.costs, limits, timetables)
-    front.save()
     cut = objective.net.space
-    write_page(front, cut, belief.effects[: len(cut.groups)], run.report)
+    front = Front(
+        run, members, objective.full, trials, config.costs, limits, timetables, cut,
+        belief.effects[: len(cut.groups)],
+    )  # fmt: skip
+    front.save()
+    write_page(front)
     device = str(objective.net.model.device)
     about = {"settings": as_plain(config), "importance_trust": belief.trust, **provenance(device)}
     write_json(run.search / "about.json", about)

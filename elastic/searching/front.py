@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from elastic import plotting
 from elastic.console import wide
 from elastic.files import new_directory, write_json, write_text
@@ -19,7 +21,8 @@ from elastic.latency.measure import Measurement
 from elastic.run import Run
 from elastic.searching.budget import violations
 from elastic.searching.objective import Figures
-from elastic.spaces.bound import Candidate, SubAdapter
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
+from elastic.supernet.held_out import Compensated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,6 +117,13 @@ class Member(Evaluated):
     measured: Measured | None
     """None where the target is another machine."""
     best: bool = False
+    recovery: Mapping[str, Any] | None = None
+    """As `elastic.recovery` has it; None: it was not trained on."""
+
+    @property
+    def made_up(self) -> Compensated:
+        """As it was scored on the test split."""
+        return Compensated.of(self.test["compensation"])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -130,6 +140,7 @@ class Member(Evaluated):
             "memory_mb": self.figures.memory_mb,
             "params": self.figures.params,
             "macs": self.figures.macs,
+            **({"recovery": self.recovery} if self.recovery else {}),
             **self.candidate.as_dict(),
         }
 
@@ -150,6 +161,9 @@ class Front:
     """The budget, absolute."""
     timetables: Mapping[str | None, Timetable]
     """What the latencies come from, by compression."""
+    space: BoundSpace
+    effects: np.ndarray
+    """(groups, choices) what every choice is believed to add to the accuracy."""
 
     @property
     def best(self) -> Member:
@@ -187,7 +201,9 @@ class Front:
         more = [cost for cost in self.costs if cost in ("memory_mb", "macs")]
         decoding = ["decode ms"] if self.full.decode_ms else []
         weights = ["weights"] if len(self.timetables) > 1 else []
-        columns = ["", *weights, "test accuracy", "95 % interval", "prefill ms", *decoding]
+        recovered = ["before recovery"] if self.members[0].recovery else []
+        columns = ["", *weights, "test accuracy", "95 % interval", *recovered, "prefill ms"]
+        columns += decoding
         columns += ["params"]
         columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
         for column in columns:
@@ -200,6 +216,7 @@ class Front:
                 *(self.weights(member) for _ in weights),
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
+                *(f"{one['before']['accuracy']:.1%}" for one in [member.recovery] if one),
                 _ms(f.prefill_ms, measured.prefill_ms if measured else None, full.prefill_ms),
                 *(
                     _ms(f.decode_ms, measured.decode_ms if measured else None, full.decode_ms)
@@ -229,6 +246,8 @@ class Front:
             f"Accuracy on {n} test examples the search never saw. Latency: predicted, measured "
             f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
+        if recovery := self.members[0].recovery:
+            console.print(_recovered(recovery), markup=False)
         for timetable in self.timetables.values():
             console.print(timetable.describe(), markup=False)
         if over := self._over_as_measured():
@@ -311,6 +330,15 @@ class Front:
         axes.set_ylabel("accuracy, %")
         axes.legend(fontsize=8, loc="lower right")
         plotting.save(figure, path)
+
+
+def _recovered(recovery: Mapping[str, Any]) -> str:
+    """What further training was, and what the full model makes of it."""
+    before, after = (recovery["maximal"][when]["accuracy"] for when in ("before", "after"))
+    return (
+        f"Recovery: {recovery['steps']} steps each, kept where the loss of held-out answers is "
+        f"lower. The full model after as many: {after:.1%}, before {before:.1%}"
+    )
 
 
 def _ms(predicted: float, measured: float | None, full: float) -> str:

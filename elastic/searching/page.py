@@ -20,20 +20,18 @@ if TYPE_CHECKING:
     from elastic.spaces.bound import BoundSpace
 
 
-def write_page(front: Front, space: BoundSpace, effects: np.ndarray, path: Path) -> None:
-    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost.
-
-    `effects`, (groups, choices), is what every choice is believed to add to the accuracy.
-    """
+def write_page(front: Front) -> None:
+    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost."""
     from plotly.offline import get_plotlyjs
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(front, space, effects), allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(_data(front), allow_nan=False).replace("</", "<\\/")
     page = template.replace("/*DATA*/", data).replace("/*PLOTLY*/", get_plotlyjs())
-    write_text(path, page)
+    write_text(front.run.report, page)
 
 
-def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any]:
+def _data(front: Front) -> dict[str, Any]:
+    space = front.space
     numbers = {one.candidate: number for number, one in enumerate(front.trials)}
     names = {member.candidate: member.name for member in front.members}
     of_kind = dict.fromkeys(kinds(space))
@@ -79,13 +77,14 @@ def _data(front: Front, space: BoundSpace, effects: np.ndarray) -> dict[str, Any
                 "trial": numbers[member.candidate],
                 "accuracy": member.test["accuracy"],
                 "interval": list(member.test["accuracy_interval"]),
+                "before": member.recovery and member.recovery["before"]["accuracy"],
                 "measured": member.measured and asdict(member.measured),
             }
             for member in front.members
         ],
         "checks": list(_checks(front)),
         "volumes": _volumes(front.trials, front.costs[0]),
-        "costs": _costs(space, effects, list(of_kind), list(blocks)),
+        "costs": _costs(space, front.effects, list(of_kind), list(blocks)),
     }
 
 

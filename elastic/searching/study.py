@@ -147,7 +147,17 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     config = replace(config, objectives=config.objectives or begun)
     config = replace(config, objectives=config.chosen_objectives)  # in one order
     settings = as_plain(config)
-    for name in ("run", "study", "budget", "trials", "test_front", "batch_tokens", "table"):
+    unrelated = (
+        "run",
+        "study",
+        "budget",
+        "trials",
+        "test_front",
+        "batch_tokens",
+        "table",
+        "recover",
+    )
+    for name in unrelated:
         settings.pop(name)
     before = study.user_attrs.get("settings", settings)
     if "compensation" not in before:  # of an earlier version, which made up for nothing

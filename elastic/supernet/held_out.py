@@ -98,9 +98,15 @@ class HeldOut:
         them now, from as many of its training examples as training takes by default."""
         trained = run.config()
         pad, batch_size = tokenizer.pad_token_id, trained.batch_size
+
+        def batches(examples: Sequence[Example], size: int) -> list[dict[str, Tensor]]:
+            encoded = encode_all(tokenizer, examples, net.model)
+            return list(collated(encoded, size, pad, net.model.device))
+
+        held_out = cls(net, config, batches(task.validation[: config.examples], batch_size))
         if not config.is_on or not trained.compensation_examples:
             net.compensation = None
-            return cls(net, config, [])
+            return held_out
         net.compensation = net.compensation or saved_compensation(run.super_adapter)
         if net.compensation is None and net.space.reading:
             examples = task.train[: trained.compensation_examples]
@@ -112,12 +118,6 @@ class HeldOut:
             moments = net.compensation.moments
             room, device = config.room_mb * 1e6, net.model.device
             net.compensation = Compensation(moments, config.ridge, room, device)
-
-        def batches(examples: Sequence[Example], size: int) -> list[dict[str, Tensor]]:
-            encoded = encode_all(tokenizer, examples, net.model)
-            return list(collated(encoded, size, pad, net.model.device))
-
-        held_out = cls(net, config, batches(task.validation[: config.examples], batch_size))
         fitted = task.train[: config.fitted_examples]
         # At least two, one of which chooses the ridge.
         size = min(batch_size, max(1, len(fitted) // 2))

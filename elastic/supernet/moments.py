@@ -96,6 +96,7 @@ class Moments(Mapping[str, Tensor]):
     """Those that `save` wrote, read when asked for."""
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         self._file = safe_open(file, "pt")
         names = self._file.keys()
         self._sites = [n.removesuffix(f".{SCALE}") for n in names if n.endswith(f".{SCALE}")]

@@ -15,11 +15,11 @@ from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.config.model import Dtype
 from elastic.config.parsing import from_dict
 from elastic.errors import BaseMismatch, RunError
-from elastic.files import new_directory, read_json, write_json, write_text
+from elastic.files import new_directory, read_json, same_file, write_json, write_text
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.provenance import provenance
-from elastic.run import Run
+from elastic.run import Chosen, Run
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.moments import Moments, save
@@ -55,7 +55,9 @@ def save_super_adapter(
         factors = net.factor_state() if factors is None else factors
         save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
         save_file({k: v.contiguous() for k, v in net.order.items()}, building / ORDER)
-        if moments:
+        if isinstance(moments, Moments):
+            same_file(moments.file, building / MOMENTS)
+        elif moments:
             save(moments, building / MOMENTS)
         write_text(building / SPACE, yaml.safe_dump(net.declared.as_dict(), sort_keys=False))
         write_json(
@@ -121,14 +123,16 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
     return about
 
 
-def load_run(run: Run, dtype: Dtype | None = None) -> tuple[TrainConfig, loading.Base, Supernet]:
-    """Settings, base model (in `dtype`, else as trained) and supernet of a finished run;
-    BaseMismatch comes before weights load."""
-    config = run.config()
+def load_run(
+    run: Run, dtype: Dtype | None = None, chosen: Chosen | None = None
+) -> tuple[TrainConfig, loading.Base, Supernet]:
+    """Settings, base model (in `dtype`, else as trained) and supernet of a finished run, with the
+    factors of the chosen sub-adapter; BaseMismatch comes before weights load."""
+    config, directory = run.config(), run.factors_of(chosen)
     folder = loading.locate(config.model.path)
     digest = digest_of(folder)
-    read_super_adapter(run.super_adapter, digest)
+    read_super_adapter(directory, digest)
     wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
     model = loading.load_model(folder, wanted)
     base = loading.Base(model, loading.load_tokenizer(config.model), digest)
-    return config, base, load_super_adapter(model, digest, run.super_adapter)
+    return config, base, load_super_adapter(model, digest, directory)

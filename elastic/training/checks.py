@@ -107,7 +107,8 @@ def predecessor(config: TrainConfig) -> Run:
             f"apart, in this order, not {', '.join(config.model.classes) or 'none'}; set "
             "model.classes alike"
         )
-    if space_for(config).sections != before.space().sections:
+    taken = theirs.adapter.taken_from  # then the space is of the layers that it has
+    if taken is None and space_for(config).sections != before.space().sections:
         raise ConfigError(
             f"start_from: {before.path} was trained in another search space than {config.space}; "
             f"a sequence keeps one"

@@ -47,7 +47,7 @@ from elastic.training.checks import (
     with_classes,
 )
 from elastic.training.schedule import Schedule, examples_per_step
-from elastic.training.trainer import fit
+from elastic.training.trainer import fit, frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,9 @@ def train_one(config: TrainConfig) -> Run:
         return run
     check_trackers(config.report_to)
     refuse_sharded(config)
-    space = adopted.adapted(space_for(config), config)
+    before = predecessor(config) if config.start_from else None
+    adopting = before is not None and before.config().adapter.taken_from is not None
+    space = before.space() if before and adopting else adopted.adapted(space_for(config), config)
     requirements.require_training(config.model)
     if config.packing:
         requirements.require_packing(config.model)
@@ -86,7 +88,6 @@ def train_one(config: TrainConfig) -> Run:
     check(config.adapter, skeleton, bound)
     require_fits(skeleton, space, config.adapter.rank)
     refuse_differing_depths(config, bound)
-    before = predecessor(config) if config.start_from else None
     only = chosen = None
     if before and config.sub_adapter:
         ordered = bound.ordered(read_order(before.super_adapter))
@@ -114,8 +115,11 @@ def train_one(config: TrainConfig) -> Run:
     else:
         known = adopted.factors_of(base, config) if taken else None
         net = build(base.model, space, config, calibration=examples, pad=pad, known=known)
-    made_up = Compensated()
+    made_up, teacher = Compensated(), None
     if before and only and chosen:
+        teacher = frozen(net) if config.distill else None
+        if chosen.recovery:
+            net.load_factors(read_factors(before.factors_of(chosen)))
         with distributed.main_first():  # the moments of an earlier version's run are saved once
             held_out = HeldOut.of(before, net, base.tokenizer, task, CompensationConfig())
         # Of one process, as an order is. Training goes on in the supernet.
@@ -141,7 +145,7 @@ def train_one(config: TrainConfig) -> Run:
         with named_failure(run.checkpoints):
             trainer = fit(
                 net, config, schedule, examples, run,
-                pad=pad, only=only, degree=made_up.degree, watched=watched,
+                pad=pad, only=only, teacher=teacher, degree=made_up.degree, watched=watched,
             )  # fmt: skip
         factors, sharded = trainer.factors(), trainer.is_sharded
         rate = schedule.learning_rate(schedule.steps - 1)

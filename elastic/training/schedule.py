@@ -35,12 +35,13 @@ class Schedule:
     stages: Sequence[StageConfig]
     lr: ScheduleConfig
     steps_per_epoch: int
+    max_steps: int | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, examples: int, processes: int = 1) -> Schedule:
         """Of a run on so many examples; the last step of an epoch may have fewer than the rest."""
         steps = math.ceil(examples / examples_per_step(config, processes))
-        return cls(config.resolved_stages, config.lr, steps)
+        return cls(config.resolved_stages, config.lr, steps, config.max_steps)
 
     @property
     def epochs(self) -> int:
@@ -48,7 +49,8 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        whole = self.epochs * self.steps_per_epoch
+        return min(whole, self.max_steps or whole)
 
     def position(self, step: int) -> Position:
         """Of the global step, 0-based; steps past the end belong to the last stage."""
@@ -108,17 +110,20 @@ class Schedule:
         return BoundSpace(tuple(groups), space.targets)
 
 
-MAXIMAL_EVERY = 4
-"""Uniform draws never train the maximal sub-adapter, which then ends below smaller ones."""
-
-
 def visits(
-    mode: str, space: BoundSpace, schedule: Schedule, step: int, *, seed: int, draw: int = 0
+    mode: str,
+    space: BoundSpace,
+    schedule: Schedule,
+    step: int,
+    *,
+    seed: int,
+    draw: int = 0,
+    maximal_every: int = 4,
 ) -> tuple[SubAdapter, ...]:
     """What a step trains: a function of its number and the seed, so resuming needs no generator
     state. `draw` tells apart micro-batches or processes that draw on their own.
 
-    uniform: every open group draws on its own, as LoNAS does. stratified: every fourth draw is the
+    uniform: every open group draws on its own, as LoNAS does. stratified: every so many draws the
     maximal sub-adapter, the others have a target size of their own (`BoundSpace.stratified`).
     sandwich: the maximal, a stratified one and the minimal, all on the same examples (Yu and Huang
     2019, arXiv 1903.05134), at the cost of about 2.3 maximal ones.
@@ -132,6 +137,6 @@ def visits(
     if mode == "sandwich":
         three = (opened.maximal(), opened.stratified(generator), opened.minimal())
         return tuple(dict.fromkeys(three))
-    if (turn + draw) % MAXIMAL_EVERY == 0:
+    if (turn + draw) % maximal_every == 0:
         return (opened.maximal(),)
     return (opened.stratified(generator),)

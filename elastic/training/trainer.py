@@ -54,12 +54,14 @@ class ElasticTrainer(Trainer):
         schedule: Schedule,
         *,
         only: SubAdapter | None = None,
+        teacher: nn.Module | None = None,
         degree: float = 0.0,
         probe: Probe | None = None,
         **kwargs: Any,
     ) -> None:
-        """`only`: the one sub-adapter to train, taught by what the maximal one is now; `degree`:
-        how much of what is cut is made up for in every step."""
+        """`only`: the one sub-adapter to train; `teacher`: what `distill` learns from instead of
+        the maximal one as it trains; `degree`: how much of what is cut is made up for in every
+        step."""
         self.net = net
         self.config = config
         self.schedule = schedule
@@ -69,7 +71,7 @@ class ElasticTrainer(Trainer):
         self.pace = Pace()
         self._micro_batch = (0, 0)  # the optimiser step, and how many of its micro-batches are done
         self._visits: tuple[SubAdapter, ...] = (only or net.current,)
-        self._fixed_teacher = frozen(net) if only and config.distill else None
+        self._fixed_teacher = teacher
         self._teacher: Tensor | None = None  # its logits on this micro-batch
         self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
@@ -123,6 +125,7 @@ class ElasticTrainer(Trainer):
             self.state.global_step,
             seed=self.config.seed,
             draw=draw,
+            maximal_every=self.config.maximal_every,
         )
 
     def _fail(self, step: int, what: str, sub: SubAdapter, examples: Sequence[int]) -> None:
@@ -301,6 +304,7 @@ def fit(
     *,
     pad: int,
     only: SubAdapter | None = None,
+    teacher: nn.Module | None = None,
     degree: float = 0.0,
     watched: Sequence[Encoded] = (),
 ) -> ElasticTrainer:
@@ -316,6 +320,7 @@ def fit(
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         num_train_epochs=schedule.epochs,
+        max_steps=schedule.steps if schedule.max_steps else -1,
         learning_rate=1.0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -352,6 +357,7 @@ def fit(
         config,
         schedule,
         only=only,
+        teacher=teacher,
         degree=degree,
         probe=probe,
         args=arguments,

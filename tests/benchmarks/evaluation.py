@@ -19,6 +19,7 @@ from elastic.data import llm_adapters
 from elastic.data.task import Example
 from elastic.evaluation.evaluate import evaluate
 from elastic.run import Run
+from elastic.supernet.store import load_run
 from tests.benchmarks.common import report, sides
 
 EXAMPLES, TURNS, SLOW, FAST = 1000, 5, 4, 100
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("questions")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    _, base, net = Run(given.run).load()
+    _, base, net = load_run(Run(given.run))
     model, tokenizer = net.model, base.tokenizer
     asked = questions(given.questions, EXAMPLES)
     turn = {"scored": 0, "again (control)": 0, "generated": 0}

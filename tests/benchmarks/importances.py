@@ -26,6 +26,7 @@ from elastic.latency.latency_table import spearman
 from elastic.run import Run
 from elastic.searching.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
 from elastic.supernet.group_importance import group_importance
+from elastic.supernet.store import load_run
 from tests.benchmarks.common import report
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    config, base, net = Run(given.run).load()
+    config, base, net = load_run(Run(given.run))
     task, pad = load_task(config.task, config.seed), base.tokenizer.pad_token_id
 
     def batches(examples, size):

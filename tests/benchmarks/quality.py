@@ -4,10 +4,16 @@
         [--seeds 0] [--split validation] [--examples 400] [--save]
 
 Every variant takes the same 252 steps of 16 sequences (sandwich steps visit three sub-adapters) and
-is scored on the same examples at uniform widths, rank at its maximum: variants are compared on
-validation examples, what was chosen is reported on test examples that had no part in it. `plain` is
-LoRA at full size alone, cut afterwards in the same order of channels: the baseline that elastic
-training has to beat.
+is scored on the same examples at uniform widths, ranks whole: cut, and with what is cut made up for
+as the product does it (none, half or all of it, or fitted to the full model, as held-out examples
+say). Variants are compared on validation examples, what was chosen is reported on test examples
+that had no part in it.
+
+Rivals: `plain` is LoRA at full size alone, cut afterwards in the same order of channels, with the
+same compensation. `pruned` cuts the base model at once, in the order of Wanda's score summed over a
+column, makes up for it, and trains a LoRA at that size with the same steps, one model after another
+for every width. `recovered` trains a finished `staged` run on at every width, as
+`elastic search --recover` does, for a quarter of the steps.
 Runs and predictions are kept below RUNS, so hours may be interrupted.
 """
 
@@ -16,22 +22,26 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from elastic import TrainConfig
+from elastic import RecoveryConfig, SearchConfig, TrainConfig
+from elastic.config import CompensationConfig
 from elastic.config.parsing import parse
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json, write_json
+from elastic.recovery.recover import Asked, recover
 from elastic.run import Run
-from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
+from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
 from tests.benchmarks.common import report
 
 WIDTHS = (1.0, 0.75, 0.625, 0.5)
+STEPS = 252
 PLAIN = '--stages=[{"epochs": 3}]'
 VARIANTS = {
     "plain": [PLAIN],
@@ -41,6 +51,15 @@ VARIANTS = {
     "staged, lr 2e-3": ["--lr.base_lr", "2e-3"],
     "staged, dropout 0.1": ["--adapter.dropout", "0.1"],
     "staged, distilled": ["--distill", "0.5"],
+    "staged, maximal a third": ["--maximal_every", "3"],
+    "staged, whole ranks": [
+        "--progressivity=[width, rank]",
+        '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
+    ],
+    "staged, KL alone": ["--distill", "1"],
+    "staged, half made up for": ["--compensation_in_training", "0.5"],
+    "staged, all made up for": ["--compensation_in_training", "1"],
+    "staged, all made up for, KL alone": ["--compensation_in_training", "1", "--distill", "1"],
     "staged, uniform": ["--sampling", "uniform"],
     "staged, sandwich": ["--sampling", "sandwich"],
     "staged, sandwich, distilled": ["--sampling", "sandwich", "--distill", "0.5"],
@@ -49,6 +68,9 @@ VARIANTS = {
     "order: none": ["--order", "none"],
     "lonas": ["--sampling", "lonas"],
 }
+ALONE, RECOVERED = "pruned", "recovered"
+"""Rivals that are a model for every width."""
+CUT, MADE_UP = "cut", "made up for"
 DATA = {  # files of training and test examples, prompt, answer
     "agnews": (
         "continual/agnews.train", "continual/agnews.test", "News: {sentence:.80}\nTopic:", "label"
@@ -58,9 +80,11 @@ DATA = {  # files of training and test examples, prompt, answer
     ),
     "math": ("math/train", "math/mawps.test", "{instruction}\nAnswer:", "answer"),
 }  # fmt: skip
+Scores = Mapping[str, Mapping[float, Score]]
+"""By what is done about cut channels, and width."""
 
 
-def settings(data: Path, run: Path, task: str, variant: str, seed: int) -> TrainConfig:
+def settings(data: Path, run: Path, task: str, flags: Sequence[str], seed: int) -> TrainConfig:
     training, test, prompt, answer = DATA[task]
     return parse(TrainConfig, [
         "--run", str(run), "--task.name", "jsonl", "--task.prompt", prompt,
@@ -68,7 +92,7 @@ def settings(data: Path, run: Path, task: str, variant: str, seed: int) -> Train
         "--task.test", f"{data / test}.jsonl", "--task.train_examples", "1344",
         "--task.validation_examples", "400", "--task.test_examples", "1000",
         "--space", "llama", "--save_steps", "20", "--seed", str(seed),
-        "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", *VARIANTS[variant],
+        "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", *flags,
     ])  # fmt: skip
 
 
@@ -78,18 +102,94 @@ def at_width(space: BoundSpace, width: float) -> SubAdapter:
     return SubAdapter(tuple((g.name, (full if g.dim == "rank" else narrow)[g.name]) for g in space))
 
 
-def scores(run: Run, split: str, examples: int) -> dict[float, Score]:
+def scores(run: Run, split: str, examples: int, widths: Sequence[float] = WIDTHS) -> Scores:
     """Of a finished run at every width, from RUN/quality-SPLIT-N.json where it stands."""
     file = run.path / f"quality-{split}-{examples}.json"
+    found: dict[str, dict[str, list[bool]]] = read_json(file) if file.is_file() else {}
+    missing = [width for width in widths if str(width) not in found.get(MADE_UP, {})]
+    if missing:
+        config, base, net = load_run(run)
+        task = load_task(config.task, config.seed)
+        rows = getattr(task, split)[:examples]
+        held_out = HeldOut.of(run, net, base.tokenizer, task, CompensationConfig())
+        for width in missing:
+            sub = at_width(net.space, width)
+            made_up, model = held_out.refined(sub, held_out(sub))
+            print(f"{run.path}, width {width}: {made_up}", flush=True)
+            models = {MADE_UP: model}
+            if made_up != Compensated():
+                models[CUT] = held_out.model(sub, Compensated())
+            for way, each in models.items():
+                score = evaluate(each, base.tokenizer, rows, label=f"width {width} {way}")
+                found.setdefault(way, {})[str(width)] = list(score.correct)
+            found.setdefault(CUT, {}).setdefault(str(width), found[MADE_UP][str(width)])
+            write_json(file, found)
+    return {
+        way: {float(width): Score(tuple(right)) for width, right in by_width.items()}
+        for way, by_width in found.items()
+    }
+
+
+def trained(data: Path, runs: Path, task: str, variant: str, seed: int) -> Run:
+    name = variant.replace(": ", "-").replace(", ", "-").replace(" ", "-")
+    return train_one(settings(data, runs / task / f"{name}-{seed}", task, VARIANTS[variant], seed))
+
+
+def one_by_one(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
+    """`pruned`: the base model with an update of nothing, cut, made up for, then trained."""
+    nothing = ["--max_steps", "1", "--lr.base_lr", "1e-12", "--probe_steps", "0"]
+    base = train_one(settings(data, runs / task / f"base-{seed}", task, nothing, seed))
+    space = load_run(base)[2].space
+    for width in WIDTHS[1:]:
+        file = base.path / f"{width}.json"
+        write_json(file, at_width(space, width).as_dict())
+        alone = ["--start_from", str(base.path), "--sub_adapter", str(file), PLAIN]
+        run = runs / task / f"{ALONE}-{width}-{seed}"
+        yield width, train_one(settings(data, run, task, alone, seed))
+
+
+def scores_of_pruned(
+    data: Path, runs: Path, task: str, seed: int, split: str, examples: int
+) -> Scores:
+    plain = scores(trained(data, runs, task, "plain", seed), split, examples)
+    found = {1.0: plain[MADE_UP][1.0]}
+    for width, run in one_by_one(data, runs, task, seed):
+        file = run.path / f"quality-{split}-{examples}.json"
+        if not file.is_file():
+            config, base, net = load_run(run)
+            rows = getattr(load_task(config.task, config.seed), split)[:examples]
+            degree = read_json(run.sub_adapter)["compensation"]["degree"]
+            with net.active(at_width(net.space, width), degree) as model:
+                score = evaluate(model, base.tokenizer, rows, label=f"{ALONE} {width}")
+            write_json(file, list(score.correct))
+        found[width] = Score(tuple(read_json(file)))
+    return {MADE_UP: found}
+
+
+def scores_of_recovered(
+    data: Path, runs: Path, task: str, seed: int, split: str, examples: int
+) -> Scores:
+    run = trained(data, runs, task, "staged", seed)
+    file = run.path / f"quality-recovered-{split}-{examples}.json"
     if not file.is_file():
         config, base, net = load_run(run)
-        rows = getattr(load_task(config.task, config.seed), split)[:examples]
+        examples_of = load_task(config.task, config.seed)
+        held_out = HeldOut.of(run, net, base.tokenizer, examples_of, CompensationConfig())
+        subs = {width: at_width(net.space, width) for width in WIDTHS[1:]}
+        asked = [
+            Asked(f"{width}", Candidate(sub), held_out(sub), {}) for width, sub in subs.items()
+        ]
+        wanted = SearchConfig(recover=RecoveryConfig(steps=STEPS // 4))
+        entries = recover(run, asked, wanted)
+        rows = getattr(examples_of, split)[:examples]
         found = {}
-        for width in WIDTHS:
-            with net.active(at_width(net.space, width)):
-                found[width] = evaluate(net.model, base.tokenizer, rows, label=f"width {width}")
-        write_json(file, {str(width): list(score.correct) for width, score in found.items()})
-    return {float(width): Score(tuple(right)) for width, right in read_json(file).items()}
+        for (width, sub), entry in zip(subs.items(), entries, strict=True):
+            _, _, mine = load_run(Run(run.recovered / entry["folder"]))
+            with mine.active(sub, entry["after"]["compensation"]["degree"]) as model:
+                score = evaluate(model, base.tokenizer, rows, label=f"{RECOVERED} {width}")
+            found[str(width)] = list(score.correct)
+        write_json(file, found)
+    return {MADE_UP: {float(w): Score(tuple(right)) for w, right in read_json(file).items()}}
 
 
 def difference(mine: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, float]:
@@ -107,38 +207,47 @@ def difference(mine: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    names = [*VARIANTS, ALONE, RECOVERED]
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--task", choices=DATA, default="agnews")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    found: dict[str, dict[float, list[Score]]] = {}
+    found: dict[str, list[Scores]] = {}
     for variant in given.variants:
-        each = []
         for seed in given.seeds:
-            run = given.runs / given.task / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
-            trained = train_one(settings(given.data, run, given.task, variant, seed))
-            each.append(scores(trained, given.split, given.examples))
-        found[variant] = {width: [one[width] for one in each] for width in WIDTHS}
-    rows = {}
-    for variant, by_width in found.items():
-        rows[variant] = {
-            f"{width:g}": statistics.mean(score.accuracy for score in by_width[width])
-            for width in WIDTHS
-        }
-        if "plain" in found:
-            for width in WIDTHS:
-                mean, half = difference(by_width[width], found["plain"][width])
-                rows[variant] |= {f"{width:g} - plain": mean, f"± {width:g}": half}
+            where = (given.data, given.runs, given.task)
+            if variant == ALONE:
+                each = scores_of_pruned(*where, seed, given.split, given.examples)
+            elif variant == RECOVERED:
+                each = scores_of_recovered(*where, seed, given.split, given.examples)
+            else:
+                run = trained(*where, variant, seed)
+                each = scores(run, given.split, given.examples)
+            found.setdefault(variant, []).append(each)
+    table = {}
+    for variant, seeds in found.items():
+        for way in seeds[0]:
+            mine = {width: [one[way][width] for one in seeds] for width in seeds[0][way]}
+            table[f"{variant}, {way}"] = row = {
+                f"{width:g}": statistics.mean(score.accuracy for score in of_width)
+                for width, of_width in mine.items()
+            }
+            if "plain" in found:
+                for width, of_width in mine.items():
+                    plain = [one[MADE_UP][width] for one in found["plain"]]
+                    mean, half = difference(of_width, plain)
+                    row |= {f"{width:g} - plain": mean, f"± {width:g}": half}
     report(
         "quality",
-        f"{given.task}, SmolLM2-135M, 252 steps of 16, n = {given.examples} of {given.split}, seeds"
-        f" {given.seeds}, accuracy by uniform width, and paired differences from plain cut as much",
-        rows, save=given.save, result=f"quality-{given.task}-{given.split}",
+        f"{given.task}, SmolLM2-135M, {STEPS} steps of 16, n = {given.examples} of {given.split}, "
+        f"seeds {given.seeds}, accuracy by uniform width, and paired differences from plain LoRA "
+        "cut as much, with what is cut made up for",
+        table, save=given.save, result=f"quality-{given.task}-{given.split}",
         command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][2],
     )  # fmt: skip
 

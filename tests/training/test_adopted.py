@@ -84,6 +84,14 @@ def test_it_is_searched_and_exported_like_any_other(taken, fake_latency):
     assert report.proved["hf"].exact.greedy_tokens_equal
 
 
+def test_one_of_its_sub_adapters_is_trained_on(taken, tmp_path):
+    _, run = taken
+    flags = ["--from", str(run.path), "--run", str(tmp_path / "on"), "--sub_adapter", "minimal"]
+    on = train(parse(TrainConfig, [*flags, "--max_steps", "1"]))
+    assert on.config().adapter.taken_from is None and on.space().sections == run.space().sections
+    assert read_json(on.super_adapter / "about.json")["steps"] == 1
+
+
 def test_running_it_again_finds_it_finished(taken, capsys):
     _, run = taken
     before = (run.super_adapter / "factors.safetensors").stat().st_mtime_ns

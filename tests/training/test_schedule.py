@@ -187,3 +187,12 @@ def test_unset_stages_follow_the_sampling():
     own = TrainConfig(sampling="lonas", order="norm", sample_each="step", stages=[StageConfig()])
     assert (own.resolved_order, own.draw_for) == ("norm", "step")
     assert own.resolved_stages == [StageConfig()]
+
+
+def test_a_limit_ends_training_and_the_rate_with_it():
+    stages, lr = [StageConfig(epochs=3)], ScheduleConfig(base_lr=1e-3)
+    limited, whole = (Schedule(stages, lr, 10, most) for most in (7, 99))
+    assert (limited.steps, whole.steps) == (7, 30)
+    rates = [limited.learning_rate(step) for step in range(8)]
+    assert rates == sorted(rates, reverse=True) and rates[7] == 0.0
+    assert rates[3] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 3 / 7)))

@@ -20,6 +20,7 @@ from elastic.config import (
 )
 from elastic.data.encoding import encode_all
 from elastic.errors import ConfigError, DataError, ModelError, RunError
+from elastic.files import read_json
 from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.run import Run
@@ -165,8 +166,8 @@ def visits(monkeypatch):
     seen, drawn = [], []
     visits, compute_loss = trainer.visits, ElasticTrainer.compute_loss
 
-    def spied(mode, space, schedule, step, *, seed, draw=0):
-        [sub] = visits(mode, space, schedule, step, seed=seed, draw=draw)
+    def spied(mode, space, schedule, step, *, draw=0, **settings):
+        [sub] = visits(mode, space, schedule, step, draw=draw, **settings)
         drawn.append((step, draw, sub))
         return (sub,)
 
@@ -339,6 +340,13 @@ def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
     for site, layer in layers:
         assert before[f"{site}.adapter.B"].abs().max() == 0
         assert layer.adapter.B.abs().max() > 0
+
+
+@pytest.mark.parametrize(("most", "steps"), [(3, 3), (6, 6), (99, 8)])
+def test_max_steps_ends_it_within_an_epoch_or_after_one(tiny_folder, tmp_path, most, steps):
+    run = train_one(train_config(tiny_folder, tmp_path / "run", max_steps=most))
+    assert [row["step"] for row in metrics(run) if "loss" in row][-1] == steps
+    assert read_json(run.super_adapter / "about.json")["steps"] == steps
 
 
 def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import ScheduleConfig, StageConfig
-from elastic.training.schedule import MAXIMAL_EVERY, Schedule, visits
+from elastic.training.schedule import Schedule, visits
 from tests.helpers import tiny
 
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
@@ -75,10 +75,12 @@ def test_uniform_draws_are_uniform_and_independent():
         assert chi_square < 60, (a.name, b.name)  # at most 15 degrees: p < 1e-6
 
 
-def test_stratified_is_maximal_every_fourth_turn_and_reaches_both_ends():
-    draws = [draw("stratified", SPACE, OPEN, step, seed=0) for step in range(400)]
-    assert all(sub == SPACE.maximal() for sub in draws[::MAXIMAL_EVERY])
-    others = [sub for turn, sub in enumerate(draws) if turn % MAXIMAL_EVERY]
+@pytest.mark.parametrize("every", [3, 4])
+def test_stratified_is_maximal_every_few_turns_and_reaches_both_ends(every):
+    settings = {"seed": 0, "maximal_every": every}
+    draws = [draw("stratified", SPACE, OPEN, step, **settings) for step in range(400)]
+    assert all(sub == SPACE.maximal() for sub in draws[::every])
+    others = [sub for turn, sub in enumerate(draws) if turn % every]
     assert sum(sub == SPACE.maximal() for sub in others) < len(others) / 4
     assert SPACE.minimal() in others
     shares = [share(sub) for sub in others]

@@ -1,0 +1,98 @@
+"""`elastic search` and `elastic export`, with what `--recover STEPS` does to what they choose."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from elastic.config import ExportConfig, SearchConfig
+from elastic.data import load_task
+from elastic.exporting import command as exporting
+from elastic.exporting.report import Report
+from elastic.files import write_json
+from elastic.recovery.recover import Asked, recover
+from elastic.run import Run
+from elastic.searching import study
+from elastic.searching.finalists import COMPENSATION, best_of
+from elastic.searching.front import Front, Member
+from elastic.searching.page import write_page
+from elastic.spaces.bound import Candidate
+from elastic.supernet.held_out import HeldOut
+from elastic.supernet.store import load_run
+
+
+def search(config: SearchConfig) -> Front:
+    """Search, and with `recover` train the front on, score it again and choose the best one anew;
+    as `elastic.searching.study.search` otherwise."""
+    front = study.search(config)
+    if not config.recover.steps:
+        return front
+    gc.collect()  # the supernet of the search, before training loads another
+    members = front.members
+    asked = [
+        Asked(one.name, one.candidate, one.made_up, _known(one, front.full.accuracy_n))
+        for one in members
+    ]
+    entries = recover(front.run, asked, config)
+    again = [_judged_again(*pair) for pair in zip(members, entries, strict=True)]
+    measured = [member.measured for member in again]
+    best = best_of(again, measured, front.costs[0], front.limits)
+    again = [replace(one, best=number == best) for number, one in enumerate(again, 1)]
+    front = replace(front, members=again)
+    front.save()
+    write_page(front)
+    return front
+
+
+def _known(member: Member, examples: int) -> dict[str, Any]:
+    """What the search has asked already: not validation, if it stopped asking early."""
+    known = {name: value for name, value in member.test.items() if name != COMPENSATION}
+    if member.figures.accuracy_n == examples:
+        known["validation_accuracy"] = member.figures.accuracy
+    return known
+
+
+def _judged_again(member: Member, entry: Mapping[str, Any]) -> Member:
+    if not entry["taken"]:
+        return replace(member, recovery=entry)
+    after = entry["after"]
+    gain = after["validation_accuracy"] - entry["before"]["validation_accuracy"]
+    return replace(
+        member,
+        figures=replace(member.figures, accuracy=after["validation_accuracy"]),
+        # On the same examples, whose noise the estimate has lost already.
+        estimate=min(1.0, max(0.0, member.estimate + gain)),
+        test={name: after[name] for name in member.test},
+        recovery=entry,
+    )
+
+
+def export(config: ExportConfig) -> Report:
+    """Export, with `recover` what the sub-adapter is after further training if held-out examples
+    say that it is better; as `elastic.exporting.command.export` otherwise."""
+    if not config.recover.steps:
+        return exporting.export(config)
+    run = Run(config.run)
+    asked = _asked(run, config)
+    [entry] = recover(run, [asked], config)
+    now = entry["after" if entry["taken"] else "before"]
+    file = run.recovered / entry["folder"] / f"{asked.name}.json"
+    known = {COMPENSATION: now[COMPENSATION], "recovery": entry}
+    write_json(file, {**asked.candidate.as_dict(), **known})
+    return exporting.export(replace(config, sub_adapter=str(file)))
+
+
+def _asked(run: Run, config: ExportConfig) -> Asked:
+    """As it would be exported without."""
+    chosen = run.chosen(config.sub_adapter)
+    if chosen.recovery:  # by the search
+        before = chosen.recovery["before"][COMPENSATION]
+        chosen = replace(chosen, compensation=before, recovery=None)
+    trained, base, net = load_run(run)
+    task = load_task(trained.task, trained.seed)
+    sub = chosen.at(net.space, config.seed)
+    held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
+    made_up, _ = held_out.best(chosen, sub)
+    return Asked(chosen.name, Candidate(sub, chosen.compress), made_up, {})
