@@ -30,7 +30,8 @@ class TimingConfig:
     """Decode steps per round; a classifier has none."""
     batch: int = 1
     rounds: int = 5
-    """At least this many rounds; more until IQR / median < 0.1."""
+    """At least this many rounds; more until IQR / median < 0.1 and the control is within the
+    tolerance."""
     max_rounds: int = 20
     """At most this many."""
     tolerance: float = 0.03

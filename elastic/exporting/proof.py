@@ -25,7 +25,6 @@ from elastic.latency.measure import (
     Bounds,
     Latency,
     Measurement,
-    calmest,
     clock_of,
     measure,
 )
@@ -312,20 +311,19 @@ def prove(
 
 
 def timed(kind: str, source: Source, runner: Runner) -> Measurement:
-    """Beside the full model, which takes turns with it; what is measured in peace, or the calmest
-    of a few attempts."""
+    """Beside the full model, which takes turns with it."""
     format, timing = FORMATS[kind], source.config.timing
     runners = {
         REFERENCE: format.timed(source, format.full(source, kind)),
         CANDIDATE: format.timed(source, runner),
     }
-    return calmest(lambda: measure(
+    return measure(
         runners,
         timing,
         vocabulary=source.models["compact"].config.vocab_size,
         seed=source.config.seed,
         clock=clock_of(torch.device(format.device(source))),
-    ))  # fmt: skip
+    )
 
 
 def weighed(kind: str, source: Source, directory: Path) -> Weighed:

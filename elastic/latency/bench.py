@@ -14,7 +14,7 @@ import torch
 from elastic.config import TimingConfig
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
-from elastic.latency.measure import REFERENCE, Measurement, calmest, clock_of, measure, state_of
+from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
@@ -66,10 +66,10 @@ class Bench:
             with contextlib.ExitStack() as files:
                 runners = {REFERENCE: self._full, CANDIDATE: self._open(candidate, files)}
                 vocabulary = self.net.model.config.vocab_size
-                self._found[key] = calmest(lambda: measure(
+                self._found[key] = measure(
                     runners, self.timing, vocabulary=vocabulary, seed=self.seed,
                     clock=clock_of(self.device),
-                ))  # fmt: skip
+                )  # fmt: skip
                 self.state = state_of(self.device)
         return self._found[key]
 

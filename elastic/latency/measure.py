@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 REFERENCE, CONTROL = "full", "control"
-ATTEMPTS = 3
-"""To measure in peace; then the one counts whose control differed least."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,9 @@ def measure(
     """Time every runner; `runners` names the reference "full". `clock` gives seconds.
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
-    last, until every IQR / median is below 0.1 or `max_rounds` is reached. A turn begins with a
-    prefill that is not timed: threads of the runner before it may still be spinning.
+    last, until every IQR / median is below 0.1 and the control within the tolerance, at most
+    `max_rounds`: a busy machine takes more of them, and all count. A turn begins with a prefill
+    that is not timed: threads of the runner before it may still be spinning.
     """
     turns = {**runners, CONTROL: runners[REFERENCE]}
     generator = np.random.default_rng(seed)
@@ -122,7 +121,8 @@ def measure(
             prefill[name].append(first)
             decode[name].append(each)
         steady = all(_spread(times) < 0.1 for kind in (prefill, decode) for times in kind.values())
-        if round_number >= config.rounds and steady:
+        control = max(_differs(prefill), _differs(decode))
+        if round_number >= config.rounds and steady and control <= config.tolerance:
             break
     latencies = {
         name: Latency(
@@ -141,17 +141,7 @@ def measure(
     }
     bounds = {name: Bounds(between(first), between(each)) for name, (first, each) in within.items()}
     latencies.pop(CONTROL)
-    control = max(_differs(prefill), _differs(decode))
     return Measurement(latencies, control, round_number, config.tolerance, ratios, bounds)
-
-
-def calmest(attempt: Callable[[], Measurement]) -> Measurement:
-    """The first of ATTEMPTS that can be trusted; if none can, the one whose control differed
-    least."""
-    found = [attempt()]
-    while len(found) < ATTEMPTS and not found[-1].trusted:
-        found.append(attempt())
-    return min(found, key=lambda each: each.control)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

@@ -138,38 +138,14 @@ def test_what_a_busy_machine_says_is_told_and_not_kept(
     assert "too busy to trust" in said and "2 of 2 measurements cannot be trusted" in said
 
 
-def in_turn(monkeypatch, *controls: float) -> list[float]:
-    """Measurements differ from themselves by these, the last one for good; what is left of them."""
-    left = list(controls)
-
-    def measured(*args, **kwargs):
-        found = fake_measure(*args, **kwargs)
-        control = left.pop(0) if len(left) > 1 else left[0]
-        return replace(found, control=control)
-
-    monkeypatch.setattr(bench, "measure", measured)
-    return left
-
-
-def test_a_busy_moment_is_waited_for(trained, monkeypatch):
-    net = load_run(trained)[2]
-    sub = net.space.minimal()
-    for controls, expected, unused in (
-        ((0.5, 0.01, 0.4, 0.3), 0.01, 2),
-        ((0.5, 0.2, 0.4, 0.01), 0.2, 1),
-        ((0.02, 0.01), 0.02, 1),
-    ):
-        left = in_turn(monkeypatch, *controls)
-        with Bench(net, ONE_ROUND) as timed:
-            assert timed(Candidate(sub)).control == expected
-        assert len(left) == unused
-
-
 @pytest.mark.parametrize("table", [False, True])
 def test_latency_is_refused_on_a_busy_machine(
     trained, monkeypatch, tmp_path, nothing_known, capsys, table
 ):  # fmt: skip
-    in_turn(monkeypatch, 0.25)
+    def busy(*args, **kwargs):
+        return replace(fake_measure(*args, **kwargs), control=0.25)
+
+    monkeypatch.setattr(bench, "measure", busy)
     file = tmp_path / "table.json"
     command = ["latency", str(trained.path), "--sub_adapter", "minimal"]
     command += ["--save", str(file)] if table else []

@@ -195,6 +195,24 @@ def test_rounds_end_once_the_spread_is_small():
     assert rounds_taken(lambda own: times[own], rounds=3, max_rounds=20) == expected
 
 
+@pytest.mark.parametrize(("most", "rounds", "trusted"), [(20, 9, True), (7, 7, False)])
+def test_a_control_that_differs_takes_more_rounds_and_all_of_them_count(most, rounds, trusted):
+    """The reference is slower as its own control in the first four rounds; with the ninth they are
+    the fewer ones."""
+
+    def slow(own, _):
+        return 1.08 if own % 4 in (2, 3) and own < 8 else 1.0
+
+    machine = Machine()
+    runners = [
+        FakeRunner(machine, "full", 0.010, 0.010, slow),
+        FakeRunner(machine, "a", 0.005, 0.005, lambda own, _: 1.05 if own < 6 else 1.0),
+    ]
+    found = run(machine, runners, timing(rounds=3, max_rounds=most))
+    assert (found.rounds, found.trusted) == (rounds, trusted)
+    assert found.latencies["a"].prefill_ms == pytest.approx(5.25)  # five of all rounds
+
+
 def test_prompt_batch_and_tokens_reach_the_runner():
     machine = Machine()
     runners = [FakeRunner(machine, name, 0.01, 0.01) for name in ("full", "a")]
