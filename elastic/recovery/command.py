@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import ExportConfig, SearchConfig
 from elastic.data import load_task
-from elastic.exporting import command as exporting
-from elastic.exporting.report import Report
 from elastic.files import write_json
 from elastic.recovery.recover import Asked, recover
 from elastic.run import Run
@@ -21,6 +19,9 @@ from elastic.searching.page import write_page
 from elastic.spaces.bound import Candidate
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import load_run
+
+if TYPE_CHECKING:
+    from elastic.exporting.report import Report
 
 
 def search(config: SearchConfig) -> Front:
@@ -72,6 +73,8 @@ def _judged_again(member: Member, entry: Mapping[str, Any]) -> Member:
 def export(config: ExportConfig) -> Report:
     """Export, with `recover` what the sub-adapter is after further training if held-out examples
     say that it is better; as `elastic.exporting.command.export` otherwise."""
+    from elastic.exporting import command as exporting  # a search does without
+
     if not config.recover.steps:
         return exporting.export(config)
     run = Run(config.run)

@@ -32,7 +32,6 @@ from elastic.run import Run, as_plain
 from elastic.spaces.bound import Candidate
 from elastic.supernet.held_out import Compensated, HeldOut, mean_loss
 from elastic.supernet.store import load_run, read_factors
-from elastic.training.one_task import train_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,13 +74,7 @@ def recover(
         for number, (one, folder) in enumerate(zip(everyone, folders, strict=True), 1):
             if not Run(run.recovered / folder).super_adapter.is_dir():
                 say(f"Recovering {one.name} ({number} of {len(everyone)})")
-                try:
-                    train_one(_settings(run, trained, one, folder, config))
-                except TrainingError as error:
-                    raise TrainingError(
-                        f"recovering {one.name}: {error}. Its rate is recover.base_lr"
-                    ) from None
-                gc.collect()  # the next one loads the base model anew
+                _train(one, _settings(run, trained, one, folder, config))
         *scores, maximal = _scores(run, everyone, folders, config)
         for left in run.recovered.iterdir():  # of one that failed, or was given up
             if left.is_dir() and not Run(left).super_adapter.is_dir():
@@ -143,6 +136,18 @@ def _settings(
         tasks=[],
         report_to=[],
     )
+
+
+def _train(one: Asked, config: TrainConfig) -> None:
+    from elastic.training.one_task import train_one  # takes seconds, and few searches need it
+
+    try:
+        train_one(config)
+    except TrainingError as error:
+        raise TrainingError(
+            f"recovering {one.name}: {error}. Its rate is recover.base_lr"
+        ) from None
+    gc.collect()  # the next one loads the base model anew
 
 
 def _scores(

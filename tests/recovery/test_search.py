@@ -87,7 +87,7 @@ def test_a_name_of_the_front_means_it_as_recovered(recovered):
 def test_the_same_command_again_trains_and_scores_nothing(recovered, monkeypatch):
     run, _, _ = recovered
     before = searches.front_of(run)
-    monkeypatch.setattr(recover, "train_one", None)
+    monkeypatch.setattr(recover, "_train", None)
     monkeypatch.setattr(recover, "evaluate", None)
     search(wanted(run))
     assert searches.front_of(run) == before
