@@ -18,6 +18,8 @@ class CompensationConfig:
     sequential: bool = True
     """Fit finalists of a search, and what is exported, to the full model block after block, too,
     where that lowers the held-out loss."""
+    every_trial: bool = False
+    """Fit every trial of a search so, too: worth it where evaluating takes longer than fitting."""
     fitted_examples: int = 64
     """Training examples that this sees."""
     examples: int = 64
@@ -34,6 +36,10 @@ class CompensationConfig:
         for name in ("examples", "fitted_examples"):
             value = getattr(self, name)
             require(value >= 1, f"compensation.{name} is {value}; at least 1")
+        require(
+            self.sequential or not self.every_trial,
+            "compensation.every_trial: nothing is fitted with compensation.sequential false",
+        )
         require(self.ridge > 0, f"compensation.ridge is {self.ridge}; it must be positive")
         require(self.room_mb >= 0, f"compensation.room_mb is {self.room_mb}; at least 0")
 

@@ -47,8 +47,10 @@ class Figures:
     macs: int
     degree: float = 0.0
     """How much of what it cuts it makes up for."""
+    sequential: bool = False
+    """Whether it was fitted to the full model on top of that."""
     held_out_losses: Mapping[str, float] = field(default_factory=dict)
-    """By degree, what decided that: mean loss of an answer token."""
+    """What decided that, by degree and when fitted: mean loss of an answer token."""
     correct: str = ""
     """One digit per example seen, 1 where it was right, in an order of the examples that all
     trials of a study share."""
@@ -56,7 +58,7 @@ class Figures:
     @property
     def made_up(self) -> Compensated:
         """As the search evaluated it."""
-        return Compensated(self.degree, losses=self.held_out_losses)
+        return Compensated(self.degree, self.sequential, self.held_out_losses)
 
     def budget_values(self) -> dict[str, float]:
         """By the names of `BudgetConfig`."""
@@ -66,7 +68,7 @@ class Figures:
 
     def numbers(self) -> dict[str, float]:
         """All that is a number and no setting."""
-        others = ("degree", "held_out_losses", "correct")
+        others = ("degree", "sequential", "held_out_losses", "correct")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,11 +113,15 @@ class Objective:
         """The same, whether it is known or not."""
         costs = self.costs(candidate)
         made_up = self.held_out(candidate.sub_adapter)
-        model = self.model(candidate, made_up)
+        if self.config.compensation.every_trial:
+            made_up, model = self.held_out.refined(candidate.sub_adapter, made_up)
+            model = self.rounded(model, candidate)
+        else:
+            model = self.model(candidate, made_up)
         correct, accuracy = self._race(model, self._rivals(costs, rivals))
         return Figures(
             accuracy=accuracy, accuracy_n=len(correct), correct=correct, degree=made_up.degree,
-            held_out_losses=made_up.losses, **costs,
+            sequential=made_up.sequential, held_out_losses=made_up.losses, **costs,
         )  # fmt: skip
 
     def model(self, candidate: Candidate, made_up: Compensated) -> PreTrainedModel:

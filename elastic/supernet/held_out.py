@@ -147,7 +147,9 @@ class HeldOut:
 
     def refined(self, sub: SubAdapter, made_up: Compensated) -> tuple[Compensated, PreTrainedModel]:
         """With the fit to the full model, if the held-out examples say that it is better, and the
-        model that is then."""
+        model that is then; asked once."""
+        if SEQUENTIAL in made_up.losses:
+            return made_up, self.model(sub, made_up)
         net, small = self.net, compact(self.net, sub, made_up.degree)
         tried = self.config.sequential and can_fit(net.model)
         if not tried or net.compensation is None or not net.cuts(sub):

@@ -169,3 +169,20 @@ def test_a_killed_run_that_makes_up_for_cuts_ends_like_one_that_was_not(along, m
     assert_same_factors(whole, resumed)
     files = [run.super_adapter / MOMENTS for run in (whole, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("every_trial", [False, True])
+def test_every_trial_is_fitted_where_that_is_wanted(trained, fake_latency, tmp_path, every_trial):
+    """Then the search evaluates what the front is scored as, and an export fits the same again."""
+    run = copy_run(trained, tmp_path / "run")
+    wanted = CompensationConfig(degrees=[1.0], every_trial=every_trial)
+    front = search(searches.config(run, compensation=wanted))
+    fitted = {one.candidate: one.figures.sequential for one in front.trials}
+    assert any(fitted.values()) == every_trial
+    for member in front.members:
+        assert member.made_up.sequential >= fitted[member.candidate]
+        if every_trial:
+            assert member.made_up == member.figures.made_up
+    member = next(one for one in front.members if one.made_up.sequential)
+    report = export(exports.config(run, sub_adapter=member.name, compensation=wanted))
+    assert report.model.made_up == member.made_up
