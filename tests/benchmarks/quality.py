@@ -43,6 +43,10 @@ from tests.benchmarks.common import report
 WIDTHS = (1.0, 0.75, 0.625, 0.5)
 STEPS = 252
 PLAIN = '--stages=[{"epochs": 3}]'
+WHOLE_RANKS = [
+    "--progressivity=[width, rank]",
+    '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
+]
 VARIANTS = {
     "plain": [PLAIN],
     "staged": [],
@@ -52,9 +56,13 @@ VARIANTS = {
     "staged, dropout 0.1": ["--adapter.dropout", "0.1"],
     "staged, distilled": ["--distill", "0.5"],
     "staged, maximal a third": ["--maximal_every", "3"],
-    "staged, whole ranks": [
-        "--progressivity=[width, rank]",
-        '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
+    "staged, whole ranks": WHOLE_RANKS,
+    "staged, whole ranks, all made up for, KL alone": [
+        *WHOLE_RANKS,
+        "--compensation_in_training",
+        "1",
+        "--distill",
+        "1",
     ],
     "staged, KL alone": ["--distill", "1"],
     "staged, half made up for": ["--compensation_in_training", "0.5"],
