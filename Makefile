@@ -60,12 +60,16 @@ $(VENV)/demo-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-compile $(SMOLLM2)
 	@touch $@
 
-# What the demo uses and nothing else.
+# What the demo uses and nothing else. uv takes half of pip's time, but reads no pip.conf.
+comma := ,
+FASTER = $(DEMO)/bin/uv pip install --quiet --python $(DEMO)/bin/python $(1) || \
+	$(DEMO)/bin/python -m pip install --quiet --no-compile $(1)
 $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet --no-compile $(TORCH)
-	$(DEMO)/bin/python -m pip install --quiet --no-compile -e '.[onnx,openvino]'
-	$(DEMO)/bin/python -m pip install --quiet --no-compile $(SMOLLM2)
+	$(DEMO)/bin/python -m pip install --quiet --no-compile uv
+	$(call FASTER,$(TORCH))
+	$(call FASTER,-e '.[onnx$(comma)openvino]')
+	$(call FASTER,$(SMOLLM2))
 	@touch $@
 
 clean:

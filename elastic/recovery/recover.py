@@ -58,7 +58,8 @@ def recover(
     run: Run, asked: Sequence[Asked], config: SearchConfig | ExportConfig
 ) -> list[dict[str, Any]]:
     """What became of each, as front.json has it under `recovery`: settings, scores before and
-    after (mean loss of held-out answers; validation accuracy; test accuracy with n and interval),
+    after (mean loss of held-out answers; in a search validation accuracy, which ranks; test accuracy
+    with n and interval),
     the same of the maximal sub-adapter after as many steps on labels alone, and whether the
     held-out loss is lower for it (`taken`). TrainingError names the one that cannot be trained."""
     trained = run.config()
@@ -104,6 +105,7 @@ def _folder(one: Asked, config: SearchConfig | ExportConfig) -> str:
         "degree": one.made_up.degree,
         "runtime": config.timing.runtime,
         "maximal": one.name == MAXIMAL,
+        "ranking": isinstance(config, SearchConfig),
     }
     return tag(json.dumps(settings))
 
@@ -172,6 +174,7 @@ class _Judge:
 
     def __init__(self, run: Run, config: SearchConfig | ExportConfig) -> None:
         self.config = config
+        self.ranking = isinstance(config, SearchConfig)  # which validation examples do
         trained, base, self.net = load_run(run)
         self.tokenizer = base.tokenizer
         self.task = load_task(trained.task, trained.seed)
@@ -186,7 +189,7 @@ class _Judge:
         if one.candidate.compress and self.config.timing.runtime != "torch":
             model = round_(model, one.candidate.compress, self.config.timing.runtime)
         scores: dict[str, Any] = {"held_out_loss": loss}
-        if "validation_accuracy" not in known:
+        if self.ranking and "validation_accuracy" not in known:
             score = self._score(model, self.task.validation)
             scores["validation_accuracy"] = score.accuracy
         if "accuracy" not in known:
