@@ -58,10 +58,10 @@ def recover(
     run: Run, asked: Sequence[Asked], config: SearchConfig | ExportConfig
 ) -> list[dict[str, Any]]:
     """What became of each, as front.json has it under `recovery`: settings, scores before and
-    after (mean loss of held-out answers; in a search validation accuracy, which ranks; test accuracy
-    with n and interval),
-    the same of the maximal sub-adapter after as many steps on labels alone, and whether the
-    held-out loss is lower for it (`taken`). TrainingError names the one that cannot be trained."""
+    after (mean loss of held-out answers; test accuracy with n and interval; in a search validation
+    accuracy, which ranks), the same of the maximal sub-adapter after as many steps on labels alone,
+    and whether the held-out loss is lower for it (`taken`). TrainingError names the one that cannot
+    be trained."""
     trained = run.config()
     run.recovered.mkdir(parents=True, exist_ok=True)
     skeleton = loading.skeleton(trained.model)
