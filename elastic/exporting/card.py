@@ -17,8 +17,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from elastic.config.search import AT_LEAST
+from elastic.exporting.pieces import markdown_table
 from elastic.exporting.proof import Accuracy, Proof
-from elastic.exporting.report import Report, markdown_table
+from elastic.exporting.report import Report
 from elastic.files import write_text
 from elastic.formats import hf
 from elastic.latency.measure import Latency, Measurement
