@@ -255,7 +255,7 @@ def main() -> None:
         f"{given.task}, SmolLM2-135M, {STEPS} steps of 16, n = {given.examples} of {given.split}, "
         f"seeds {given.seeds}, accuracy by uniform width, and paired differences from plain LoRA "
         "cut as much, with what is cut made up for",
-        table, save=given.save, result=f"quality-{given.task}-{given.split}",
+        table, save=given.save, result=f"compensated-{given.task}-{given.split}",
         command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][2],
     )  # fmt: skip
 
