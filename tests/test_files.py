@@ -231,3 +231,18 @@ def test_what_another_process_is_filling_stays(tmp_path):
     with new_directory(tmp_path / "third"):
         pass
     assert mine.is_dir()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_under_another_name_outlives_the_first(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"known")
+    files.same_file(first, second)
+    assert second.samefile(first) == links
+    files.write_text(first, "replaced")
+    assert second.read_bytes() == b"known"

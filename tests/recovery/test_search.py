@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from threading import Timer
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from elastic.config import EvaluateConfig, RecoveryConfig
 from elastic.errors import TrainingError
 from elastic.evaluation.command import evaluate_run
-from elastic.files import read_json
+from elastic.files import lock, read_json
 from elastic.recovery import recover
 from elastic.recovery.command import search
 from elastic.run import Run
@@ -91,6 +93,15 @@ def test_the_same_command_again_trains_and_scores_nothing(recovered, monkeypatch
     monkeypatch.setattr(recover, "evaluate", None)
     search(wanted(run))
     assert searches.front_of(run) == before
+
+
+def test_a_second_command_waits_and_says_so(recovered, capsys):
+    run, _, _ = recovered
+    with ExitStack() as stack:
+        assert stack.enter_context(lock(run.recovered))
+        Timer(0.5, stack.pop_all().close).start()
+        search(wanted(run))
+    assert "Waiting for another process that recovers" in capsys.readouterr().err
 
 
 def test_an_interrupted_recovery_goes_on(recovered, trained, tmp_path, monkeypatch):
