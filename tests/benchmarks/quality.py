@@ -25,16 +25,15 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from elastic import RecoveryConfig, SearchConfig, TrainConfig
-from elastic.config import CompensationConfig
+from elastic import TrainConfig
+from elastic.config import CompensationConfig, RecoveryConfig
 from elastic.config.parsing import parse
 from elastic.data import load_task
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json, write_json
-from elastic.recovery.recover import Asked, recover
 from elastic.run import Run
-from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
+from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import load_run
 from elastic.training.one_task import train_one
@@ -143,61 +142,54 @@ def trained(data: Path, runs: Path, task: str, variant: str, seed: int) -> Run:
     return train_one(settings(data, runs / task / f"{name}-{seed}", task, VARIANTS[variant], seed))
 
 
-def one_by_one(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
-    """`pruned`: the base model with an update of nothing, cut, made up for, then trained."""
+def pruned(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
+    """The base model with an update of nothing, cut, made up for, then trained, by width."""
     nothing = ["--max_steps", "1", "--lr.base_lr", "1e-12", "--probe_steps", "0"]
     base = train_one(settings(data, runs / task / f"base-{seed}", task, nothing, seed))
+    yield from trained_on(data, runs, task, seed, base, ALONE, [PLAIN])
+
+
+def recovered(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
+    """The sub-adapters of a finished run, each trained on as `--recover` does, by width."""
+    steps = str(STEPS // 4)
+    flags = ["--max_steps", steps, f'--stages=[{{"epochs": {steps}}}]', "--lr.base_lr", "2.5e-4",
+             "--lr.warmup_epochs", "0", "--distill", str(RecoveryConfig().distill)]  # fmt: skip
+    staged = trained(data, runs, task, "staged", seed)
+    yield from trained_on(data, runs, task, seed, staged, RECOVERED, flags)
+
+
+def trained_on(
+    data: Path, runs: Path, task: str, seed: int, base: Run, name: str, flags: Sequence[str]
+) -> Iterator[tuple[float, Run]]:
     space = load_run(base)[2].space
     for width in WIDTHS[1:]:
         file = base.path / f"{width}.json"
         write_json(file, at_width(space, width).as_dict())
-        alone = ["--start_from", str(base.path), "--sub_adapter", str(file), PLAIN]
-        run = runs / task / f"{ALONE}-{width}-{seed}"
+        alone = ["--start_from", str(base.path), "--sub_adapter", str(file), *flags]
+        run = runs / task / f"{name}-{width}-{seed}"
         yield width, train_one(settings(data, run, task, alone, seed))
 
 
-def scores_of_pruned(
-    data: Path, runs: Path, task: str, seed: int, split: str, examples: int
-) -> Scores:
-    plain = scores(trained(data, runs, task, "plain", seed), split, examples)
-    found = {1.0: plain[MADE_UP][1.0]}
-    for width, run in one_by_one(data, runs, task, seed):
+def scores_one_by_one(
+    found: Iterator[tuple[float, Run]], split: str, examples: int
+) -> dict[float, Score]:
+    """Of runs that trained one sub-adapter each, with as much made up for as they did with."""
+    scores = {}
+    for width, run in found:
         file = run.path / f"quality-{split}-{examples}.json"
         if not file.is_file():
             config, base, net = load_run(run)
             rows = getattr(load_task(config.task, config.seed), split)[:examples]
-            degree = read_json(run.sub_adapter)["compensation"]["degree"]
-            with net.active(at_width(net.space, width), degree) as model:
-                score = evaluate(model, base.tokenizer, rows, label=f"{ALONE} {width}")
+            chosen = run.chosen("best")
+            degree = Compensated.of(chosen.compensation).degree
+            with net.active(chosen.at(net.space), degree) as model:
+                score = evaluate(model, base.tokenizer, rows, label=run.path.name)
             write_json(file, list(score.correct))
-        found[width] = Score(tuple(read_json(file)))
-    return {MADE_UP: found}
+        scores[width] = Score(tuple(read_json(file)))
+    return scores
 
 
-def scores_of_recovered(
-    data: Path, runs: Path, task: str, seed: int, split: str, examples: int
-) -> Scores:
-    run = trained(data, runs, task, "staged", seed)
-    file = run.path / f"quality-recovered-{split}-{examples}.json"
-    if not file.is_file():
-        config, base, net = load_run(run)
-        examples_of = load_task(config.task, config.seed)
-        held_out = HeldOut.of(run, net, base.tokenizer, examples_of, CompensationConfig())
-        subs = {width: at_width(net.space, width) for width in WIDTHS[1:]}
-        asked = [
-            Asked(f"{width}", Candidate(sub), held_out(sub), {}) for width, sub in subs.items()
-        ]
-        wanted = SearchConfig(recover=RecoveryConfig(steps=STEPS // 4))
-        entries = recover(run, asked, wanted)
-        rows = getattr(examples_of, split)[:examples]
-        found = {}
-        for (width, sub), entry in zip(subs.items(), entries, strict=True):
-            _, _, mine = load_run(Run(run.recovered / entry["folder"]))
-            with mine.active(sub, entry["after"]["compensation"]["degree"]) as model:
-                score = evaluate(model, base.tokenizer, rows, label=f"{RECOVERED} {width}")
-            found[str(width)] = list(score.correct)
-        write_json(file, found)
-    return {MADE_UP: {float(w): Score(tuple(right)) for w, right in read_json(file).items()}}
+RIVALS = {ALONE: pruned, RECOVERED: recovered}
 
 
 def difference(mine: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, float]:
@@ -229,13 +221,11 @@ def main() -> None:
     for variant in given.variants:
         for seed in given.seeds:
             where = (given.data, given.runs, given.task)
-            if variant == ALONE:
-                each = scores_of_pruned(*where, seed, given.split, given.examples)
-            elif variant == RECOVERED:
-                each = scores_of_recovered(*where, seed, given.split, given.examples)
+            of_whom = (given.split, given.examples)
+            if variant in (ALONE, RECOVERED):
+                each = {MADE_UP: scores_one_by_one(RIVALS[variant](*where, seed), *of_whom)}
             else:
-                run = trained(*where, variant, seed)
-                each = scores(run, given.split, given.examples)
+                each = scores(trained(*where, variant, seed), *of_whom)
             found.setdefault(variant, []).append(each)
     table = {}
     for variant, seeds in found.items():
