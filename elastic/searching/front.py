@@ -262,7 +262,8 @@ class Front:
             )
         console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
         console.print(f"Next: elastic export {self.run.path}", markup=False)
-        best = {k: v for k, v in self.best.as_dict().items() if k != "sub_adapter"}
+        best = self.best.as_dict()
+        best = {k: v for k, v in best.items() if k not in ("sub_adapter", "recovery")}
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))
 
     def _over_as_measured(self) -> str | None:
