@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from threading import Timer
 
 import pytest
 import torch
@@ -95,13 +94,19 @@ def test_the_same_command_again_trains_and_scores_nothing(recovered, monkeypatch
     assert searches.front_of(run) == before
 
 
-def test_a_second_command_waits_and_says_so(recovered, capsys):
+def test_a_second_command_waits_and_says_so(recovered, monkeypatch):
     run, _, _ = recovered
-    with ExitStack() as stack:
-        assert stack.enter_context(lock(run.recovered))
-        Timer(0.5, stack.pop_all().close).start()
+    said: list[str] = []
+    with ExitStack() as first:
+        assert first.enter_context(lock(run.recovered))
+
+        def say(text: str) -> None:
+            said.append(text)
+            first.close()  # the first one ends
+
+        monkeypatch.setattr(recover, "say", say)
         search(wanted(run))
-    assert "Waiting for another process that recovers" in capsys.readouterr().err
+    assert len(said) == 1 and said[0].startswith("Waiting for another process that recovers")
 
 
 def test_an_interrupted_recovery_goes_on(recovered, trained, tmp_path, monkeypatch):
