@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ def search(config: SearchConfig) -> Front:
     front = study.search(config)
     if not config.recover.steps:
         return front
-    gc.collect()  # the supernet of the search, before training loads another
     members = front.members
     asked = [
         Asked(one.name, one.candidate, one.made_up, _known(one, front.full.accuracy_n))
@@ -97,5 +95,7 @@ def _asked(run: Run, config: ExportConfig) -> Asked:
     task = load_task(trained.task, trained.seed)
     sub = chosen.at(net.space, config.seed)
     held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
-    made_up, _ = held_out.best(chosen, sub)
+    made_up = held_out.chosen(chosen, sub)
+    if chosen.compensation is None:
+        made_up, _ = held_out.refined(sub, made_up)
     return Asked(chosen.name, Candidate(sub, chosen.compress), made_up, {})

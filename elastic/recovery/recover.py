@@ -143,13 +143,13 @@ def _settings(
 def _train(one: Asked, config: TrainConfig) -> None:
     from elastic.training.one_task import train_one  # takes seconds, and few searches need it
 
+    gc.collect()  # what was loaded before: this loads the base model anew
     try:
         train_one(config)
     except TrainingError as error:
         raise TrainingError(
             f"recovering {one.name}: {error}. Its rate is recover.base_lr"
         ) from None
-    gc.collect()  # the next one loads the base model anew
 
 
 def _scores(
@@ -158,6 +158,7 @@ def _scores(
     """Of each before and after, from the files that keep them where they stand."""
     files = [run.recovered / folder / SCORES for folder in folders]
     if not all(file.is_file() for file in files):
+        gc.collect()
         judge = _Judge(run, config)
         for one, folder, file in zip(everyone, folders, files, strict=True):
             if not file.is_file():

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 
 
 IMPORTANCE_EXAMPLES, IMPORTANCE_BATCH = 64, 8
+UNRELATED = (
+    "run", "study", "budget", "trials", "test_front", "batch_tokens", "table", "recover"
+)  # fmt: skip
+"""Settings that change no figure of a trial."""
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -147,17 +151,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     config = replace(config, objectives=config.objectives or begun)
     config = replace(config, objectives=config.chosen_objectives)  # in one order
     settings = as_plain(config)
-    unrelated = (
-        "run",
-        "study",
-        "budget",
-        "trials",
-        "test_front",
-        "batch_tokens",
-        "table",
-        "recover",
-    )
-    for name in unrelated:
+    for name in UNRELATED:
         settings.pop(name)
     before = study.user_attrs.get("settings", settings)
     if "compensation" not in before:  # of an earlier version, which made up for nothing

@@ -78,8 +78,7 @@ def train_one(config: TrainConfig) -> Run:
     check_trackers(config.report_to)
     refuse_sharded(config)
     before = predecessor(config) if config.start_from else None
-    adopting = before is not None and before.config().adapter.taken_from is not None
-    space = before.space() if before and adopting else adopted.adapted(space_for(config), config)
+    space = before.space() if before else adopted.adapted(space_for(config), config)
     requirements.require_training(config.model)
     if config.packing:
         requirements.require_packing(config.model)

@@ -46,6 +46,7 @@ WHOLE_RANKS = [
     "--progressivity=[width, rank]",
     '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
 ]
+MADE_UP_FOR, KL = ["--compensation_in_training", "1"], ["--distill", "1"]
 VARIANTS = {
     "plain": [PLAIN],
     "staged": [],
@@ -56,17 +57,11 @@ VARIANTS = {
     "staged, distilled": ["--distill", "0.5"],
     "staged, maximal a third": ["--maximal_every", "3"],
     "staged, whole ranks": WHOLE_RANKS,
-    "staged, whole ranks, all made up for, KL alone": [
-        *WHOLE_RANKS,
-        "--compensation_in_training",
-        "1",
-        "--distill",
-        "1",
-    ],
-    "staged, KL alone": ["--distill", "1"],
+    "staged, whole ranks, all made up for, KL alone": [*WHOLE_RANKS, *MADE_UP_FOR, *KL],
+    "staged, KL alone": KL,
     "staged, half made up for": ["--compensation_in_training", "0.5"],
-    "staged, all made up for": ["--compensation_in_training", "1"],
-    "staged, all made up for, KL alone": ["--compensation_in_training", "1", "--distill", "1"],
+    "staged, all made up for": MADE_UP_FOR,
+    "staged, all made up for, KL alone": [*MADE_UP_FOR, *KL],
     "staged, uniform": ["--sampling", "uniform"],
     "staged, sandwich": ["--sampling", "sandwich"],
     "staged, sandwich, distilled": ["--sampling", "sandwich", "--distill", "0.5"],
@@ -75,8 +70,6 @@ VARIANTS = {
     "order: none": ["--order", "none"],
     "lonas": ["--sampling", "lonas"],
 }
-ALONE, RECOVERED = "pruned", "recovered"
-"""Rivals that are a model for every width."""
 CUT, MADE_UP = "cut", "made up for"
 DATA = {  # files of training and test examples, prompt, answer
     "agnews": (
@@ -109,11 +102,11 @@ def at_width(space: BoundSpace, width: float) -> SubAdapter:
     return SubAdapter(tuple((g.name, (full if g.dim == "rank" else narrow)[g.name]) for g in space))
 
 
-def scores(run: Run, split: str, examples: int, widths: Sequence[float] = WIDTHS) -> Scores:
+def scores(run: Run, split: str, examples: int) -> Scores:
     """Of a finished run at every width, from RUN/quality-SPLIT-N.json where it stands."""
     file = run.path / f"quality-{split}-{examples}.json"
     found: dict[str, dict[str, list[bool]]] = read_json(file) if file.is_file() else {}
-    missing = [width for width in widths if str(width) not in found.get(MADE_UP, {})]
+    missing = [width for width in WIDTHS if str(width) not in found.get(MADE_UP, {})]
     if missing:
         config, base, net = load_run(run)
         task = load_task(config.task, config.seed)
@@ -146,7 +139,7 @@ def pruned(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float
     """The base model with an update of nothing, cut, made up for, then trained, by width."""
     nothing = ["--max_steps", "1", "--lr.base_lr", "1e-12", "--probe_steps", "0"]
     base = train_one(settings(data, runs / task / f"base-{seed}", task, nothing, seed))
-    yield from trained_on(data, runs, task, seed, base, ALONE, [PLAIN])
+    yield from trained_on(data, runs, task, seed, base, "pruned", [PLAIN])
 
 
 def recovered(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
@@ -155,7 +148,7 @@ def recovered(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[fl
     flags = ["--max_steps", steps, f'--stages=[{{"epochs": {steps}}}]', "--lr.base_lr", "2.5e-4",
              "--lr.warmup_epochs", "0", "--distill", str(RecoveryConfig().distill)]  # fmt: skip
     staged = trained(data, runs, task, "staged", seed)
-    yield from trained_on(data, runs, task, seed, staged, RECOVERED, flags)
+    yield from trained_on(data, runs, task, seed, staged, "recovered", flags)
 
 
 def trained_on(
@@ -189,7 +182,8 @@ def scores_one_by_one(
     return scores
 
 
-RIVALS = {ALONE: pruned, RECOVERED: recovered}
+RIVALS = {"pruned": pruned, "recovered": recovered}
+"""A model for every width."""
 
 
 def difference(mine: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, float]:
@@ -207,7 +201,7 @@ def difference(mine: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    names = [*VARIANTS, ALONE, RECOVERED]
+    names = [*VARIANTS, *RIVALS]
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--task", choices=DATA, default="agnews")
@@ -222,7 +216,7 @@ def main() -> None:
         for seed in given.seeds:
             where = (given.data, given.runs, given.task)
             of_whom = (given.split, given.examples)
-            if variant in (ALONE, RECOVERED):
+            if variant in RIVALS:
                 each = {MADE_UP: scores_one_by_one(RIVALS[variant](*where, seed), *of_whom)}
             else:
                 each = scores(trained(*where, variant, seed), *of_whom)
