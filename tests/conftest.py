@@ -18,8 +18,7 @@ torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# OpenVINO tells its makers of every argument of every conversion, each from a process forked off
-# this one: more than the conversion takes. Of continuous integration it tells nothing.
+# As `elastic.formats` does it; some tests import OpenVINO first.
 os.environ.setdefault("CI", "true")
 
 
