@@ -306,7 +306,7 @@ def _train(
     if any(flag.is_on() for stage in stages if (flag := stage.get("reorg_weights"))):
         found["order"] = "norm"
     found["stages"] = [
-        {"train_dims": order, **_stage(stage, f"stage {number}", notes)}
+        {"train_dims": [*order], **_stage(stage, f"stage {number}", notes)}
         for number, stage in enumerate(stages)
     ]
     return found

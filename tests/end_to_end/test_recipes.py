@@ -115,12 +115,43 @@ def test_lonas_spaces_are_the_published_ones(name, groups, widths):
     assert (config.adapter.alpha, config.resolved_order) == (64, "none")
 
 
+PUBLISHED_GLUE = {  # epochs, learning rate, batch, dropout: LoNAS's commands and NNCF files
+    "cola": (80, 3e-4, 64, 0.05),
+    "mnli": (40, 4e-4, 64, 0.1),
+    "mrpc": (35, 5e-4, 32, 0.1),
+    "qnli": (80, 4e-4, 64, 0.1),
+    "qqp": (60, 3e-4, 64, 0.1),
+    "rte": (80, 3e-4, 32, 0.1),
+    "sst2": (60, 3e-4, 64, 0.1),
+    "stsb": (60, 5e-4, 64, 0.1),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED_GLUE)
+def test_lonas_on_glue_trains_as_published(task):
+    config = recipe(f"lonas-bert-{task}-train")
+    [stage] = config.stages
+    trained = (stage.epochs, stage.init_lr, config.batch_size, config.adapter.dropout)
+    assert trained == PUBLISHED_GLUE[task]
+    assert (config.weight_decay, config.accumulation, config.draw_for) == (0.1, 1, "micro_batch")
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "llama-13b", "bloomz-7b"])
+def test_lonas_draws_four_sub_adapters_in_a_step(model):
+    config = recipe(f"lonas-{model}-math-train")
+    assert (config.batch_size, config.accumulation, config.draw_for) == (4, 4, "micro_batch")
+
+
 def test_lonas_space_of_bert_is_the_published_one():
     config = recipe("lonas-bert-rte-train")
     bound = SearchSpace.load(config.space).bind(architecture(config.model.path), 8)
     assert len(bound.groups) == 36
-    kinds = {(group.dim, group.choices) for group in bound}
-    assert kinds == {("rank", (8, 4, 2)), ("heads", (12, 6)), ("width", (3072, 2634, 216))}
+    assert {group.choices for group in bound if group.dim == "rank"} == {(8, 4, 2)}
+    heads = [group.choices for group in bound if group.dim == "heads"]
+    assert [most for most, *_ in heads] == [12] * 12
+    assert [fewest for *_, fewest in heads] == [6, 5, 4, 8, 8, 11, 9, 9, 10, 3, 3, 5]
+    widths = [group.choices for group in bound if group.dim == "width"]
+    assert widths[0] == (3072, 2634, 216) and widths[-1] == (3072, 1940, 150)
     searched = parse(SearchConfig, ["--config", "lonas-glue-search"])
     assert (searched.trials, searched.population, searched.costs) == (1000, 40, ["macs"])
 

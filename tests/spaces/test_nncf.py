@@ -164,6 +164,7 @@ def test_the_command_writes_files_that_bind(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "model.layers.*: 6 adapted layers" in said and "mine-search.yaml" in said
     assert len(SearchSpace.load("mine.yaml").sections) == 1
+    assert "&" not in (tmp_path / "mine-train.yaml").read_text()  # no alias: a stranger reads it
     assert __main__.main(command) == 1
     assert "mine.yaml is there already" in capsys.readouterr().err
 
