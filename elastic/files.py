@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
 def write_json(path: Path | str, value: Any) -> Path:
     """`value` as indented JSON; NaN is refused, since other readers cannot read it."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path | str, rows: Iterable[Any]) -> Path:
+    """One JSON value per line; NaN is refused."""
+    return write_text(path, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
 
 
 def read_json(path: Path | str) -> Any:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import Graph
+from elastic.config.model import Dtype
 from elastic.errors import require
 
 PARTS = {
@@ -45,6 +46,8 @@ class EvaluateConfig:
     batch: int = 8
     """Prompts that are answered together; the answers do not depend on it."""
     batch_tokens: int = 2048
+    dtype: Dtype | None = None
+    """Type to compute in; unset, the one of the training."""
     harness: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (extra `eval`), such as gsm8k, mmlu, bbh, humaneval; most
     fetch their data from the hub."""
@@ -86,4 +89,8 @@ class EvaluateConfig:
         require(
             not (self.exported and self.chat),
             "exported and chat: exported models are asked without a chat template",
+        )
+        require(
+            not (self.exported and self.dtype),
+            f"dtype {self.dtype}: exported models compute in their own; leave out one",
         )

@@ -18,7 +18,7 @@ from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.harness import HarnessReport, run_harness
 from elastic.evaluation.perplexity import Perplexity, perplexity_of
 from elastic.evaluation.statistics import Score
-from elastic.files import tag, write_json
+from elastic.files import tag, write_json, write_json_lines
 from elastic.models import loading
 from elastic.models.kinds import Kind, classes_of, is_number
 from elastic.provenance import provenance
@@ -40,6 +40,9 @@ class Evaluation:
     metrics: Mapping[str, Any]
     """Of a classifier, beside its accuracy."""
     made_up: Compensated
+    file: Path
+    """Of every example a line of JSON: prompt, expected, said (null where the likeliest tokens were
+    not the answer), right."""
 
     def show(self) -> None:
         print(f"{self.name} on {self.split}: {self.score}")
@@ -51,6 +54,7 @@ class Evaluation:
             print(f"Matthews correlation {self.metrics['matthews']:.3f}; F1 of {each}")
         if self.made_up != Compensated():
             print(f"Compensation: {self.made_up}")
+        print(f"Example by example: {self.file}")
         about = {"sub_adapter": self.name, "split": self.split,
                  "compensation": self.made_up.as_dict()}  # fmt: skip
         print(json.dumps({**about, **self.score.as_dict(), **self.metrics}))
@@ -81,9 +85,9 @@ class Published:
 def evaluate_run(
     config: EvaluateConfig,
 ) -> Evaluation | Published | HarnessReport | Perplexity:
-    """`elastic evaluate`: one sub-adapter, active in the supernet, on one split, on published sets,
-    whose predictions are written to RUN/evaluate, or on what else was named. ConfigError for
-    settings that do not go together."""
+    """`elastic evaluate`: one sub-adapter, active in the supernet, on one split or on published
+    sets, with what it says to every example in RUN/evaluate, or on what else was named. ConfigError
+    for settings that do not go together."""
     run = Run(config.run)
     trained = run.config()
     asked = next((name for name in ("tasks", "harness", "text") if getattr(config, name)), None)
@@ -104,7 +108,7 @@ def evaluate_run(
         own = getattr(load_task(trained.task, trained.seed), config.split)
         sets = {config.split: own[: config.examples]}
     chosen = run.chosen(config.sub_adapter)
-    _, base, net = load_run(run, chosen=chosen)
+    _, base, net = load_run(run, config.dtype, chosen)
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
     if mode := chosen.compress:
         say(f"{name} was chosen with {mode} weights; here they are as trained. An export's report "
@@ -118,12 +122,12 @@ def evaluate_run(
                 model, base.tokenizer, examples, batch_tokens=config.batch_tokens, beams=beams,
                 batch=config.batch, label=label,
             )  # fmt: skip
+    file = _file(run, name, config)
     if not config.tasks:
         score, examples = scores[config.split], sets[config.split]
         found = _metrics(net.model, examples, score) if net.head else {}
-        return Evaluation(name, config.split, score, found, made_up)
-    file = _file(run, name, config)
-    file.parent.mkdir(exist_ok=True)
+        write_json_lines(file, _predictions(examples, score))
+        return Evaluation(name, config.split, score, found, made_up, file)
     about = {"sub_adapter": sub.as_dict(), "name": name, "compensation": made_up.as_dict(),
              "protocol": config.protocol, "beams": beams, "data": config.data,
              **provenance(str(base.model.device))}  # fmt: skip
@@ -136,15 +140,17 @@ def evaluate_run(
 
 
 def _file(run: Run, name: str, config: EvaluateConfig) -> Path:
-    """Of this sub-adapter, these sets and what departs from the defaults."""
-    parts = [name, config.protocol, *config.tasks]
+    """Of this sub-adapter, its split or these sets and what departs from the defaults."""
+    parts = [name, *([config.protocol, *config.tasks] if config.tasks else [config.split])]
     if config.beams != EvaluateConfig.beams:
         parts.append(f"beams-{config.beams}")
     if config.data != EvaluateConfig.data:
         parts.append(f"data-{tag(str(Path(config.data).resolve()))}")
     if config.examples:
         parts.append(f"first-{config.examples}")
-    return run.path / "evaluate" / f"{'-'.join(parts)}.json"
+    if config.dtype:
+        parts.append(config.dtype)
+    return run.path / "evaluate" / f"{'-'.join(parts)}.{'json' if config.tasks else 'jsonl'}"
 
 
 def _metrics(model: PreTrainedModel, examples: Sequence[Example], score: Score) -> dict[str, Any]:

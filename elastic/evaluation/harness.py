@@ -85,7 +85,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
         from lm_eval.models.huggingface import HFLM
 
         chosen = run.chosen(config.sub_adapter)
-        trained, base, net = load_run(run, chosen=chosen)
+        trained, base, net = load_run(run, config.dtype, chosen)
         name, point = chosen.name, chosen.at(net.space, trained.seed)
         sub, device = point.as_dict(), str(base.model.device)
         made_up = compensated(run, net, base.tokenizer, chosen, point, config.compensation)
@@ -112,7 +112,7 @@ def _file(run: Run, config: EvaluateConfig) -> Path:
     tasks = "-".join(config.harness)
     if len(tasks) > 100:  # names of files end at 255 bytes
         tasks = f"{tasks[:80]}-{tag(tasks)}"
-    parts = [name, config.exported, "harness", tasks, "chat" if config.chat else None]
+    parts = [name, config.exported, "harness", tasks, "chat" if config.chat else None, config.dtype]
     some = f"-first-{config.examples}" if config.examples else ""
     return run.path / "evaluate" / f"{'-'.join(filter(None, parts))}{some}.json"
 

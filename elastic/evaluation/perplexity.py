@@ -85,7 +85,7 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
     except UnicodeDecodeError as error:
         raise DataError(f"text {config.text}: not UTF-8 text: {error.reason}") from None
     chosen = run.chosen(config.sub_adapter)
-    _, base, net = load_run(run, chosen=chosen)
+    _, base, net = load_run(run, config.dtype, chosen)
     ids = base.tokenizer(text, verbose=False)["input_ids"]
     start = base.tokenizer.bos_token_id
     if ids and ids[0] == start:

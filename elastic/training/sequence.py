@@ -16,7 +16,7 @@ from elastic.data import load_task
 from elastic.errors import ConfigError, DataMissing
 from elastic.evaluation.evaluate import answers, same_text
 from elastic.evaluation.statistics import Score
-from elastic.files import write_json, write_text
+from elastic.files import write_json, write_json_lines
 from elastic.provenance import provenance
 from elastic.run import Run
 
@@ -227,6 +227,6 @@ def _score_all(
                 }
                 for example, text in zip(seen[name], found, strict=True)
             ]
-            write_text(files[name], "".join(json.dumps(row) + "\n" for row in rows))
+            write_json_lines(files[name], rows)
     texts = (file.read_text(encoding="utf-8").splitlines() for file in files.values())
     return [Score(tuple(json.loads(line)["correct"] for line in lines)) for lines in texts]

@@ -98,6 +98,22 @@ def test_evaluate_reports_correlations(run, capsys):
     said, expected = [float(one) for one in score.said], [float(one.answer) for one in examples]
     assert told["pearson"] == pytest.approx(np.corrcoef(expected, said)[0, 1])
     assert told["accuracy"] == score.accuracy
+    lines = (run.path / "evaluate/maximal-test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["right"] for row in rows] == list(score.correct)
+    assert [float(row["said"]) for row in rows] == said
+    assert [row["prompt"] for row in rows] == [example.text for example in examples]
+
+
+def test_evaluate_computes_in_another_type(run):
+    asked = EvaluateConfig(run=str(run.path), sub_adapter="maximal", dtype="bfloat16")
+    said = [float(text) for text in evaluate_run(asked).score.said]
+    config, base, net = load_run(run, "bfloat16")
+    score = evaluate(net.model, base.tokenizer, load_task(config.task, config.seed).test)
+    assert said == [float(text) for text in score.said]
+    assert said != [float(text) for text in evaluate_run(EvaluateConfig(
+        run=str(run.path), sub_adapter="maximal")).score.said]  # fmt: skip
+    assert (run.path / "evaluate/maximal-test-bfloat16.jsonl").is_file()
 
 
 def test_ranks_of_equal_numbers_are_their_mean():
