@@ -21,11 +21,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
 
 from elastic import TrainConfig
+from elastic.adapters import METHODS, Lora
 from elastic.config import CompensationConfig, RecoveryConfig
 from elastic.config.parsing import parse
 from elastic.data import load_task
@@ -35,7 +41,7 @@ from elastic.files import read_json, write_json
 from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.held_out import Compensated, HeldOut
-from elastic.supernet.store import load_run
+from elastic.supernet.store import MOMENTS, load_run
 from elastic.training.one_task import train_one
 from tests.benchmarks.common import report
 
@@ -47,9 +53,11 @@ WHOLE_RANKS = [
     '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
 ]
 MADE_UP_FOR, KL = ["--compensation_in_training", "1"], ["--distill", "1"]
+RECALIBRATED, DIAGONAL = "staged, 512 calibrating examples", "staged, whole ranks, diagonal"
 VARIANTS = {
     "plain": [PLAIN],
     "staged": [],
+    RECALIBRATED: ["--compensation_examples", "512"],
     "staged, lr 2.5e-4": ["--lr.base_lr", "2.5e-4"],
     "staged, lr 1e-3": ["--lr.base_lr", "1e-3"],
     "staged, lr 2e-3": ["--lr.base_lr", "2e-3"],
@@ -57,6 +65,7 @@ VARIANTS = {
     "staged, distilled": ["--distill", "0.5"],
     "staged, maximal a third": ["--maximal_every", "3"],
     "staged, whole ranks": WHOLE_RANKS,
+    DIAGONAL: WHOLE_RANKS,
     "staged, whole ranks, all made up for, KL alone": [*WHOLE_RANKS, *MADE_UP_FOR, *KL],
     "staged, KL alone": KL,
     "staged, half made up for": ["--compensation_in_training", "0.5"],
@@ -130,9 +139,27 @@ def scores(run: Run, split: str, examples: int) -> Scores:
     }
 
 
+class Diagonal(Lora):
+    """As MatryoshkaLoRA trains (Modoranu et al. 2026, arXiv 2605.07850): between A and B stands a
+    fixed diagonal, for every rank the share of a quarter, a half, three quarters and all of the
+    ranks that it belongs to."""
+
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
+        A, B = super().unscaled(rank)
+        quarter = torch.arange(rank, device=A.device) * 4 // self.max_rank
+        return A * (1 - quarter / 4).to(A.dtype)[:, None], B
+
+
 def trained(data: Path, runs: Path, task: str, variant: str, seed: int) -> Run:
     name = variant.replace(": ", "-").replace(", ", "-").replace(" ", "-")
-    return train_one(settings(data, runs / task / f"{name}-{seed}", task, VARIANTS[variant], seed))
+    config = settings(data, runs / task / f"{name}-{seed}", task, VARIANTS[variant], seed)
+    if variant == RECALIBRATED and not Path(config.run).exists():
+        run, staged = Run(config.run), trained(data, runs, task, "staged", seed)
+        run.claim(config)
+        shutil.copytree(
+            staged.super_adapter, run.super_adapter, ignore=shutil.ignore_patterns(MOMENTS)
+        )
+    return train_one(config)
 
 
 def pruned(data: Path, runs: Path, task: str, seed: int) -> Iterator[tuple[float, Run]]:
@@ -219,7 +246,9 @@ def main() -> None:
             if variant in RIVALS:
                 each = {MADE_UP: scores_one_by_one(RIVALS[variant](*where, seed), *of_whom)}
             else:
-                each = scores(trained(*where, variant, seed), *of_whom)
+                method = Diagonal if variant == DIAGONAL else Lora
+                with patch.dict(METHODS, lora=method):
+                    each = scores(trained(*where, variant, seed), *of_whom)
             found.setdefault(variant, []).append(each)
     table = {}
     for variant, seeds in found.items():
