@@ -31,10 +31,11 @@ from elastic.provenance import provenance
 from elastic.run import Chosen, Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
-from elastic.supernet.compact import compact, streamed
+from elastic.supernet.compact import compact
 from elastic.supernet.compensation import HALF, Compensation
 from elastic.supernet.cost import Counter, count
-from elastic.supernet.held_out import Compensated, HeldOut
+from elastic.supernet.held_out import Compensated, HeldOut, fitted_batches
+from elastic.supernet.sequential import fit_streamed_
 from elastic.supernet.store import (
     ABOUT,
     load_run,
@@ -42,6 +43,7 @@ from elastic.supernet.store import (
     read_factors,
     read_super_adapter,
 )
+from elastic.supernet.streaming import streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -219,11 +221,7 @@ def _without_asking(
         net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
     )
     if chosen.compensation is not None:
-        made_up = Compensated.of(chosen.compensation)
-        if made_up.sequential:
-            say("prove false: not fitted to the full model, as it was in the search: neither is in "
-                "memory")  # fmt: skip
-        return dataclasses.replace(made_up, sequential=False)
+        return Compensated.of(chosen.compensation)
     if len(degrees) > 1:
         say("prove false: nobody is asked how much of what is cut to make up for: half of it")
     return Compensated(degrees.pop() if len(degrees) == 1 else HALF)
@@ -268,12 +266,18 @@ def write_only(config: ExportConfig) -> Report:
     factors = read_factors(factors_of)
     head = {key: factors[key] for key in net.head}
     found = streamed(base, net, sub, head, made_up.degree)
+    tokenizer = loading.load_tokenizer(trained.model)
     if reason := hf.why_not(found.model):
         raise ExportError(f"hf: {reason}")
-    with new_directory(directory) as building:
+    with new_directory(directory) as building, tempfile.TemporaryDirectory(dir=building) as changes:
+        if made_up.sequential:
+            task = load_task(trained.task, trained.seed)
+            batches = fitted_batches(trained, base, tokenizer, task, config.compensation)
+            whole = streamed(base, net, net.space.maximal(), head)
+            fit_streamed_(found, whole, net, sub, batches, Path(changes))
         say("Writing hf")
         hf.write(
-            found.model, loading.load_tokenizer(trained.model), building / "hf", dtype=dtype,
+            found.model, tokenizer, building / "hf", dtype=dtype,
             max_shard_size=config.hf.max_shard_size, tensors=found.tensors,
         )  # fmt: skip
         return _described(

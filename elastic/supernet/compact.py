@@ -1,21 +1,12 @@
-"""From the active part of a supernet to a small model of plain layers: sliced, merged, or made one
-tensor at a time from base weights that stay on disk.
-
-A model loaded in the type it was saved in is mapped into memory, not read: its pages come and go.
-What is cut of a tensor, permuted and merged exists from when it is asked for until it is written,
-so a compact model can be written by a machine that holds neither it nor its base."""
+"""From the active part of a supernet to a small model of plain layers: sliced, then merged."""
 
 from __future__ import annotations
-
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
+from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.models.modules import (
     dequantise_,
     module_tree,
@@ -23,7 +14,7 @@ from elastic.models.modules import (
     plain_linear,
 )
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.depth import original, settle_
+from elastic.supernet.depth import settle_
 from elastic.supernet.supernet import Supernet
 
 
@@ -83,77 +74,3 @@ def compact(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMo
 def wide_type(tensor: Tensor) -> torch.dtype:
     """The type that a weight and its update are added in."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A compact model, each of whose tensors is made whenever it is asked for."""
-
-    model: PreTrainedModel
-    """Its modules and sizes, without data (meta)."""
-    tensors: Mapping[str, Callable[[], Tensor]]
-    """By the name that the state of the model has for it."""
-
-
-def streamed(
-    base: PreTrainedModel,
-    net: Supernet,
-    sub: SubAdapter,
-    head: Mapping[str, Tensor] | None = None,
-    degree: float = 0.0,
-) -> Streamed:
-    """What `compact` would give, bit for bit.
-
-    `net` is the super-adapter's supernet over a model without data (meta), with its order and its
-    factors; `base` has the weights, in their own order; `head` what was trained of a classifier's.
-    """
-    head = head or {}
-    sub = net.space.check(sub)
-    model = sliced(net, sub, degree)
-    updates = {}
-    for site, layer in modules_of(model, FactorLinear):
-        updates[site] = layer.A.data, layer.B.data
-        bias = None if layer.bias is None else layer.bias.data
-        model.set_submodule(site, plain_linear(layer.weight.data, bias))
-    left, kept = _left(net, sub, degree), net.space.kept(sub)
-
-    def made(name: str) -> Tensor:
-        site, _, leaf = name.rpartition(".")
-        source = original(kept, site)
-        tensor = head.get(name)
-        if tensor is None:
-            tensor = getattr(base.get_submodule(source), leaf)
-        if source in left:
-            tensor = left[source](tensor, leaf)
-        if site in updates and leaf == "weight":
-            tensor = merged_weight(tensor, *updates[site])
-        return tensor.detach()
-
-    names = model.state_dict()
-    return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What is left of one layer's tensors, from how the base has them."""
-
-    size: Size
-    rows: Tensor | None
-    """The base's, in the supernet's order; None: as they stand."""
-    columns: Tensor | None
-
-    def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
-        if leaf == "weight":
-            ordered = tensor if self.columns is None else tensor[:, self.columns]
-            tensor = self.size.compensated_columns(ordered)
-        return self.size.leading(tensor if self.rows is None else tensor[self.rows])
-
-
-def _left(net: Supernet, sub: SubAdapter, degree: float) -> dict[str, _Cut]:
-    """By elastic layer."""
-    moved = net.permutations()
-    with net.active(sub, degree):
-        return {
-            site: _Cut(copy.copy(layer.size), moved.get((site, "out")), moved.get((site, "in")))
-            for site, layer in modules_of(net.model, ElasticLinear)
-        }

@@ -29,7 +29,7 @@ from elastic.supernet.store import MOMENTS, saved_compensation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from elastic.config import CompensationConfig
+    from elastic.config import CompensationConfig, TrainConfig
     from elastic.data.task import Example, Task
     from elastic.run import Chosen, Run
     from elastic.supernet.supernet import Supernet
@@ -97,31 +97,25 @@ class HeldOut:
         """With the moments of the run's super-adapter. One that an earlier version trained gets
         them now, from as many of its training examples as training takes by default."""
         trained = run.config()
-        pad, batch_size = tokenizer.pad_token_id, trained.batch_size
-
-        def batches(examples: Sequence[Example], size: int) -> list[dict[str, Tensor]]:
-            encoded = encode_all(tokenizer, examples, net.model)
-            return list(collated(encoded, size, pad, net.model.device))
-
-        held_out = cls(net, config, batches(task.validation[: config.examples], batch_size))
+        validation = task.validation[: config.examples]
+        held_out = cls(net, config, _batches(net.model, tokenizer, validation, trained.batch_size))
         if not config.is_on or not trained.compensation_examples:
             net.compensation = None
             return held_out
         net.compensation = net.compensation or saved_compensation(run.super_adapter)
         if net.compensation is None and net.space.reading:
             examples = task.train[: trained.compensation_examples]
-            encoded = encode_all(tokenizer, examples, net.model)
-            found = calibrated(net, encoded, batch_size=batch_size, pad=pad)
+            encoded, pad = encode_all(tokenizer, examples, net.model), tokenizer.pad_token_id
+            found = calibrated(net, encoded, batch_size=trained.batch_size, pad=pad)
             save(found, run.super_adapter / MOMENTS)
             net.compensation = saved_compensation(run.super_adapter)
         if net.compensation:
             moments = net.compensation.moments
             room, device = config.room_mb * 1e6, net.model.device
             net.compensation = Compensation(moments, config.ridge, room, device)
-        fitted = task.train[: config.fitted_examples]
-        # At least two, one of which chooses the ridge.
-        size = min(batch_size, max(1, len(fitted) // 2))
-        held_out.examples = functools.cache(lambda: batches(fitted, size))
+        held_out.examples = functools.cache(
+            lambda: fitted_batches(trained, net.model, tokenizer, task, config)
+        )
         return held_out
 
     def chosen(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
@@ -169,6 +163,30 @@ class HeldOut:
         if sub not in self._decided:
             self._decided[sub] = decide(self.net, sub, self.config.degrees, self.batches)
         return self._decided[sub]
+
+
+def fitted_batches(
+    trained: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    config: CompensationConfig,
+) -> list[dict[str, Tensor]]:
+    """The training examples that a fit to the full model sees, in two batches at least: one of them
+    chooses the ridge."""
+    examples = task.train[: config.fitted_examples]
+    size = min(trained.batch_size, max(1, len(examples) // 2))
+    return _batches(model, tokenizer, examples, size)
+
+
+def _batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    size: int,
+) -> list[dict[str, Tensor]]:
+    encoded = encode_all(tokenizer, examples, model)
+    return list(collated(encoded, size, tokenizer.pad_token_id, model.device))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elastic.spaces.bound import SubAdapter
+    from elastic.supernet.streaming import Streamed
     from elastic.supernet.supernet import Supernet
 
 RIDGES = (0.01, 0.1, 1.0)
@@ -50,17 +52,59 @@ def fit_(
 ) -> int:
     """Fit the compact model `small` of `sub`, in place, to the maximal sub-adapter; how many of its
     layers changed. `batches` are training examples, two at least, as `collate` makes them."""
-    kept, changed = net.space.kept(sub), 0
     with net.active(net.space.maximal()):
-        for blocks, sites in _stacks(net).items():
-            whole, cut = _Recorded(net.model, blocks, batches), _Recorded(small, blocks, batches)
-            numbers = range(len(net.model.get_submodule(blocks)))
-            for number in track(numbers, f"fitting {blocks}", quiet=len(numbers) < 8):
-                name = f"{blocks}.{number}"
+        return _fit(small, net.model, net, sub, batches, lambda *_: contextlib.nullcontext())
+
+
+@torch.no_grad()
+def fit_streamed_(
+    small: Streamed,
+    whole: Streamed,
+    net: Supernet,
+    sub: SubAdapter,
+    batches: Sequence[dict[str, Tensor]],
+    changes: Path,
+) -> int:
+    """The same where neither is in memory: `whole` is the maximal sub-adapter, `net` its supernet
+    without data. Layers that changed are kept in the directory `changes`."""
+
+    @contextlib.contextmanager
+    def present(name: str, mine: str | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(whole.present(name))
+            if mine:
+                stack.enter_context(small.present(mine, changes))
+            yield
+
+    kept = net.space.kept(sub)
+    lengths = {name: len(net.model.get_submodule(name)) for name in _stacks(net)}
+    blocks = [f"{name}.{number}" for name, length in lengths.items() for number in range(length)]
+    left = [mine for name in blocks if (mine := renamed(kept, name))]
+    with whole.runnable(blocks), small.runnable(left):
+        return _fit(small.model, whole.model, net, sub, batches, present)
+
+
+def _fit(
+    small: PreTrainedModel,
+    whole: PreTrainedModel,
+    net: Supernet,
+    sub: SubAdapter,
+    batches: Sequence[dict[str, Tensor]],
+    present: Callable[[str, str | None], contextlib.AbstractContextManager[None]],
+) -> int:
+    """With a block, and what is left of it, present while they are needed."""
+    kept, changed = net.space.kept(sub), 0
+    for blocks, sites in _stacks(net).items():
+        full, cut = _Recorded(whole, blocks, batches), _Recorded(small, blocks, batches)
+        numbers = range(len(net.model.get_submodule(blocks)))
+        for number in track(numbers, f"fitting {blocks}", quiet=len(numbers) < 8):
+            name = f"{blocks}.{number}"
+            mine = renamed(kept, name)
+            with present(name, mine):
                 said: dict[str, list[Tensor]] = {site: [] for site in sites.get(number, ())}
-                with _outputs(net.model, said):
-                    goals = whole.run(name)
-                if (mine := renamed(kept, name)) is None:
+                with _outputs(whole, said):
+                    goals = full.run(name)
+                if mine is None:
                     continue
                 for site, own in said.items():
                     left = renamed(kept, site)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from elastic.config import CompensationConfig, EvaluateConfig, StageConfig
 from elastic.data.answers import answer_logits, answer_loss
@@ -88,17 +89,24 @@ def test_streamed_with_one_degree_it_is_the_same_model(run):
     assert read_json(only.directory / "report.json")["compensation"]["degree"] == 1
 
 
-def test_streamed_it_is_not_fitted_and_says_so(run, tmp_path, capsys):
+def test_streamed_it_is_fitted_all_the_same(run, tmp_path):
     _, _, net = load_run(run)
     about = {"degree": 1.0, "sequential": True, "held_out_losses": {}}
     file = tmp_path / "fitted.json"
     minimal = net.space.minimal().as_dict()
     file.write_text(json.dumps({"sub_adapter": minimal, "compensation": about}))
-    asked = dict(sub_adapter=str(file), compensation=CompensationConfig(), prove=False)
-    report = export(exports.config(run, **asked))
-    assert "not fitted" in " ".join(capsys.readouterr().err.split())
-    saved = read_json(report.directory / "report.json")["compensation"]
-    assert saved == {**about, "sequential": False}
+    asked = dict(sub_adapter=str(file), compensation=CompensationConfig())
+    proved = export(exports.config(run, **asked, name="proved"))
+    only = export(exports.config(run, **asked, name="only", prove=False))
+    saved = [
+        read_json(report.directory / "report.json")["compensation"] for report in (proved, only)
+    ]
+    assert saved == [about, about]
+    files = [report.directory / "hf" / "model.safetensors" for report in (proved, only)]
+    expected, found = (load_file(file) for file in files)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not list(only.directory.glob("tmp*"))
 
 
 def test_an_evaluation_is_of_what_was_chosen(run, capsys):

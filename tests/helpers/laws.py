@@ -17,10 +17,11 @@ from elastic.data.encoding import encode
 from elastic.formats import hf
 from elastic.models.modules import linear_
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.compact import compact, sliced, streamed
+from elastic.supernet.compact import compact, sliced
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.store import save_super_adapter
+from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 

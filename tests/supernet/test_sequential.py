@@ -8,14 +8,25 @@ import pytest
 import torch
 from torch import nn
 
+from elastic.models.meter import Meter
 from elastic.models.modules import plain_linear
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.depth import renamed
-from elastic.supernet.sequential import RIDGES, _Recorded, _stacks, _Sums, can_fit, fit_
+from elastic.supernet.sequential import (
+    RIDGES,
+    _Recorded,
+    _stacks,
+    _Sums,
+    can_fit,
+    fit_,
+    fit_streamed_,
+)
+from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of, net_of
+from tests.helpers.laws import without_data
 
 
 def batches_of(net: Supernet, number: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -56,6 +67,40 @@ def test_what_leaves_the_blocks_comes_nearer_to_the_full_model(family):
     after = errors(small, net, sub, batches)
     assert changed
     assert all(after[blocks] < before[blocks] for blocks in before)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "rwkv"])
+def test_fitted_where_neither_is_in_memory_it_is_the_same(family, tmp_path):
+    base = model_of(family)
+    space = SearchSpace.load(FAMILIES[family][1])
+    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
+    order = tiny.permutations(net)
+    net.reorder(order)
+    tiny.randomize_(net)
+    bare = without_data(base, net, space, "lora", order)
+    sub, batches = net.space.minimal(), batches_of(net)
+    expected = compact(net, sub)
+    changed = fit_(expected, net, sub, batches)
+    small, whole = (streamed(base, bare, one) for one in (sub, net.space.maximal()))
+    assert fit_streamed_(small, whole, bare, sub, batches, tmp_path) == changed
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(small.tensors[name](), tensor, rtol=1e-4, atol=1e-6)
+    assert all(tensor.is_meta for tensor in small.model.state_dict().values())
+
+
+def test_of_a_model_that_is_not_in_memory_a_block_of_each_is(tmp_path):
+    """Beside what stands outside of the blocks, and what the examples leave between two blocks."""
+    base = model_of("llama", layers=12)
+    space = SearchSpace.load(FAMILIES["llama"][1])
+    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
+    bare = without_data(base, net, space, "lora", tiny.permutations(net))
+    sub, batches = net.space.minimal(), batches_of(net, 2)
+    small, whole = (streamed(base, bare, one) for one in (sub, net.space.maximal()))
+    everything = sum(t.nbytes for one in (small, whole) for t in one.model.state_dict().values())
+    held = [*base.state_dict().values(), *net.factor_state().values(), *bare.model.parameters()]
+    with Meter(held).recording() as meter:
+        fit_streamed_(small, whole, bare, sub, batches, tmp_path)
+    assert meter.peak < everything / 2
 
 
 def test_a_model_that_lost_nothing_is_left_alone():

@@ -10,7 +10,8 @@ import torch
 from elastic.formats import hf
 from elastic.models.meter import Meter
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet.compact import compact, streamed
+from elastic.supernet.compact import compact
+from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of

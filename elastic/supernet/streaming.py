@@ -1,0 +1,168 @@
+"""A compact model made one tensor at a time, from base weights that stay on disk.
+
+A model loaded in the type it was saved in is mapped into memory, not read: its pages come and go.
+What is cut of a tensor, permuted and merged exists from when it is asked for until it is written,
+so a compact model can be written by a machine that holds neither it nor its base. It can be run
+there, too: each block has its tensors while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
+from elastic.models.modules import modules_of, plain_linear
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.compact import merged_weight, sliced, wide_type
+from elastic.supernet.depth import original
+from elastic.supernet.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A compact model, each of whose tensors is made whenever it is asked for."""
+
+    model: PreTrainedModel
+    """Its modules and sizes, without data (meta) but for buffers that no file has."""
+    tensors: dict[str, Callable[[], Tensor]]
+    """By the name that the state of the model has for it."""
+
+    @contextlib.contextmanager
+    def runnable(self, blocks: Sequence[str]) -> Iterator[None]:
+        """Inside, the model computes, in float32 at least: what stands outside of these blocks is
+        in memory, and of them the one that runs."""
+        inside = tuple(f"{name}." for name in blocks)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._made([n for n in self.tensors if not n.startswith(inside)]))
+            for name in blocks:
+                self._present_while_it_runs(name, stack)
+            yield
+
+    def _present_while_it_runs(self, name: str, stack: contextlib.ExitStack) -> None:
+        block, running = self.model.get_submodule(name), contextlib.ExitStack()
+        before = block.register_forward_pre_hook(
+            lambda *_: running.enter_context(self.present(name))
+        )
+        behind = block.register_forward_hook(lambda *_: running.close())
+        for end in (before.remove, behind.remove, running.close):
+            stack.callback(end)
+
+    @contextlib.contextmanager
+    def present(self, name: str, changes: Path | None = None) -> Iterator[None]:
+        """Inside, the module of this name has its tensors, which are made once. Those that were
+        replaced by the end stay so: they are kept in the directory `changes`."""
+        with self._made([n for n in self.tensors if n.startswith(f"{name}.")], changes):
+            yield
+
+    @contextlib.contextmanager
+    def _made(self, names: Sequence[str], changes: Path | None = None) -> Iterator[None]:
+        state = self.model.state_dict(keep_vars=True)
+        absent = {name: state[name] for name in names if state[name].is_meta}
+        made = {}
+        for name in absent:
+            tensor = self.tensors[name]()
+            made[name] = _put(self.model, name, tensor.to(wide_type(tensor)))
+        try:
+            yield
+            now = self.model.state_dict(keep_vars=True)
+            for name in [name for name in made if now[name] is not made[name]]:
+                assert changes is not None, name
+                file = changes / f"{name}.safetensors"
+                save_file({name: now[name].detach()}, file)
+                self.tensors[name] = functools.partial(_read, file, name)
+        finally:
+            for name, tensor in absent.items():
+                _put(self.model, name, tensor)
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Instead of the model's parameter or buffer of this name; the one that it then has."""
+    site, _, leaf = name.rpartition(".")
+    module = model.get_submodule(site)
+    if isinstance(getattr(module, leaf), nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
+    return tensor
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def streamed(
+    base: PreTrainedModel,
+    net: Supernet,
+    sub: SubAdapter,
+    head: Mapping[str, Tensor] | None = None,
+    degree: float = 0.0,
+) -> Streamed:
+    """What `compact` would give, bit for bit.
+
+    `net` is the super-adapter's supernet over a model without data (meta), with its order and its
+    factors; `base` has the weights, in their own order; `head` what was trained of a classifier's.
+    """
+    head = head or {}
+    sub = net.space.check(sub)
+    model = sliced(net, sub, degree)
+    updates = {}
+    for site, layer in modules_of(model, FactorLinear):
+        updates[site] = layer.A.data, layer.B.data
+        bias = None if layer.bias is None else layer.bias.data
+        model.set_submodule(site, plain_linear(layer.weight.data, bias))
+    left, kept = _left(net, sub, degree), net.space.kept(sub)
+
+    def made(name: str) -> Tensor:
+        site, _, leaf = name.rpartition(".")
+        source = original(kept, site)
+        tensor = head.get(name)
+        if tensor is None:
+            tensor = getattr(base.get_submodule(source), leaf)
+        if source in left:
+            tensor = left[source](tensor, leaf)
+        if site in updates and leaf == "weight":
+            tensor = merged_weight(tensor, *updates[site])
+        return tensor.detach()
+
+    names = model.state_dict()
+    for name, _ in list(model.named_buffers()):
+        if name not in names:
+            _put(model, name, made(name))
+    return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of one layer's tensors, from how the base has them."""
+
+    size: Size
+    rows: Tensor | None
+    """The base's, in the supernet's order; None: as they stand."""
+    columns: Tensor | None
+
+    def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
+        if leaf == "weight":
+            ordered = tensor if self.columns is None else tensor[:, self.columns]
+            tensor = self.size.compensated_columns(ordered)
+        return self.size.leading(tensor if self.rows is None else tensor[self.rows])
+
+
+def _left(net: Supernet, sub: SubAdapter, degree: float) -> dict[str, _Cut]:
+    """By elastic layer."""
+    moved = net.permutations()
+    with net.active(sub, degree):
+        return {
+            site: _Cut(copy.copy(layer.size), moved.get((site, "out")), moved.get((site, "in")))
+            for site, layer in modules_of(net.model, ElasticLinear)
+        }
