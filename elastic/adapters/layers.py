@@ -85,8 +85,8 @@ class ElasticLinear(nn.Module):
         self.size = Size(
             base.out_features, base.in_features, adapter.max_rank if adapter is not None else 0
         )
-        self._compensated: tuple[Tensor | None, float, Tensor] = (None, 0.0, torch.empty(0))
-        """What was made up for last, its degree, and the base weight with it."""
+        self._compensated: tuple[Any, ...] = (None, None, 0.0, torch.empty(0))
+        """The base that was made up for last, by what, to which degree, and its weight with it."""
         self.train(base.training)  # new modules start in training mode, where dropout acts
 
     @property
@@ -101,10 +101,10 @@ class ElasticLinear(nn.Module):
         rows, columns = (0, size.rows, size.row_parts), (1, size.columns, size.column_parts)
         if size.made_up is None:
             return lambda: _leading(_leading(base.weight, *rows), *columns)
-        made_up, degree, weight = self._compensated
-        if made_up is not size.made_up or degree != size.degree:
+        owner, made_up, degree, weight = self._compensated
+        if owner is not base or made_up is not size.made_up or degree != size.degree:
             weight = size.compensated_columns(base.weight)
-            self._compensated = size.made_up, size.degree, weight
+            self._compensated = base, size.made_up, size.degree, weight
         return lambda: _leading(weight, *rows)
 
     @property

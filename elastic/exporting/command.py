@@ -19,11 +19,12 @@ from elastic.errors import ExportError, require
 from elastic.evaluation.evaluate import evaluate
 from elastic.exporting import card, foreign, proof
 from elastic.exporting.contract import Source, Which
-from elastic.exporting.merge import combine
+from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, read_json, write_json, write_text
 from elastic.formats import hf
+from elastic.formats.runner import runner_of
 from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -103,11 +104,17 @@ def export(config: ExportConfig) -> Report:
     if others:
         # They are merged into what the supernet computes.
         made_up = dataclasses.replace(held_out.chosen(of_whom, sub), sequential=False)
-        updates = [foreign.read(folder, wanted, digest) for folder in others]
+        updates = [foreign.read(folder, wanted, digest, inputs) for folder in others]
         model, merge = combine(
             net, sub, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
         )
-        probes = [proof.probe(model, ids) for ids in inputs]
+        if config.merge.strategy == "linear":
+            with carrying(net, sub, updates, config.merge, made_up.degree) as active:
+                probes = [proof.probe(active, ids) for ids in inputs]
+            as_merged = proof.agreement(runner_of(model), probes)
+            proof.require_agreement("merge", as_merged, foreign.ROUNDING)
+        else:  # they choose among the entries that cutting left
+            probes = [proof.probe(model, ids) for ids in inputs]
     else:
         made_up, model = held_out.best(of_whom, sub)
         with net.active(sub, made_up.degree) as active:

@@ -7,23 +7,30 @@ patterns, DoRA, IA3 ...).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastic.config import ModelConfig
 from elastic.console import say
 from elastic.errors import RunError
+from elastic.exporting.proof import agreement, probe, require_agreement
 from elastic.files import read_json
 from elastic.formats import peft
 from elastic.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from elastic.formats.runner import runner_of
 from elastic.models import loading
 from elastic.models.head import head_of
+from elastic.models.ties import untie_
 from elastic.supernet.store import ABOUT, load_super_adapter, read_super_adapter
+
+ROUNDING = 1e-4
+"""How far merging may move the logits, in parts of the largest; PEFT keeps factors in float32."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,14 @@ def identify(path: str, base_digest: str) -> Path:
     return folder
 
 
-def read(folder: Path, model: ModelConfig, base_digest: str) -> Update:
-    """The update of an identified adapter."""
+def read(
+    folder: Path, model: ModelConfig, base_digest: str, prompts: Sequence[np.ndarray] = ()
+) -> Update:
+    """The update of an identified adapter. ExportError where a PEFT adapter computes something else
+    for the prompts, each (1, length) int64, once it is merged."""
     if (folder / ABOUT).is_file():
         return _of_super_adapter(folder, model, base_digest)
-    return _of_peft(folder, model)
+    return _of_peft(folder, model, prompts)
 
 
 @torch.no_grad()
@@ -91,9 +101,10 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
 
 
 @torch.no_grad()
-def _of_peft(folder: Path, model: ModelConfig) -> Update:
+def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) -> Update:
     """PEFT merges the adapter into a fresh base model, not quantised as it knows no such layers of
-    ours; what has changed is the update."""
+    ours; what has changed is the update. Tied weights are parted before that, as an adapter may
+    change one end alone."""
     theirs = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
     if theirs and theirs != model.path:
         say(f"{folder} says that it was trained on {theirs}; shapes are all that can be compared")
@@ -101,10 +112,16 @@ def _of_peft(folder: Path, model: ModelConfig) -> Update:
     dense = dataclasses.replace(model, quantise="none")
     wide = loading.load_model(loading.locate(model.path), dense)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
-    adapted: Any = peft.attached(wide, folder, weights, "merge:", model.path)
+    adapted: Any = peft.attached(wide, folder, weights, "merge:", model.path).eval()
     config: Any = adapted.peft_config["default"]
     kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
+    unmerged = [probe(adapted.get_base_model(), prompt) for prompt in prompts]
+    untie_(adapted.get_base_model())
     after = adapted.merge_and_unload(safe_merge=True)
+    require_agreement(
+        f"merge: {folder}, merged by PEFT", agreement(runner_of(after), unmerged), ROUNDING,
+        than="the adapter unmerged",
+    )  # fmt: skip
     return Update(folder.name, f"peft {kind}", _changes(before, after, folder))
 
 

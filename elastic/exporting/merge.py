@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from elastic.config import MergeConfig
 from elastic.errors import RunError
 from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear
+from elastic.models.ties import ends_of, set_parameter_, settle_ties_
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import sliced, wide_type
 from elastic.supernet.depth import renamed
@@ -47,13 +49,20 @@ def combine(
         small.set_submodule(site, plain_linear(layer.weight.data, bias))
     cut = [own, *(_cut(net, sub, update, degree) for update in updates)]
     weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
+    tied, done = ends_of(small), set()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in dict.fromkeys(key for deltas in cut for key in deltas):
+            if parameter in done:
+                continue
             before = small.get_parameter(parameter)
             change = _combined([deltas.get(parameter) for deltas in cut], weights, config)
             after = (before.to(change.dtype) + change).to(before.dtype)
-            _replace_parameter(small, before, after)
+            alike = [end for end in tied[parameter] if _changed_alike(cut, parameter, end)]
+            # The supernet's own tensor is left alone.
+            set_parameter_(small, alike, nn.Parameter(after, requires_grad=False))
+            done.update(alike)
+    settle_ties_(small)
     names = [name, *(update.name for update in updates)]
     report = {
         "strategy": config.strategy,
@@ -85,7 +94,7 @@ def combine(
 def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[str, Tensor]:
     """The update in the supernet's channel order, at the sizes of `sub`; what is made up for of the
     weights is made up for of it."""
-    moved, kept, found = net.permutations(), net.space.kept(sub), {}
+    kept, found = net.space.kept(sub), {}
     layers = dict(modules_of(net.model, ElasticLinear))
     with net.active(sub, degree):
         for name, delta in update.deltas.items():
@@ -97,10 +106,7 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[
                     f"merge: {update.name} changes {name} by {tuple(delta.shape)}, the base model "
                     f"has {'no such parameter' if whole is None else tuple(whole.shape)}"
                 )
-            if (site, "out") in moved:
-                delta = delta[moved[site, "out"]]
-            if (site, "in") in moved and leaf == "weight":
-                delta = delta[:, moved[site, "in"]]
+            delta = _ordered(net, name, delta)
             left = renamed(kept, name)
             if left is None:
                 continue
@@ -109,6 +115,17 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[
                 delta = layer.size.compensated_columns(delta) if leaf == "weight" else delta
             found[left] = delta.to(whole.device)
     return found
+
+
+def _ordered(net: Supernet, name: str, delta: Tensor) -> Tensor:
+    """A parameter's change in the supernet's channel order."""
+    site, _, leaf = name.rpartition(".")
+    moved = net.permutations()
+    if (site, "out") in moved:
+        delta = delta[moved[site, "out"]]
+    if (site, "in") in moved and leaf == "weight":
+        delta = delta[:, moved[site, "in"]]
+    return delta
 
 
 def _combined(deltas: Sequence[Tensor | None], weights: Tensor, config: MergeConfig) -> Tensor:
@@ -126,13 +143,55 @@ def _combined(deltas: Sequence[Tensor | None], weights: Tensor, config: MergeCon
     return getattr(merge_utils, config.strategy)(tensors, weights, config.density, **extra)
 
 
-def _replace_parameter(model: nn.Module, old: nn.Parameter, new: Tensor) -> None:
-    """Everywhere it stands, so that ties stay ties; the supernet's own tensor is left alone."""
-    fresh = nn.Parameter(new, requires_grad=False)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter is old:
-                setattr(module, name, fresh)
+def _changed_alike(cut: Sequence[Mapping[str, Tensor]], one: str, other: str) -> bool:
+    """Whether every adapter does the same to both ends of a tie, up to the rounding of float32."""
+    for deltas in cut:
+        if one == other or (one not in deltas and other not in deltas):
+            continue
+        if one not in deltas or other not in deltas:
+            return False
+        a, b = deltas[one], deltas[other]
+        if float((a - b).abs().max()) > 1e-6 * float(a.abs().max()):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def carrying(
+    net: Supernet,
+    sub: SubAdapter,
+    updates: Sequence[Update],
+    config: MergeConfig,
+    degree: float = 0.0,
+) -> Iterator[PreTrainedModel]:
+    """The supernet with `sub` active on a base that carries every update whole, inside the block:
+    what `combine` makes by the strategy linear, by another way."""
+    with contextlib.ExitStack() as restored:
+        for _, adapter in net.adapters():
+            restored.callback(setattr, adapter, "scale", adapter.scale)
+            adapter.scale *= config.weight
+        for update, entry in zip(updates, config.adapters, strict=True):
+            for name, delta in update.deltas.items():
+                _carry(net, name, entry.weight * _ordered(net, name, delta), restored)
+        yield restored.enter_context(net.active(sub, degree))
+
+
+@torch.no_grad()
+def _carry(net: Supernet, name: str, delta: Tensor, restored: contextlib.ExitStack) -> None:
+    """Add to a parameter of the base, at this end of a tie alone, until all is restored."""
+    site, _, leaf = name.rpartition(".")
+    owner = net.model.get_submodule(site)
+    if isinstance(owner, ElasticLinear):
+        site, owner = f"{site}.base", owner.base
+    before = getattr(owner, leaf)
+    if isinstance(owner, nn.Linear):  # a quantised one takes no other weight
+        restored.callback(net.model.set_submodule, site, owner)
+        owner = plain_linear(owner.weight, owner.bias)
+        net.model.set_submodule(site, owner)
+    else:
+        restored.callback(setattr, owner, leaf, before)
+    after = (before.to(delta.dtype) + delta.to(before.device)).to(before.dtype)
+    setattr(owner, leaf, nn.Parameter(after, requires_grad=False))
 
 
 def _weight(model: nn.Module, name: str) -> Tensor | None:

@@ -114,7 +114,9 @@ def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
     return Agreement(difference, largest, tokens, equal, decided)
 
 
-def require_agreement(kind: str, found: Agreement, limit: float | None) -> None:
+def require_agreement(
+    kind: str, found: Agreement, limit: float | None, than: str = "the supernet"
+) -> None:
     """ExportError when logits are no numbers, differ by more than `limit` times the largest one, or
     a greedy token differs that was no tie. Without a limit any difference will do."""
     if np.isnan(found.max_abs_diff):
@@ -124,12 +126,12 @@ def require_agreement(kind: str, found: Agreement, limit: float | None) -> None:
     allowed = limit * found.largest_logit
     if not found.max_abs_diff <= allowed:
         raise ExportError(
-            f"{kind}: logits differ from the supernet by up to {found.max_abs_diff:.3g}, more "
+            f"{kind}: logits differ from {than} by up to {found.max_abs_diff:.3g}, more "
             f"than the {allowed:.3g} that rounding explains; nothing was kept"
         )
     if found.decided:
         raise ExportError(
-            f"{kind}: greedy tokens differ from the supernet's although logits agree to "
+            f"{kind}: greedy tokens differ from those of {than} although logits agree to "
             f"{found.max_abs_diff:.3g}; nothing was kept"
         )
 

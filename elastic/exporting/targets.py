@@ -66,7 +66,9 @@ class Hf(_Torch):
     runtime = "hf"
 
     def why_not(self, source: Source) -> str | None:
-        return None if source.config.hf.padded else hf.why_not(source.models["compact"])
+        model = source.models["compact"]
+        reason = None if source.config.hf.padded else hf.why_not(model)
+        return reason or hf.why_not_untied(model)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer

@@ -198,6 +198,18 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
+def why_not_untied(model: PreTrainedModel) -> str | None:
+    """Why a model whose head is no longer its embeddings cannot be a folder; None if it can."""
+    config = model.config
+    read_again = type(config).from_dict(config.to_dict())
+    if config.tie_word_embeddings or not read_again.tie_word_embeddings:
+        return None
+    return (
+        "what was merged changed the head and the embeddings differently, and "
+        f"{type(model).__name__} is always loaded with one tensor for both"
+    )
+
+
 def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder again, through transformers' auto class as a user would; `trust_remote_code` where
     the user trusted the base model's."""

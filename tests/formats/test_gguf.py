@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
 from elastic.formats import gguf, gguf_tokenizer
+from elastic.models.ties import untie_
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
@@ -102,6 +103,16 @@ def test_every_tensor_is_in_the_file_once_in_its_type(tmp_path, type, step):
     size = sum(p.numel() for p in {p.data_ptr(): p for p in model.parameters()}.values())
     bytes_each = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.2}[type]
     assert (tmp_path / gguf.FILE).stat().st_size < bytes_each * size + 40_000
+
+
+def test_a_head_that_is_the_embeddings_no_longer_is_in_the_file_too(tmp_path):
+    _, model = models_of("llama, tied")
+    untie_(model)
+    model.lm_head.weight.data.mul_(2)
+    file = gguf.write(model, TOKENIZER, tmp_path, type="f32")
+    gguf.check(file, model)
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(file).tensors}
+    assert torch.equal(found["output.weight"], 2 * found["token_embd.weight"])
 
 
 def test_a_full_disk_is_named_and_nothing_is_kept(tmp_path):

@@ -1,0 +1,174 @@
+"""Adapters of stock PEFT: merged, they compute what PEFT's own unmerged model does."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
+from elastic.errors import ExportError
+from elastic.exporting import foreign
+from elastic.exporting.merge import carrying, combine
+from elastic.formats import hf
+from elastic.models import loading
+from elastic.models.digest import digest_of
+from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
+from tests.helpers import tiny
+from tests.helpers.graphs import same_in_every_runtime
+from tests.helpers.laws import close, some_moments
+from tests.helpers.tiny import logits, tokens
+
+pytestmark = [
+    # peft 0.21 still reads the old name of a property that transformers renamed.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:.*ensure_weight_tying"),
+]
+
+LORA = dict(r=3, lora_alpha=6)
+TIED = {"ensure_weight_tying": True}
+ENDS = {
+    "head": LORA | {"target_modules": ["lm_head"]},
+    "embeddings": LORA | {"target_modules": ["embed_tokens"]},
+    "both": LORA | {"target_modules": ["lm_head", "embed_tokens"]},
+    "head, dora": LORA | {"target_modules": ["lm_head"], "use_dora": True},
+    "embeddings, dora": LORA | {"target_modules": ["embed_tokens"], "use_dora": True},
+    "saved head": LORA | {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
+    "saved embeddings": LORA | {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved both": LORA
+    | {"target_modules": ["up_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": LORA
+    | {"target_modules": ["up_proj"], "trainable_token_indices": {"embed_tokens": [5, 9, 40]}},
+    "embeddings, kept tied": LORA | {"target_modules": ["embed_tokens"]} | TIED,
+    "both, kept tied": LORA | {"target_modules": ["lm_head", "embed_tokens"]} | TIED,
+    "saved embeddings, kept tied": LORA
+    | {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"]}
+    | TIED,
+}
+STILL_TIED = {"tokens", *(name for name in ENDS if name.endswith("kept tied"))}
+PRECISION = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Bases by whether their head is their embeddings."""
+    path = tmp_path_factory.mktemp("bases")
+    return {
+        tied: tiny.save_tiny(path / str(tied), tie_word_embeddings=tied) for tied in (True, False)
+    }
+
+
+def base_of(folder) -> ModelConfig:
+    return ModelConfig(path=str(folder), dtype="float32", device="cpu")
+
+
+def load_base(folder):
+    return loading.load_model(str(folder), base_of(folder))
+
+
+def adapter(folder, path, **settings):
+    """A saved PEFT adapter, whose every trained tensor has moved: what starts at zero would prove
+    nothing."""
+    model = get_peft_model(load_base(folder), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+    return path
+
+
+def update_of(folder, path) -> foreign.Update:
+    return foreign.read(foreign.identify(str(path), "any"), base_of(folder), "any")
+
+
+def merging(path, **settings) -> MergeConfig:
+    return MergeConfig(adapters=[MergeAdapterConfig(path=str(path))], **settings)
+
+
+def supernet(folder) -> Supernet:
+    net = Supernet(load_base(folder), tiny.space(heads=True), tiny.ADAPTERS["lora"])
+    net.reorder(tiny.permutations(net))
+    return tiny.randomize_(net)
+
+
+def unmerged(model, path):
+    """What stock PEFT computes with the adapter beside the model."""
+    return logits(PeftModel.from_pretrained(model, str(path)).eval(), tokens())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ENDS)
+def test_an_adapter_of_head_or_embeddings_changes_what_it_adapts_alone(
+    folders, tmp_path, kind, tied
+):
+    """Its layers are not cut, so PEFT can run it on the compact model as well."""
+    folder = folders[tied]
+    path = adapter(folder, tmp_path / "theirs", **ENDS[kind])
+    update, net = update_of(folder, path), supernet(folder)
+    plain = logits(load_base(folder), tokens())
+    expected = unmerged(load_base(folder), path)
+    assert not torch.allclose(expected, plain, atol=0.01)
+    bare = Supernet(load_base(folder), tiny.space(heads=True), tiny.ADAPTERS["lora"])
+    whole, _ = combine(bare, bare.space.maximal(), [update], merging(path))
+    close(logits(whole, tokens()), expected, PRECISION)
+    if "up_proj" not in ENDS[kind]["target_modules"]:
+        sub = net.space.minimal()
+        small, _ = combine(net, sub, [update], merging(path))
+        close(logits(small, tokens()), unmerged(compact(net, sub), path), PRECISION)
+    one = whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert one == whole.config.tie_word_embeddings == (tied and kind in STILL_TIED)
+
+
+@pytest.mark.parametrize("degree", [0.0, 0.5])
+def test_what_is_merged_is_what_the_supernet_computes_with_every_update_beside_it(
+    folders, tmp_path, degree
+):
+    """Whole updates on the base, then cut, at any weights; and the supernet is as it was."""
+    paths = [
+        adapter(folders[True], tmp_path / "0", **LORA, target_modules=["lm_head", "o_proj"]),
+        adapter(folders[True], tmp_path / "1", **LORA, target_modules=["down_proj", "lm_head"]),
+    ]
+    updates, net = [update_of(folders[True], path) for path in paths], supernet(folders[True])
+    net.compensation = some_moments(net)
+    entries = [MergeAdapterConfig(path="0", weight=0.5), MergeAdapterConfig(path="1", weight=-2.0)]
+    config, sub = MergeConfig(adapters=entries, weight=1.5), net.space.minimal()
+    with net.active(sub, degree):
+        before = logits(net.model, tokens())
+    with carrying(net, sub, updates, config, degree) as active:
+        expected = logits(active, tokens())
+    small, _ = combine(net, sub, updates, config, degree=degree)
+    close(logits(small, tokens()), expected, PRECISION)
+    assert not torch.allclose(before, expected, atol=0.01)
+    with net.active(sub, degree):
+        assert torch.equal(logits(net.model, tokens()), before)
+
+
+def test_an_adapter_of_the_head_of_a_tied_base_in_every_format(folders, tmp_path):
+    """What is written is what stock PEFT computes beside the compact model of the super-adapter."""
+    net = supernet(folders[True])
+    path, sub = tmp_path / "theirs", net.space.minimal()
+    adapter(folders[True], path, **LORA, target_modules=["lm_head"])
+    small, _ = combine(net, sub, [update_of(folders[True], path)], merging(path))
+    written = hf.load(hf.write(small, None, tmp_path / "hf"), torch.float32)
+    assert not written.config.tie_word_embeddings
+    close(logits(written, tokens()), unmerged(compact(net, sub), path), PRECISION)
+    same_in_every_runtime(small, tmp_path / "graphs")
+
+
+def test_an_adapter_that_merging_would_change_is_refused(folders, tmp_path, monkeypatch):
+    """As PEFT runs it, against what PEFT merged; here as if its merging had lost the ties."""
+    folder = folders[True]
+    path = adapter(folder, tmp_path / "theirs", **LORA, target_modules=["lm_head"])
+    monkeypatch.setattr(foreign, "untie_", lambda _: None)
+    with pytest.raises(ExportError, match=r"theirs, merged by PEFT: .* the adapter unmerged"):
+        foreign.read(path, base_of(folder), digest_of(folder), [tokens(1).numpy()])
+
+
+def test_a_class_that_is_always_tied_is_no_folder_with_two_tensors(tmp_path):
+    folder = tiny.save_t5(tmp_path / "t5")
+    model = load_base(folder)
+    assert hf.why_not_untied(model) is None
+    model.config.tie_word_embeddings = False
+    assert "always loaded with one tensor" in hf.why_not_untied(model)
