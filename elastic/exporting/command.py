@@ -65,7 +65,9 @@ def export(config: ExportConfig) -> Report:
     trained = run.config()
     # The base itself is hashed, and held against this, when the run is loaded.
     digest = read_json(run.super_adapter / ABOUT)["base_digest"]
-    others = [foreign.identify(entry.path, digest) for entry in config.merge.adapters]
+    others = [
+        foreign.identify(entry.path, digest, trained.model) for entry in config.merge.adapters
+    ]
     chosen = run.chosen(config.sub_adapter)
     if chosen.compress and config.has_graphs and not config.compress:
         config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])

@@ -21,8 +21,9 @@ from elastic.console import say
 from elastic.errors import RunError
 from elastic.exporting.proof import agreement, probe, require_agreement
 from elastic.files import read_json
-from elastic.formats import peft
-from elastic.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from elastic.formats import peft, peft_config
+from elastic.formats.peft import PEFT_WEIGHTS
+from elastic.formats.peft_config import PEFT_CONFIG, reason_of, stock_config
 from elastic.formats.runner import runner_of
 from elastic.models import loading
 from elastic.models.head import head_of
@@ -44,11 +45,11 @@ class Update:
     """By parameter name, float32 or wider; parameters that are not changed are absent."""
 
 
-def identify(path: str, base_digest: str) -> Path:
+def identify(path: str, base_digest: str, model: ModelConfig | None = None) -> Path:
     """The directory that holds the adapter; no tensors are read.
 
-    RunError when there is none or it would have to be unpickled, BaseMismatch when it is known to
-    be of another base.
+    RunError when there is none, it would have to be unpickled or cannot be merged (into this base,
+    where it is given), BaseMismatch when it is known to be of another base.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -68,6 +69,12 @@ def identify(path: str, base_digest: str) -> Path:
             "the adapter as safetensors"
         )
     peft.require_base(folder, base_digest, "merge:")
+    config = stock_config(folder, "merge:")
+    reason = peft_config.why_not_merged(config)
+    if model is not None and (bare := peft_config.bias_missing(config, loading.skeleton(model))):
+        reason = f"it trained biases, and {bare} of {model.path} has none"
+    if reason:
+        raise RunError(f"merge: {folder} cannot be merged: {reason}")
     return folder
 
 
@@ -117,7 +124,10 @@ def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) ->
     kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
     unmerged = [probe(adapted.get_base_model(), prompt) for prompt in prompts]
     untie_(adapted.get_base_model())
-    after = adapted.merge_and_unload(safe_merge=True)
+    try:
+        after = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # every method merges in a way of its own
+        raise RunError(f"merge: PEFT cannot merge {folder}: {reason_of(error)}") from None
     require_agreement(
         f"merge: {folder}, merged by PEFT", agreement(runner_of(after), unmerged), ROUNDING,
         than="the adapter unmerged",

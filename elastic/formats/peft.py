@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.errors import BaseMismatch, ExportError, RunError
-from elastic.files import read_json
+from elastic.formats.peft_config import (
+    CHANGES_BASE,
+    PEFT_CONFIG,
+    reason_of,
+    start_of,
+    stock_config,
+)
 from elastic.models.kinds import Kind, classes_of, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -127,39 +134,49 @@ def _targets(net: Supernet, sites: Collection[str]) -> list[str]:
     return sorted(short) if alike == set(sites) else sorted(sites)
 
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 DIGEST = "base_digest"
 """Where an adapter that we wrote names its base, in the metadata of its tensors."""
 
 
-WITHOUT = ("use_dora", "modules_to_save", "bias", "trainable_token_indices", "lora_bias")
+WITHOUT = (
+    "use_dora", "modules_to_save", "bias", "trainable_token_indices", "lora_bias",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+    "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
 """Settings of a LoRA that change more than B A."""
 
 
-def lora_config(folder: Path) -> Mapping[str, Any]:
+def lora_config(folder: Path) -> LoraConfig:
     """The configuration of a stock LoRA that is nothing but B A, and perhaps a trained head; reads
     no weights. RunError for anything else."""
+    where = "adapter.from"
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise RunError(
-                f"adapter.from {folder}: {name} is missing; give the folder of a PEFT adapter, "
+                f"{where} {folder}: {name} is missing; give the folder of a PEFT adapter, "
                 "saved as safetensors, or none"
             )
-    config = read_json(folder / PEFT_CONFIG)
-    kind = config.get("peft_type")
+    config: Any = stock_config(folder, where)
+    kind = config.peft_type.value
     if kind != "LORA":
         raise RunError(
-            f"adapter.from {folder}: a LoRA can be taken over, this is {kind}; merge it into a "
+            f"{where} {folder}: a LoRA can be taken over, this is {kind}; merge it into a "
             "sub-adapter at export instead (merge.adapters)"
         )
-    others = {name: config.get(name) for name in WITHOUT}
+    others = {name: getattr(config, name, None) for name in WITHOUT}
     others["bias"] = None if others["bias"] == "none" else others["bias"]
-    if config.get("task_type") == TASK_TYPES[Kind.CLASSIFIER]:
+    if config.task_type == TASK_TYPES[Kind.CLASSIFIER]:
         others.pop("modules_to_save")  # its head
     if more := {name: value for name, value in others.items() if value}:
         raise RunError(
-            f"adapter.from {folder}: it trained more than two factors per layer ({more}); merge it "
+            f"{where} {folder}: it trained more than two factors per layer ({more}); merge it "
             "into its base model and give adapter.from none"
+        )
+    if start_of(config).startswith(CHANGES_BASE):
+        raise RunError(
+            f"{where} {folder}: it began by {start_of(config)}, so it belongs to a changed base; "
+            "convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     return config
 
@@ -167,13 +184,20 @@ def lora_config(folder: Path) -> Mapping[str, Any]:
 def lora_rank(folder: Path) -> int:
     """The largest rank of a stock LoRA; RunError for another adapter."""
     config = lora_config(folder)
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def lora_sites(folder: Path) -> list[str]:
-    """The layers that a stock LoRA changes; reads names alone."""
-    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
-        names = file.keys()
+    """The layers that a stock LoRA changes; reads names alone. RunError where it changes embeddings
+    too."""
+    where = "adapter.from"
+    with _opened(folder, where) as file:
+        names = list(file.keys())
+    if embedding := next((name for name in names if ".lora_embedding_" in name), None):
+        raise RunError(
+            f"{where} {folder}: {embedding} adapts embeddings, which no space does; merge it into "
+            "its base model and give adapter.from none"
+        )
     ending = ".lora_A.weight"
     return [
         name.removeprefix("base_model.model.").removesuffix(ending)
@@ -182,9 +206,21 @@ def lora_sites(folder: Path) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _opened(folder: Path, where: str) -> Iterator[Any]:
+    """An adapter's tensors on disk; RunError where safetensors cannot read them."""
+    try:
+        with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{where} {folder / PEFT_WEIGHTS} cannot be read ({error}); fetch or save it again"
+        ) from None
+
+
 def require_base(folder: Path, base_digest: str, where: str) -> None:
     """BaseMismatch where an adapter's file names another base; `where` begins every message."""
-    with safe_open(folder / PEFT_WEIGHTS, "pt") as file:
+    with _opened(folder, where) as file:
         theirs = (file.metadata() or {}).get(DIGEST, base_digest)
     if theirs != base_digest:
         raise BaseMismatch(
@@ -194,28 +230,33 @@ def require_base(folder: Path, base_digest: str, where: str) -> None:
 
 def weights_of(folder: Path, where: str) -> dict[str, Tensor]:
     """An adapter's own tensors; RunError for NaN."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / PEFT_WEIGHTS)
+    with _opened(folder, where) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise RunError(f"{where} {folder / PEFT_WEIGHTS}: {name} holds NaN or infinite values")
     return weights
 
 
 def attached(
-    model: PreTrainedModel, folder: Path, weights: Collection[str], where: str, base: str
+    model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor], where: str, base: str
 ) -> PeftModel:
-    """An adapter on its base, as PEFT loads it; BaseMismatch where shapes differ, RunError unless
+    """An adapter on its base, as PEFT loads it; BaseMismatch where it does not fit, RunError unless
     all of its `weights`, and nothing else, belong there."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    config: Any = stock_config(folder, where)
+    most = max((max(tensor.shape, default=0) for tensor in weights.values()), default=0)
+    if config.peft_type == "LORA" and config.r > most:
+        raise RunError(
+            f"{where} {folder}: rank {config.r} is more than any tensor of {PEFT_WEIGHTS} has, "
+            f"{most}"
+        )
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BaseMismatch(f"{where} {folder} does not fit {base}: {reason}") from None
-    expected = set(get_peft_model_state_dict(adapted))
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+        expected = set(get_peft_model_state_dict(adapted))
+    except Exception as error:  # methods check what they get in ways of their own
+        raise BaseMismatch(f"{where} {folder} does not fit {base}: {reason_of(error)}") from None
     # What belongs nowhere is named before what is missing for it.
     if strange := sorted(set(weights) - expected) + sorted(expected - set(weights)):
         verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"

@@ -1,11 +1,13 @@
 """Adapters of stock PEFT: merged, they compute what PEFT's own unmerged model does."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
-from elastic.errors import ExportError
+from elastic.errors import ExportError, RunError
 from elastic.exporting import foreign
 from elastic.exporting.merge import carrying, combine
 from elastic.formats import hf
@@ -172,3 +174,72 @@ def test_a_class_that_is_always_tied_is_no_folder_with_two_tensors(tmp_path):
     assert hf.why_not_untied(model) is None
     model.config.tie_word_embeddings = False
     assert "always loaded with one tensor" in hf.why_not_untied(model)
+
+
+def spoilt(folder, **settings):
+    """Change an adapter's configuration."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04pickle", b"\xff" * 8 + b"{}", None], ids=repr
+)  # fmt: skip
+def test_weights_that_are_no_tensors_are_refused_on_one_line(folders, tmp_path, content):
+    path = adapter(folders[False], tmp_path / "theirs", **LORA, target_modules=["lm_head"])
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(RunError, match=r"^merge: .*safetensors cannot be read \([^\n]*$"):
+        foreign.identify(str(path), "any")
+
+
+def test_an_adapter_that_cannot_be_merged_is_told_from_its_configuration(folders, tmp_path):
+    base = base_of(folders[False])
+    path = adapter(folders[False], tmp_path / "theirs", **LORA, target_modules=["q_proj"])
+    with pytest.raises(RunError, match="PROMPT_TUNING puts vectors beside the prompt"):
+        foreign.identify(str(spoilt(path, peft_type="PROMPT_TUNING")), "any", base)
+    spoilt(path, peft_type="LORA", init_lora_weights="pissa_niter_4")
+    with pytest.raises(RunError, match="cannot be merged: it began by pissa_niter_4"):
+        foreign.identify(str(path), "any", base)
+    spoilt(path, init_lora_weights=True, lora_bias=True)
+    with pytest.raises(RunError, match=r"it trained biases, and .*q_proj of .* has none$"):
+        foreign.identify(str(path), "any", base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"r": 2}, "does not fit .* size mismatch"),
+        ({"r": 10**12}, "rank 1000000000000 is more than any tensor"),
+        ({"target_modules": ["nowhere"]}, "does not fit .* Target modules"),
+        ({"layers_to_transform": "x", "layers_pattern": 3}, "does not fit"),
+        ({"use_dora": True}, "magnitude_vector.* is missing"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_refused_on_one_line(
+    folders, tmp_path, settings, match
+):
+    path = adapter(folders[False], tmp_path / "theirs", **LORA, target_modules=["q_proj"])
+    with pytest.raises(RunError, match=match) as caught:
+        update_of(folders[False], spoilt(path, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_peft_finds_out_while_it_merges_is_told_on_one_line(folders, tmp_path):
+    path = adapter(
+        folders[False], tmp_path / "theirs", **LORA, target_modules=r".*\.q_proj", lora_bias=True
+    )  # fmt: skip
+    with pytest.raises(RunError, match=r"^merge: PEFT cannot merge .*lora_bias[^\n]*$"):
+        update_of(folders[False], path)
+
+
+def test_an_adapter_has_peft_ask_nobody_for_the_base_that_it_names(folders, tmp_path, monkeypatch):
+    path = adapter(folders[False], tmp_path / "theirs", **LORA, target_modules=["q_proj"])
+    spoilt(path, base_model_name_or_path="somebody/else")
+    asked = []
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names: asked.append(names)
+    )
+    assert update_of(folders[False], path).deltas
+    assert asked == []
