@@ -20,7 +20,7 @@ class MergeAdapterConfig:
     """Another adapter on the same base model."""
 
     path: str
-    """A run of ours, or a PEFT adapter's directory."""
+    """A run of ours, a PEFT adapter's directory, or the hub name of either (owner/name)."""
     weight: float = 1.0
 
 

@@ -106,7 +106,12 @@ def export(config: ExportConfig) -> Report:
     if others:
         # They are merged into what the supernet computes.
         made_up = dataclasses.replace(held_out.chosen(of_whom, sub), sequential=False)
-        updates = [foreign.read(folder, wanted, digest, inputs) for folder in others]
+        updates = [
+            dataclasses.replace(
+                foreign.read(folder, wanted, digest, inputs), name=foreign.name_of(entry.path)
+            )
+            for folder, entry in zip(others, config.merge.adapters, strict=True)
+        ]
         model, merge = combine(
             net, sub, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
         )

@@ -34,6 +34,10 @@ ROUNDING = 1e-4
 """How far merging may move the logits, in parts of the largest; PEFT keeps factors in float32."""
 
 
+SUPER = "super_adapter"
+"""In a run."""
+
+
 @dataclass(frozen=True)
 class Update:
     """What one adapter adds to the base model, in the base model's channel order."""
@@ -46,15 +50,21 @@ class Update:
 
 
 def identify(path: str, base_digest: str, model: ModelConfig | None = None) -> Path:
-    """The directory that holds the adapter; no tensors are read.
+    """The directory that holds the adapter, which comes from the hub where `path` is a name there;
+    no tensors are read.
 
     RunError when there is none, it would have to be unpickled or cannot be merged (into this base,
     where it is given), BaseMismatch when it is known to be of another base.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise RunError(f"merge: {path}: no such directory")
-    for place in (folder / "super_adapter", folder):
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise RunError(
+                f"merge: {path}: no such directory; give a run, an adapter's folder, or the hub "
+                "name of one (owner/name)"
+            )
+        folder = Path(loading.from_hub(path, (PEFT_CONFIG, PEFT_WEIGHTS, f"{SUPER}/*"), "merge:"))
+    for place in (folder / SUPER, folder):
         if (place / ABOUT).is_file():
             read_super_adapter(place, base_digest)
             return place
@@ -76,6 +86,12 @@ def identify(path: str, base_digest: str, model: ModelConfig | None = None) -> P
     if reason:
         raise RunError(f"merge: {folder} cannot be merged: {reason}")
     return folder
+
+
+def name_of(path: str) -> str:
+    """What an adapter is called: as its folder is, or its repository on the hub."""
+    place = Path(path).expanduser().resolve()
+    return place.parent.name if place.name == SUPER else place.name
 
 
 def read(
@@ -103,8 +119,8 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
         if (site, "out") in moved:
             B = B[torch.argsort(moved[site, "out"])]
         deltas[f"{site}.weight"] = (B @ A).detach()
-    name = folder.parent.name if folder.name == "super_adapter" else folder.name
-    return Update(name, f"{net.adapter.resolved_method}, LoRA rank {max(ranks)}", deltas)
+    kind = f"{net.adapter.resolved_method}, LoRA rank {max(ranks)}"
+    return Update(name_of(str(folder)), kind, deltas)
 
 
 @torch.no_grad()

@@ -57,10 +57,16 @@ def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
             f"model.path {path!r}: no such folder; give a folder, a hub name (owner/name), "
             f"or one of {', '.join(PACKAGED)}"
         )
+    return from_hub(path, files, "model.path")
+
+
+def from_hub(name: str, files: Sequence[str], setting: str) -> str:
+    """The folder with these files of a repository (owner/name); ModelError, which names the setting
+    that asked for it, if it cannot be had."""
     try:
-        return huggingface_hub.snapshot_download(path, allow_patterns=list(files))
+        return huggingface_hub.snapshot_download(name, allow_patterns=list(files))
     except Exception as error:  # the hub client raises many kinds; all mean: not there
-        raise ModelError(f"model.path {path!r}: neither a folder nor on the hub: {error}") from None
+        raise ModelError(f"{setting} {name!r}: neither a folder nor on the hub: {error}") from None
 
 
 def skeleton(

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
-from elastic.errors import ExportError, RunError
+from elastic.errors import ExportError, ModelError, RunError
 from elastic.exporting import foreign
 from elastic.exporting.merge import carrying, combine
 from elastic.formats import hf
@@ -243,3 +243,35 @@ def test_an_adapter_has_peft_ask_nobody_for_the_base_that_it_names(folders, tmp_
     )
     assert update_of(folders[False], path).deltas
     assert asked == []
+
+
+def test_an_adapter_may_be_named_as_the_hub_has_it(folders, tmp_path, monkeypatch):
+    """Only what an adapter is made of is fetched, and only where the name is no folder here."""
+    path = adapter(folders[False], tmp_path / "theirs", **LORA, target_modules=["q_proj"])
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert foreign.identify(str(path), "any") == path
+    assert asked == []
+    assert foreign.identify("somebody/adapter", "any") == path
+    assert asked == [
+        (
+            "somebody/adapter",
+            ["adapter_config.json", "adapter_model.safetensors", "super_adapter/*"],
+        )
+    ]
+    assert foreign.name_of("somebody/adapter") == "adapter"
+    assert foreign.name_of("runs/mine/super_adapter") == "mine"
+    for name in ("nowhere", "./some/where", "a/b/c", str(tmp_path / "x")):
+        with pytest.raises(RunError, match=r"no such directory; .* \(owner/name\)"):
+            foreign.identify(name, "any")
+    assert len(asked) == 1
+
+
+def test_an_adapter_that_the_hub_does_not_give_is_named():
+    with pytest.raises(ModelError, match="merge: 'somebody/adapter': neither a folder nor on"):
+        foreign.identify("somebody/adapter", "any")
