@@ -46,16 +46,23 @@ def write(report: Report, directory: Path) -> Path:
     folder."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     auto = hf.auto_of(config["architectures"][0])
-    code = (directory / hf.CODE).is_file() or "auto_map" in config
-    write_text(directory / FILE, text(report, auto=auto, code=code))
+    code = (directory / hf.CODE).is_file()
+    copied = "auto_map" in config and not code
+    write_text(directory / FILE, text(report, auto=auto, code=code, copied=copied))
     return directory / FILE
 
 
-def text(report: Report, *, auto: str = "AutoModelForCausalLM", code: bool = False) -> str:
+def text(
+    report: Report,
+    *,
+    auto: str = "AutoModelForCausalLM",
+    code: bool = False,
+    copied: bool = False,
+) -> str:
     """The card of a report's Hugging Face folder, metadata first.
 
     `auto` is the transformers class that loads the folder, `code` whether it holds a model class of
-    its own.
+    ours, `copied` whether one of the base's folder, which the user trusted.
     """
     proof = report.proved.get("hf")
     blocks = [
@@ -64,7 +71,7 @@ def text(report: Report, *, auto: str = "AutoModelForCausalLM", code: bool = Fal
         *_quality(report.model.accuracy, proof),
         *(_latency(proof.latency, proof.timing) if proof else ()),
         "## How to load it",
-        _loading(auto, code),
+        _loading(auto, code, copied),
         "## Sizes by layer",
         _sizes(report.model.sub.as_dict()),
         "## How it was made",
@@ -72,7 +79,7 @@ def text(report: Report, *, auto: str = "AutoModelForCausalLM", code: bool = Fal
         "## How to make it again",
         *_recipe(report),
     ]
-    return f"---\n{_metadata(report, auto, code)}\n---\n\n" + "\n\n".join(blocks) + "\n"
+    return f"---\n{_metadata(report, auto, code or copied)}\n---\n\n" + "\n\n".join(blocks) + "\n"
 
 
 def is_hub_name(path: str) -> bool:
@@ -155,8 +162,8 @@ def _latency(own: Latency, timing: Measurement) -> Iterator[str]:
         yield "The machine was too busy for these times to be trusted."
 
 
-def _loading(auto: str, code: bool) -> str:
-    extra = ", trust_remote_code=True" if code else ""
+def _loading(auto: str, code: bool, copied: bool) -> str:
+    extra = ", trust_remote_code=True" if code or copied else ""
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         "",
@@ -170,6 +177,10 @@ def _loading(auto: str, code: bool) -> str:
             "\n\nNo configuration of the family's class can say sizes that differ from layer to "
             "layer, so `modeling_elastic.py` in this folder does, in some thirty lines. Read them "
             "before you trust them."
+        )
+    if copied:
+        shown += (
+            "\n\nThe Python code in this folder is the base model's. Read it before you trust it."
         )
     return shown
 

@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,7 +28,12 @@ from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 CODE = "modeling_elastic.py"
 SHARD = "50GB"
@@ -115,32 +120,67 @@ def write(
         transposed=frozenset(f"{name}.weight" for name, _ in layers),
     )
     config.architectures = [type(model).__name__]
-    config.save_pretrained(directory)
-    if model.can_generate():
-        model.generation_config.save_pretrained(directory)
     if model.is_remote_code():  # of the base model's, which its user has allowed
         custom_object_save(model, directory, config=config)
-    saved = directory / "config.json"
-    values = json.loads(saved.read_text(encoding="utf-8"))
     # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
-    values |= compat.rotary_words(config)
-    values["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
+    words = compat.rotary_words(config)
+    words["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     if hasattr(config, "linear_sizes"):
         base, kind = type(model).__name__, type(model.config).__name__
-        values["architectures"] = [f"Elastic{base}"]
+        words["architectures"] = [f"Elastic{base}"]
         names = {"base": base, "config": kind, "model_type": config.model_type}
         write_text(directory / CODE, _CLASS.format(**names, auto=auto_of(base)))
-    write_text(saved, json.dumps(values, indent=2) + "\n")
+    write_config(config, directory, **words)
+    if model.can_generate():
+        write_generation(model.generation_config, directory)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
     return directory
+
+
+NAMES_CODE = ("auto_map", "custom_pipelines")
+"""Settings that name Python code, perhaps of another repository, for transformers to run."""
+
+
+def write_config(config: PretrainedConfig, directory: Path, **words: Any) -> None:
+    """config.json, with these words besides; of `described_config`, which names no code but what
+    is written beside it."""
+    config.save_pretrained(directory)
+    values = _read(directory / "config.json")
+    own = {name: values[name] for name in ("auto_map",) if name in values}
+    _write(directory / "config.json", without_code(values) | own | words)
+
+
+def write_generation(config: GenerationConfig, directory: Path) -> None:
+    """generation_config.json, of however the base generates."""
+    config.save_pretrained(directory)
+    file = directory / "generation_config.json"
+    _write(file, without_code(_read(file)))
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Tokenizer and chat template, in words that transformers 4.x knows as well."""
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer_config.json"
-    values = compat.tokenizer_words(json.loads(file.read_text(encoding="utf-8")))
+    values = compat.tokenizer_words(_read(file))
+    own = {}
+    if tokenizer._auto_class is not None:  # its code, which the user has allowed, is written too
+        own = {"auto_map": {tokenizer._auto_class: values["auto_map"][tokenizer._auto_class]}}
+    _write(file, without_code(values) | own)
+
+
+def without_code(values: Any) -> Any:
+    """Settings, those within settings too, without the names of code."""
+    if isinstance(values, dict):
+        return {k: without_code(value) for k, value in values.items() if k not in NAMES_CODE}
+    return [without_code(value) for value in values] if isinstance(values, list) else values
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
     write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -155,6 +195,7 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
 
 def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     config = copy.deepcopy(model.config)
+    config.__dict__.pop("auto_map", None)  # of the base's folder, or a stranger's
     plain = linear_(_meta(type(model), model.config))
     expected, groups = _shapes_of(plain), query_groups(plain)
     changed = {name: size for name, size in _shapes_of(model).items() if size != expected[name]}

@@ -54,9 +54,9 @@ def companions(
     nothing to say.
     """
     directory, answers = Path(directory), kind_of(model) is not Kind.CLASSIFIER
-    hf.described_config(model, code=False).save_pretrained(directory)
+    hf.write_config(hf.described_config(model, code=False), directory)
     if (generation := getattr(model, "generation_config", None)) is not None:
-        generation.save_pretrained(directory)
+        hf.write_generation(generation, directory)
     hf.write_tokenizer(tokenizer, directory)
     if runtime == "openvino":
         reason = write_tokenizer(tokenizer, directory, answers=answers) or unpaged(model)
