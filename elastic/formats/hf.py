@@ -74,6 +74,12 @@ class Elastic{config}({config}):
 class Elastic{base}({base}):
     config_class = Elastic{config}
 
+    @classmethod
+    def is_custom_code(cls):
+        """All that fills weights and buffers is transformers' own; of other code it would skip
+        some that are in no file."""
+        return False
+
     def __init__(self, config):
         super().__init__(config)
         for name, (out_features, in_features) in config.linear_sizes.items():

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
 from elastic.formats import hf
 from elastic.formats.padding import padded
+from elastic.models.modules import plain_linear
 from elastic.supernet.compact import compact
 from tests.helpers import tiny
 from tests.helpers.families import LLAMA3, model_of, net_of
-from tests.helpers.laws import mixed
+from tests.helpers.laws import close, mixed
 
 
 def stored(folder) -> dict[str, str]:
@@ -96,3 +97,27 @@ def test_uneven_layers_of_a_class_that_a_folder_brings_are_refused(monkeypatch):
     monkeypatch.setattr(type(even), "_auto_class", "AutoModelForCausalLM")
     assert hf.why_not(even) is None
     assert "LlamaForCausalLM" in hf.why_not(uneven) and "hf.padded true" in hf.why_not(uneven)
+
+
+def test_buffers_that_are_in_no_file_are_filled_when_it_loads(tmp_path):
+    """Falcon-H1 fills its multipliers from the configuration, where a model begins."""
+    config = FalconH1Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8,
+        ssm_multipliers=[0.5, 0.25, 2.0, 4.0, 0.125], initializer_range=0.3, pad_token_id=tiny.PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = FalconH1ForCausalLM(config).eval().requires_grad_(False)
+    mlp = model.model.layers[1].feed_forward
+    for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        mlp.set_submodule(name, plain_linear(getattr(mlp, name).weight.narrow(axis, 0, 32), None))
+    hf.write(model, None, tmp_path)
+    assert (tmp_path / hf.CODE).is_file()
+    torch.empty(4096).fill_(torch.nan)  # memory that is handed out again is not zero by luck
+    loaded = hf.load(tmp_path, torch.float32)
+    for (name, buffer), (_, expected) in zip(
+        loaded.named_buffers(), model.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, expected), name
+    close(tiny.logits(loaded, tiny.tokens()), tiny.logits(model, tiny.tokens()), 1e-6)
