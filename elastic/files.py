@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from elastic.errors import ConfigError, RunError, unknown
+from elastic.plain import parse_json, read_text
 
 _PACKAGE = Path(__file__).parent
 BUILDING, ASIDE = ".elastic-building", ".elastic-aside"
@@ -60,12 +61,7 @@ def write_json_lines(path: Path | str, rows: Iterable[Any]) -> Path:
 
 def read_json(path: Path | str) -> Any:
     """The JSON in `path`; RunError names the file when it is absent or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    return parse_json(read_text(path), path)
 
 
 def digest(path: Path | str) -> str:

@@ -15,6 +15,7 @@ import yaml
 from elastic.config import TrainConfig
 from elastic.errors import RunError
 from elastic.files import read_json, write_text
+from elastic.plain import mapping, parse_yaml, read_text, read_yaml
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.spaces.declared import SearchSpace
 
@@ -87,7 +88,7 @@ class Run:
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
-        return _settings(self.config_file.read_text(encoding="utf-8"), str(self.config_file))
+        return _settings(read_text(self.config_file), str(self.config_file))
 
     def config(self) -> TrainConfig:
         """The settings the super-adapter was trained with; RunError if nothing was."""
@@ -102,7 +103,7 @@ class Run:
     def space(self) -> SearchSpace:
         """The declared space the super-adapter was trained with."""
         file = self.super_adapter / "space.yaml"
-        return SearchSpace.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        return SearchSpace.from_dict(read_yaml(file), str(file))
 
     def chosen(self, name: str) -> Chosen:
         """What `--sub_adapter` means; reads its file, the one time.
@@ -191,13 +192,7 @@ class Run:
 def _settings(text: str, where: str) -> TrainConfig:
     from elastic.config.parsing import from_dict
 
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunError(f"{where}: broken YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise RunError(f"{where}: expected the settings of a run")
-    return from_dict(TrainConfig, value, where)
+    return from_dict(TrainConfig, mapping(parse_yaml(text, where, RunError), where), where)
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from elastic.config.numbers import require_numbers
 from elastic.errors import require
 
 
@@ -151,6 +152,7 @@ class AdapterConfig:
     soslora: SosLoraConfig = field(default_factory=SosLoraConfig)
 
     def __post_init__(self) -> None:
+        require_numbers(self, "adapter.")
         require(
             self.taken_from is None or self.resolved_method == "lora",
             f"adapter.from takes over a LoRA; leave out adapter.method ({self.method})",

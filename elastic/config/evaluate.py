@@ -11,6 +11,7 @@ from typing import Literal
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import Graph
 from elastic.config.model import Dtype
+from elastic.config.numbers import require_numbers
 from elastic.errors import require
 
 PARTS = {
@@ -65,6 +66,7 @@ class EvaluateConfig:
     """Tokens that are predicted from one start of the text."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for name in ("beams", "batch", "batch_tokens", "window"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
         require(self.examples is None or self.examples >= 1, f"examples is {self.examples}")

@@ -11,6 +11,7 @@ from typing import Literal
 
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import GRAPHS, Graph, RoundedTo, TimingConfig
+from elastic.config.numbers import require_numbers
 from elastic.config.recovery import RecoveryConfig
 from elastic.errors import require
 
@@ -120,6 +121,7 @@ class ExportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.runtime_examples >= 0, f"runtime_examples is {self.runtime_examples}")
         require(
             self.name is None or re.fullmatch(r"[^./\\][^/\\]*", self.name) is not None,

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from elastic.config.numbers import require_numbers
 from elastic.errors import require
 
 Graph = Literal["onnx", "openvino"]
@@ -100,5 +101,6 @@ class LatencyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         named = self.compress not in ("chosen", "none")
         require_graph([self.compress] if named else [], self.timing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Literal
 
 from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require_graph
+from elastic.config.numbers import require_numbers
 from elastic.config.recovery import RecoveryConfig
 from elastic.errors import ConfigError, require
 
@@ -16,6 +18,7 @@ Objective = Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params"
 ACCURACY: Objective = "accuracy"
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""
+ACCURACIES = ("min_accuracy", "max_accuracy_drop")
 _LATENCIES: dict[str, Objective] = {
     "prefill_ms": "prefill_ms",
     "decode_ms": "decode_ms",
@@ -60,10 +63,10 @@ class BudgetConfig:
                     'model such as "80%"'
                 ) from None
             require(number > 0, f"budget.{name} is {value}; it must be positive")
-        for name in ("min_accuracy", "max_accuracy_drop"):
-            value = getattr(self, name)
-            if isinstance(value, float | int):
-                require(value <= 1, f"budget.{name} is {value}; a fraction in [0, 1]")
+            require(number < math.inf, f"budget.{name} is {value}; it must be finite")
+            if name in ACCURACIES:
+                most, what = (100, "percentage up to 100%") if match else (1, "fraction in [0, 1]")
+                require(number <= most, f"budget.{name} is {value}; a {what}")
 
     def limits(self) -> dict[str, float | str]:
         """The limits that were set."""
@@ -134,6 +137,7 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
         require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
         require(self.population >= 2, f"population is {self.population}; at least 2")

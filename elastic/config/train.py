@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from elastic.config.adapter import AdapterConfig
 from elastic.config.model import ModelConfig, TaskConfig
+from elastic.config.numbers import require_numbers
 from elastic.errors import require
 
 Dim = Literal["rank", "width", "heads", "query_heads", "depth"]
@@ -60,6 +61,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, f"lr.base_lr is {self.base_lr}; it must be positive")
+        require(self.warmup_lr >= 0, f"lr.warmup_lr is {self.warmup_lr}; at least 0")
         require(self.warmup_epochs >= 0, f"lr.warmup_epochs is {self.warmup_epochs}; at least 0")
 
 
@@ -176,6 +178,7 @@ class TrainConfig:
     and writes nothing. A model folder with config.json alone will do."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.probe_steps >= 0, f"probe_steps is {self.probe_steps}; at least 0")
         require(
             self.sub_adapter is None or self.start_from is not None,
@@ -183,6 +186,8 @@ class TrainConfig:
         )
         for name in ("batch_size", "accumulation", "save_steps", "order_examples", "maximal_every"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        for name in ("weight_decay", "max_grad_norm"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; at least 0")
         most = self.max_steps
         require(most is None or most >= 1, f"max_steps is {most}; at least 1")
         least = self.compensation_examples

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import yaml
 from torch import nn
 
 from elastic.errors import ConfigError, unknown
 from elastic.files import shipped
+from elastic.plain import read_yaml
 from elastic.spaces.blocks import require_alike
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, GroupSpec
@@ -142,11 +142,7 @@ class SearchSpace:
     def load(cls, name: str) -> SearchSpace:
         """The shipped space of that name, or the one in a YAML file; ConfigError if it is none."""
         path = shipped("search_spaces", name)
-        try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: broken YAML: {error}") from None
-        return cls.from_dict(value, source=path.name)
+        return cls.from_dict(read_yaml(path), source=path.name)
 
     @classmethod
     def from_dict(cls, value: Any, source: str = "search space") -> SearchSpace:

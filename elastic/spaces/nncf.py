@@ -20,6 +20,7 @@ import yaml
 from elastic.config import BudgetConfig, SearchConfig, SpaceImportConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.files import write_text
+from elastic.plain import parse_yaml, read_text
 from elastic.spaces.declared import SearchSpace, describe
 
 READERS = {
@@ -45,7 +46,6 @@ FAR_READERS = {
 """The same for layers that stand elsewhere, by their names in the block."""
 ATTENTION = re.compile(r"(^|\.)(self_attn|attention|self_attention|attn)\.")
 SEARCHES = {"NSGA2": "nsga2"}
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 UNSET = -1
 """Where a published file leaves a value to the command line."""
 
@@ -192,15 +192,8 @@ def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
 
 def _parsed(source: Path) -> Entry:
     """JSON with trailing commas and comments, as NNCF takes it: YAML but for the comments."""
-    try:
-        text = re.sub(r"^\s*//.*$", "", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        value = yaml.load(text.replace("\t", " "), LOADER)
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: not UTF-8 text: {error.reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: broken JSON: {error}") from None
+    text = re.sub(r"^\s*//.*$", "", read_text(source, ConfigError), flags=re.MULTILINE)
+    value = parse_yaml(text.replace("\t", " "), source)
     if not isinstance(value, dict) or "bootstrapNAS" not in value:
         raise ConfigError(
             f"{source}: no BootstrapNAS configuration; expected a mapping with 'bootstrapNAS', got "

@@ -18,6 +18,7 @@ from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, same_file, write_json, write_text
 from elastic.models import loading
 from elastic.models.digest import digest_of
+from elastic.plain import read_yaml
 from elastic.provenance import provenance
 from elastic.run import Chosen, Run
 from elastic.spaces.declared import SearchSpace
@@ -82,9 +83,7 @@ def load_super_adapter(
     the same.
     """
     about = read_super_adapter(directory, base_digest)
-    space = SearchSpace.from_dict(
-        yaml.safe_load((directory / SPACE).read_text(encoding="utf-8")), str(directory / SPACE)
-    )
+    space = SearchSpace.from_dict(read_yaml(directory / SPACE), str(directory / SPACE))
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
     net = Supernet(model, space, adapter, order=read_order(directory), start=False)
     (net.load_updates if updates else net.load_factors)(read_factors(directory))

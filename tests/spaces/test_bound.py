@@ -282,7 +282,7 @@ def test_binding_to_meta_tensors_is_the_same():
 def test_broken_yaml_names_the_file(tmp_path):
     file = tmp_path / "broken.yaml"
     file.write_text("blocks: [")
-    with pytest.raises(ConfigError, match=r"broken\.yaml: broken YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml:2: broken YAML"):
         SearchSpace.load(str(file))
 
 

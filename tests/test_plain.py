@@ -1,0 +1,82 @@
+"""What strangers write is read as plain data, in little time, or refused in one line."""
+
+import pytest
+import yaml
+
+from elastic.errors import ConfigError, RunError
+from elastic.plain import mapping, parse_json, parse_yaml, read_text, read_yaml
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{mine}: &{mine} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, mine in zip("abcdefgh", "bcdefghi", strict=True)
+)
+"""Nine to the power of nine."""
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: &a {path: *a}", r"f\.yaml:1: broken YAML: the alias \*a cannot be followed"),
+        (BOMB, r"f\.yaml:5: broken YAML: the alias \*d cannot be followed"),
+        (CHAIN, r"f\.yaml:64: broken YAML: more than 64 lists and mappings"),
+        ("a: *b", r"the alias \*b cannot be followed"),
+        ("[" * 70 + "]" * 70, "more than 64 lists and mappings"),
+        ("[" * 100_000, "nesting"),
+        ("a: 1\nb: {c: 2}\na: 3", r"f\.yaml:3: broken YAML: 'a' stands there twice"),
+        ("a: {b: 1, 'b': 2}", "'b' stands there twice"),
+        ("a: !!python/object/apply:os.system [ls]", "a tag .*os.system.*; leave it out"),
+        ("!!set {a, b}", "a tag"),
+        ("? [1, 2]\n: 3", "a key that is no name"),
+        ("a: " + "9" * 5000, "broken YAML: .*digits"),
+        ("a: 2001-99-99", "broken YAML: month must be"),
+        ("a: {b", r"f\.yaml:2: broken YAML: did not find expected ',' or '}'$"),
+        ("a: \0", "broken YAML: unacceptable character"),
+        ("a: 1\n---\nb: 2", "another document"),
+    ],
+)
+def test_yaml_that_is_no_plain_data_is_refused_in_one_line(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_yaml(text, "f.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_yaml_is_what_the_library_reads():
+    text = "a: &a [1, 2.5, x, null]\nb: *a\nc: {d: *a, e: {f: true}}\n- g: 1\n"[:-7]
+    assert parse_yaml(text, "f.yaml") == yaml.safe_load(text)
+    assert parse_yaml("", "f.yaml") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ("9" * 5000, "digits"),
+        ('{"a":\n}', r"f\.json:2: broken JSON: "),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_in_one_line(text, message):
+    with pytest.raises(RunError, match=message) as caught:
+        parse_json(text, "f.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_text_is_named_with_its_place(tmp_path):
+    file = tmp_path / "latin.yaml"
+    file.write_bytes(b"prompt: caf\xe9")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 text \(.* at byte 11\)"):
+        read_yaml(file)
+    with pytest.raises(RunError, match=r"none\.yaml: no such file"):
+        read_text(tmp_path / "none.yaml")
+    with pytest.raises(RunError, match="cannot be read: is a directory"):
+        read_text(tmp_path)
+    with pytest.raises(RunError, match="cannot be read: embedded null"):
+        read_text("a\0b")
+
+
+def test_a_mapping_has_the_names_that_are_needed():
+    assert mapping({"a": 1, "b": 2}, "f", "a") == {"a": 1, "b": 2}
+    with pytest.raises(RunError, match=r"f: b missing"):
+        mapping({"a": 1}, "f", "a", "b")
+    with pytest.raises(RunError, match=r"f: expected a mapping, got \[1\]"):
+        mapping([1], "f")
