@@ -4,6 +4,8 @@ looked up as code, whatever a text holds, and reading it takes time in proportio
 from __future__ import annotations
 
 import json
+import math
+import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +136,46 @@ def _key_problem(parent: _Open, event: yaml.NodeEvent) -> str | None:
     return None
 
 
-def mapping(value: Any, where: Path | str, *names: str) -> dict[str, Any]:
-    """`value`, if it is a mapping with at least these names; else RunError."""
-    if not isinstance(value, dict):
-        raise RunError(f"{where}: expected a mapping, got {reprlib.repr(value)}")
-    if missing := [name for name in names if name not in value]:
-        raise RunError(f"{where}: {', '.join(missing)} missing; the file is damaged or of another")
+def shaped(value: Any, shape: Any, where: Path | str) -> Any:
+    """`value`, if it has this shape; else RunError, which says where it has another.
+
+    A shape is a type (float takes any finite number), a mapping of at least these names to shapes,
+    a list of one shape for all, or a list of as many values as shapes.
+    """
+    if isinstance(shape, dict):
+        shaped(value, dict, where)
+        for name, inner in shape.items():
+            if name not in value:
+                raise RunError(f"{where}: {name} is missing; the file is damaged, or another")
+            shaped(value[name], inner, f"{where}: {name}")
+    elif isinstance(shape, list):
+        shaped(value, list, where)
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        if len(shapes) != len(value):
+            raise RunError(f"{where}: {len(value)} values instead of {len(shapes)}")
+        for one, inner in zip(value, shapes, strict=True):
+            shaped(one, inner, where)
+    elif not _is(value, shape):
+        raise RunError(f"{where}: expected {_CALLED[shape]}, got {reprlib.repr(value)}")
     return value
+
+
+_CALLED = {
+    dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a whole number",
+    float: "a finite number",
+}  # fmt: skip
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def is_name(text: str) -> bool:
+    """Whether this can be the name of a file in a folder, and nothing else: it has no slash and no
+    control characters, and does not begin with a dot."""
+    return re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}", text) is not None
 
 
 def one_line(error: BaseException) -> str:

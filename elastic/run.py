@@ -12,12 +12,21 @@ from typing import Any
 
 import yaml
 
-from elastic.config import TrainConfig
+from elastic.config import BudgetConfig, TrainConfig
 from elastic.errors import RunError
 from elastic.files import read_json, write_text
-from elastic.plain import mapping, parse_yaml, read_text, read_yaml
+from elastic.plain import is_name, parse_yaml, read_text, read_yaml, shaped
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.spaces.declared import SearchSpace
+
+SCORES = {"accuracy": float, "accuracy_n": int, "accuracy_interval": [float, float]}
+"""Of a scored sub-adapter, as far as it is read again."""
+_BEFORE = {**SCORES, "held_out_loss": float, "compensation": dict}
+RECOVERY = {
+    "steps": int, "folder": str, "taken": bool, "before": _BEFORE, "after": _BEFORE,
+    "maximal": {"before": {"accuracy": float}, "after": {"accuracy": float}},
+}  # fmt: skip
+"""The same of one that was trained on."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,18 @@ class Run:
             if not file.is_file():
                 path = self.path
                 raise RunError(f"{path} has no search result yet; run: elastic search {path}")
-        elif not file.is_file():
+        elif not is_name(name) or not file.is_file():
             return Chosen(name)
+        if not is_name(name):
+            raise RunError(
+                f"{file}: its name is given to folders; rename it to begin with a letter"
+            )
         value = read_json(file)
         candidate, said = Candidate.of(value, file), value.get("compensation")
-        recovery = value.get("recovery")
+        if (recovery := value.get("recovery")) is not None:
+            shaped(recovery, RECOVERY, f"{file}: recovery")
+            if not is_name(recovery["folder"]):
+                raise RunError(f"{file}: recovery: folder is {recovery['folder']!r}; give a name")
         if file.resolve().parent != self.sub_adapters.resolve():
             return Chosen(name, candidate, compensation=said, recovery=recovery)
         # An earlier version, which says nothing of it, made up for nothing.
@@ -152,8 +168,9 @@ class Run:
             return directory
         if not (directory / "report.json").is_file():
             raise RunError(f"{directory} exists and is no export; choose another --name")
-        before = read_json(directory / "report.json")
-        there = [kind for kind, each in before.get("formats", {}).items() if "path" in each]
+        file = directory / "report.json"
+        before = shaped(read_json(file), {"formats": dict}, file)
+        there = [kind for kind, each in before["formats"].items() if "path" in each]
         lost = [kind for kind in there if kind not in kinds]
         if lost and before.get("sub_adapter") == sub.as_dict():
             raise RunError(
@@ -167,8 +184,8 @@ class Run:
         trained, about, budget = self.config(), self.search / "about.json", None
         task = trained.task
         if about.is_file():
-            asked = read_json(about)["settings"]["budget"]
-            budget = {name: limit for name, limit in asked.items() if limit is not None}
+            asked = shaped(read_json(about), {"settings": {"budget": dict}}, about)
+            budget = _budget(asked["settings"]["budget"], str(about)).limits()
         return {
             "base_model": trained.model.path,
             "method": trained.adapter.resolved_method,
@@ -192,7 +209,13 @@ class Run:
 def _settings(text: str, where: str) -> TrainConfig:
     from elastic.config.parsing import from_dict
 
-    return from_dict(TrainConfig, mapping(parse_yaml(text, where, RunError), where), where)
+    return from_dict(TrainConfig, shaped(parse_yaml(text, where, RunError), dict, where), where)
+
+
+def _budget(value: Mapping[str, Any], where: str) -> BudgetConfig:
+    from elastic.config.parsing import from_dict
+
+    return from_dict(BudgetConfig, value, where)
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

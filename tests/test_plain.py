@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from elastic.errors import ConfigError, RunError
-from elastic.plain import mapping, parse_json, parse_yaml, read_text, read_yaml
+from elastic.plain import is_name, parse_json, parse_yaml, read_text, read_yaml, shaped
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{mine}: &{mine} [{', '.join([f'*{before}'] * 9)}]\n"
@@ -74,9 +74,32 @@ def test_what_is_no_text_is_named_with_its_place(tmp_path):
         read_text("a\0b")
 
 
-def test_a_mapping_has_the_names_that_are_needed():
-    assert mapping({"a": 1, "b": 2}, "f", "a") == {"a": 1, "b": 2}
-    with pytest.raises(RunError, match=r"f: b missing"):
-        mapping({"a": 1}, "f", "a", "b")
-    with pytest.raises(RunError, match=r"f: expected a mapping, got \[1\]"):
-        mapping([1], "f")
+def test_a_shape_says_where_another_was_met():
+    shape = {"a": float, "b": [{"c": int}], "d": [float, float], "e": {"f": bool, "g": str}}
+    value = {"a": 1, "b": [{"c": 1}, {"c": 2}], "d": [0.5, 1], "e": {"f": True, "g": "x"}, "h": 0}
+    assert shaped(value, shape, "file") is value
+    for change, message in [
+        ({"a": "1"}, "file: a: expected a finite number, got '1'"),
+        ({"a": float("nan")}, "file: a: expected a finite number"),
+        ({"a": True}, "file: a: expected a finite number"),
+        ({"b": [{"c": 1}, {"c": 2.5}]}, "file: b: c: expected a whole number, got 2.5"),
+        ({"b": {}}, "file: b: expected a list, got {}"),
+        ({"d": [0.5]}, "file: d: 1 values instead of 2"),
+        ({"e": {"f": 1, "g": "x"}}, "file: e: f: expected true or false, got 1"),
+        ({"e": {"f": True}}, "file: e: g is missing"),
+    ]:
+        with pytest.raises(RunError) as caught:
+            shaped({**value, **change}, shape, "file")
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["best", "front-2", "a b", "modèle", "x" * 200])
+def test_a_name_is_that_of_one_file(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "a/b", "/a", "a\\b", "a\nb", "a\0", "x" * 201]
+)
+def test_what_leads_elsewhere_is_no_name(name):
+    assert not is_name(name)

@@ -14,6 +14,7 @@ from elastic.config.latency import GRAPHS, Graph, RoundedTo, TimingConfig
 from elastic.config.numbers import require_numbers
 from elastic.config.recovery import RecoveryConfig
 from elastic.errors import require
+from elastic.plain import is_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,9 @@ class ExportConfig:
         require_numbers(self)
         require(self.runtime_examples >= 0, f"runtime_examples is {self.runtime_examples}")
         require(
-            self.name is None or re.fullmatch(r"[^./\\][^/\\]*", self.name) is not None,
+            self.name is None or is_name(self.name),
             f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
-            "without slashes that does not begin with a dot",
+            "without slashes and line breaks that does not begin with a dot",
         )
         plain = self.formats == ["hf"] and not (
             self.merge.adapters or self.hf.padded or self.hf.uniform

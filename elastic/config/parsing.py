@@ -62,6 +62,11 @@ def parse(
     anything unknown.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # of a file with such a name
+            raise ConfigError(f"{argument!r} is not UTF-8; rename what it names") from None
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = [f"--{dataclasses.fields(kind)[0].name}", arguments[0]]
     for short, name in SHORT.items():
@@ -157,6 +162,8 @@ def _require_value(hint: Any, value: Any, name: str) -> None:
     if value is None:
         if type(None) not in typing.get_args(hint):
             raise ConfigError(f"{name} is null; give a value, or leave it out")
+    elif isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{name} is {value!r}; no text here has a NUL in it")
     elif isinstance(value, int) and abs(value) >= LARGEST:
         raise ConfigError(f"{name} is {reprlib.repr(value)}; give a number that is not so large")
     elif parts and typing.get_origin(hint) is list:

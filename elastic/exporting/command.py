@@ -22,14 +22,15 @@ from elastic.exporting.contract import Source, Which
 from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
-from elastic.files import new_directory, read_json, write_json, write_text
+from elastic.files import new_directory, write_json, write_text
 from elastic.formats import hf
 from elastic.formats.runner import runner_of
 from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
+from elastic.plain import shaped
 from elastic.provenance import provenance
-from elastic.run import Chosen, Run
+from elastic.run import SCORES, Chosen, Run
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
@@ -38,9 +39,9 @@ from elastic.supernet.cost import Counter, count
 from elastic.supernet.held_out import Compensated, HeldOut, fitted_batches
 from elastic.supernet.sequential import fit_streamed_
 from elastic.supernet.store import (
-    ABOUT,
     load_run,
     load_super_adapter,
+    read_about,
     read_factors,
     read_super_adapter,
 )
@@ -64,11 +65,13 @@ def export(config: ExportConfig) -> Report:
     run = Run(config.run)
     trained = run.config()
     # The base itself is hashed, and held against this, when the run is loaded.
-    digest = read_json(run.super_adapter / ABOUT)["base_digest"]
+    digest = read_about(run.super_adapter)["base_digest"]
     others = [
         foreign.identify(entry.path, digest, trained.model) for entry in config.merge.adapters
     ]
     chosen = run.chosen(config.sub_adapter)
+    if chosen.saved:
+        shaped(chosen.saved, SCORES, f"{run.sub_adapters / chosen.name}.json")
     if chosen.compress and config.has_graphs and not config.compress:
         config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])
     for kind in config.kinds:

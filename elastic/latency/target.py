@@ -13,7 +13,7 @@ from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
 from elastic.spaces.dims import DEPTH
-from elastic.supernet.store import FACTORS, read_order
+from elastic.supernet.store import ORDER, read_factors, read_tensors
 
 LATENCIES = ("prefill_ms", "decode_ms")
 
@@ -85,19 +85,19 @@ def describe_device(device: str, runtime: str) -> str:
 
 def _depths(run: Run) -> dict[str, list[int]]:
     """In which order blocks are left out, by group."""
-    order = read_order(run.super_adapter)
-    names = (
+    names = [
         f"{section.blocks}.{spec.name}"
         for section in run.space().sections
         for spec in section.groups
         if spec.dim == DEPTH
-    )
+    ]
+    if not names:
+        return {}
+    order = read_tensors(run.super_adapter / ORDER)
     return {name: order[name].tolist() for name in names if name in order}
 
 
 def _factors(run: Run) -> dict[str, list[int]]:
-    """Shapes of what runs beside the weights, from the file's header."""
-    from safetensors import safe_open
-
-    with safe_open(run.super_adapter / FACTORS, framework="numpy") as file:
-        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+    """Shapes of what runs beside the weights."""
+    factors = read_factors(run.super_adapter)
+    return {name: list(factors[name].shape) for name in sorted(factors)}

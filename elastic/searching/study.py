@@ -24,7 +24,7 @@ from elastic.data.collating import collated
 from elastic.data.encoding import encode_all
 from elastic.data.task import Example
 from elastic.errors import BudgetError, MissingExtra, RunError
-from elastic.files import digest, read_json
+from elastic.files import digest
 from elastic.formats import compression
 from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
@@ -47,7 +47,7 @@ from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.held_out import HeldOut
-from elastic.supernet.store import FACTORS, load_run
+from elastic.supernet.store import FACTORS, load_run, read_about
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
 def _subject(run: Run) -> dict[str, Any]:
     """What the figures of a study are figures of."""
     trained = as_plain(run.config())
-    about = read_json(run.super_adapter / "about.json")
+    about = read_about(run.super_adapter)
     return {
         "task": {"task": trained["task"], "seed": trained["seed"]},
         "super-adapter": {

@@ -61,11 +61,16 @@ class Compensated:
     def of(cls, saved: Mapping[str, Any]) -> Compensated:
         """From what `as_dict` gave; RunError for something else."""
         degree = saved.get("degree") if isinstance(saved, Mapping) else None
+        losses = saved.get("held_out_losses", {}) if degree is not None else {}
+        if not isinstance(losses, Mapping) or not all(
+            isinstance(x, float) for x in losses.values()
+        ):
+            raise RunError(f"compensation of a sub-adapter: held_out_losses is {losses!r}")
         if not isinstance(degree, int | float) or not 0 <= degree <= 1:
             raise RunError(
                 f"compensation of a sub-adapter: expected a degree in [0, 1], it is {saved!r}"
             )
-        return cls(degree, bool(saved.get("sequential")), saved.get("held_out_losses", {}))
+        return cls(degree, bool(saved.get("sequential")), losses)
 
     def __str__(self) -> str:
         if not self.degree and not self.sequential:
@@ -102,13 +107,13 @@ class HeldOut:
         if not config.is_on or not trained.compensation_examples:
             net.compensation = None
             return held_out
-        net.compensation = net.compensation or saved_compensation(run.super_adapter)
+        net.compensation = net.compensation or saved_compensation(run.super_adapter, net)
         if net.compensation is None and net.space.reading:
             examples = task.train[: trained.compensation_examples]
             encoded, pad = encode_all(tokenizer, examples, net.model), tokenizer.pad_token_id
             found = calibrated(net, encoded, batch_size=trained.batch_size, pad=pad)
             save(found, run.super_adapter / MOMENTS)
-            net.compensation = saved_compensation(run.super_adapter)
+            net.compensation = saved_compensation(run.super_adapter, net)
         if net.compensation:
             moments = net.compensation.moments
             room, device = config.room_mb * 1e6, net.model.device

@@ -41,7 +41,7 @@ def channel_order(
     """
     groups = [group for group in space if group.dim != "rank"]
     if mode == "none":
-        scores = {group.name: _blank(group) - torch.arange(group.choices[0]) for group in groups}
+        scores = {group.name: blank(group) - torch.arange(group.choices[0]) for group in groups}
     elif mode == "norm":
         scores = {group.name: _norm_scores(model, group) for group in groups}
     else:
@@ -54,7 +54,7 @@ def channel_order(
 
 
 def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
-    total = _blank(group)
+    total = blank(group)
     for cut in group.cuts:
         if cut.axis == "out":
             rows = model.get_submodule(cut.site).weight.double().abs().sum(1)
@@ -100,7 +100,7 @@ def _activation_scores(
     finally:
         for handle in handles:
             handle.remove()
-    scores = {group.name: _blank(group) for group in groups}
+    scores = {group.name: blank(group) for group in groups}
     for group, cut in reading:
         columns = model.get_submodule(cut.site).weight.double().pow(2).sum(0).cpu()
         scores[group.name] += _per_unit(squares[cut.site] * columns, cut)
@@ -111,8 +111,8 @@ def _activation_scores(
     return scores
 
 
-def _blank(group: Group) -> Tensor:
-    """A score of 0 for every unit."""
+def blank(group: Group) -> Tensor:
+    """A score of 0 for every unit that is put in order."""
     full = group.choices[0]
     parts = [len(cut.parts) or 1 for cut in group.cuts[:1] if cut.apart]
     return torch.zeros(*parts, full, dtype=torch.float64)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
 from elastic.console import say, track
 from elastic.data.collating import collated
+from elastic.errors import RunError
 from elastic.files import write_bytes
+from elastic.plain import one_line
 from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
@@ -93,16 +95,27 @@ SCALE, CORRELATION = "scale", "correlation"
 
 
 class Moments(Mapping[str, Tensor]):
-    """Those that `save` wrote, read when asked for."""
+    """Those that `save` wrote, read when asked for; RunError for a damaged file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._file = safe_open(file, "pt")
-        names = self._file.keys()
-        self._sites = [n.removesuffix(f".{SCALE}") for n in names if n.endswith(f".{SCALE}")]
+        self.widths: dict[str, int] = {}
+        """Of the inputs, by layer."""
+        try:
+            self._file = safe_open(file, "pt")
+            names = self._file.keys()
+            shapes = {name: self._file.get_slice(name).get_shape() for name in names}
+        except SafetensorError as error:
+            raise RunError(f"{file}: damaged: {one_line(error)}") from None
+        for name, shape in shapes.items():
+            site, _, what = name.rpartition(".")
+            if what == SCALE:
+                n = self.widths[site] = shape[0] if len(shape) == 1 else 0
+                if not n or shapes.get(f"{site}.{CORRELATION}") != [n * (n - 1) // 2]:
+                    raise RunError(f"{file}: damaged: no moments of {site}")
 
     def __getitem__(self, site: str) -> Tensor:
-        if site not in self._sites:
+        if site not in self.widths:
             raise KeyError(site)
         scale = self._file.get_tensor(f"{site}.{SCALE}")
         packed = self._file.get_tensor(f"{site}.{CORRELATION}")
@@ -114,10 +127,10 @@ class Moments(Mapping[str, Tensor]):
         return found * (scale * scale[:, None])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        return iter(self.widths)
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self.widths)
 
 
 def save(moments: Mapping[str, Tensor], file: Path) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,11 +20,14 @@ from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, same_file, write_json, write_text
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from elastic.plain import read_yaml
+from elastic.plain import one_line, read_yaml, shaped
 from elastic.provenance import provenance
 from elastic.run import Chosen, Run
+from elastic.spaces.bound import BoundSpace
 from elastic.spaces.declared import SearchSpace
+from elastic.spaces.dims import numbers
 from elastic.supernet.compensation import Compensation
+from elastic.supernet.importance import blank
 from elastic.supernet.moments import Moments, save
 from elastic.supernet.supernet import Supernet
 
@@ -38,6 +43,8 @@ FACTORS, ORDER, SPACE, ABOUT = (
 )
 MOMENTS = "moments.safetensors"
 """What those of earlier versions lack."""
+LARGEST = 1e18
+"""Of a factor; the product of two that are larger is no float32."""
 
 
 def save_super_adapter(
@@ -85,26 +92,65 @@ def load_super_adapter(
     about = read_super_adapter(directory, base_digest)
     space = SearchSpace.from_dict(read_yaml(directory / SPACE), str(directory / SPACE))
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
-    net = Supernet(model, space, adapter, order=read_order(directory), start=False)
+    order = read_order(directory, space.bind(model, adapter.rank))
+    net = Supernet(model, space, adapter, order=order, start=False)
     (net.load_updates if updates else net.load_factors)(read_factors(directory))
-    net.compensation = saved_compensation(directory)
+    net.compensation = saved_compensation(directory, net)
     return net
 
 
-def saved_compensation(directory: Path) -> Compensation | None:
-    """With the moments of a super-adapter; None for one of an earlier version, or without."""
+def saved_compensation(directory: Path, net: Supernet) -> Compensation | None:
+    """With the moments of a super-adapter; None for one of an earlier version, or without.
+    RunError for moments of layers of another size."""
     file = directory / MOMENTS
-    return Compensation(Moments(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    moments = Moments(file)
+    for site, width in moments.widths.items():
+        if site not in net.space.reading or width != net.layer(site).base.in_features:
+            raise RunError(f"{file}: {site}, {width} wide, is no such layer here; train again")
+    return Compensation(moments)
 
 
-def read_order(directory: Path) -> dict[str, Tensor]:
-    """Of the channels, by group; `read_super_adapter` checks the super-adapter first."""
-    return load_file(directory / ORDER)
+def read_order(directory: Path, space: BoundSpace) -> dict[str, Tensor]:
+    """Of the channels, by group; RunError unless it permutes those of every group of this space."""
+    order = read_tensors(directory / ORDER)
+    groups = {group.name: group for group in space if group.dim != "rank"}
+    if strange := sorted(set(order).symmetric_difference(groups)):
+        verb = "is missing" if strange[0] in groups else "is no group of this space"
+        raise RunError(f"{directory / ORDER}: {strange[0]} {verb} ({len(strange)} groups differ)")
+    for name, group in groups.items():
+        index, places = order[name], torch.arange(group.choices[0])
+        wanted = places.expand(blank(group).shape)
+        if not torch.equal(index.long().sort().values, wanted) or index.is_floating_point():
+            raise RunError(
+                f"{directory / ORDER}: {name} is no permutation of {len(places)} places, so that "
+                "some would be doubled and others lost; the file is damaged, train again"
+            )
+        staying = set(numbers(group.blocks[: group.staying]))
+        if set(index[: len(staying)].tolist()) != staying:
+            raise RunError(f"{directory / ORDER}: {name} leaves out blocks that have to stay")
+    return order
 
 
 def read_factors(directory: Path) -> dict[str, Tensor]:
-    """Of a super-adapter or a checkpoint."""
-    return load_file(directory / FACTORS)
+    """Of a super-adapter or a checkpoint; RunError for values of which products are infinite."""
+    factors = read_tensors(directory / FACTORS)
+    for name, tensor in factors.items():
+        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > LARGEST:
+            raise RunError(
+                f"{directory / FACTORS}: {name} has values above {LARGEST:g}, whose products are "
+                "infinite; the file is damaged, train again"
+            )
+    return factors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All in a file of ours; RunError for one that is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise RunError(f"{file}: damaged, or not there: {one_line(error)}") from None
 
 
 def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
@@ -113,13 +159,19 @@ def read_super_adapter(directory: Path, base_digest: str) -> dict[str, Any]:
     missing = [n for n in (FACTORS, ORDER, SPACE, ABOUT) if not (directory / n).is_file()]
     if missing:
         raise RunError(f"{directory}: no super-adapter ({', '.join(missing)} missing); train first")
-    about = read_json(directory / ABOUT)
+    about = read_about(directory)
     if about["base_digest"] != base_digest:
         raise BaseMismatch(
             f"{directory} was trained on {about['base_model']} with {about['base_digest']}, "
             f"the base model given has {base_digest}; pass the model it was trained on"
         )
     return about
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What the super-adapter in a directory says of itself; RunError for something else."""
+    file = directory / ABOUT
+    return shaped(read_json(file), {"base_model": str, "base_digest": str, "adapter": dict}, file)
 
 
 def load_run(

@@ -89,7 +89,7 @@ def train_one(config: TrainConfig) -> Run:
     refuse_differing_depths(config, bound)
     only = chosen = None
     if before and config.sub_adapter:
-        ordered = bound.ordered(read_order(before.super_adapter))
+        ordered = bound.ordered(read_order(before.super_adapter, bound))
         chosen = before.chosen(config.sub_adapter)
         only = chosen.at(ordered)
     task = load_task(config.task, config.seed)
@@ -224,11 +224,12 @@ def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, befor
     """The supernet in which the next task begins, or in which one sub-adapter goes on with its
     own; BaseMismatch on another base model."""
     read_super_adapter(before.super_adapter, base.digest)
-    order, factors = read_order(before.super_adapter), read_factors(before.super_adapter)
+    bound = space.bind(base.model, config.adapter.rank)
+    order, factors = read_order(before.super_adapter, bound), read_factors(before.super_adapter)
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
     if config.sub_adapter:
         net.load_factors(factors)
-        net.compensation = saved_compensation(before.super_adapter)
+        net.compensation = saved_compensation(before.super_adapter, net)
     else:
         net.succeed(factors, config.seed)
     return net

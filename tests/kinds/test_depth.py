@@ -25,7 +25,7 @@ from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
-from elastic.supernet.store import read_order
+from elastic.supernet.store import ORDER, read_tensors
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
@@ -383,7 +383,7 @@ def test_a_latency_table_is_of_one_order_of_blocks(tmp_path):
                            space=space_file(tmp_path, declared())))
         for order in ("none", "norm", "activation")
     ]  # fmt: skip
-    orders = [tuple(read_order(run.super_adapter)[DEPTH].tolist()) for run in runs]
+    orders = [tuple(read_tensors(run.super_adapter / ORDER)[DEPTH].tolist()) for run in runs]
     targets = [Target.of(run, TimingConfig()) for run in runs]
     assert len(set(orders)) > 1
     for (one, mine), (other, theirs) in itertools.combinations(
