@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
 
 from elastic.config.search import AT_LEAST
+from elastic.console import say
+from elastic.errors import RunError
 from elastic.exporting.pieces import markdown_table
 from elastic.exporting.proof import Accuracy, Proof
 from elastic.exporting.report import Report
 from elastic.files import write_text
 from elastic.formats import hf
 from elastic.latency.measure import Latency, Measurement
+from elastic.plain import parse_yaml, read_text
 from elastic.run import as_plain
 
 FILE = "README.md"
@@ -111,13 +114,20 @@ def _metadata(report: Report, auto: str, code: bool) -> str:
 
 
 def license_of(base: Path) -> str | None:
-    """What the card in a base model's folder says, if it has one that can be read."""
-    try:
-        values = metadata_load(base / FILE) or {}
-    except (FileNotFoundError, ValueError, yaml.YAMLError):
+    """What the card in a base model's folder says, if it has one that can be read and names a
+    license on one line. Nothing that stands there ends an export."""
+    file = base / FILE
+    if not file.exists():
         return None
-    found = values.get("license_name") or values.get("license")
-    return found if isinstance(found, str) else None
+    try:
+        block = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", read_text(file), re.S | re.M)
+        values = parse_yaml(block[1], file, RunError) if block else {}
+    except RunError as error:
+        say(f"The license of the base model is not known: {error}")
+        return None
+    found = values.get("license_name") or values.get("license") if isinstance(values, dict) else ""
+    is_license = isinstance(found, str) and re.fullmatch(r"[\w.+ -]{1,100}", found)
+    return found if is_license else None
 
 
 def _summary(report: Report, code: bool) -> str:

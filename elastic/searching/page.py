@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +16,15 @@ from elastic.latency.target import LATENCIES
 from elastic.searching.front import COSTS, Evaluated, Front
 from elastic.searching.pareto import hypervolume
 
-if TYPE_CHECKING:
-    from elastic.spaces.bound import BoundSpace
-
 
 def write_page(front: Front) -> None:
     """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost."""
     from plotly.offline import get_plotlyjs
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(front), allow_nan=False).replace("</", "<\\/")
-    page = template.replace("/*DATA*/", data).replace("/*PLOTLY*/", get_plotlyjs())
+    # No text of a search opens or ends an element, and none stands where the library is put.
+    data = json.dumps(_data(front), allow_nan=False).replace("<", "\\u003c")
+    page = template.replace("/*PLOTLY*/", get_plotlyjs(), 1).replace("/*DATA*/", data, 1)
     write_text(front.run.report, page)
 
 
@@ -59,6 +57,7 @@ def _data(front: Front) -> dict[str, Any]:
             f"{kind} {_block(group.name)}": {"name": group.name, "full": group.choices[0]}
             for kind, group in zip(kinds(space), space, strict=True)
         },
+        "names": [group.name for group in space],
         "trials": [
             {
                 **one.figures.numbers(),
@@ -66,7 +65,8 @@ def _data(front: Front) -> dict[str, Any]:
                 "feasible": one.feasible,
                 "name": names.get(one.candidate),
                 "weights": front.weights(one),
-                **one.candidate.as_dict(),
+                "compress": one.candidate.compress,
+                "sizes": [size for _, size in one.sub_adapter.choices],
             }
             for one in front.trials
         ],
@@ -84,7 +84,10 @@ def _data(front: Front) -> dict[str, Any]:
         ],
         "checks": list(_checks(front)),
         "volumes": _volumes(front.trials, front.costs[0]),
-        "costs": _costs(space, front.effects, list(of_kind), list(blocks)),
+        "costs": [  # points of accuracy that the smallest choice is believed to cost, by group
+            -100 * float(effect[len(group.choices) - 1])
+            for group, effect in zip(space, front.effects, strict=True)
+        ],
     }
 
 
@@ -115,14 +118,3 @@ def _checks(front: Front) -> Iterator[dict[str, Any]]:
         if member.measured:
             predicted, measured = (getattr(x, metric) for x in (member.figures, member.measured))
             yield {"predicted": predicted, "measured": measured, "what": member.name}
-
-
-def _costs(
-    space: BoundSpace, effects: np.ndarray, rows: Sequence[str], columns: Sequence[str]
-) -> list[list[float | None]]:
-    """Points of accuracy that the smallest choice of every group is believed to cost."""
-    table: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-    for kind, group, effect in zip(kinds(space), space, effects, strict=True):
-        cost = -100 * float(effect[len(group.choices) - 1])
-        table[rows.index(kind)][list(columns).index(_block(group.name))] = cost
-    return table

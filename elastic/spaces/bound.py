@@ -13,6 +13,7 @@ import random as random_module
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -318,6 +319,16 @@ class BoundSpace(Space[SubAdapter]):
             return self.uniform(float(match[1]))
         known = ["maximal", "heuristic", "minimal", "random", "uniform-0.75"]
         raise RunError(unknown("sub-adapter", name, known))
+
+
+def power_of_ten(count: int) -> str:
+    """Two digits and a power of ten, of a count that may be past every float: 6.6e+477."""
+    return f"{Decimal(count):.1e}"
+
+
+def all_digits(count: int) -> str:
+    """Of a count that may have more than `str` writes."""
+    return f"{Decimal(count):f}"
 
 
 WHOLE = 32

@@ -23,7 +23,7 @@ from elastic.models.digest import digest_of
 from elastic.plain import one_line, read_yaml, shaped
 from elastic.provenance import provenance
 from elastic.run import Chosen, Run
-from elastic.spaces.bound import BoundSpace
+from elastic.spaces.bound import BoundSpace, all_digits
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import numbers
 from elastic.supernet.compensation import Compensation
@@ -75,7 +75,7 @@ def save_super_adapter(
                 "quantise": model.quantise,
                 "base_digest": base_digest,
                 "adapter": dataclasses.asdict(net.adapter),
-                "sub_adapters": str(net.space.size),
+                "sub_adapters": all_digits(net.space.size),
                 **provenance(str(net.model.device)),
                 **about,
             },

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from elastic.config import SpaceShowConfig
 from elastic.console import wide
 from elastic.models import loading
-from elastic.spaces.bound import BoundSpace
+from elastic.spaces.bound import BoundSpace, all_digits, power_of_ten
 from elastic.supernet.cost import Cost, Counter
 from elastic.supernet.discovery import require_fits, space_for
 
@@ -42,7 +42,7 @@ class SpaceTable:
     """Of the maximal, heuristic and minimal sub-adapter, merged."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "sub_adapters": str(self.sub_adapters)}
+        return {**asdict(self), "sub_adapters": all_digits(self.sub_adapters)}
 
     def show(self) -> None:
         console = wide()
@@ -54,7 +54,7 @@ class SpaceTable:
     def tables(self) -> list[Table]:
         from rich.table import Table
 
-        title = f"{self.sub_adapters:.1e} sub-adapters"
+        title = f"{power_of_ten(self.sub_adapters)} sub-adapters"
         space = Table("group", "dimension", "groups", "choices", title=title)
         for row in self.space:
             space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))

@@ -100,12 +100,16 @@ def test_a_license_that_the_hub_does_not_know_gets_a_name(tmp_path):
 
 @pytest.mark.parametrize("head", [
     "- license", "license: [mit]", "license: {a: b}", "license: 'mit", "date: 2020-13-45",
+    "license: 'a\\nb'", "a: " + 999 * "[" + 999 * "]", "a: " + 5000 * "9", "a: !!python/name:os.x",
     "[a]: mit", "license:", "&a [*a]", "\x00", "model-index: 5", "tags: 5\n5: x", "\t",
 ])  # fmt: skip
 def test_an_odd_card_of_the_base_has_no_license(tmp_path, head):
     (tmp_path / card.FILE).write_text(f"---\n{head}\n---\n# Model\n")
     assert card.license_of(tmp_path) is None
     (tmp_path / card.FILE).write_bytes(b"---\nlicense: m\xffit\n---\n")
+    assert card.license_of(tmp_path) is None
+    (tmp_path / card.FILE).unlink()
+    (tmp_path / card.FILE).mkdir()
     assert card.license_of(tmp_path) is None
 
 

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from elastic.config import BudgetConfig
-from elastic.searching.page import _volumes
+from elastic.run import Run
+from elastic.searching.page import _volumes, write_page
 from elastic.searching.study import search
 from elastic.supernet.store import load_run
 from tests.helpers.searches import config, data_of
@@ -29,10 +31,14 @@ def searched(trained, fake_latency, tmp_path_factory):
     return run, search(config(run, trials=12, starts=6, budget=budget, test_front=3))
 
 
+def as_sub_adapter(data: dict, trial: dict) -> dict:
+    return dict(zip(data["names"], trial["sizes"], strict=True))
+
+
 def test_the_page_holds_the_whole_search(searched):
     run, front = searched
     data = data_of(run)
-    assert [trial["sub_adapter"] for trial in data["trials"]] == [
+    assert [as_sub_adapter(data, trial) for trial in data["trials"]] == [
         one.sub_adapter.as_dict() for one in front.trials
     ]
     for trial, one in zip(data["trials"], front.trials, strict=True):
@@ -42,7 +48,7 @@ def test_the_page_holds_the_whole_search(searched):
     assert {member["name"] for member in data["members"]} == set(names)
     for member in data["members"]:
         theirs = names[member["name"]]
-        assert data["trials"][member["trial"]]["sub_adapter"] == theirs.sub_adapter.as_dict()
+        assert as_sub_adapter(data, data["trials"][member["trial"]]) == theirs.sub_adapter.as_dict()
         assert member["accuracy"] == theirs.test["accuracy"]
     assert data["limits"] == dict(front.limits)
 
@@ -55,8 +61,8 @@ def test_every_group_has_its_place_in_the_heat_map(searched):
     assert {tuple(key.split(" ", 1)) for key in data["groups"]} <= {
         (kind, block) for kind in data["kinds"] for block in data["blocks"]
     }
-    assert len(data["costs"]) == len(data["kinds"])
-    assert all(len(row) == len(data["blocks"]) for row in data["costs"])
+    assert data["names"] == [group.name for group in space]
+    assert len(data["costs"]) == len(data["names"])
 
 
 def test_the_hypervolume_never_shrinks(searched):
@@ -71,6 +77,16 @@ def test_the_page_needs_nothing_beside_itself(searched):
     own = page.replace(re.search(r"<script>.*?</script>", page, re.S)[0], "")  # plotly.js
     assert not re.search(r"(src|href)\s*=|https?://|@import|fetch\(", own)
     assert page.count("</script>") == 3
+
+
+def test_no_text_of_a_search_is_part_of_the_page(searched, tmp_path):
+    """Such as a run named <!--<script>, which hides the end of its element from a browser."""
+    run = Run(tmp_path / "<!--<script>")
+    write_page(replace(searched[1], run=run))
+    page = run.report.read_text()
+    data = page[page.index('<script id="data"') + 1 :].partition("</script>")[0]
+    assert "<" not in data
+    assert data_of(run)["title"].startswith("<!--<script>")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
