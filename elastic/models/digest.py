@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from elastic.errors import ModelError
+from elastic.plain import one_line
 
 FETCH = "if files are damaged or missing, fetch or save the model again"
 
@@ -18,9 +21,7 @@ def digest_of(folder: Path | str) -> str:
 
     Independent of how the weights are split into files and of the type they are loaded as.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no .safetensors weights (pickled weights are not read)")
+    files = weights_in(folder)
     entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for file in files:
         header, start = _safetensors_header(file)
@@ -42,13 +43,25 @@ def digest_of(folder: Path | str) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def weights_in(folder: Path | str) -> list[Path]:
+    """The files that hold a model's weights; ModelError where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no .safetensors weights (pickled weights are not read)")
+    return files
+
+
 def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and where its data starts."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(min(length, file.stat().st_size)))
-        except ValueError:
-            raise ModelError(f"{file}: cut off, or not written by safetensors; {FETCH}") from None
+    try:
+        safe_open(file, "numpy")  # refuses what is no such file: sizes and places are what they say
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        reason = one_line(error)
+        raise ModelError(
+            f"{file}: cut off, or not written by safetensors ({reason}); {FETCH}"
+        ) from None
     header.pop("__metadata__", None)
     return header, 8 + length

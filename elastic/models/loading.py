@@ -19,7 +19,7 @@ import transformers
 from elastic.config import ModelConfig
 from elastic.console import logging_at, say
 from elastic.errors import ModelError
-from elastic.models.digest import FETCH, digest_of
+from elastic.models.digest import FETCH, digest_of, weights_in
 from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, linear_, of_family_
@@ -38,6 +38,8 @@ class Base:
     digest: str
 
 
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside an adapter."""
 EVERYTHING = ("*.json", "*.safetensors", "*.model")
 """What of a hub repository a model is loaded from."""
 
@@ -111,7 +113,7 @@ def _readable(
     except Exception as error:  # the library and those it reads files with raise many kinds
         known = f"give a model that transformers {transformers.__version__} knows"
         files = Path(folder).glob("*config.json")
-        brings_code = any(b'"auto_map"' in file.read_bytes() for file in files)
+        brings_code = any(file.is_file() and b'"auto_map"' in file.read_bytes() for file in files)
         if brings_code and not config.trust_remote_code:
             remedy = (
                 "it brings Python code of its own: read that, then give --model.trust_remote_code "
@@ -154,6 +156,12 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     layers. A classification head that was not saved for these classes starts from the seed."""
     architecture = _described(folder, config)
     require(config, architecture)
+    weights_in(folder)
+    if (Path(folder) / ADAPTER).is_file():  # the library would load another base, and put it on
+        raise ModelError(
+            f"model.path {config.path}: {ADAPTER} is there, so it is an adapter; give its base, "
+            "and the adapter with --adapter.from"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -166,7 +174,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
         settings = quantised.loading(config.quantise, architecture.dtype, device)
     with _readable(folder, config, "the weights cannot be loaded", FETCH):
         model = _auto_class(kind).from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, **settings
+            folder, trust_remote_code=config.trust_remote_code, use_safetensors=True, **settings
         )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
@@ -189,7 +197,7 @@ def _load_classifier(
     with quiet, _readable(folder, config, "the weights cannot be loaded", FETCH):
         model, found = _auto_class(Kind.CLASSIFIER).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
     if trained and not kept:

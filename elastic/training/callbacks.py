@@ -17,6 +17,7 @@ from elastic.console import counting_bar
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError, unknown
+from elastic.plain import parse_json, read_text, shaped
 from elastic.spaces.bound import generator_for
 from elastic.supernet.supernet import Supernet
 
@@ -98,9 +99,10 @@ class MetricsFile(TrainerCallback):
         kept = []
         if self.path.is_file():
             # A kill may have cut the last line short: it ends without a line break.
-            lines = self.path.read_text().splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]
-            kept = [row for row in rows if row["step"] <= state.global_step]
+            lines = read_text(self.path).splitlines(keepends=True)
+            rows = [parse_json(line, self.path) for line in lines if line.endswith("\n")]
+            steps = [shaped(row, {"step": int}, self.path)["step"] for row in rows]
+            kept = [row for row, step in zip(rows, steps, strict=True) if step <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

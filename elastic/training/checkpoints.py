@@ -9,12 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from elastic.console import say
 from elastic.errors import RunError
 from elastic.files import digest, read_json, write_json
+from elastic.plain import one_line, shaped
 
 DIGESTS = "files.json"
 KEPT = 2
@@ -59,11 +63,30 @@ def newest(directory: Path) -> Path | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file is as it was written."""
     try:
-        digests = read_json(folder / DIGESTS)
+        digests = shaped(read_json(folder / DIGESTS), dict, folder / DIGESTS)
         wrong = [name for name, value in digests.items() if digest(folder / name) != value]
-    except (RunError, OSError, AttributeError) as error:
+    except (RunError, OSError, ValueError) as error:
         return str(error)
-    return f"{wrong[0]} has changed since it was written" if wrong else None
+    if wrong or not digests:
+        return f"{wrong[0]} has changed since it was written" if wrong else "it lists no files"
+    return _unreadable(folder)
+
+
+def _unreadable(folder: Path) -> str | None:
+    """What cannot be read though it is as it was written; nothing but tensors and numbers is
+    unpickled."""
+    for path in sorted(folder.glob("*")):
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True)
+            elif path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif path.suffix == ".json":
+                read_json(path)
+        except Exception as error:  # the library and those it reads files with raise many kinds
+            return f"{path.name} cannot be read: {one_line(error)}"
+    return None
 
 
 def step_of(folder: Path) -> int:

@@ -88,6 +88,12 @@ def flip_a_byte(folder: Path) -> None:
     file.write_bytes(content)
 
 
+def cut_and_mark(folder: Path, name: str = "optimizer.pt") -> None:
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    checkpoints.mark(folder)
+
+
 DAMAGE = {
     "a flipped byte": flip_a_byte,
     "a lost file": lambda folder: (folder / "factors.safetensors").unlink(),
@@ -95,6 +101,9 @@ DAMAGE = {
     "no digests": lambda folder: (folder / "files.json").unlink(),
     "broken digests": lambda folder: (folder / "files.json").write_text('{"factors.s'),
     "other digests": lambda folder: (folder / "files.json").write_text("[]"),
+    "digests of nothing": lambda folder: (folder / "files.json").write_text("{}"),
+    "cut before it was marked": cut_and_mark,
+    "no state before it was marked": lambda folder: cut_and_mark(folder, "trainer_state.json"),
 }
 
 

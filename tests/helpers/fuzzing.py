@@ -40,9 +40,11 @@ def nested(depth: int) -> list[Any]:
 
 STRANGE = [
     None, True, -1, 0, 5, 0.5, float("inf"), float("nan"), 10**20, 10**400, 1e308, "", " ", "null",
-    EVIL, {"class_path": EVIL}, {"class_path": EVIL, "init_args": {}}, [EVIL], [{"class_path": EVIL}],
+    EVIL, {"class_path": EVIL}, {"class_path": EVIL, "init_args": {}}, [EVIL],
+    [{"class_path": EVIL}],
     f"!!python/object/apply:{EVIL} []", "&a [*a]", "{a: b", [], [[]], [None], {}, {"": 1}, [1, "a"],
-    {"a": {"b": [1]}}, "x\0y", "../../x", "/", "a\nb", "{0.__class__}", "{prompt!r:>9}", "{", "é\u2028",
+    {"a": {"b": [1]}}, "x\0y", "../../x", "/", "a\nb", "{0.__class__}", "{prompt!r:>9}", "{",
+    "é\u2028",
     "\ud800", "9" * 400 + "%", "1e400", "x" * 5000, nested(70), nested(150), float(2**70),
 ]  # fmt: skip
 
@@ -122,7 +124,9 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 PIECES = [
-    b"", b"\0", b"\xff\xfe", b"caf\xe9", b"[" * 5000, b'{"a":' * 2000, b"9" * 5000, b"&a [*a]", b"*a", b"null",
-    b"!!python/object/apply:os.getcwd []", b"\n", b"- ", b": ", b'"', b"{}", b"[]", b"NaN", b"1e400",
+    b"", b"\0", b"\xff\xfe", b"caf\xe9", b"[" * 5000, b'{"a":' * 2000, b"9" * 5000, b"&a [*a]",
+    b"*a", b"null",
+    b"!!python/object/apply:os.getcwd []", b"\n", b"- ", b": ", b'"', b"{}", b"[]", b"NaN",
+    b"1e400",
     b"\x80\x04\x95", b"PK\x03\x04", b"\t", b"\xed\xa0\x80", b'{"__metadata__": {}}',
 ]  # fmt: skip

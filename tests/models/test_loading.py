@@ -86,6 +86,24 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, name, change, m
     assert f"error: model.path {folder}: " in capsys.readouterr().err
 
 
+def test_pickled_weights_are_never_read(tmp_path):
+    """Which could run anything; nor is an adapter taken for a base, which may name another."""
+    folder = tiny.save_tiny(tmp_path / "base")
+    settings = ModelConfig(path=str(folder), dtype="float32", device="cpu")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(ModelError, match=r"it is an adapter; give its base"):
+        loading.load(settings)
+    (folder / "adapter_config.json").unlink()
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"),
+               folder / "pytorch_model.bin")  # fmt: skip
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors weights \(pickled weights are not"):
+        loading.load(settings)
+    (folder / "other.safetensors").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    with pytest.raises(ModelError, match="the weights cannot be loaded"):
+        loading.load(settings)
+
+
 @pytest.mark.parametrize("length", [0, 5, 100, 2000])
 def test_a_digest_of_what_was_cut_off_names_the_file(tmp_path, length):
     file = tiny.save_tiny(tmp_path) / "model.safetensors"
