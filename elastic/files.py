@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from elastic.plain import parse_json, read_text
 
 _PACKAGE = Path(__file__).parent
 BUILDING, ASIDE = ".elastic-building", ".elastic-aside"
-"""How hidden directories end that are being filled, or hold what is being replaced."""
+"""How hidden directories end in which something is being made, or that hold what it replaces."""
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -34,18 +35,14 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
     path = Path(path)
     with named_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
+        clear_leftovers(path.parent)
+        with _held_directory(path, BUILDING) as building:
+            new = building / path.name
+            with new.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            _make_shareable(Path(name))
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+            os.replace(new, path)
     return path
 
 
@@ -100,10 +97,15 @@ def new_directory(path: Path | str) -> Iterator[Path]:
             _replace_directory(building, path)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether writing makes such names for as long as it lasts."""
+    return path.name.startswith(".") and path.name.endswith((BUILDING, ASIDE))
+
+
 def clear_leftovers(folder: Path) -> None:
-    """Remove what `new_directory` was at when its process was killed; a directory that it had moved
+    """Remove what was being written when its process was killed; a directory that had been moved
     aside for a new one that never came goes back to its place."""
-    for left in [*folder.glob(f".*{BUILDING}"), *folder.glob(f".*{ASIDE}")]:
+    for left in filter(is_leftover, list(folder.iterdir()) if folder.is_dir() else []):
         with lock(left) as alone:
             if not alone:
                 continue
@@ -111,6 +113,16 @@ def clear_leftovers(folder: Path) -> None:
                 if not (folder / old.name).exists():
                     os.rename(old, folder / old.name)
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A directory in `folder` while the block lasts; what killed processes left of theirs goes."""
+    with named_failure(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        with _held_directory(folder / "scratch", BUILDING) as held:
+            yield held
 
 
 @contextlib.contextmanager
@@ -129,19 +141,62 @@ def _held_directory(path: Path, ending: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock(directory: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone has the directory, while the block lasts; to `wait` until it has.
-    A lock ends with its process. Where directories cannot be locked nobody ever has one alone."""
+def lock(
+    path: Path,
+    *,
+    wait: bool = False,
+    say: Callable[[str], None] | None = None,
+    after: float = 0.0,
+) -> Iterator[bool]:
+    """Whether this process alone has the directory or file, while the block lasts; to `wait` until
+    it has, and to `say` whose end is waited for if that takes longer than `after` seconds.
+
+    A lock ends with its process. Where nothing can be locked nobody ever has it alone."""
     alone = False
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            descriptor = os.open(directory, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            alone = True
+            while not alone:
+                # A network's locks want files that may be written.
+                descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+                stack.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    with _told_after(after, say, path):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # What was waited for may have been replaced or removed meanwhile.
+                alone = os.path.samestat(os.fstat(descriptor), os.stat(path))
         yield alone
+
+
+@contextlib.contextmanager
+def _told_after(seconds: float, say: Callable[[str], None] | None, path: Path) -> Iterator[None]:
+    """Say whom the block waits for, if it takes longer."""
+    timer = threading.Timer(seconds, lambda: say(holder(path)) if say else None)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    else:
+        timer.run()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def holder(path: Path) -> str:
+    """Who has locked it, where the system says so."""
+    with contextlib.suppress(OSError, ValueError):
+        inode = os.stat(path).st_ino
+        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
+            _, kind, _, _, process, file, *_ = line.split()
+            if kind == "FLOCK" and file.endswith(f":{inode}"):
+                return f"process {process}"
+    return "another process"
 
 
 def _make_shareable(target: Path) -> None:
@@ -153,15 +208,20 @@ def _make_shareable(target: Path) -> None:
 
 
 def _replace_directory(new: Path, path: Path) -> None:
-    if not path.exists():
+    try:
         os.rename(new, path)
         return
+    except OSError:
+        if not path.exists():
+            raise
     with _held_directory(path, ASIDE) as aside:
-        os.rename(path, aside / path.name)
+        with contextlib.suppress(FileNotFoundError):  # by another, who is about to put its own
+            os.rename(path, aside / path.name)
         try:
-            os.rename(new, path)
+            _replace_directory(new, path)
         except BaseException:
-            os.rename(aside / path.name, path)
+            if (aside / path.name).exists() and not path.exists():
+                os.rename(aside / path.name, path)
             raise
 
 
@@ -170,7 +230,7 @@ def named_failure(path: Path) -> Iterator[None]:
     """Turns a full disk or a missing permission into a RunError that names the file."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         code = _code(error)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise RunError(
@@ -182,8 +242,11 @@ def named_failure(path: Path) -> Iterator[None]:
 
 def _code(error: Exception) -> int | None:
     """The system's error number; safetensors puts it into the text of an error of its own. numpy
-    says only that less was written than asked, which is what a full disk does."""
-    if re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+    and torch say only that less was written than asked, which is what a full disk does."""
+    if re.search(
+        r"^\d+ requested and \d+ written$|unexpected pos \d+ vs \d+|PytorchStreamWriter failed",
+        str(error),
+    ):
         return errno.ENOSPC
     if isinstance(error, OSError):
         return error.errno

@@ -1,12 +1,15 @@
 """What is written is there as a whole, or what was there before still is."""
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +40,7 @@ def test_text_replaces_text_and_can_be_read_by_others(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.parametrize("where", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
 def test_a_failing_write_keeps_the_old_text(tmp_path, monkeypatch, where, error):
     file = write_text(tmp_path / "a.txt", "old")
@@ -87,6 +90,19 @@ def test_a_full_or_closed_disk_names_the_path(tmp_path, monkeypatch, code):
     assert file.read_text() == "old" and names(tmp_path) == ["a.txt"]
 
 
+def test_a_disk_that_is_full_under_torch_names_the_path(tmp_path):
+    """Its writer says only how far it came."""
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        with pytest.raises(RunError, match="cannot be written"), files.named_failure(tmp_path):
+            torch.save(torch.zeros(100_000), tmp_path / "a.pt")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(RuntimeError, match="of another kind"), files.named_failure(tmp_path):
+        raise RuntimeError("of another kind")
+
+
 # Directories
 
 
@@ -130,13 +146,13 @@ def test_a_failing_exchange_puts_the_old_directory_back(tmp_path, monkeypatch):
     (folder / "old").write_text("old")
     rename, calls = os.rename, []
 
-    def second_fails(source, target):
+    def third_fails(source, target):
         calls.append(target)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise OSError(errno.EIO, "I/O error")
         rename(source, target)
 
-    monkeypatch.setattr(files.os, "rename", second_fails)
+    monkeypatch.setattr(files.os, "rename", third_fails)
     with pytest.raises(OSError, match="I/O error"), new_directory(folder) as building:
         (building / "new").write_text("new")
     assert names(folder) == ["old"] and names(tmp_path) == ["folder"]
@@ -171,31 +187,34 @@ def test_a_path_wins_over_a_name(tmp_path, monkeypatch):
 # Killed in the middle
 
 
-def killed_at(moment, folder: Path) -> None:
-    """A child process that fills a new `folder` and dies by SIGKILL when it calls `moment`, a
-    function of `os`."""
+def killed_at(moment, act) -> None:
+    """A child process dies by SIGKILL when it calls `moment`, a function of `os`, in `act`."""
     child = os.fork()
     if child == 0:
         calls = []
 
-        def die(*arguments):
+        def die(*arguments, **more):
             calls.append(arguments)
             if len(calls) == moment[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
+            return real(*arguments, **more)
 
         real = getattr(os, moment[0])
         setattr(os, moment[0], die)
         try:
-            with new_directory(folder) as building:
-                (building / "new").write_text("new")
+            act()
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-MOMENTS = {"full": ("chmod", 1), "before": ("rename", 1), "between": ("rename", 2)}
+def fill(folder: Path) -> None:
+    with new_directory(folder) as building:
+        (building / "new").write_text("new")
+
+
+MOMENTS = {"full": ("chmod", 1), "before": ("rename", 2), "between": ("rename", 3)}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -206,7 +225,7 @@ def test_a_killed_process_leaves_the_old_directory_and_the_next_one_clears_up(
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").write_text("old")
-    killed_at(MOMENTS[moment], folder)
+    killed_at(MOMENTS[moment], lambda: fill(folder))
     left = names(tmp_path)
     assert any(name.endswith(files.BUILDING) for name in left)
     assert ("folder" in left) == (moment != "between")
@@ -217,6 +236,66 @@ def test_a_killed_process_leaves_the_old_directory_and_the_next_one_clears_up(
         (building / "newer").write_text("newer")
     assert names(tmp_path) == sorted({"folder", place})
     assert names(tmp_path / place) == ["newer"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "content"), [(("fsync", 1), "old"), (("replace", 1), "old"), (("rmdir", 1), "new")]
+)
+def test_what_a_killed_write_left_is_cleared_by_the_next_one(tmp_path, moment, content):
+    file = write_text(tmp_path / "a.txt", "old")
+    killed_at(moment, lambda: write_text(file, "new"))
+    assert file.read_text() == content
+    left = [path for path in tmp_path.iterdir() if path != file]
+    assert len(left) == 1 and files.is_leftover(left[0])
+    write_text(tmp_path / "b.txt", "b")
+    assert file.read_text() == content and names(tmp_path) == ["a.txt", "b.txt"]
+
+
+def test_two_that_fill_one_directory_at_once_both_end(tmp_path):
+    """The last one's stands, and nothing else does."""
+    folder = tmp_path / "folder"
+    fill(folder)
+    for _ in range(3):
+        children = []
+        for _ in range(3):
+            if (child := os.fork()) == 0:
+                code = 1
+                with contextlib.suppress(Exception):
+                    for _ in range(10):
+                        fill(folder)
+                    code = 0
+                os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes == [0, 0, 0]
+        assert names(folder) == ["new"] and names(tmp_path) == ["folder"]
+
+
+def test_a_lock_of_what_was_replaced_meanwhile_is_of_the_new_one(tmp_path):
+    file = write_text(tmp_path / "a.txt", "old")
+    with contextlib.ExitStack() as first:
+        assert first.enter_context(files.lock(file))
+
+        def replace(who: str) -> None:
+            assert who == f"process {os.getpid()}"
+            write_text(file, "new")
+            first.close()
+
+        with files.lock(file, wait=True, say=replace) as alone, files.lock(file) as other:
+            assert alone and not other
+
+
+def test_a_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path):
+    def dies() -> None:
+        with files.scratch(tmp_path / "timing") as folder:
+            (folder / "large.onnx").write_text("")
+            os.rmdir("nowhere")
+
+    killed_at(("rmdir", 1), dies)
+    assert len(names(tmp_path / "timing")) == 1
+    with files.scratch(tmp_path / "timing") as folder:
+        assert names(tmp_path / "timing") == [folder.name]
+    assert names(tmp_path / "timing") == []
 
 
 def test_what_another_process_is_filling_stays(tmp_path):

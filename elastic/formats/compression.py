@@ -202,7 +202,7 @@ def _onnx(
     }
     tied = expose(model)
     inputs = [completed(each, shapes) for each in samples]
-    with tempfile.TemporaryDirectory() as outside:
+    with tempfile.TemporaryDirectory(dir=written.parent) as outside:
         if large := _size(graph) > tracing.SINGLE_FILE_BYTES:  # no graph with its weights then
             library.save(
                 model, f"{outside}/{graph.name}", save_as_external_data=True, location="weights"

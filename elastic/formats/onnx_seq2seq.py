@@ -58,7 +58,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     """
     with traceable(model):
         write_traced(_encoder(model), directory / ENCODER)
-        cross, step = traced(_cross(model)), traced(_step(model))
+        cross, step = (traced(part(model), directory) for part in (_cross, _step))
     merged = _merged(cross, step)
     merged.metadata_props.add(key=START, value=str(model.config.decoder_start_token_id))
     return save(merged, directory / DECODER)

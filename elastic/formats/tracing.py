@@ -108,11 +108,11 @@ def write_traced(trace: Trace, path: Path) -> Path:
         return path
 
 
-def traced(trace: Trace) -> ModelProto:
-    """Trace into memory, weights included."""
+def traced(trace: Trace, folder: Path) -> ModelProto:
+    """Trace into memory, weights included, by way of a file in a folder that goes away again."""
     import onnx
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _export(trace, Path(scratch) / "model.onnx")
         return onnx.load(Path(scratch) / "model.onnx")
 

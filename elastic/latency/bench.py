@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import tempfile
 from collections.abc import Hashable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from elastic.config import TimingConfig
+from elastic.files import scratch
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
+from elastic.models.packaged import cache_directory
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.supernet import Supernet
@@ -105,7 +105,7 @@ class Bench:
     def _open(self, candidate: Candidate, files: contextlib.ExitStack) -> Runner:
         folder = None
         if self.timing.runtime != "torch":
-            folder = Path(files.enter_context(tempfile.TemporaryDirectory()))
+            folder = files.enter_context(scratch(cache_directory() / "timing"))
         model = self._model(candidate.sub_adapter)
         # While it is at hand.
         self._memory[self._key(candidate)] = self._peak(model, candidate.compress)
