@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import yaml
 
 from elastic.config import BudgetConfig, TrainConfig
+from elastic.console import say
+from elastic.distributed import is_main
 from elastic.errors import RunError
-from elastic.files import read_json, write_text
+from elastic.files import clear_leftovers, is_leftover, lock, named_failure, read_json, write_text
 from elastic.plain import is_name, parse_yaml, read_text, read_yaml, shaped
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.spaces.declared import SearchSpace
@@ -69,6 +73,7 @@ class Run:
         self.report = self.search / "report.html"
         self.sub_adapters = self.search / "sub_adapters"
         self.recovered = self.search / "recovered"
+        self.exports = self.path / "export"
         self.tasks = self.path / "tasks"
 
     def claim(self, config: TrainConfig) -> bool:
@@ -85,7 +90,9 @@ class Run:
                     "choose another --run, or delete the directory"
                 )
             return self.super_adapter.is_dir()
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(not is_leftover(each) for each in self.path.iterdir())
+        ):
             raise RunError(
                 f"{self.path} is not empty and not a run (no config.yaml); choose another --run"
             )
@@ -94,6 +101,20 @@ class Run:
     def begin(self, config: TrainConfig) -> None:
         if not self.config_file.is_file():
             write_text(self.config_file, yaml.safe_dump(_identity(config), sort_keys=False))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other command trains here while the block lasts: the end of one that does is waited
+        for, and that is said."""
+        with waiting(self.path, "trains it") if is_main() else contextlib.nullcontext():
+            yield
+
+    def clear(self) -> None:
+        """Remove what training needs no more, and what a kill left half written."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.moments.unlink(missing_ok=True)
+        for folder in (self.path, self.path / "train"):
+            clear_leftovers(folder)
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
@@ -163,7 +184,7 @@ class Run:
     def export(self, name: str, sub: SubAdapter, kinds: Sequence[str]) -> Path:
         """The directory of an export; RunError if something else stands there, or formats of this
         very sub-adapter that are not to be written again: they would be lost."""
-        directory = self.path / "export" / name
+        directory = self.exports / name
         if not directory.exists():
             return directory
         if not (directory / "report.json").is_file():
@@ -203,6 +224,23 @@ class Run:
             return
         print(f"Super-adapter: {self.super_adapter}")
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
+
+
+@contextlib.contextmanager
+def waiting(folder: Path, doing: str) -> Iterator[None]:
+    """This process alone has the folder, which it makes, while the block lasts. Whose end it waits
+    for is said; a new folder that is still empty in the end goes again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    with named_failure(folder), contextlib.suppress(FileExistsError):  # a file, refused elsewhere
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        told = f"{folder}: waiting for {{}}, which {doing}"
+        with lock(folder, wait=True, say=lambda who: say(told.format(who))):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 @functools.lru_cache(maxsize=4)  # a command asks several times, and checking takes a while

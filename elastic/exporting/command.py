@@ -30,7 +30,7 @@ from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.plain import shaped
 from elastic.provenance import provenance
-from elastic.run import SCORES, Chosen, Run
+from elastic.run import SCORES, Chosen, Run, waiting
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
@@ -58,10 +58,16 @@ def export(config: ExportConfig) -> Report:
 
     All formats are written beside the target and take its place together, only after each was
     loaded in its own runtime and agreed; an earlier export of the same name stays otherwise.
-    ExportError names the format and the largest difference.
+    ExportError names the format and the largest difference. Another export from the run is waited
+    for: they would spoil each other's times.
     """
-    if not config.prove:
-        return write_only(config)
+    run = Run(config.run)
+    run.config()
+    with waiting(run.exports, "exports from it"):
+        return _export(config) if config.prove else write_only(config)
+
+
+def _export(config: ExportConfig) -> Report:
     run = Run(config.run)
     trained = run.config()
     # The base itself is hashed, and held against this, when the run is loaded.

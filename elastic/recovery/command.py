@@ -10,7 +10,7 @@ from elastic.config import ExportConfig, SearchConfig
 from elastic.data import load_task
 from elastic.files import write_json
 from elastic.recovery.recover import Asked, recover
-from elastic.run import Run
+from elastic.run import Run, waiting
 from elastic.searching import study
 from elastic.searching.finalists import COMPENSATION, best_of
 from elastic.searching.front import Front, Member
@@ -40,8 +40,9 @@ def search(config: SearchConfig) -> Front:
     best = best_of(again, measured, front.costs[0], front.limits)
     again = [replace(one, best=number == best) for number, one in enumerate(again, 1)]
     front = replace(front, members=again)
-    front.save()
-    write_page(front)
+    with waiting(front.run.search, "writes its front"):
+        front.save()
+        write_page(front)
     return front
 
 

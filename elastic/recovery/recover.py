@@ -7,7 +7,6 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,10 @@ from elastic.data.task import Example
 from elastic.errors import TrainingError
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
-from elastic.files import lock, read_json, tag, write_json
+from elastic.files import read_json, tag, write_json
 from elastic.formats.rounding import round_
 from elastic.models import loading
-from elastic.run import Run, as_plain
+from elastic.run import Run, as_plain, waiting
 from elastic.spaces.bound import Candidate
 from elastic.supernet.held_out import Compensated, HeldOut, mean_loss
 from elastic.supernet.store import load_run, read_factors
@@ -67,18 +66,17 @@ def recover(
     skeleton = loading.skeleton(trained.model)
     full = run.space().bind(skeleton, trained.adapter.rank).maximal()
     everyone = [*asked, Asked(MAXIMAL, Candidate(full), Compensated(), {})]
-    with ExitStack() as stack:
-        if not stack.enter_context(lock(run.recovered)):
-            say(f"Waiting for another process that recovers sub-adapters of {run.path}")
-            stack.enter_context(lock(run.recovered, wait=True))
+    with waiting(run.recovered, "recovers sub-adapters"):
         folders = [_folder(one, config) for one in everyone]
         for number, (one, folder) in enumerate(zip(everyone, folders, strict=True), 1):
             if not Run(run.recovered / folder).super_adapter.is_dir():
                 say(f"Recovering {one.name} ({number} of {len(everyone)})")
                 _train(one, _settings(run, trained, one, folder, config))
         *scores, maximal = _scores(run, everyone, folders, config)
-        for left in run.recovered.iterdir():  # of one that failed, or was given up
-            if left.is_dir() and not Run(left).super_adapter.is_dir():
+        for left in run.recovered.iterdir():
+            if Run(left).super_adapter.is_dir():
+                Run(left).clear()
+            elif left.is_dir():  # of one that failed, or was given up
                 shutil.rmtree(left)
                 left.with_suffix(".json").unlink(missing_ok=True)
     rate = _rate(trained, config.recover)

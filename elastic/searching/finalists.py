@@ -15,7 +15,7 @@ from elastic.files import write_json
 from elastic.latency.bench import Bench
 from elastic.latency.target import Target
 from elastic.provenance import provenance
-from elastic.run import Run, as_plain
+from elastic.run import Run, as_plain, waiting
 from elastic.searching.budget import impossible, limits_accuracy_alone, met
 from elastic.searching.front import Evaluated, Front, Measured, Member
 from elastic.searching.objective import Figures, Objective
@@ -90,11 +90,12 @@ def finish(
         run, members, objective.full, trials, config.costs, limits, timetables, cut,
         belief.effects[: len(cut.groups)],
     )  # fmt: skip
-    front.save()
-    write_page(front)
     device = str(objective.net.model.device)
     about = {"settings": as_plain(config), "importance_trust": belief.trust, **provenance(device)}
-    write_json(run.search / "about.json", about)
+    with waiting(run.search, "writes its front"):
+        front.save()
+        write_page(front)
+        write_json(run.search / "about.json", about)
     return front
 
 

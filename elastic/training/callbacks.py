@@ -17,6 +17,7 @@ from elastic.console import counting_bar
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError, unknown
+from elastic.files import write_json_lines
 from elastic.plain import parse_json, read_text, shaped
 from elastic.spaces.bound import generator_for
 from elastic.supernet.supernet import Supernet
@@ -103,8 +104,7 @@ class MetricsFile(TrainerCallback):
             rows = [parse_json(line, self.path) for line in lines if line.endswith("\n")]
             steps = [shaped(row, {"step": int}, self.path)["step"] for row in rows]
             kept = [row for row, step in zip(rows, steps, strict=True) if step <= state.global_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_json_lines(self.path, kept)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any

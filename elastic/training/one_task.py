@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,15 +64,24 @@ def train_one(config: TrainConfig) -> Run:
     """Train as configured and write RUN/super_adapter; returns the run.
 
     Space, data and run directory are checked before weights are read. A run of the same
-    configuration is resumed from its last checkpoint, or returned as it is when finished.
+    configuration is resumed from its last checkpoint, or returned as it is when finished; one that
+    another process trains is waited for.
     """
-    run, config = Run(config.run), with_classes(config)
+    run = Run(config.run)
+    with run.alone():
+        return _train_alone(run, config)
+
+
+def _train_alone(run: Run, config: TrainConfig) -> Run:
+    config = with_classes(config)
     taken = config.adapter.taken_from
     if taken:
         config = adopted.as_taken(config)
     with distributed.main_first():
         finished = run.claim(config)
     if finished:
+        if distributed.is_main():
+            run.clear()
         say(f"{run.path}: already trained; nothing to do")
         return run
     check_trackers(config.report_to)
@@ -164,8 +172,7 @@ def train_one(config: TrainConfig) -> Run:
                 net, run.super_adapter, factors=factors, moments=moments, model=config.model,
                 base_digest=base.digest, **about,
             )  # fmt: skip
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
-            run.moments.unlink(missing_ok=True)
+            run.clear()
     return run
 
 

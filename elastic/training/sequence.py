@@ -16,7 +16,7 @@ from elastic.data import load_task
 from elastic.errors import ConfigError, DataMissing
 from elastic.evaluation.evaluate import answers, same_text
 from elastic.evaluation.statistics import Score
-from elastic.files import write_json, write_json_lines
+from elastic.files import clear_leftovers, write_json, write_json_lines
 from elastic.provenance import provenance
 from elastic.run import Run
 
@@ -104,7 +104,7 @@ class Sequential:
         )
         console.print(f"Plot: {self.run.path / 'continual.png'}")
         last = stage_path(self.run, len(self.tasks) - 1, self.tasks[-1])
-        console.print(f"Next: elastic search {last} --budget.prefill_ms 80%", markup=False)
+        console.print(f"Next: elastic search {last} --budget.prefill_ms 80%")
         print(json.dumps({"continual": str(self.run.path / "continual.json")}))
 
     def _plot(self, path: Path) -> None:
@@ -131,9 +131,14 @@ def train_sequence(config: TrainConfig) -> Sequential:
     All data is read and checked before weights load. A killed sequence resumes within its stage.
     ConfigError for tasks that do not go together.
     """
+    run = Run(config.run)
+    with run.alone():
+        return _train_alone(run, config)
+
+
+def _train_alone(run: Run, config: TrainConfig) -> Sequential:
     from elastic.training import one_task
 
-    run = Run(config.run)
     with distributed.main_first():
         run.claim(config)
     stages = stage_configs(config)
@@ -208,7 +213,9 @@ def _score_all(
     trained: Run, seen: dict[str, Sequence[Example]], config: TrainConfig
 ) -> list[Score]:
     """Scores of all tasks seen so far, from RUN/tasks/NN-NAME/predictions where they stand."""
-    files = {name: trained.path / "predictions" / f"{name}.jsonl" for name in seen}
+    folder = trained.path / "predictions"
+    clear_leftovers(folder)
+    files = {name: folder / f"{name}.jsonl" for name in seen}
     if missing := [name for name in seen if not files[name].is_file()]:
         from elastic.supernet.store import load_run
 

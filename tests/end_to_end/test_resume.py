@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from elastic.config import AdapterConfig, StageConfig, TaskConfig
+from elastic.errors import RunError
 from elastic.run import Run
 from elastic.training import checkpoints
 from elastic.training.one_task import train_one
@@ -76,6 +79,50 @@ def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     assert any(kill["half"] for kill in found["kills"])
     assert sum("ended" not in kill for kill in found["kills"]) >= 4
     assert_same(Run(tmp_path / "killed"), Run(tmp_path / "whole"))
+
+
+def in_child(act) -> int:
+    """The exit code of a forked process: 0 when `act` returns."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_before_checkpoints_are_removed_is_made_up_for(tiny_folder, tmp_path, monkeypatch):
+    config = train_config(tiny_folder, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "clear", lambda self: None)  # as far as the killed one came
+        run = train_one(config)
+    assert run.checkpoints.is_dir()
+    train_one(config)
+    assert [path.name for path in run.metrics.parent.iterdir()] == [run.metrics.name]
+
+
+def test_the_same_command_twice_at_once_trains_once(tiny_folder, tmp_path, monkeypatch, capfd):
+    config = train_config(tiny_folder, tmp_path / "run")
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                train_one(config)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    said = " ".join(capfd.readouterr().err.split())
+    assert codes == [0, 0], said
+    assert said.count("Training ") == 1 and said.count("already trained") == 1
+    run = Run(config.run)
+    assert [row["step"] for row in logged(run)] == list(range(1, 9))
+    assert list(run.path.glob("**/.*")) == []
 
 
 # Damage.
@@ -143,6 +190,39 @@ def test_all_damaged_begins_anew(stopped, tmp_path, capsys):
         flip_a_byte(Path(config.run) / "train" / "checkpoints" / f"checkpoint-{step}")
     train_one(config)
     assert_same(Run(config.run), whole)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(
+    stopped, tiny_folder, tmp_path
+):
+    """The system lets no file grow beyond what a checkpoint needs."""
+    config = train_config(tiny_folder, tmp_path / "run")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+        with pytest.raises(RunError, match="cannot be written"):
+            train_one(config)
+
+    assert in_child(limited) == 0
+    assert list(Run(config.run).path.glob("**/.*")) == []
+    assert_same(train_one(config), stopped[2])
+
+
+def test_metrics_are_rewritten_in_one_step(stopped, tmp_path):
+    """A kill while a resumed run takes back rows loses none of the others."""
+    config, run, whole = stopped
+    config = dataclasses.replace(config, run=str(tmp_path / "run"))
+    shutil.copytree(run.path, config.run)
+    run = Run(config.run)
+    before = run.metrics.read_bytes()
+
+    def killed() -> None:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        train_one(config)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert run.metrics.read_bytes() == before
+    assert_same(train_one(config), whole)
 
 
 def saved(folder: Path, step: int) -> Path:

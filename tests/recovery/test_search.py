@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -104,9 +105,10 @@ def test_a_second_command_waits_and_says_so(recovered, monkeypatch):
             said.append(text)
             first.close()  # the first one ends
 
-        monkeypatch.setattr(recover, "say", say)
+        monkeypatch.setattr("elastic.run.say", say)
         search(wanted(run))
-    assert len(said) == 1 and said[0].startswith("Waiting for another process that recovers")
+    who = f"process {os.getpid()}"
+    assert said == [f"{run.recovered}: waiting for {who}, which recovers sub-adapters"]
 
 
 def test_an_interrupted_recovery_goes_on(recovered, trained, tmp_path, monkeypatch):
