@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress import track as rich_track
 
 from elastic.distributed import is_main
 
 T = TypeVar("T")
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, markup=False, emoji=False)  # names and paths are what they are
 
 
 def track(items: Sequence[T], label: str, *, quiet: bool = False) -> Iterator[T]:
@@ -24,7 +25,7 @@ def track(items: Sequence[T], label: str, *, quiet: bool = False) -> Iterator[T]
     if quiet or not sys.stderr.isatty():
         yield from items
         return
-    yield from rich_track(items, description=label, console=stderr, transient=True)
+    yield from rich_track(items, description=escape(label), console=stderr, transient=True)
 
 
 @contextlib.contextmanager
@@ -54,10 +55,10 @@ def counting_bar(*, transient: bool) -> Progress:
 
 def wide(width: int = 100) -> Console:
     """Standard output for tables: so many columns at least, also where nobody watches."""
-    return Console(width=max(width, Console().width))
+    return Console(width=max(width, Console().width), markup=False, emoji=False)
 
 
 def say(message: str) -> None:
     """One line on what is going on; one process of several says it."""
     if is_main():
-        stderr.print(message, highlight=False, markup=False)
+        stderr.print(message, highlight=False)

@@ -108,7 +108,7 @@ class Report:
         console = wide(110)
         for part in self._parts():
             shown = part if isinstance(part, str) else part.rich()
-            console.print(shown, markup=False, highlight=False)
+            console.print(shown, highlight=False)
         for path in self.paths.values():
             print(path)
         print(json.dumps({"report": str(self.directory / "report.json")}))

@@ -247,21 +247,22 @@ class Front:
             f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
         if recovery := self.members[0].recovery:
-            console.print(_recovered(recovery), markup=False)
+            console.print(_recovered(recovery))
         for timetable in self.timetables.values():
-            console.print(timetable.describe(), markup=False)
+            console.print(timetable.describe())
         if over := self._over_as_measured():
-            console.print(f"[bold red]None meets the budget as measured; {over}[/]")
+            console.print(f"None meets the budget as measured; {over}", style="bold red")
         timed = [member.measured for member in self.members if member.measured]
         if not timed:
             console.print(f"Not measured: this is not {self.timetables[None].target.device}")
         elif noisy := [each for each in timed if not each.trusted]:
             console.print(
-                f"[bold red]{len(noisy)} of {len(timed)} measurements cannot be trusted: the full "
-                f"model differed from itself by up to {max(e.control for e in noisy):.1%}[/]"
+                f"{len(noisy)} of {len(timed)} measurements cannot be trusted: the full "
+                f"model differed from itself by up to {max(e.control for e in noisy):.1%}",
+                style="bold red",
             )
         console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
-        console.print(f"Next: elastic export {self.run.path}", markup=False)
+        console.print(f"Next: elastic export {self.run.path}")
         best = self.best.as_dict()
         best = {k: v for k, v in best.items() if k not in ("sub_adapter", "recovery")}
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))

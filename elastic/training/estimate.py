@@ -122,7 +122,7 @@ class Estimate(SpaceTable):
         for table in self.tables():
             console.print(table)
         for line in self._lines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
         print(json.dumps(self.as_dict()))
 
     def tables(self) -> list[Table]:
