@@ -97,6 +97,12 @@ class StudyConfig:
     """Unset: the name of the run's directory."""
 
 
+def without_password(storage: str) -> str:
+    """`study.storage` as it may be shown and kept."""
+    shown = re.sub(r"(://[^:/?]*):.*@", r"\1:***@", storage)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|secret|token)=)[^&]*", r"\1***", shown)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Searches a trained super-adapter for its Pareto-optimal sub-adapters."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
+from elastic.config.search import without_password
 from elastic.console import say, track
 from elastic.data.task import Example
 from elastic.errors import BudgetError
@@ -91,7 +92,10 @@ def finish(
         belief.effects[: len(cut.groups)],
     )  # fmt: skip
     device = str(objective.net.model.device)
-    about = {"settings": as_plain(config), "importance_trust": belief.trust, **provenance(device)}
+    settings = as_plain(config)
+    if config.study.storage:
+        settings["study"]["storage"] = without_password(config.study.storage)
+    about = {"settings": settings, "importance_trust": belief.trust, **provenance(device)}
     with waiting(run.search, "writes its front"):
         front.save()
         write_page(front)

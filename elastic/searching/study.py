@@ -17,7 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 
 from elastic.config import CompensationConfig, SearchConfig
-from elastic.config.search import ACCURACY
+from elastic.config.search import ACCURACY, without_password
 from elastic.console import counting_bar, say, track
 from elastic.data import load_task
 from elastic.data.collating import collated
@@ -128,8 +128,7 @@ def search(config: SearchConfig) -> Front:
                     write(results)
             raise
         # One after another: workers on one machine would spoil each other's times.
-        while not worker.leads():
-            time.sleep(POLL)
+        worker.wait_to_lead()
         return write(results)
 
 
@@ -164,7 +163,7 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
             study.set_user_attr(name, value)
         elif stored != value:
             what = ", ".join(differences(value, stored)[:4])
-            where = config.study.storage or str(run.search)
+            where = without_password(config.study.storage or str(run.search))
             raise RunError(
                 f"{where} holds a search with other {name}: {what}; give another study.name, or "
                 f"delete {where} to start anew"
@@ -246,7 +245,16 @@ def _evaluate(
                 continue
             # The same one proposed twice is evaluated once.
             figures = results.get(candidate) or objective(candidate, results)
-            told = _tell(study, trial, figures, limits, config.chosen_objectives)
+            lost = not worker.holds(trial)
+            try:
+                told = not lost and _tell(study, trial, figures, limits, config.chosen_objectives)
+            except (UpdateFinishedTrialError, ValueError):
+                lost = not worker.holds(trial)  # in this very moment
+                if not lost:
+                    raise
+            if lost:
+                say(f"Trial {trial.number} went to another worker while this one was silent")
+                continue
             failures = 0 if told else failures + 1
             if failures > FAILURES:
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")

@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import os
 import socket
+import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -18,11 +20,14 @@ import optuna
 import psutil
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DatabaseError
 
+from elastic.config.search import without_password
+from elastic.console import say
 from elastic.errors import MissingExtra, RunError
+from elastic.files import lock
 
 BEAT = 10.0
 """Seconds between signs of life."""
@@ -34,6 +39,8 @@ CONNECT = 10.0
 """Seconds to wait for a gRPC proxy."""
 TRIES = 3
 """To create the tables of a database."""
+LONG = 10.0
+"""Seconds after which it is said whom one waits for."""
 _WORKER = "worker "
 _NUMBERS = itertools.count()
 
@@ -61,15 +68,19 @@ def open_storage(place: str | None, folder: Path) -> BaseStorage:
             return _database(place)
         if not Path(place).parent.is_dir():
             raise FileNotFoundError(f"no directory {Path(place).parent}")
-        return JournalStorage(JournalFileBackend(place))
+        file = Path(place).absolute()
+        return JournalStorage(JournalFileBackend(str(file), JournalLock(file)))
     except ImportError as error:
         remote = str(place).startswith("grpc:")
         package = "grpcio" if remote else error.name or "a database driver"
-        raise MissingExtra(package, "workers", f"study.storage {place}") from error
+        shown = without_password(str(place))
+        raise MissingExtra(package, "workers", f"study.storage {shown}") from error
     except Exception as error:  # each backend has its own kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        shown = without_password(str(place))
         raise RunError(
-            f"study.storage {place} cannot be reached: {reason}; give the path of a journal file, "
+            f"study.storage {shown} cannot be reached: {reason.replace(str(place), shown)}; give "
+            "the path of a journal file, "
             "sqlite:///FILE, postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or grpc://HOST:PORT"
         ) from error
 
@@ -86,6 +97,49 @@ def _database(url: str) -> RDBStorage:
     return RDBStorage(url, engine_kwargs=waiting)
 
 
+class JournalLock(JournalFileOpenLock):
+    """Held while a line is appended to a journal. A lock of the file itself, which ends with its
+    process and leaves nothing behind; where files cannot be locked, Optuna's, a file beside it.
+
+    What a kill or a full disk left of a line is cut: the next one would be appended to it, and
+    nobody could read the journal from there on.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(str(file))
+        self._file = file
+        self._held = contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        told = f"{self._file}: waiting for {{}}, which has locked it"
+        with contextlib.ExitStack() as held:
+            alone = held.enter_context(
+                lock(self._file, wait=True, say=lambda who: say(told.format(who)), after=LONG)
+            )
+            if not alone and super().acquire():
+                held.callback(super().release)
+            _cut_unfinished(self._file)
+            self._held = held.pop_all()
+        return True
+
+    def release(self) -> None:
+        self._held.close()
+
+
+def _cut_unfinished(journal: Path) -> None:
+    """Cut a last line without its end."""
+    with journal.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+    say(f"{journal}: cut an unfinished last line of {size - whole} bytes, left by a kill or a full "
+        "disk")  # fmt: skip
+
+
 class Worker:
     """This process as one of those that share a study; inside the block it shows signs of life.
 
@@ -95,8 +149,9 @@ class Worker:
 
     def __init__(self, study: optuna.Study, clock: Callable[[], float] = time.monotonic) -> None:
         self.study = study
-        started = int(psutil.Process().create_time())
-        self.name = f"{socket.gethostname()}/{os.getpid()}/{started}/{next(_NUMBERS)}"
+        pid = os.getpid()
+        self._machine = _machine()
+        self.name = f"{self._machine}/{pid}/{_started(pid)}/{next(_NUMBERS)}"
         self._clock = clock
         self._order = 0
         self._beats = 0
@@ -111,22 +166,25 @@ class Worker:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._tell(0)
+        # Where the study cannot be written, what ended the block says so.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self._tell(0)
 
     def living(self) -> dict[str, int]:
         """Workers that are alive, with the order in which they came.
 
-        On this machine the process is looked for; elsewhere signs of life must go on, by the clock
-        of this machine."""
-        host, found = self.name.split("/")[0], {}
+        Where processes of this machine can be seen the process is looked for; elsewhere signs of
+        life must go on, by the clock of this machine."""
+        found = {}
         for name, (order, beats) in self._workers().items():
+            machine, pid, began, _ = name.rsplit("/", 3)
             if name == self.name:
                 found[name] = order
-            elif beats and name.split("/")[0] == host:
-                if _runs(*map(int, name.split("/")[1:3])):
+            elif beats and machine == self._machine:
+                if _runs(int(pid), int(began)):
                     found[name] = order
             elif beats:
                 before, since = self._seen.get(name, (0, 0.0))
@@ -142,15 +200,31 @@ class Worker:
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What the study keeps under this name, made once, by the leader."""
         while name not in self.study.user_attrs:
-            if self.leads():
+            self.wait_to_lead(until=name)
+            if name not in self.study.user_attrs:
                 self.study.set_user_attr(name, make())
-            else:
-                time.sleep(POLL)
         return self.study.user_attrs[name]
+
+    def wait_to_lead(self, until: str | None = None) -> None:
+        """For those that came before to end, or for what the study keeps under a name."""
+        said = False
+        while (first := _first(self.living())) != self.name and until not in self.study.user_attrs:
+            if not said:
+                machine, pid, _, _ = first.rsplit("/", 3)
+                host = machine.partition("/")[0]
+                say(f"Waiting for process {pid} on {host}, which searches too")
+            said = True
+            time.sleep(POLL)
 
     def take(self, trial: Trial) -> None:
         """Say whose this trial is."""
         trial.set_user_attr("worker", self.name)
+
+    def holds(self, trial: Trial) -> bool:
+        """Whether it is still this worker's: one that was silent for too long has lost it."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        mine = [each for each in running if each.number == trial.number]
+        return any(each.user_attrs.get("worker") == self.name for each in mine)
 
     def running(self) -> list[FrozenTrial]:
         """Trials that a living worker is at. The leader first gives those of the dead back."""
@@ -205,7 +279,9 @@ class Worker:
 
     def _live_on(self) -> None:
         while not self._stop.wait(BEAT):
-            self._beat()
+            # One that cannot be given is given the next time; the search itself meets the cause.
+            with contextlib.suppress(Exception):
+                self._beat()
 
     def _beat(self) -> None:
         self._beats += 1
@@ -220,10 +296,35 @@ def _first(living: Mapping[str, int]) -> str:
     return min(living, key=lambda name: (living[name], name))
 
 
+def _machine() -> str:
+    """What two processes share that can see each other, and no others: host, boot and, on Linux,
+    the namespace of process numbers. Where these are unknown nobody is seen."""
+    host = socket.gethostname()
+    if sys.platform != "linux":
+        return host
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{host}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{host}/{uuid.uuid4().hex}"
+
+
+def _started(pid: int) -> int:
+    """When a process began, in ticks since boot on Linux: a clock that is set moves psutil's
+    seconds. psutil.NoSuchProcess if there is none."""
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return int(stat.rpartition(")")[2].split()[19])
+        except OSError:
+            raise psutil.NoSuchProcess(pid) from None
+    return int(psutil.Process(pid).create_time())
+
+
 def _runs(pid: int, started: int) -> bool:
     try:
-        process = psutil.Process(pid)
-        recent: bool = abs(process.create_time() - started) < 2
-        return recent and bool(process.status() != psutil.STATUS_ZOMBIE)
+        return _started(pid) == started and bool(
+            psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        )
     except psutil.Error:
         return False

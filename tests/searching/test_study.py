@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from optuna.samplers import NSGAIIISampler, NSGAIISampler
 
 from elastic import __main__
-from elastic.config import BudgetConfig, CompensationConfig, SearchConfig
+from elastic.config import BudgetConfig, CompensationConfig, SearchConfig, StudyConfig
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluation.evaluate import evaluate
+from elastic.files import BUILDING
 from elastic.latency import bench, target
 from elastic.latency.target import Target
 from elastic.run import Run
@@ -290,6 +292,36 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
         search(config(whole, starts=starts))
         assert trials_of(run) == trials_of(whole)
         assert front_of(run) == front_of(whole)
+
+
+def test_what_kills_left_in_a_search_goes_with_the_next_one(searched, tmp_path):
+    run, front = searched
+    run = copy_run(run, tmp_path / "run")
+    before = {path.name for path in run.search.iterdir()}
+    for name in ("front.json", "report.html", "about.json", "sub_adapters"):
+        (run.search / f".{name}.abcd{BUILDING}").mkdir()
+    replace(front, run=run).save()
+    assert {path.name for path in run.search.iterdir()} == before
+
+
+def test_a_run_whose_name_reads_like_markup_is_searched(trained, tmp_path, capsys):
+    run = copy_run(trained, tmp_path / "a[" / "b]")
+    search(config(run)).show()
+    assert f"{run.path}/search/front.png" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_password_of_a_storage_is_not_kept(trained, tmp_path, monkeypatch):
+    run = copy_run(trained, tmp_path / "run")
+    opened = study.open_storage
+    monkeypatch.setattr(study, "open_storage", lambda _, folder: opened(None, folder))
+    url = "postgresql+psycopg://me:secret@host/database"
+    search(config(run, study=StudyConfig(storage=url)))
+    kept = json.loads((run.search / "about.json").read_text())["settings"]["study"]["storage"]
+    assert kept == "postgresql+psycopg://me:***@host/database"
+    for path in filter(Path.is_file, run.path.rglob("*")):
+        assert b"secret" not in path.read_bytes(), path
+    with pytest.raises(RunError, match=r"me:\*\*\*@host/database holds a search"):
+        search(config(run, study=StudyConfig(storage=url), seed=1))
 
 
 def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weights):

@@ -1,8 +1,10 @@
 """Workers on one study: none does what another does, and what a dead one was at is done again."""
 
+import errno
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from optuna.storages import run_grpc_proxy_server
 from optuna.trial import TrialState
@@ -19,8 +22,10 @@ from optuna.trial import TrialState
 from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
 from elastic.searching import workers
+from elastic.searching.objective import Objective
 from elastic.searching.study import search
 from elastic.searching.workers import Worker, open_storage
+from tests.helpers import searches
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 from tests.programs.searching import KILLED_AT
 
@@ -124,17 +129,63 @@ def test_the_first_living_worker_leads(monkeypatch):
 def test_a_process_of_this_machine_is_looked_for(tmp_path):
     study = optuna.create_study()
     me = Worker(study)
-    host = me.name.split("/")[0]
+    machine, pid, began, _ = me.name.rsplit("/", 3)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    study.set_user_attr(f"worker {host}/{gone.pid}/0/0", [0, 5])
-    pid, started = me.name.split("/")[1:3]
-    study.set_user_attr(
-        f"worker {host}/{pid}/{int(started) - 1000}/0", [1, 5]
-    )  # its number, reused
+    study.set_user_attr(f"worker {machine}/{gone.pid}/0/0", [0, 5])
+    study.set_user_attr(f"worker {machine}/{pid}/{int(began) - 100}/0", [1, 5])  # number reused
     with me:
         assert me.living() == {me.name: 2} and me.leads()
     assert study.user_attrs[f"worker {me.name}"] == [2, 0]
+
+
+@pytest.mark.parametrize("differs", ["boot", "namespace"])
+def test_a_process_that_cannot_be_seen_lives_by_its_signs(differs):
+    """Two containers may have one host name, and each its own process of a number."""
+    CLOCK[0] = 0.0
+    study, found = study_with("a/1/1/0")
+    me = found["a/1/1/0"]
+    me._machine = "host/boot/namespace"
+    machine = me._machine.replace(differs, "other")
+    study.set_user_attr(f"worker {machine}/999999999/0/0", [1, 1])
+    study.set_user_attr(f"worker {me._machine}/999999999/0/0", [2, 1])
+    assert list(me.living()) == ["a/1/1/0", f"{machine}/999999999/0/0"]
+    CLOCK[0] += workers.PATIENCE + 1
+    assert list(me.living()) == ["a/1/1/0"]
+
+
+def test_a_clock_that_is_set_changes_nobody(monkeypatch):
+    """psutil's time of birth is one of boot and a number of seconds; the former moves with it."""
+    before = Worker(optuna.create_study())
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + 10)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: boot + 10)
+    with before:
+        assert list(before.living()) == [before.name]
+        other = Worker(before.study)
+        assert other.name.rsplit("/", 1)[0] == before.name.rsplit("/", 1)[0]
+        assert list(other.living()) == [before.name]
+
+
+def test_what_became_anothers_is_no_longer_held():
+    """A worker that was stopped for longer than the others' patience comes back with figures."""
+    CLOCK[0] = 0.0
+    study, found = study_with("a/1/1/0", "b/2/2/0")
+    slow, quick = found.values()
+    trial = study.ask()
+    slow.take(trial)
+    assert slow.holds(trial)
+    CLOCK[0] += workers.PATIENCE + 1
+    quick._beat()
+    quick.running()
+    CLOCK[0] += workers.PATIENCE + 1
+    quick._beat()
+    assert quick.running() == [] and not slow.holds(trial)
+    again = study.ask()
+    quick.take(again)
+    assert again.number == trial.number and quick.holds(again) and not slow.holds(trial)
+    study.tell(again, [0.0, 0.0])
+    assert not quick.holds(again)
 
 
 @pytest.mark.parametrize("place", [None, "sqlite:///FOLDER/study.db"])
@@ -184,6 +235,32 @@ def test_a_worker_that_does_not_lead_gives_nothing_back():
     assert study.trials[0].state == TrialState.WAITING
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_figures_for_a_trial_that_went_to_another_are_dropped(
+    trained, tmp_path, monkeypatch, capsys, finished
+):
+    """While it was measured the others took this worker for dead."""
+    run, calls, call = copy_run(trained, tmp_path / "run"), [], Objective.__call__
+
+    def taken(self, sub, *rivals):
+        figures = call(self, sub, *rivals)
+        calls.append(sub)
+        if len(calls) == 3:
+            study = optuna.load_study(study_name="run", storage=open_storage(None, run.search))
+            [trial] = study.get_trials(states=[TrialState.RUNNING])
+            if finished:
+                study._storage.set_trial_user_attr(trial._trial_id, "figures", figures.as_dict())
+                study.tell(trial.number, [0.0, 0.0])
+            else:
+                Worker(study)._give_back(trial)
+        return figures
+
+    monkeypatch.setattr(Objective, "__call__", taken)
+    front = search(searches.config(run))
+    assert len(front.trials) == 8 and len(calls) == 8 + (not finished)
+    assert "Trial 2 went to another worker" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
@@ -198,3 +275,92 @@ def test_a_storage_that_cannot_be_reached_is_named(tmp_path, monkeypatch, place,
     expected = f"study.storage {re.escape(place)} cannot be reached: .*{reason}"
     with pytest.raises(RunError, match=expected):
         open_storage(place, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("nodriver://me:pa:ss/w@rd@host:5/db", "nodriver://me:***@host:5/db"),
+        ("nodriver://host/db?user=me&password=secret&a=b", "nodriver://host/db?user=me&password=***&a=b"),
+        ("nodriver://me@host/db", "nodriver://me@host/db"),
+        ("nodriver:///folder/a:b.db", "nodriver:///folder/a:b.db"),
+    ],
+)  # fmt: skip
+def test_a_password_is_never_shown(tmp_path, place, shown):
+    with pytest.raises(RunError) as caught:
+        open_storage(place, tmp_path)
+    assert f"study.storage {shown} cannot" in str(caught.value)
+    assert "secret" not in str(caught.value) and "ss/w@rd" not in str(caught.value)
+
+
+# The journal.
+
+
+def journal(tmp_path) -> tuple[optuna.Study, Path]:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="kept")
+    study.enqueue_trial({"x": 1})
+    return study, tmp_path / "study.journal"
+
+
+@pytest.mark.parametrize("left", [b'{"op_code": 5, "wor', b"\0" * 64])
+def test_an_unfinished_last_line_is_cut_before_another_is_appended(tmp_path, capsys, left):
+    """As a kill, a full disk or the loss of power leaves it; also under a worker that lives on."""
+    study, file = journal(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole + left)
+    study.enqueue_trial({"x": 2})
+    assert file.read_bytes().startswith(whole + b"{")
+    assert f"cut an unfinished last line of {len(left)} bytes" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    file.write_bytes(file.read_bytes() + left)
+    again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="kept")
+    again.enqueue_trial({"x": 3})
+    fresh = optuna.load_study(storage=open_storage(None, tmp_path), study_name="kept")
+    assert [t.system_attrs["fixed_params"]["x"] for t in fresh.trials] == [1, 2, 3]
+
+
+def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):
+    """Also of a journal that was named by a relative path; and it leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    journal(Path("."))
+    child = os.fork()
+    if child == 0:
+        workers.JournalLock(Path("study.journal")).acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    study = optuna.load_study(storage=open_storage(None, Path(".")), study_name="kept")
+    study.enqueue_trial({"x": 2})
+    assert len(study.trials) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["study.journal"]
+
+
+def test_who_has_locked_a_journal_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "LONG", 0.0)
+    study, file = journal(tmp_path)
+    said, first = [], workers.JournalLock(file)
+
+    def say(text):
+        said.append(text)
+        first.release()
+
+    monkeypatch.setattr(workers, "say", say)
+    first.acquire()
+    study.enqueue_trial({"x": 2})
+    assert said == [f"{file}: waiting for process {os.getpid()}, which has locked it"]
+
+
+def test_where_nothing_can_be_locked_a_file_beside_does(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    study, file = journal(tmp_path)
+    lock = workers.JournalLock(file)
+    lock.acquire()
+    assert (tmp_path / "study.journal.lock").is_file()
+    lock.release()
+    study.enqueue_trial({"x": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["study.journal"]
