@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from elastic.errors import require
 
@@ -73,20 +74,27 @@ class TaskConfig:
     test_examples: int = 400
     """What only reports see."""
     train: str | None = None
-    """jsonl, llm_adapters: a file with one JSON object per line, or a JSON list. datasets: a split,
-    `train` unless it says otherwise."""
+    """jsonl, llm_adapters: a file with one JSON object per line, a JSON list, .csv, .tsv or
+    Parquet, as it is or in gzip. datasets: a split, `train` unless it says otherwise."""
     validation: str | None = None
-    """The same; unset, the end of the training examples is held out."""
+    """The same; unset, some of the training examples are held out."""
     test: str | None = None
     """The same; of datasets `test` unless it says otherwise."""
+    draw: Literal["seed", "position"] = "seed"
+    """jsonl, llm_adapters: which rows are held out, and which are used where there are more than
+    wanted. seed: any, as the run's seed has it. position: the first ones, held out the last, as in
+    runs of earlier versions, which keep it."""
+    cutoff: int | None = None
+    """Tokens of a prompt; of a longer one the start is cut (of a classifier's text the end)."""
     dataset: str | None = None
     """datasets: a folder, or a name on the hub (which uses the network)."""
     subset: str | None = None
     """datasets: which one, of a name that has several (rte of nyu-mll/glue)."""
     prompt: str = "{prompt}"
     """jsonl, datasets: the prompt, with fields of the row in braces; a space joins it to the
-    answer. Or a .txt file that holds such a template, or alpaca, alpaca-input. chat: the field
-    `messages`, whose last one is the answer; the others go through the model's chat template."""
+    answer. \\n is a new line, \\t a tab, two backslashes are one. Or a .txt file that holds such a
+    template, or alpaca, alpaca-input. chat: the field `messages`, whose last one is the answer; the
+    others go through the model's chat template, with `tools` where a row has them."""
     second: str | None = None
     """jsonl, datasets: the same for the second sentence of a pair, which encoders tell from the
     first."""
@@ -106,6 +114,9 @@ class TaskConfig:
         for split in ("train", "validation", "test"):
             count = getattr(self, f"{split}_examples")
             require(count >= 1, f"task.{split}_examples is {count}; a split cannot be empty")
+        require(
+            self.cutoff is None or self.cutoff >= 2, f"task.cutoff is {self.cutoff}; at least 2"
+        )
         require(self.tolerance >= 0, f"task.tolerance is {self.tolerance}; give 0 or more")
         if self.name in ("jsonl", "llm_adapters"):
             kind = f"of a {self.name} task"
@@ -117,3 +128,13 @@ class TaskConfig:
         )
         if self.name == "instructions":
             require(self.folder is not None, "task.folder: name the folder of the data set")
+
+
+def of_earlier_version(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a task as the versions meant them that did not know of `draw`: rows by their
+    position, and templates without escapes."""
+    found = {**task, "draw": "position"}
+    for name in ("prompt", "second"):
+        if isinstance(text := task.get(name), str) and not text.endswith(".txt"):
+            found[name] = text.replace("\\", "\\\\")
+    return found

@@ -11,7 +11,7 @@ import hashlib
 import random
 
 from elastic.config import TaskConfig
-from elastic.data.task import Example, Split, Task, limits
+from elastic.data.task import SPLITS, Example, Split, Task, limits
 
 NAMES = ("Tom", "Ann", "Sam", "Ben", "Max", "Tim", "Dan", "Kim", "Bob", "Jim", "Lee")
 THINGS = ("apples", "books", "coins", "cards", "shells", "eggs", "pens", "stamps", "keys", "toys")
@@ -35,7 +35,8 @@ def load(config: TaskConfig, seed: int) -> Task:
         if len(found[split]) < wanted[split] and example.prompt not in found[split]:
             found[split][example.prompt] = example
             missing -= 1
-    return Task(*(tuple(found[split].values()) for split in ("train", "validation", "test")))
+    train, validation, test = (tuple(found[split].values()) for split in SPLITS)
+    return Task(train, validation, test)
 
 
 def _split(prompt: str) -> Split:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from elastic.data import chat
 from elastic.data.labels import number_in
 from elastic.data.task import Example
 from elastic.errors import DataError
-from elastic.models.kinds import Kind, classes_of, has_types, is_number, kind_of, longest_text
+from elastic.models.kinds import (
+    Kind,
+    classes_of,
+    has_types,
+    is_number,
+    kind_of,
+    learnt_positions,
+    longest_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,16 +60,60 @@ class Encoded:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, encoder_decoder: bool = False
 ) -> Encoded:
-    """Prompt, a space, the answer and the end-of-sequence token, as ids; DataError where the prompt
-    or the answer has none."""
-    head = tokenizer(prompt)["input_ids"]
-    joined = answer if encoder_decoder else " " + answer
-    tail = tokenizer(joined, add_special_tokens=False)["input_ids"]
+    """Prompt, a space, the answer and the end-of-sequence token, as ids, of which a decoder's are
+    those of the whole text; DataError where the prompt or the answer has none."""
+    head = text_ids(tokenizer, prompt, encoder_decoder=encoder_decoder)
+    if encoder_decoder:
+        tail = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    else:
+        tail = _behind(tokenizer, head, text_ids(tokenizer, f"{prompt} {answer}"), f" {answer}")
     if not head or not tail:
         raise DataError(f"prompt {prompt!r} or answer {answer!r} has no tokens")
-    tail = (*tail, tokenizer.eos_token_id)
+    if tail[-1] != tokenizer.eos_token_id:
+        tail = [*tail, tokenizer.eos_token_id]
     if encoder_decoder:
-        return Encoded(tail, len(tail), tuple(head))
+        return Encoded(tuple(tail), len(tail), tuple(head))
+    return Encoded((*head, *tail), len(tail))
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, encoder_decoder: bool = False
+) -> list[int]:
+    """What a model goes on from: without the end that some tokenizers append, which an encoder
+    reads, and with one start where the text brings its own."""
+    ids = list(tokenizer(text)["input_ids"])
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not encoder_decoder and ids and ids[-1] == end:
+        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = ids[:-1] if ids[-len(plain) - 1 :] == [*plain, end] else ids
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+
+def _behind(
+    tokenizer: PreTrainedTokenizerBase, head: list[int], whole: list[int], text: str
+) -> list[int]:
+    """The tokens of a text behind those of its prompt. Where the last of the prompt and the first
+    of the text would be one, the prompt keeps its own, from which a model will go on."""
+    if whole[: len(head)] == head:
+        return whole[len(head) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encoded_chat(tokenizer: PreTrainedTokenizerBase, example: Example, answer: str) -> Encoded:
+    """The conversation as the template writes it, with what it ends an answer with; the
+    end-of-sequence token where that is no token of its own."""
+    prompt = chat.prompt_in(tokenizer, example)
+    said = chat.answer_in(tokenizer, example, prompt, answer)
+    head, whole = (
+        list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (prompt, prompt + said)
+    )
+    tail = _behind(tokenizer, head, whole, said)
+    if not head or not tail:
+        raise DataError(f"prompt {prompt!r} or answer {said!r} has no tokens")
+    ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    if tail[-1] not in ends:
+        tail = [*tail, tokenizer.eos_token_id]
     return Encoded((*head, *tail), len(tail))
 
 
@@ -73,33 +127,64 @@ def encode_example(
     tokens, or is none of a classifier's classes."""
     answer = example.answer if answer is None else answer
     kind = kind_of(model)
-    if kind is not Kind.CLASSIFIER:
-        paired = kind is Kind.ENCODER_DECODER
-        if paired or not example.messages:
-            return encode(tokenizer, example.text, answer, encoder_decoder=paired)
-        tail = (*tokenizer(answer, add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id)  # fmt: skip
-        return Encoded((*prompt_ids(tokenizer, example), *tail), len(tail))
-    text, classes = encode_text(tokenizer, model, example), classes_of(model)
+    if kind is Kind.CLASSIFIER:
+        return replace(encode_text(tokenizer, model, example), label=_label(model, answer))
+    if kind is Kind.ENCODER_DECODER:
+        chat.require_plain(example)
+        found = encode(tokenizer, example.text, answer, encoder_decoder=True)
+        return replace(found, source=_cut(tokenizer, found.source, example.cutoff))
+    if example.messages:
+        found = _encoded_chat(tokenizer, example, answer)
+    else:
+        found = encode(tokenizer, example.text, answer)
+    head, tail = found.ids[: -found.answer], found.ids[-found.answer :]
+    return replace(found, ids=(*_cut(tokenizer, head, example.cutoff), *tail))
+
+
+def _label(model: PreTrainedModel, answer: str) -> int | float:
+    classes = classes_of(model)
     if is_number(classes):
-        return replace(text, label=number_in(answer))
+        return number_in(answer)
     if answer not in classes:
         raise DataError(
             f"answer {answer!r} is none of the {len(classes)} classes that the model's head tells "
             f"apart: {', '.join(classes[:8])}"
         )
-    return replace(text, label=classes.index(answer))
+    return classes.index(answer)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], cutoff: int | None
+) -> tuple[int, ...]:
+    """The end of a prompt behind the token that starts every sequence, if there is one."""
+    if cutoff is None or len(ids) <= cutoff:
+        return ids
+    start = ids[: int(ids[0] == tokenizer.bos_token_id)]
+    return (*start, *ids[len(ids) - cutoff + len(start) :])
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, example: Example, model: PreTrainedModel
+) -> list[int]:
     """What an answer is generated after: the prompt, or the conversation so far with the opening of
     the assistant's turn; DataError for a conversation without a chat template."""
-    if not example.messages:
-        return tokenizer(example.text)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise DataError("task.prompt chat: the tokenizer of this model has no chat template")
-    messages = [{"role": role, "content": content} for role, content in example.messages]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    paired = kind_of(model) is Kind.ENCODER_DECODER
+    if example.messages and not paired:
+        prompt = chat.prompt_in(tokenizer, example)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    else:
+        ids = text_ids(tokenizer, example.text, encoder_decoder=paired)
+    return list(_cut(tokenizer, tuple(ids), example.cutoff))
+
+
+def ends_of(
+    tokenizer: PreTrainedTokenizerBase, example: Example, model: PreTrainedModel
+) -> set[int]:
+    """Tokens that end a generated answer: the end of the sequence, and of a conversation what its
+    template ends an answer with."""
+    if not example.messages or kind_of(model) is Kind.ENCODER_DECODER:
+        return {tokenizer.eos_token_id}
+    return {tokenizer.eos_token_id, _encoded_chat(tokenizer, example, example.answer).ids[-1]}
 
 
 def encode_text(
@@ -107,9 +192,11 @@ def encode_text(
 ) -> Encoded:
     """The ids of a text to be classified and, where the model has them, the types; what is longer
     than the model can read is cut. DataError for a text without tokens."""
+    chat.require_plain(example)
     prompt = example.text if example.messages else example.prompt
+    longest = most_tokens(model, tokenizer)
     found = tokenizer(
-        prompt, example.second, truncation=True, max_length=most_tokens(model, tokenizer),
+        prompt, example.second, truncation=True, max_length=min(longest, example.cutoff or longest),
         return_token_type_ids=has_types(model),
     )  # fmt: skip
     if not found["input_ids"]:
@@ -124,8 +211,58 @@ def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     return limit - limit % step_of(limit)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model has a place for."""
+
+    tokens: int
+    """Rows of its embedding."""
+    positions: int | None
+    """Of a sequence, where they are learnt; None: any number."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Limits:
+        positions = learnt_positions(model)
+        if positions and kind_of(model) is Kind.ENCODER_DECODER:  # padding has positions, too
+            positions -= positions % step_of(positions)
+        return cls(model.get_input_embeddings().num_embeddings, positions)
+
+    def require(self, ids: Sequence[int], more: int = 0) -> None:
+        """DataError for ids that are beyond it, or leave no room for so many more."""
+        if self.positions is not None and len(ids) + more > self.positions:
+            new = f" and {more} to be generated" if more else ""
+            raise DataError(
+                f"{len(ids)} tokens{new}, and the model has {self.positions} positions; shorten "
+                "it, or set task.cutoff to the tokens that a prompt may keep"
+            )
+        if ids and max(ids) >= self.tokens:
+            raise DataError(
+                f"token {max(ids)} of the tokenizer is none of the {self.tokens} that the model's "
+                "embedding has; give the tokenizer that belongs to the model"
+            )
+
+
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], model: PreTrainedModel
 ) -> list[Encoded]:
-    """Every example with its answer."""
-    return [encode_example(tokenizer, model, example) for example in examples]
+    """Every example with its answer; DataError says where one stands that cannot be encoded, or
+    that the model has no place for."""
+    limits = Limits.of(model)
+    found = []
+    for example in examples:
+        with placed(example):
+            encoded = encode_example(tokenizer, model, example)
+            limits.require(encoded.source or encoded.ids)
+            limits.require(encoded.ids)
+        found.append(encoded)
+    return found
+
+
+@contextlib.contextmanager
+def placed(example: Example) -> Iterator[None]:
+    """A DataError in the block says where the example stands."""
+    try:
+        yield
+    except DataError as error:
+        where = f"{example.where}: " if example.where else ""
+        raise DataError(f"{where}{error}") from None

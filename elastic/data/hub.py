@@ -24,15 +24,18 @@ def load(config: TaskConfig, seed: int) -> Task:
         "train": config.train or "train", "validation": config.validation,
         "test": config.test or "test",
     }  # fmt: skip
-    read = {
-        split: _read(config, name, split, seed) for split, name in names.items() if name is not None
-    }
+    read, rows = {}, {}
+    for split, name in names.items():
+        if name is not None:
+            read[split], rows[split] = _read(config, name, split, seed)
+    rows.setdefault("validation", rows["train"])
     where = {split: f"{config.dataset}, split {name or names['train']}"
              for split, name in names.items()}  # fmt: skip
-    return disjoint(read["train"], read.get("validation"), read["test"], config, where)
+    return disjoint(read["train"], read.get("validation"), read["test"], config, where, rows)
 
 
-def _read(config: TaskConfig, name: str, split: Split, seed: int) -> Sequence[Example]:
+def _read(config: TaskConfig, name: str, split: Split, seed: int) -> tuple[Sequence[Example], int]:
+    """As many examples as may be wanted, and how many rows there are."""
     rows = _open(config, name)
     order = list(range(len(rows)))
     random.Random(f"{seed}/{split}").shuffle(order)
@@ -54,7 +57,7 @@ def _read(config: TaskConfig, name: str, split: Split, seed: int) -> Sequence[Ex
         )
     if secret:
         say(f"{config.dataset}, split {name}: {secret} rows without an answer are left out")
-    return examples
+    return examples, len(rows)
 
 
 def _open(config: TaskConfig, name: str) -> Dataset:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.data.rows import read_json, text_of
+from elastic.data.reading import read_json
+from elastic.data.rows import answer_of
 from elastic.data.task import Example, Task, disjoint, limits
 from elastic.errors import DataError, DataMissing
 
@@ -70,8 +71,10 @@ def _read(
         for name in ("sentence", "label"):
             if not isinstance(row, dict) or row.get(name) is None:
                 raise DataError(f"{file}: row {number} has no field {name!r}")
-        answer = text_of(row["label"], f"{file}: row {number}: field 'label'")
-        examples.append(Example(_prompt(folder, row, labels, config), answer))
+        where = f"{file}: row {number}"
+        answer = answer_of(row["label"], f"{where}: field 'label'")
+        prompt = _prompt(folder, row, labels, config)
+        examples.append(Example(prompt, answer, cutoff=config.cutoff, where=where))
     random.Random(f"{seed}/{split}").shuffle(examples)
     return examples
 

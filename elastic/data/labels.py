@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from elastic.console import say
-from elastic.data.task import Task
+from elastic.data.task import SPLITS, Task
 from elastic.errors import DataError
 from elastic.models.kinds import is_number
 
 MOST = 200
 """Distinct answers above which they are hardly classes."""
 MOST_SAID = 20
+REPEATED = 4
+"""Training examples of an answer, on average, from which answers are taken for a closed set."""
 
 
 def number_in(answer: str) -> float:
@@ -33,17 +35,41 @@ def number_in(answer: str) -> float:
 
 def check_classes(task: Task, classes: Sequence[str]) -> None:
     """DataError when an example of any split is of none of the classes, or no number."""
-    for split in ("train", "validation", "test"):
-        answers = {example.answer for example in getattr(task, split)}
+    for split in SPLITS:
+        answers = {example.answer for example in task.split(split)}
         if is_number(classes):
             for answer in answers:
                 number_in(answer)
         elif strange := sorted(answers - set(classes)):
+            source = task.sources.get(split)
+            of = f" ({source})" if source else ""
             raise DataError(
-                f"the {split} split has answers that are no class of the head: "
+                f"the {split} rows{of} have answers that are no class of the head: "
                 f"{', '.join(strange[:5])}; name all classes with model.classes (now "
                 f"{', '.join(classes[:8])})"
             )
+
+
+def untrained(task: Task) -> str | None:
+    """What to say of answers that are asked for and never trained, where all answers are a few that
+    come again and again; None where there are none."""
+    trained = {example.answer for example in task.train}
+    asked: dict[str, Counter[str]] = {
+        split: Counter(example.answer for example in task.split(split))
+        for split in SPLITS
+        if split != "train"
+    }
+    every = trained.union(*asked.values())
+    if len(every) > MOST_SAID or len(every) * REPEATED > len(task.train):
+        return None
+    missing = [
+        f"{sum(each[answer] for answer in each if answer not in trained)} of the "
+        f"{each.total()} {split} examples have the answers "
+        f"{', '.join(repr(answer) for answer in sorted(each) if answer not in trained)}"
+        for split, each in asked.items()
+        if each.keys() - trained
+    ]
+    return f"{'; '.join(missing)}, which no training example has" if missing else None
 
 
 def classes_in(task: Task) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.data.rows import ALPACA, ALPACA_INPUT, from_files, read_rows, text_of
+from elastic.data.reading import read_rows
+from elastic.data.rows import ALPACA, ALPACA_INPUT, from_files, text_of
 from elastic.data.task import Example, Judge, Task
 from elastic.errors import ConfigError, DataError, DataMissing, unknown
 
@@ -19,7 +20,7 @@ TOKENS = {"number": 256, "letter": 256}
 
 def load(config: TaskConfig, seed: int) -> Task:
     """Validation examples are judged like those of the test file."""
-    return from_files(config, _example)
+    return from_files(config, seed, lambda row, where: _example(row, where, config.cutoff))
 
 
 def read(file: str | Path) -> list[Example]:
@@ -27,7 +28,7 @@ def read(file: str | Path) -> list[Example]:
     return [_example(row, where) for where, row in read_rows(file)]
 
 
-def _example(row: Mapping[str, Any], where: str) -> Example:
+def _example(row: Mapping[str, Any], where: str, cutoff: int | None = None) -> Example:
     if row.get("instruction") is None:
         told = sorted(name for name in row if row[name] is not None)
         raise DataError(f"{where}: no field 'instruction'; the row has {', '.join(told)}")
@@ -42,14 +43,15 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
     prompt = template.format(instruction=instruction, input=given)
     kind = kind_of(answer)
     if kind is None:  # an instruction to follow; nothing to judge it by but its very words
-        return Example(prompt, output)
+        return Example(prompt, output, cutoff=cutoff, where=where)
     options: tuple[str, ...] = ()
     if answer in output:
         labels = labels_in(kind, f"{instruction} {given}")
         options = tuple(output.replace(answer, label) for label in labels)
     if output not in options:
         options = ()
-    return Example(prompt, output, options, Judge(kind, answer, TOKENS.get(kind, 32)))
+    judge = Judge(kind, answer, TOKENS.get(kind, 32))
+    return Example(prompt, output, options, judge, cutoff=cutoff, where=where)
 
 
 TOLERANCE = 1e-3

@@ -1,17 +1,21 @@
-"""Rows of the user's data: from JSON or JSON Lines files, and what an example is made of."""
+"""Examples of the user's rows: by the templates and fields that the settings name."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
+import random
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from elastic.config import TaskConfig
-from elastic.data.task import Example, Split, Task, disjoint
-from elastic.errors import DataError, DataMissing
+from elastic.data.reading import read_rows, read_text
+from elastic.data.task import Example, Split, Task, disjoint, limits
+from elastic.errors import DataError
 
 CHAT = "chat"
 """The template of rows with `messages`."""
@@ -26,79 +30,43 @@ ALPACA_INPUT = (
 )
 """Stanford Alpaca's prompts (Taori et al. 2023)."""
 TEMPLATES = {"alpaca": ALPACA, "alpaca-input": ALPACA_INPUT}
+ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
-def read_json(file: Path | str) -> Any:
-    """What a JSON file holds; DataError names the line that is broken."""
-    text = _text(file)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: broken JSON: {error.msg}") from None
+def from_files(
+    config: TaskConfig, seed: int, example: Callable[[Mapping[str, Any], str], Example]
+) -> Task:
+    """Rows of the configured files, made examples, drawn by the seed; a test file that is used as a
+    whole stays in order. Without a validation file some rows of the training file are held out. A
+    row whose prompt also stands in the test split is dropped from the other two."""
 
-
-def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Rows of a JSON list, or of JSON Lines, each with where it stands; DataError names the line
-    that is no object."""
-    text = _text(file)
-    listed = text.lstrip().startswith("[") and Path(file).suffix != ".jsonl"
-    if listed:
-        rows = [(f"{file}: row {number}", row) for number, row in enumerate(read_json(file), 1)]
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(f"{file}:{n}", _line(line, f"{file}:{n}")) for n, line in lines if line.strip()]
-    if not rows:
-        raise DataError(f"{file}: no rows; expected a JSON list, or one JSON object per line")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return rows
-
-
-def from_files(config: TaskConfig, example: Callable[[Mapping[str, Any], str], Example]) -> Task:
-    """Rows of the configured files in their order, made examples. Without a validation file the
-    last rows of the training file are held out. A row whose prompt also stands in the test split is
-    dropped from the other two."""
-
-    def read(file: str) -> list[Example]:
-        return [example(row, where) for where, row in read_rows(file)]
+    def read(file: str, split: Split) -> list[Example]:
+        found = [example(row, where) for where, row in read_rows(file)]
+        if config.draw == "seed" and (split != "test" or len(found) > limits(config)[split]):
+            random.Random(f"{seed}/{split}").shuffle(found)
+        return found
 
     assert config.train is not None and config.test is not None
-    test, train = read(config.test), read(config.train)
-    validation = None if config.validation is None else read(config.validation)
+    test, train = read(config.test, "test"), read(config.train, "train")
+    validation = None if config.validation is None else read(config.validation, "validation")
     files: dict[Split, str] = {
         "train": config.train, "validation": config.validation or config.train, "test": config.test
     }  # fmt: skip
     return disjoint(train, validation, test, config, files)
 
 
-def _text(file: Path | str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataMissing(f"{file}: no such data file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason}") from None
-
-
-def _line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-
-
 def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Example:
     """By the templates and fields that the settings name; DataError says which the row at `where`
     lacks, or cannot fill."""
     if config.prompt == CHAT:
-        return _conversation(row, where)
+        return _conversation(row, config, where)
     known = {k: v for k, v in row.items() if v is not None}
     shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
-    template = template_of(config.prompt)
     try:
-        prompt = template.format_map(shown)
-        second = None if config.second is None else config.second.format_map(shown)
+        prompt = FILLING.vformat(template_of(config.prompt), (), shown)
+        second = None if config.second is None else FILLING.vformat(
+            template_of(config.second), (), shown
+        )  # fmt: skip
         said = row[config.answer]
         options = tuple(map(str, _list(known[config.options]))) if config.options else ()
     except KeyError as error:
@@ -111,50 +79,117 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         templates = " ".join(filter(None, (config.prompt, config.second)))
         raise DataError(f"{where}: task.prompt {templates!r}: {error}") from None
-    answer = text_of(said, f"{where}: the answer in field {config.answer!r}")
-    if not answer:
-        raise DataError(f"{where}: the answer in field {config.answer!r} is empty")
+    answer = answer_of(said, f"{where}: the answer in field {config.answer!r}")
     if config.options and answer not in options:
         raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
-    return Example(prompt, answer, options, second=second, tolerance=config.tolerance)
+    return Example(
+        prompt, answer, options, second=second, tolerance=config.tolerance, cutoff=config.cutoff,
+        where=where,
+    )  # fmt: skip
+
+
+class Filling(Formatter):
+    """Templates whose fields hold one text or number each."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """ValueError for what would be written as Python writes it."""
+        return super().format_field(_plain(value), format_spec)
+
+
+FILLING = Filling()
+
+
+def _plain(value: Any) -> Any:
+    """A value that one text can say; ValueError for others."""
+    if isinstance(value, list | dict | float) and not (
+        isinstance(value, float) and math.isfinite(value)
+    ):
+        raise ValueError(f"{reprlib.repr(value)}; give one text, number, true or false")
+    return value
+
+
+def answer_of(value: Any, where: str) -> str:
+    """What a field says; DataError if that is nothing, or nothing but blanks."""
+    answer = text_of(value, where)
+    if not answer.strip():
+        raise DataError(f"{where} is {repr(answer) + ', blank' if answer else 'empty'}")
+    return answer
 
 
 def text_of(value: Any, where: str) -> str:
     """What a field says, nothing for null; DataError if it says several things at once."""
-    if isinstance(value, list | dict):
-        raise DataError(f"{where} is {reprlib.repr(value)}; give one text, number, true or false")
-    return "" if value is None else str(value)
+    try:
+        return "" if value is None else str(_plain(value))
+    except ValueError as error:
+        raise DataError(f"{where} is {error}") from None
 
 
 @functools.cache
 def template_of(prompt: str) -> str:
-    """A template by its name, from a text file, or as it is."""
+    """A template by its name, from a text file, or as it is but for its escapes: in single quotes a
+    shell leaves \\n as it is."""
     if prompt in TEMPLATES:
         return TEMPLATES[prompt]
-    return _text(prompt).removesuffix("\n") if prompt.endswith(".txt") else prompt
+    if prompt.endswith(".txt"):
+        return read_text(prompt).removesuffix("\n")
+    return re.sub(r"\\([nt\\])", lambda escape: ESCAPES[escape[1]], prompt)
 
 
 def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> Example:
+def _conversation(row: Mapping[str, Any], config: TaskConfig, where: str) -> Example:
     """The last message is the answer; those before it are put in the model's own words."""
     messages: Any = row.get("messages")
-    told = isinstance(messages, list) and all(
-        isinstance(each, dict) and isinstance(each.get("content"), str) and each.get("role")
-        for each in messages
-    )
-    if not told:
+    if messages is None:
+        lacks = "null" if "messages" in row else "missing"
+        told = ", ".join(sorted(name for name in row if row[name] is not None))
         raise DataError(
-            f"{where}: task.prompt chat wants `messages`, a list of objects with role and content"
+            f"{where}: field 'messages' is {lacks}; task.prompt chat reads it; the row has {told}"
         )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise DataError(
+            f"{where}: field 'messages' is {reprlib.repr(messages)}; task.prompt chat wants a list "
+            "of objects with role and content"
+        )
+    whole = [
+        _message(each, f"{where}: message {number} of {len(messages)}")
+        for number, each in enumerate(messages, 1)
+    ]
+    if len(whole) < 2 or whole[-1]["role"] != "assistant":
         raise DataError(f"{where}: the last message must be the assistant's, and not the only one")
-    before = tuple((str(each["role"]), each["content"]) for each in messages[:-1])
-    return Example(before[-1][1], messages[-1]["content"], messages=before)
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(each, dict) for each in tools):
+        raise DataError(
+            f"{where}: field 'tools' is {reprlib.repr(tools)}; give a list of objects, as chat "
+            "templates take them"
+        )
+    *before, reply = whole
+    answer = reply.get("content") or ""
+    if not answer.strip() and not reply.get("tool_calls"):
+        raise DataError(f"{where}: the content of the last message, the answer, is blank")
+    answer = answer if answer.strip() else json.dumps(reply["tool_calls"], ensure_ascii=False)
+    return Example(
+        before[-1].get("content") or "", answer, messages=tuple(before), reply=reply,
+        tools=tuple(tools), cutoff=config.cutoff, where=where,
+    )  # fmt: skip
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as a chat template takes it, without what is null."""
+    found = {name: value for name, value in message.items() if value is not None}
+    if not isinstance(found.get("role"), str) or not found["role"]:
+        raise DataError(f"{where}: it has no role, such as user or assistant")
+    content = found.get("content")
+    if content is None and not found.get("tool_calls"):
+        lacks = "null" if "content" in message else "missing"
+        raise DataError(f"{where}: its content is {lacks}; give a text")
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"{where}: its content is {reprlib.repr(content)}; give one text")
+    return found
 
 
 def load(config: TaskConfig, seed: int) -> Task:
     """Of rows whose fields the settings name."""
-    return from_files(config, lambda row, where: example_of(row, config, where))
+    return from_files(config, seed, lambda row, where: example_of(row, config, where))

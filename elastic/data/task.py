@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from elastic.config import TaskConfig
 from elastic.errors import DataError
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,38 @@ class Example:
     """The other sentence of a pair, for encoders that tell two apart."""
     tolerance: float = 0.5
     """By how much a number may be off to count as right, for models that answer with one."""
-    messages: tuple[tuple[str, str], ...] = ()
-    """Roles and contents of the conversation that the answer ends, in the place of the prompt."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The conversation that the answer ends, in the place of the prompt: whole messages, as a chat
+    template takes them."""
+    reply: Mapping[str, Any] = field(default_factory=dict)
+    """The message that the answer is, where there are messages."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the assistant may call, as a chat template takes it."""
+    cutoff: int | None = None
+    """Tokens beyond which the start of the prompt is cut."""
+    where: str = field(default="", compare=False)
+    """File and line, or data set and row."""
 
     @property
     def text(self) -> str:
         """All that is read, for models that know neither pairs nor conversations."""
         if self.messages:
-            return "\n".join(content for _, content in self.messages)
+            return "\n".join(each["content"] for each in self.messages if each.get("content"))
         return self.prompt if self.second is None else f"{self.prompt} {self.second}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a split was drawn from."""
+
+    where: str
+    """A file, a folder, or a data set and its split."""
+    rows: int
+    held_out: bool = False
+    """Validation rows without a source of their own: of the training rows."""
+
+    def __str__(self) -> str:
+        return f"{self.where}, held out" if self.held_out else self.where
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,19 @@ class Task:
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
+    sources: Mapping[Split, Source] = field(default_factory=dict, compare=False)
+    """None for examples that are made, not read."""
+
+    def split(self, name: Split) -> Sequence[Example]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    def drawn(self) -> str:
+        """Of how many rows each split is, where there are more; empty where there are not."""
+        return ", ".join(
+            f"{name} {len(self.split(name)):,} of {source.rows:,} rows of {Path(source.where).name}"
+            for name, source in self.sources.items()
+            if source.rows > len(self.split(name))
+        )
 
 
 def disjoint(
@@ -63,13 +102,26 @@ def disjoint(
     test: Sequence[Example],
     config: TaskConfig,
     where: Mapping[Split, str],
+    rows: Mapping[Split, int] | None = None,
 ) -> Task:
     """At most the configured numbers of each, in order, no prompt in two splits.
 
     Test comes first, then validation; without one, the last rows of training are held out.
-    DataError names `where` of a split that is left empty.
+    `rows` says how many there were, where not all of them were read. DataError names `where` of a
+    split that is left empty.
     """
     wanted = limits(config)
+    read: dict[Split, Sequence[Example]] = {
+        "train": train, "validation": train if validation is None else validation, "test": test
+    }  # fmt: skip
+    sources = {
+        split: Source(
+            where[split],
+            (rows or {}).get(split, len(read[split])),
+            held_out=split == "validation" and validation is None,
+        )
+        for split in read
+    }
     test = test[: wanted["test"]]
     seen = {example.text for example in test}
     rest = [example for example in train if example.text not in seen]
@@ -87,7 +139,15 @@ def disjoint(
     for name, examples in splits.items():
         if not examples:
             raise DataError(f"{where[name]}: the {name} split is empty once overlaps are removed")
-    return Task(**splits)
+    return Task(**splits, sources=sources)
+
+
+def some(examples: Sequence[Example], most: int | None, seed: int = 0) -> Sequence[Example]:
+    """At most so many, drawn by the seed, in their order."""
+    if most is None or most >= len(examples):
+        return examples
+    drawn = random.Random(seed).sample(range(len(examples)), most)
+    return [examples[number] for number in sorted(drawn)]
 
 
 def limits(config: TaskConfig) -> dict[Split, int]:

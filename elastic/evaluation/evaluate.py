@@ -15,7 +15,7 @@ from elastic.console import track
 from elastic.data import llm_adapters
 from elastic.data.answers import answer_logits, padding_is_seen
 from elastic.data.collating import IGNORED, collate, length_sorted
-from elastic.data.encoding import Encoded, encode_example, prompt_ids
+from elastic.data.encoding import Encoded, Limits, encode_example, ends_of, placed, prompt_ids
 from elastic.data.prefix import common_start, read
 from elastic.data.task import Example, Judge
 from elastic.evaluation.statistics import Score
@@ -116,11 +116,12 @@ def _scored(
     read once; the result does not depend on `batch_tokens`.
     """
     device = next(model.parameters()).device
-    rows = [
-        row
-        for index, example in enumerate(examples)
-        for row in rows_of(tokenizer, model, index, example)
-    ]
+    limits, rows = Limits.of(model), []
+    for index, example in enumerate(examples):
+        with placed(example):
+            rows += rows_of(tokenizer, model, index, example)
+            for ids in (rows[-1].encoded.source, rows[-1].encoded.ids):
+                limits.require(ids)
     sequences = [row.encoded for row in rows]
     prefix = read(model, sequences)
     if prefix:
@@ -203,7 +204,12 @@ def answers(
     """Continuations of at most `new_tokens` tokens, greedy or the best of `beams`, stripped, in the
     order of the examples; batched by length."""
     kind = kind_of(model)
-    ids = [prompt_ids(tokenizer, example) for example in examples]
+    limits, ids = Limits.of(model), []
+    for example in examples:
+        with placed(example):
+            ids.append(prompt_ids(tokenizer, example, model))
+            limits.require(ids[-1], 0 if kind is Kind.ENCODER_DECODER else new_tokens)
+    ends = {end for example in examples[:1] for end in ends_of(tokenizer, example, model)}
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     side = "right" if kind is Kind.ENCODER_DECODER else "left"
     if side == "left" and padding_is_seen(model):
@@ -220,7 +226,7 @@ def answers(
             num_beams=beams,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             # Beams change places, which a state cannot follow.
             **({"use_cache": False} if kind is Kind.RECURRENT and beams > 1 else {}),
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic.console import track
-from elastic.data.encoding import prompt_ids
+from elastic.data.encoding import ends_of, prompt_ids
 from elastic.data.task import Example
 from elastic.evaluation.evaluate import is_generated, judged, rows_of, score_of, verdict
 from elastic.evaluation.statistics import Score
@@ -49,8 +49,8 @@ def answer(
     """What it says greedily in at most so many tokens; of a classifier the class, or the number."""
     if kind_of(model) is Kind.CLASSIFIER:
         return str(_verdict(runner, model, tokenizer, example).said)
-    ends = {tokenizer.eos_token_id}
-    return continued(runner, tokenizer, prompt_ids(tokenizer, example), new_tokens, ends).strip()
+    ids, ends = prompt_ids(tokenizer, example, model), ends_of(tokenizer, example, model)
+    return continued(runner, tokenizer, ids, new_tokens, ends).strip()
 
 
 def predictions(

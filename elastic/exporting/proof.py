@@ -76,7 +76,7 @@ def inputs_of(
     if kind_of(model) is Kind.CLASSIFIER:
         ids = [*encode_text(tokenizer, model, example).ids]
     else:
-        ids = prompt_ids(tokenizer, example)
+        ids = prompt_ids(tokenizer, example, model)
     return np.array([ids], dtype=np.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,21 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
         longest = min(longest, table.num_embeddings - table.padding_idx - 1)
     return longest
+
+
+def learnt_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a table of the model has; None where they are computed for any length."""
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's begin behind two
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _TABLE.search(name)
+    ]
+    tables += [table.shape[0] for name, table in model.named_buffers() if _TABLE.search(name)]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min([*tables, *filter(None, [longest])]) if tables else None
+
+
+_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 
 def exact_(model: PreTrainedModel) -> PreTrainedModel:

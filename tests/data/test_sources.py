@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from elastic.config import TaskConfig
 from elastic.data import TASKS, load_task
 from elastic.data import arithmetic as problems
-from elastic.data.encoding import encode_example, prompt_ids
 from elastic.data.task import Example, Split
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra
-from tests.helpers import tiny
 
 SPLITS: list[Split] = ["train", "validation", "test"]
 
@@ -120,11 +118,12 @@ def rows(n: int, prefix: str = "p") -> list[dict]:
     return [{"prompt": f"{prefix}{i}", "answer": f"a{i}"} for i in range(n)]
 
 
-def test_the_end_of_training_is_held_out_in_file_order(tmp_path):
-    task = load_task(jsonl(tmp_path, rows(10), validation_examples=3), 0)
+def test_rows_by_position_are_as_earlier_versions_took_them(tmp_path):
+    task = load_task(jsonl(tmp_path, rows(10), validation_examples=3, draw="position"), 0)
     assert [e.prompt for e in task.train] == [f"p{i}" for i in range(7)]
     assert [e.prompt for e in task.validation] == ["p7", "p8", "p9"]
     assert task.train[2] == Example("p2", "a2")
+    assert task.train[2].where == f"{tmp_path / 'train.jsonl'}:3"
 
 
 def test_at_most_half_is_held_out(tmp_path):
@@ -145,15 +144,18 @@ def test_files_of_their_own_and_limits(tmp_path):
     )
     task = load_task(config, 0)
     assert [len(getattr(task, split)) for split in SPLITS] == [4, 3, 2]
-    assert prompts(task, "validation") == {"v0", "v1", "v2"}
-    assert load_task(config, 1) == task
+    for split in SPLITS:
+        assert all(
+            prompt[0] == {"train": "p"}.get(split, split[0]) for prompt in prompts(task, split)
+        )
 
 
 def test_fields_are_mapped(tmp_path):
     row = {"question": "2+2?", "hint": "small", "label": 4, "choices": [3, 4]}
     settings = dict(
-        prompt="{question} ({hint})", answer="label", options="choices", validation_examples=1
-    )
+        prompt="{question} ({hint})", answer="label", options="choices", validation_examples=1,
+        draw="position",
+    )  # fmt: skip
     other = {**row, "question": "1+3?", "choices": "3, 4 ,5"}
     third = {**row, "question": "0+4?"}
     task = load_task(jsonl(tmp_path, [row, other], test=[third], **settings), 0)
@@ -163,12 +165,13 @@ def test_fields_are_mapped(tmp_path):
 
 def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
     test = [{"prompt": "p1", "answer": "other answer, same prompt"}]
-    task = load_task(jsonl(tmp_path, [*rows(6), *rows(1)], test=test, validation_examples=2), 0)
+    by = dict(validation_examples=2, draw="position")
+    task = load_task(jsonl(tmp_path, [*rows(6), *rows(1)], test=test, **by), 0)
     assert prompts(task, "train") == {"p2", "p3", "p4"}  # p0 came again and is held out
     assert prompts(task, "validation") == {"p5", "p0"}
     assert prompts(task, "test") == {"p1"}
     held_out = [{"prompt": "p5", "answer": "a"}]
-    task = load_task(jsonl(tmp_path, rows(6), test=held_out, validation_examples=2), 0)
+    task = load_task(jsonl(tmp_path, rows(6), test=held_out, **by), 0)
     assert prompts(task, "validation") == {"p3", "p4"}
     write(tmp_path / "validation.jsonl", rows(3))
     own = jsonl(tmp_path, rows(6), test=test, validation=str(tmp_path / "validation.jsonl"))
@@ -191,6 +194,8 @@ def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
         ({"prompt": 3, "answer": "a"}, {"prompt": "{prompt[0]}"}, "task.prompt"),
         ({"prompt": "x", "answer": ""}, {}, "the answer in field 'answer' is empty"),
         ({"prompt": "x", "answer": None}, {}, "the answer in field 'answer' is empty"),
+        ({"prompt": "x", "answer": " \n"}, {}, "the answer in field 'answer' is ' \\n', blank"),
+        ({"prompt": {"text": "x"}, "answer": "a"}, {}, "{'text': 'x'}; give one text"),
         ({"prompt": "x", "answer": "c", "o": ["a", "b"]}, {"options": "o"},
          "answer 'c' is not among the options ['a', 'b']"),
         ({"prompt": "x", "answer": "c", "o": []}, {"options": "o"},
@@ -208,7 +213,7 @@ def test_what_overlaps_the_test_or_validation_split_is_dropped(tmp_path):
 def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, settings, message):
     good = {"prompt": "p", "answer": "a", "choices": ["a"], "o": ["a"]}
     # A blank line counts as a line. A template that suits no row fails on the first one.
-    everywhere = "task.prompt" in message
+    everywhere = "task.prompt" in message and "give" not in message
     lines = [row] if everywhere else [good, "", row]
     config = jsonl(tmp_path, lines, test=[{**good, "prompt": "t"}] if not everywhere else [row])
     config = TaskConfig(**{**vars(config), **settings})
@@ -226,15 +231,12 @@ def test_numbers_and_booleans_are_answers(tmp_path, answer):
     assert test == [Example("x", str(answer))]
 
 
-def test_an_empty_or_absent_file_and_one_that_is_no_text(tmp_path):
+def test_an_empty_or_absent_file(tmp_path):
     with pytest.raises(DataError, match=r"train\.jsonl: no rows"):
         load_task(jsonl(tmp_path, ["", "  "]), 0)
     config = jsonl(tmp_path, rows(4))
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"train\.jsonl: no such data file"):
-        load_task(config, 0)
-    (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "caf\xe9", "answer": "a"}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl.*UTF-8"):
         load_task(config, 0)
 
 
@@ -277,7 +279,7 @@ def test_a_list_is_read_like_lines(tmp_path):
 def test_templates_by_name_and_by_file(tmp_path):
     row = {"instruction": "Add.", "input": "1 2", "answer": "3"}
     others = [{**row, "instruction": f"{n}"} for n in range(3)]
-    config = jsonl(tmp_path, [row, *others], test=[others[0]])
+    config = jsonl(tmp_path, [row, *others], test=[others[0]], draw="position")
     (tmp_path / "mine.txt").write_text("Do: {instruction}\nOn: {input}\nAnswer:\n")
     for prompt, wanted in [
         ("alpaca", "### Instruction:\nAdd.\n\n### Response:"),
@@ -288,51 +290,6 @@ def test_templates_by_name_and_by_file(tmp_path):
         assert task.train[0].prompt.endswith(wanted)
     with pytest.raises(DataError, match=r"none\.txt: no such data file"):
         load_task(dataclasses.replace(config, prompt="none.txt"), 0)
-
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "two and two?"},
-    {"role": "assistant", "content": "4"},
-]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def test_a_conversation_goes_through_the_template_of_the_model(tmp_path):
-    others = [{"messages": [{"role": "user", "content": f"q{n}"}, CHAT[2]]} for n in range(4)]
-    config = jsonl(tmp_path, [{"messages": CHAT}, *others], test=[others[-1]], prompt="chat",
-                   validation_examples=1)  # fmt: skip
-    example = load_task(config, 0).train[0]
-    assert example.answer == "4" and example.text == "Be brief.\ntwo and two?"
-    tokenizer, model = tiny.tokenizer(), tiny.llama()
-    with pytest.raises(DataError, match="the tokenizer of this model has no chat template"):
-        encode_example(tokenizer, model, example)
-    tokenizer.chat_template = TEMPLATE
-    encoded = encode_example(tokenizer, model, example)
-    opened = "<system>Be brief.<user>two and two?<assistant>"
-    ids = tokenizer(opened, add_special_tokens=False)["input_ids"]
-    assert list(encoded.ids[: -encoded.answer]) == ids == prompt_ids(tokenizer, example)
-    four = tokenizer("4", add_special_tokens=False)["input_ids"]
-    assert list(encoded.ids[-encoded.answer :]) == [*four, tiny.EOS]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": "hello"}, "wants `messages`, a list of objects"),
-        ({"messages": [{"role": "user"}]}, "wants `messages`, a list of objects"),
-        ({"messages": CHAT[:2]}, "the last message must be the assistant's"),
-        ({"messages": CHAT[2:]}, "and not the only one"),
-        ({"prompt": "x", "answer": "a"}, "wants `messages`"),
-    ],
-)
-def test_a_faulty_conversation_is_named(tmp_path, row, message):
-    config = jsonl(tmp_path, [{"messages": CHAT}, row], test=[{"messages": CHAT}], prompt="chat")
-    with pytest.raises(DataError, match=rf"train\.jsonl:2: .*{message}"):
-        load_task(config, 0)
 
 
 # Hugging Face data sets

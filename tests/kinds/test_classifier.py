@@ -247,7 +247,10 @@ def test_a_class_that_training_never_sees_is_found_before_weights_load(tmp_path,
     with open(tmp_path / "test.jsonl", "a") as file:
         file.write(json.dumps({"one": "x", "other": "y", "label": "maybe"}) + "\n")
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(DataError, match=r"test split has answers that are no class.*: maybe; name"):
+    with pytest.raises(
+        DataError,
+        match=r"test rows \(.*test\.jsonl\) have answers that are no class.*: maybe; name",
+    ):
         train_one(
             dataclasses.replace(config, task=dataclasses.replace(config.task, test_examples=99))
         )
@@ -357,7 +360,10 @@ def test_a_long_text_is_cut_to_what_the_model_reads(tmp_path):
 
 def test_a_conversation_is_read_whole(tmp_path):
     base = loading.load(classifier_config(tmp_path, model={"classes": ["no", "yes"]}).model)
-    turns = [(("user", said), ("assistant", "b"), ("user", "c")) for said in ("a", "x")]
+    turns = [
+        tuple({"role": role, "content": text} for role, text in turn)
+        for turn in ((("user", said), ("assistant", "b"), ("user", "c")) for said in ("a", "x"))
+    ]
     one, other = (
         encode_example(base.tokenizer, base.model, Example("c", "no", messages=each))
         for each in turns

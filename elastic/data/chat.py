@@ -1,0 +1,135 @@
+"""Conversations in a model's own words: what its chat template makes of them, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import textwrap
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from elastic.data.task import Example
+from elastic.errors import DataError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 20.0
+"""A template that takes longer over one conversation is given up. What cannot be bounded: one that
+runs outside the main thread, on Windows, or in a single operation without end."""
+PLAIN = {"role", "content"}
+Messages = Sequence[Mapping[str, Any]]
+
+
+def prompt_in(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The conversation so far with the opening of the assistant's turn; DataError where the
+    template refuses it, or makes nothing of it."""
+    prompt = _rendered(tokenizer, example.messages, example.tools, opening=True)
+    if not prompt.strip():
+        raise DataError("the chat template of this model makes an empty prompt of it")
+    return prompt
+
+
+def answer_in(
+    tokenizer: PreTrainedTokenizerBase, example: Example, prompt: str, answer: str
+) -> str:
+    """What the template writes behind the prompt for this answer, and ends it with: the answered
+    conversation without the prompt, and without blanks at its end. DataError where the two do not
+    fit together, or where the template leaves something out."""
+    reply: Mapping[str, Any] = example.reply
+    if answer != example.answer or not reply:
+        reply = {"role": "assistant", "content": answer}
+    answered = (*example.messages, reply)
+    whole = _rendered(tokenizer, answered, example.tools)
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the chat template of this model writes a conversation otherwise once it is answered, "
+            "so that the answer cannot be told from the prompt"
+        )
+    found = whole[len(prompt) :].rstrip()
+    if not found:
+        raise DataError("the chat template of this model leaves the answer out")
+    for name, messages, tools in _lacking(answered, example.tools):
+        if _is_same(tokenizer, messages, tools, whole):
+            raise DataError(f"the chat template of this model leaves {name} out")
+    return found
+
+
+def require_plain(example: Example) -> None:
+    """DataError for a conversation of more than texts, for models that read the texts alone."""
+    extra = {name for each in (*example.messages, example.reply) for name in each} - PLAIN
+    if example.tools:
+        extra.add("tools")
+    if extra:
+        raise DataError(
+            f"the conversation has {', '.join(sorted(extra))}, which only a decoder's chat "
+            "template puts into words; this model reads the texts alone"
+        )
+
+
+def _lacking(messages: Messages, tools: Messages) -> Iterator[tuple[str, Messages, Messages]]:
+    """The same conversation without one of the things that must not be lost, by name."""
+    if tools:
+        yield "`tools`", messages, ()
+    if any("tool_calls" in each for each in messages):
+        without = [
+            {"content": "", **{name: value for name, value in each.items() if name != "tool_calls"}}
+            for each in messages
+        ]
+        yield "`tool_calls`", without, tools
+    asked = messages[-2]
+    if text := asked.get("content"):
+        other = {**asked, "content": f"{text}?"}
+        yield "the messages", (*messages[:-2], other, messages[-1]), tools
+
+
+def _is_same(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Messages, whole: str
+) -> bool:
+    try:
+        return _rendered(tokenizer, messages, tools) == whole
+    except DataError:  # it is missed
+        return False
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Messages, opening: bool = False
+) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError("task.prompt chat: the tokenizer of this model has no chat template")
+    try:
+        with _bounded():
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(each) for each in messages],
+                    tools=[dict(each) for each in tools] or None,
+                    add_generation_prompt=opening,
+                    tokenize=False,
+                )
+            )
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise DataError(f"the chat template of this model refuses it: {reason}") from None
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """TimeoutError in a block that takes longer than `SECONDS`, where that can be told."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {SECONDS:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, before)
