@@ -43,7 +43,8 @@ class EvaluateConfig:
     options of multiple choice, which takes one pass; other sets are generated greedily."""
     beams: int = 4
     examples: int | None = None
-    """At most so many of each set, or of the run's own split."""
+    """At most so many of each set, or of the run's own split, drawn from all of it; of harness
+    tasks the first ones."""
     batch: int = 8
     """Prompts that are answered together; the answers do not depend on it."""
     batch_tokens: int = 2048
@@ -53,11 +54,12 @@ class EvaluateConfig:
     """Tasks of lm-evaluation-harness (extra `eval`), such as gsm8k, mmlu, bbh, humaneval; most
     fetch their data from the hub."""
     harness_tasks: str | None = None
-    """A folder with tasks of your own for it."""
+    """A folder with tasks of your own for it. Such tasks are programs (templates, `!function`), so
+    they need `run_code`."""
     chat: bool = False
     """harness: put prompts through the tokenizer's chat template."""
     run_code: bool = False
-    """harness: let tasks run the code that the model writes, on this machine."""
+    """harness: let tasks run code on this machine, their own and what the model writes."""
     exported: Graph | None = None
     """harness: ask what `elastic export` wrote under the sub-adapter's name for this runtime."""
     text: str | None = None
@@ -88,6 +90,11 @@ class EvaluateConfig:
                     bool(getattr(self, owner)) or value == getattr(EvaluateConfig, name),
                     f"{name} goes with {owner}; leave {name} out ({value}), or give {owner}, too",
                 )
+        require(
+            self.harness_tasks is None or self.run_code,
+            f"harness_tasks {self.harness_tasks}: templates and functions of such a folder run code"
+            " on this machine; read them, then give run_code, too",
+        )
         require(
             not (self.exported and self.chat),
             "exported and chat: exported models are asked without a chat template",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import EvaluateConfig
 from elastic.console import say
-from elastic.data import llm_adapters, load_task
-from elastic.data.task import Example
+from elastic.data import llm_adapters
+from elastic.data.task import Example, some
 from elastic.errors import ConfigError
 from elastic.evaluation import statistics
 from elastic.evaluation.evaluate import evaluate
@@ -23,6 +23,7 @@ from elastic.models import loading
 from elastic.models.kinds import Kind, classes_of, is_number
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import Compensated, compensated
 from elastic.supernet.store import load_run
 
@@ -101,12 +102,13 @@ def evaluate_run(
     if config.text:
         return perplexity_of(config)
     sets = {
-        name: llm_adapters.read(llm_adapters.file_of(name, Path(config.data)))[: config.examples]
+        name: some(
+            llm_adapters.read(llm_adapters.file_of(name, Path(config.data))), config.examples
+        )
         for name in llm_adapters.sets_of(config.tasks)
     }
     if not sets:
-        own = getattr(load_task(trained.task, trained.seed), config.split)
-        sets = {config.split: own[: config.examples]}
+        sets = {config.split: some(task_of(run).split(config.split), config.examples)}
     chosen = run.chosen(config.sub_adapter)
     _, base, net = load_run(run, config.dtype, chosen)
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
@@ -147,7 +149,7 @@ def _file(run: Run, name: str, config: EvaluateConfig) -> Path:
     if config.data != EvaluateConfig.data:
         parts.append(f"data-{tag(str(Path(config.data).resolve()))}")
     if config.examples:
-        parts.append(f"first-{config.examples}")
+        parts.append(f"{config.examples}-drawn")
     if config.dtype:
         parts.append(config.dtype)
     return run.path / "evaluate" / f"{'-'.join(parts)}.{'json' if config.tasks else 'jsonl'}"

@@ -209,6 +209,10 @@ def test_what_goes_with_a_setting_is_taken_beside_it():
     assert (beams.beams, beams.data) == (1, "x")
     chat = parse(EvaluateConfig, ["--chat", "--run_code", "--harness", "gsm8k", "--examples", "2"])
     assert (chat.chat, chat.run_code, chat.examples) == (True, True, 2)
+    with pytest.raises(
+        ConfigError, match="run code on this machine; read them, then give run_code"
+    ):
+        parse(EvaluateConfig, ["--harness", "mine", "--harness_tasks", "folder"])
     assert parse(EvaluateConfig, ["--window", "9", "--text", "x"]).window == 9
 
 

@@ -65,7 +65,7 @@ def tasks(tmp_path_factory):
 
 def config(run, tasks, **settings) -> EvaluateConfig:
     known = dict(run=str(run.path), harness=["mine_choices", "mine_words"],
-                 harness_tasks=str(tasks), sub_adapter="minimal")  # fmt: skip
+                 harness_tasks=str(tasks), run_code=True, sub_adapter="minimal")  # fmt: skip
     return EvaluateConfig(**(known | settings))
 
 
@@ -137,6 +137,12 @@ def test_one_file_has_everything_and_every_runtime_agrees(run, tasks, capsys):
     assert some.counts == {"mine_choices": 5} and "first-5" in some.file.name
 
 
+def test_tasks_of_a_folder_are_programs(run, tasks):
+    """A template of theirs runs outside any sandbox, and `!function` imports what lies beside."""
+    with pytest.raises(ConfigError, match=r"harness_tasks .*: templates and functions"):
+        config(run, tasks, run_code=False)
+
+
 def test_what_cannot_be_asked_is_named(run, tasks, monkeypatch):
     import lm_eval.tasks
 
@@ -150,9 +156,7 @@ def test_what_cannot_be_asked_is_named(run, tasks, monkeypatch):
         evaluate_run(config(run, tasks, harness=["mine_choice"]))
     with pytest.raises(RunError, match="nothing was exported there; exported were: "):
         evaluate_run(config(run, tasks, sub_adapter="heuristic", exported="onnx"))
-    with pytest.raises(DataError, match="unsafe"):
-        evaluate_run(config(run, tasks, harness=["mine_code"]))
-    assert evaluate_run(config(run, tasks, harness=["mine_code"], run_code=True)).counts
+    assert evaluate_run(config(run, tasks, harness=["mine_code"])).counts
     with pytest.raises(ConfigError, match="tasks and text: give one of them"):
         EvaluateConfig(tasks=["math"], text="x")
     with pytest.raises(ConfigError, match="exported goes with harness"):
