@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from elastic import __main__
-from elastic.config import StageConfig
+from elastic.config import CompensationConfig, StageConfig
 from elastic.data import load_task
+from elastic.errors import DataMissing
 from elastic.evaluation.evaluate import answers, evaluate
 from elastic.exporting import proof
 from elastic.exporting.command import export
@@ -37,8 +38,10 @@ from tests.helpers.exports import (
     mixed_ranks,
     write_sub,
 )
+from tests.helpers.searches import choices_task
 from tests.helpers.tiny_runs import move_factors, train_config
 
+ANY_DEGREE = CompensationConfig()
 FIELDS = {
     "path", "bytes", "max_abs_diff", "greedy_tokens_equal",
     "prefill_ms", "decode_ms", "full_prefill_ms", "full_decode_ms",
@@ -315,3 +318,23 @@ def test_the_score_of_the_search_is_reported_again(run, nets):
     write_json(run.path / "elsewhere" / "other.json", maximal)
     config_ = config(run, sub_adapter=str(run.path / "elsewhere" / "other.json"))
     assert export(config_).contents["accuracy"] is None
+
+
+# Without data
+
+
+def test_an_export_without_accuracy_needs_no_data(tiny_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    task = choices_task(tmp_path / "data")
+    settings = dict(task=task, stages=[StageConfig()], max_steps=1)
+    run = train_one(train_config(tiny_folder, tmp_path / "run", **settings))
+    with_data = export(config(run, name="with"))
+    (tmp_path / "data" / "test.jsonl").unlink()
+    without = export(config(run, name="without"))
+    written = [each.directory / "hf" / "model.safetensors" for each in (with_data, without)]
+    assert written[0].read_bytes() == written[1].read_bytes()
+    assert without.contents["formats"]["hf"]["greedy_tokens_equal"] is True
+    for change in ({"accuracy": True}, {"sub_adapter": "minimal", "compensation": ANY_DEGREE}):
+        with pytest.raises(DataMissing, match=r"test\.jsonl: no such data file"):
+            export(config(run, name="refused", **change))
+    assert not (run.path / "export" / "refused").exists()
