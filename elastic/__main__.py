@@ -52,14 +52,15 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries do not belong in a log
     # It asks for kernels to multiply by packed layers when imported; here they are dequantised.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    parsed: object = None
     try:
-        parsed: object = parse(kind, arguments, prog)
+        parsed = parse(kind, arguments, prog)
         # After parsing: --help never waits for torch.
         result = getattr(importlib.import_module(module), function)(parsed)
     except BudgetError as error:
         return _fail(error, 2)
     except ElasticError as error:
-        return _fail(error)
+        return _fail(error, hint=_moved(parsed, error))
     except OSError as error:  # a full disk under the Trainer's checkpoints, a folder not ours
         return _fail(error)
     except KeyboardInterrupt:
@@ -70,9 +71,32 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     return 0
 
 
-def _fail(error: Exception, code: int = 1) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _fail(error: Exception, code: int = 1, hint: str = "") -> int:
+    print(f"error: {error}{hint}", file=sys.stderr)
     return code
+
+
+def _moved(parsed: object, error: Exception) -> str:
+    """How to say where a run's base or data are now, where that is what is wrong."""
+    from elastic.errors import DataMissing, ModelError
+
+    if not isinstance(error, DataMissing | ModelError) or isinstance(parsed, config.TrainConfig):
+        return ""
+    from elastic.run import MOVABLE, Run
+
+    run = Run(getattr(parsed, "run", None) or "")
+    if not run.data.is_file():
+        return ""
+    trained = run.begun()
+    for name in MOVABLE:
+        part, _, setting = name.partition(".")
+        path = getattr(getattr(trained, part), setting)
+        if path and path in str(error):
+            return (
+                f"; if it has moved: elastic train --config {run.config_file} --run {run.path} "
+                f"--{name} NEW"
+            )
+    return ""
 
 
 def _usage(prog: str) -> str:

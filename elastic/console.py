@@ -61,4 +61,4 @@ def wide(width: int = 100) -> Console:
 def say(message: str) -> None:
     """One line on what is going on; one process of several says it."""
     if is_main():
-        stderr.print(message, highlight=False)
+        stderr.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from elastic.config import BudgetConfig, TrainConfig
+from elastic.config.model import of_earlier_version
 from elastic.console import say
 from elastic.distributed import is_main
 from elastic.errors import RunError
@@ -63,6 +64,7 @@ class Run:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.data = self.path / "data.json"
         self.super_adapter = self.path / "super_adapter"
         self.metrics = self.path / "train" / "metrics.jsonl"
         self.checkpoints = self.path / "train" / "checkpoints"
@@ -84,7 +86,10 @@ class Run:
         if self.config_file.is_file():
             mine, theirs = _identity(config), _identity(self.begun())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
-            if differing := differences(mine, theirs):
+            # So may its base and its data, if their digests tell that they are the same.
+            movable = MOVABLE if self.data.is_file() else ()
+            differing = [d for d in differences(mine, theirs) if d.split()[0] not in movable]
+            if differing:
                 raise RunError(
                     f"{self.path} holds another run, which differs in {', '.join(differing[:4])}; "
                     "choose another --run, or delete the directory"
@@ -115,6 +120,11 @@ class Run:
         self.moments.unlink(missing_ok=True)
         for folder in (self.path, self.path / "train"):
             clear_leftovers(folder)
+    def move(self, config: TrainConfig) -> None:
+        """Keep where base and data are now; they are known to be the same."""
+        before, now = self.begun(), _identity(config)
+        if any(d.split()[0] in MOVABLE for d in differences(now, _identity(before))):
+            write_text(self.config_file, yaml.safe_dump(now, sort_keys=False))
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
@@ -226,6 +236,10 @@ class Run:
         print(f"Next: elastic search {self.path} --budget.prefill_ms 80%")
 
 
+MOVABLE = (
+    "model.path", "task.train", "task.validation", "task.test", "task.dataset", "task.folder"
+)  # fmt: skip
+"""Settings that say where something is, and not what."""
 @contextlib.contextmanager
 def waiting(folder: Path, doing: str) -> Iterator[None]:
     """This process alone has the folder, which it makes, while the block lasts. Whose end it waits
@@ -247,7 +261,11 @@ def waiting(folder: Path, doing: str) -> Iterator[None]:
 def _settings(text: str, where: str) -> TrainConfig:
     from elastic.config.parsing import from_dict
 
-    return from_dict(TrainConfig, shaped(parse_yaml(text, where, RunError), dict, where), where)
+    value = shaped(parse_yaml(text, where, RunError), dict, where)
+    task = value.get("task")
+    if isinstance(task, dict) and "draw" not in task:
+        value["task"] = of_earlier_version(task)
+    return from_dict(TrainConfig, value, where)
 
 
 def _budget(value: Mapping[str, Any], where: str) -> BudgetConfig:

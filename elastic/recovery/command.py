@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import ExportConfig, SearchConfig
-from elastic.data import load_task
 from elastic.files import write_json
 from elastic.recovery.recover import Asked, recover
 from elastic.run import Run, waiting
@@ -16,6 +15,7 @@ from elastic.searching.finalists import COMPENSATION, best_of
 from elastic.searching.front import Front, Member
 from elastic.searching.page import write_page
 from elastic.spaces.bound import Candidate
+from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import load_run
 
@@ -92,8 +92,8 @@ def _asked(run: Run, config: ExportConfig) -> Asked:
     if chosen.recovery:  # by the search
         before = chosen.recovery["before"][COMPENSATION]
         chosen = replace(chosen, compensation=before, recovery=None)
-    trained, base, net = load_run(run)
-    task = load_task(trained.task, trained.seed)
+    _, base, net = load_run(run)
+    task = task_of(run)
     sub = chosen.at(net.space, config.seed)
     held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
     made_up = held_out.chosen(chosen, sub)

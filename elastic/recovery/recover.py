@@ -19,7 +19,6 @@ from elastic.config import (
     TrainConfig,
 )
 from elastic.console import say
-from elastic.data import load_task
 from elastic.data.task import Example
 from elastic.errors import TrainingError
 from elastic.evaluation.evaluate import evaluate
@@ -29,6 +28,7 @@ from elastic.formats.rounding import round_
 from elastic.models import loading
 from elastic.run import Run, as_plain, waiting
 from elastic.spaces.bound import Candidate
+from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import Compensated, HeldOut, mean_loss
 from elastic.supernet.store import load_run, read_factors
 
@@ -174,9 +174,9 @@ class _Judge:
     def __init__(self, run: Run, config: SearchConfig | ExportConfig) -> None:
         self.config = config
         self.ranking = isinstance(config, SearchConfig)  # which validation examples do
-        trained, base, self.net = load_run(run)
+        _, base, self.net = load_run(run)
         self.tokenizer = base.tokenizer
-        self.task = load_task(trained.task, trained.seed)
+        self.task = task_of(run)
         self.held_out = HeldOut.of(run, self.net, base.tokenizer, self.task, config.compensation)
 
     def __call__(

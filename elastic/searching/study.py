@@ -16,19 +16,21 @@ from optuna import samplers
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 
-from elastic.config import CompensationConfig, SearchConfig
+from elastic.config import CompensationConfig, SearchConfig, TaskConfig
+from elastic.config.model import of_earlier_version
 from elastic.config.search import ACCURACY, without_password
 from elastic.console import counting_bar, say, track
-from elastic.data import load_task
 from elastic.data.collating import collated
+from elastic.data.digest import of_texts, of_tokenizer
 from elastic.data.encoding import encode_all
-from elastic.data.task import Example
+from elastic.data.task import Example, Task
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest
 from elastic.formats import compression
 from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
-from elastic.run import Run, as_plain, differences
+from elastic.models import loading
+from elastic.run import MOVABLE, Run, as_plain, differences
 from elastic.searching.budget import (
     limits_accuracy_alone,
     refuse_by_counting,
@@ -45,6 +47,7 @@ from elastic.searching.tables import read_tables, require_same_tables, tables_of
 from elastic.searching.workers import POLL, Worker, experimental, open_storage
 from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
+from elastic.supernet.examples import task_of
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import FACTORS, load_run, read_about
@@ -92,8 +95,8 @@ def search(config: SearchConfig) -> Front:
         mode: Target.of(run, config.timing, mode) for mode in (None, *config.compress)
     }
     given = read_tables(config.table, targets)
-    task = load_task(trained.task, trained.seed)
-    study, config = _open_study(run, config)
+    task = task_of(run)
+    study, config = _open_study(run, config, task)
     require_same_tables(study, given)
     with Worker(study) as worker:
         _, base, net = load_run(run)
@@ -132,7 +135,7 @@ def search(config: SearchConfig) -> Front:
         return write(results)
 
 
-def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
+def _open_study(run: Run, config: SearchConfig, task: Task) -> tuple[optuna.Study, SearchConfig]:
     """The study of that name, and the settings with its objective; RunError when it was made with
     others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -156,12 +159,18 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     if "compensation" not in before:  # of an earlier version, which made up for nothing
         settings.pop("compensation")
         config = replace(config, compensation=CompensationConfig(degrees=[0.0]))
-    mine = {"settings": settings, **_subject(run)}
+    mine = {"settings": settings, **_subject(run, task)}
+    moved = mine["rows"] == study.user_attrs.get("rows")  # perhaps: they are the same
     for name, value in mine.items():
         stored = study.user_attrs.get(name)
         if stored is None:
             study.set_user_attr(name, value)
-        elif stored != value:
+            continue
+        if name == "task":
+            stored, value = (
+                _as_now(each, without=MOVABLE if moved else ()) for each in (stored, value)
+            )
+        if stored != value:
             what = ", ".join(differences(value, stored)[:4])
             where = without_password(config.study.storage or str(run.search))
             raise RunError(
@@ -173,12 +182,23 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     return study, config
 
 
-def _subject(run: Run) -> dict[str, Any]:
+def _as_now(stored: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """What a study keeps of its task, with the settings that versions since have added."""
+    task = stored["task"]
+    if "draw" not in task:
+        task = as_plain(TaskConfig(**of_earlier_version(task)))
+    kept = {name: value for name, value in task.items() if f"task.{name}" not in without}
+    return {**stored, "task": kept}
+
+
+def _subject(run: Run, task: Task) -> dict[str, Any]:
     """What the figures of a study are figures of."""
     trained = as_plain(run.config())
     about = read_about(run.super_adapter)
+    rows = {split: found["texts"] for split, found in of_texts(task).items() if split != "train"}
     return {
         "task": {"task": trained["task"], "seed": trained["seed"]},
+        "rows": {**rows, **of_tokenizer(loading.load_tokenizer(run.config().model))},
         "super-adapter": {
             "base": about["base_digest"],
             "space": run.space().as_dict(),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from elastic.data import load_task
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED, collated
 from elastic.data.encoding import encode_all
@@ -22,6 +21,7 @@ from elastic.errors import RunError
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.compensation import Compensation
+from elastic.supernet.examples import task_of
 from elastic.supernet.moments import calibrated, save
 from elastic.supernet.sequential import can_fit, fit_
 from elastic.supernet.store import MOMENTS, saved_compensation
@@ -207,7 +207,7 @@ def compensated(
     much it makes up for; data is read only where that has to be decided, or to fit."""
     made_up = Compensated()
     if chosen.compensation is not None or net.cuts(sub):
-        task = load_task(run.config().task, run.config().seed)
+        task = task_of(run)
         held_out = HeldOut.of(run, net, tokenizer, task, config)
         made_up = held_out.chosen(chosen, sub)
         if made_up.sequential:

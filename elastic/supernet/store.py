@@ -27,6 +27,7 @@ from elastic.spaces.bound import BoundSpace, all_digits
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import numbers
 from elastic.supernet.compensation import Compensation
+from elastic.supernet.examples import require_tokenizer
 from elastic.supernet.importance import blank
 from elastic.supernet.moments import Moments, save
 from elastic.supernet.supernet import Supernet
@@ -185,5 +186,7 @@ def load_run(
     read_super_adapter(directory, digest)
     wanted = config.model if dtype is None else dataclasses.replace(config.model, dtype=dtype)
     model = loading.load_model(folder, wanted)
-    base = loading.Base(model, loading.load_tokenizer(config.model), digest)
+    tokenizer = loading.load_tokenizer(config.model)
+    require_tokenizer(run, tokenizer)
+    base = loading.Base(model, tokenizer, digest)
     return config, base, load_super_adapter(model, digest, directory)

@@ -10,9 +10,8 @@ import torch
 
 from elastic import distributed
 from elastic.adapters import METHODS, Adapter
-from elastic.config import TrainConfig
-from elastic.config.model import SCORE
-from elastic.console import say
+from elastic.config import TaskConfig, TrainConfig
+from elastic.config.model import SCORE, of_earlier_version
 from elastic.data import load_task
 from elastic.data.answers import answer_logits
 from elastic.data.collating import DIFFERENCE, IGNORED, collate, in_rows
@@ -27,13 +26,6 @@ from elastic.supernet.discovery import space_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def tell_what_is_cut(examples: Sequence[Encoded], longest: int) -> None:
-    """Say which texts are longer than the model reads."""
-    if full := sum(len(example.ids) == longest for example in examples):
-        say(f"{full} of {len(examples)} texts fill the {longest} tokens that the model reads; what "
-            "they have beyond is cut")  # fmt: skip
 
 
 def refuse_sharded(config: TrainConfig) -> None:
@@ -66,6 +58,17 @@ def refuse_differing_depths(config: TrainConfig, bound: BoundSpace) -> None:
             f"sample_each process: {sharding} gathers every block on all processes, which wait for "
             "each other forever where a depth differs; choose sample_each step"
         )
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """The settings as they are, or with the draw and the templates of the run, or of the one to go
+    on from, if an earlier version began it with the same ones: what it has trained stays apart from
+    what it is tested on."""
+    before = TaskConfig(**of_earlier_version(vars(config.task)))
+    for path in filter(None, (config.run, config.start_from)):
+        if Run(path).config_file.is_file() and Run(path).begun().task == before:
+            return replace(config, task=before)
+    return config
 
 
 def with_classes(config: TrainConfig) -> TrainConfig:

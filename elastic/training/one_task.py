@@ -12,12 +12,10 @@ from elastic import distributed
 from elastic.adapters import check
 from elastic.config import CompensationConfig, TrainConfig
 from elastic.console import say
-from elastic.data import load_task
 from elastic.data.answers import answer_logits
 from elastic.data.collating import collated
-from elastic.data.encoding import Encoded, encode_all, most_tokens
-from elastic.data.labels import check_classes
-from elastic.errors import ConfigError
+from elastic.data.encoding import Encoded
+from elastic.errors import ConfigError, DataMissing
 from elastic.files import named_failure, write_json
 from elastic.models import loading, requirements
 from elastic.run import Run
@@ -39,13 +37,14 @@ from elastic.supernet.supernet import Supernet
 from elastic.training import adopted
 from elastic.training.callbacks import check_trackers
 from elastic.training.checks import (
+    as_begun,
     predecessor,
     refuse_differing_depths,
     refuse_sharded,
     require_apart,
-    tell_what_is_cut,
     with_classes,
 )
+from elastic.training.material import Material, require_unmoved
 from elastic.training.schedule import Schedule, examples_per_step
 from elastic.training.trainer import fit, frozen
 
@@ -73,7 +72,7 @@ def train_one(config: TrainConfig) -> Run:
 
 
 def _train_alone(run: Run, config: TrainConfig) -> Run:
-    config = with_classes(config)
+    config = with_classes(as_begun(config))
     taken = config.adapter.taken_from
     if taken:
         config = adopted.as_taken(config)
@@ -82,6 +81,12 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     if finished:
         if distributed.is_main():
             run.clear()
+        with distributed.main_first():
+            try:
+                if run.data.is_file():  # an earlier version kept none
+                    require_unmoved(run, config)
+            except DataMissing as error:
+                say(f"Its data cannot be looked at: {error}")
         say(f"{run.path}: already trained; nothing to do")
         return run
     check_trackers(config.report_to)
@@ -101,21 +106,22 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
         ordered = bound.ordered(read_order(before.super_adapter, bound))
         chosen = before.chosen(config.sub_adapter)
         only = chosen.at(ordered)
-    task = load_task(config.task, config.seed)
-    if config.model.classes:
-        check_classes(task, config.model.classes)
+    material = Material.of(config, skeleton)
+    material.require_same(run)
+    task, encoded = material.task, material.encoded
     with distributed.main_first():
         run.begin(config)
+    material.tell(skeleton)
 
     say(f"Loading {config.model.path}")
     with distributed.main_first():  # a packaged model is converted once
         base = loading.load(config.model, config.seed)
 
+    with distributed.main_first():
+        material.keep(run, base.digest)
+        run.move(config)
     pad = base.tokenizer.pad_token_id
-    examples = encode_all(base.tokenizer, task.train, base.model)
-    if config.model.classes:
-        tell_what_is_cut(examples, most_tokens(base.model, base.tokenizer))
-    watched = encode_all(base.tokenizer, task.validation[:WATCHED], base.model)
+    examples, watched = encoded["train"], encoded["validation"][:WATCHED]
     if config.packing:
         require_apart(base.model, examples, pad)
     if before:

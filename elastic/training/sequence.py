@@ -19,6 +19,7 @@ from elastic.evaluation.statistics import Score
 from elastic.files import clear_leftovers, write_json, write_json_lines
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.training.checks import as_begun
 
 if TYPE_CHECKING:
     from elastic.data.task import Example
@@ -139,6 +140,7 @@ def train_sequence(config: TrainConfig) -> Sequential:
 def _train_alone(run: Run, config: TrainConfig) -> Sequential:
     from elastic.training import one_task
 
+    config = as_begun(config)
     with distributed.main_first():
         run.claim(config)
     stages = stage_configs(config)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from optuna.samplers import NSGAIIISampler, NSGAIISampler
 
 from elastic import __main__
@@ -26,9 +27,18 @@ from elastic.searching.study import search
 from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
+from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import load_run
-from tests.helpers.searches import config, front_of, measured, sub_of, trained_run, trials_of
+from tests.helpers.searches import (
+    choices_task,
+    config,
+    front_of,
+    measured,
+    sub_of,
+    trained_run,
+    trials_of,
+)
 from tests.helpers.tiny import ATTENTION, GATE_UP
 from tests.helpers.tiny_runs import copy_run, decode_of, fake_measure, prefill_of, randomize_factors
 
@@ -326,7 +336,7 @@ def test_the_password_of_a_storage_is_not_kept(trained, tmp_path, monkeypatch):
 
 def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weights):
     run = copy_run(trained, tmp_path / "run")
-    study._open_study(run, config(run))[0].enqueue_trial({})
+    study._open_study(run, config(run), task_of(run))[0].enqueue_trial({})
     for change, named in (
         ({"seed": 1}, "seed"),
         ({"sampler": "tpe"}, "sampler"),
@@ -334,13 +344,14 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
     ):
         with pytest.raises(RunError, match=rf"other settings: {named} .*or delete"):
             search(config(run, **change))
-    again, _ = study._open_study(run, config(run, trials=99))  # more trials are no other search
+    more = config(run, trials=99)  # no other search
+    again, _ = study._open_study(run, more, task_of(run))
     assert len(again.trials) == 1
 
 
 def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, forbid_weights):
     run = copy_run(trained, tmp_path / "run")
-    study._open_study(run, config(run))
+    study._open_study(run, config(run), task_of(run))
     other = copy_run(run, tmp_path / "other" / "run")
     randomize_factors(other, seed=1)
     with pytest.raises(RunError, match="other super-adapter: factors"):
@@ -348,8 +359,43 @@ def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, 
     text = other.config_file.read_text()
     moved = copy_run(run, tmp_path / "moved" / "run")
     moved.config_file.write_text(text.replace("validation_examples: ", "validation_examples: 1"))
+    moved.data.unlink()  # as an earlier version left it
     with pytest.raises(RunError, match=r"other task: task\.validation_examples"):
         search(config(moved))
+
+
+def test_a_study_is_of_one_set_of_rows_wherever_they_are(trained, tmp_path, forbid_weights):
+    """Also of a run that does not know what it was trained on."""
+    run = copy_run(trained, tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    task = choices_task(tmp_path / "data")
+    run.move(replace(run.config(), task=task))
+    study._open_study(run, config(run), task_of(run))[0].enqueue_trial({})
+    (tmp_path / "elsewhere").mkdir()
+    run.move(replace(run.config(), task=choices_task(tmp_path / "elsewhere")))
+    again, _ = study._open_study(run, config(run), task_of(run))
+    assert len(again.trials) == 1, "the same rows in another place"
+    file = tmp_path / "elsewhere" / "validation.jsonl"
+    file.write_text(file.read_text().replace("Tom", "Bob"))
+    with pytest.raises(RunError, match=r"other data: the validation examples of .*\(30 others\)"):
+        search(config(run))
+    run.data.unlink()
+    with pytest.raises(RunError, match="other rows: validation"):
+        search(config(run))
+
+
+def test_a_study_of_an_earlier_version_goes_on(trained, tmp_path):
+    run = copy_run(trained, tmp_path / "run")
+    settings = yaml.safe_load(run.config_file.read_text())
+    settings["task"]["draw"] = "position"
+    run.data.unlink()
+    run.config_file.write_text(yaml.safe_dump(settings))
+    opened, _ = study._open_study(run, config(run), task_of(run))
+    kept = opened.user_attrs["task"]
+    for name in ("draw", "cutoff"):
+        del kept["task"][name]
+    opened.set_user_attr("task", kept)
+    study._open_study(run, config(run), task_of(run))
 
 
 def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
