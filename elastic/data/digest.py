@@ -40,7 +40,7 @@ def of_tokens(encoded: Sequence[Encoded]) -> str:
     return _digest([[e.ids, e.answer, e.source, e.types, e.label] for e in encoded])
 
 
-def of_tokenizer(tokenizer: PreTrainedTokenizerBase, *, chat: bool = True) -> dict[str, Any]:
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
     """Of its vocabulary with the special tokens, and of its chat template where that is used."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     found = {"vocabulary": _digest([sorted(tokenizer.get_vocab().items()), special])}

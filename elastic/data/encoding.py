@@ -215,8 +215,8 @@ def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
 class Limits:
     """What a model has a place for."""
 
-    tokens: int
-    """Rows of its embedding."""
+    tokens: int | None
+    """Rows of its embedding; None where it does not say."""
     positions: int | None
     """Of a sequence, where they are learnt; None: any number."""
 
@@ -225,7 +225,11 @@ class Limits:
         positions = learnt_positions(model)
         if positions and kind_of(model) is Kind.ENCODER_DECODER:  # padding has positions, too
             positions -= positions % step_of(positions)
-        return cls(model.get_input_embeddings().num_embeddings, positions)
+        try:
+            tokens = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # of code that comes with the model
+            tokens = None
+        return cls(tokens, positions)
 
     def require(self, ids: Sequence[int], more: int = 0) -> None:
         """DataError for ids that are beyond it, or leave no room for so many more."""
@@ -235,7 +239,7 @@ class Limits:
                 f"{len(ids)} tokens{new}, and the model has {self.positions} positions; shorten "
                 "it, or set task.cutoff to the tokens that a prompt may keep"
             )
-        if ids and max(ids) >= self.tokens:
+        if self.tokens is not None and ids and max(ids) >= self.tokens:
             raise DataError(
                 f"token {max(ids)} of the tokenizer is none of the {self.tokens} that the model's "
                 "embedding has; give the tokenizer that belongs to the model"

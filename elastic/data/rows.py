@@ -61,11 +61,10 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
     if config.prompt == CHAT:
         return _conversation(row, config, where)
     known = {k: v for k, v in row.items() if v is not None}
-    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
     try:
-        prompt = FILLING.vformat(template_of(config.prompt), (), shown)
+        prompt = FILLING.vformat(template_of(config.prompt), (), known)
         second = None if config.second is None else FILLING.vformat(
-            template_of(config.second), (), shown
+            template_of(config.second), (), known
         )  # fmt: skip
         said = row[config.answer]
         options = tuple(map(str, _list(known[config.options]))) if config.options else ()
@@ -89,10 +88,12 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
 
 
 class Filling(Formatter):
-    """Templates whose fields hold one text or number each."""
+    """Templates whose fields hold one text or number each, or a list of them: commas join it."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """ValueError for what would be written as Python writes it."""
+        if isinstance(value, list):
+            value = ", ".join(str(_plain(part)) for part in value)
         return super().format_field(_plain(value), format_spec)
 
 
@@ -101,9 +102,8 @@ FILLING = Filling()
 
 def _plain(value: Any) -> Any:
     """A value that one text can say; ValueError for others."""
-    if isinstance(value, list | dict | float) and not (
-        isinstance(value, float) and math.isfinite(value)
-    ):
+    several = isinstance(value, list | dict)
+    if several or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{reprlib.repr(value)}; give one text, number, true or false")
     return value
 

@@ -87,6 +87,11 @@ class Task:
     def split(self, name: Split) -> Sequence[Example]:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether its prompts are conversations."""
+        return any(example.messages for example in self.train)
+
     def drawn(self) -> str:
         """Of how many rows each split is, where there are more; empty where there are not."""
         return ", ".join(

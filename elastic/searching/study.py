@@ -21,15 +21,13 @@ from elastic.config.model import of_earlier_version
 from elastic.config.search import ACCURACY, without_password
 from elastic.console import counting_bar, say, track
 from elastic.data.collating import collated
-from elastic.data.digest import of_texts, of_tokenizer
 from elastic.data.encoding import encode_all
-from elastic.data.task import Example, Task
+from elastic.data.task import Example
 from elastic.errors import BudgetError, MissingExtra, RunError
 from elastic.files import digest
 from elastic.formats import compression
 from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
-from elastic.models import loading
 from elastic.run import MOVABLE, Run, as_plain, differences
 from elastic.searching.budget import (
     limits_accuracy_alone,
@@ -47,7 +45,7 @@ from elastic.searching.tables import read_tables, require_same_tables, tables_of
 from elastic.searching.workers import POLL, Worker, experimental, open_storage
 from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
-from elastic.supernet.examples import task_of
+from elastic.supernet.examples import digests_of, task_of
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import FACTORS, load_run, read_about
@@ -96,7 +94,7 @@ def search(config: SearchConfig) -> Front:
     }
     given = read_tables(config.table, targets)
     task = task_of(run)
-    study, config = _open_study(run, config, task)
+    study, config = _open_study(run, config)
     require_same_tables(study, given)
     with Worker(study) as worker:
         _, base, net = load_run(run)
@@ -135,7 +133,7 @@ def search(config: SearchConfig) -> Front:
         return write(results)
 
 
-def _open_study(run: Run, config: SearchConfig, task: Task) -> tuple[optuna.Study, SearchConfig]:
+def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
     """The study of that name, and the settings with its objective; RunError when it was made with
     others."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -159,17 +157,16 @@ def _open_study(run: Run, config: SearchConfig, task: Task) -> tuple[optuna.Stud
     if "compensation" not in before:  # of an earlier version, which made up for nothing
         settings.pop("compensation")
         config = replace(config, compensation=CompensationConfig(degrees=[0.0]))
-    mine = {"settings": settings, **_subject(run, task)}
-    moved = mine["rows"] == study.user_attrs.get("rows")  # perhaps: they are the same
+    mine = {"settings": settings, **_subject(run)}
+    # Where rows are does not matter once it is known which they are.
+    places = MOVABLE if "rows" in study.user_attrs else ()
     for name, value in mine.items():
         stored = study.user_attrs.get(name)
         if stored is None:
             study.set_user_attr(name, value)
             continue
         if name == "task":
-            stored, value = (
-                _as_now(each, without=MOVABLE if moved else ()) for each in (stored, value)
-            )
+            stored, value = _as_now(stored, places), _as_now(value, places)
         if stored != value:
             what = ", ".join(differences(value, stored)[:4])
             where = without_password(config.study.storage or str(run.search))
@@ -191,14 +188,15 @@ def _as_now(stored: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]
     return {**stored, "task": kept}
 
 
-def _subject(run: Run, task: Task) -> dict[str, Any]:
+def _subject(run: Run) -> dict[str, Any]:
     """What the figures of a study are figures of."""
     trained = as_plain(run.config())
     about = read_about(run.super_adapter)
-    rows = {split: found["texts"] for split, found in of_texts(task).items() if split != "train"}
+    known = digests_of(run)
+    rows = {split: known["splits"][split]["texts"] for split in ("validation", "test")}
     return {
         "task": {"task": trained["task"], "seed": trained["seed"]},
-        "rows": {**rows, **of_tokenizer(loading.load_tokenizer(run.config().model))},
+        "rows": {**rows, **known["tokenizer"]},
         "super-adapter": {
             "base": about["base_digest"],
             "space": run.space().as_dict(),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic.data import Task, digest, load_task
 from elastic.errors import RunError
 from elastic.files import read_json
+from elastic.models import loading
 from elastic.run import Run
 
 if TYPE_CHECKING:
@@ -23,11 +24,24 @@ def task_of(run: Run) -> Task:
     return task
 
 
+def digests_of(run: Run) -> dict[str, Any]:
+    """Of its data, as the run keeps them; of an earlier version's those of its data as they are."""
+    if run.data.is_file():
+        return read_json(run.data)
+    task = task_of(run)
+    tokenizer = loading.load_tokenizer(run.config().model)
+    return {
+        "splits": digest.of_texts(task),
+        "tokenizer": digest.of_tokenizer(tokenizer, task.has_chat),
+    }
+
+
 def require_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """RunError where the tokenizer is not that of the run."""
     if run.data.is_file():
-        now = {"tokenizer": digest.of_tokenizer(tokenizer)}
-        _require(run, digest.changes(read_json(run.data), now))
+        known = read_json(run.data)
+        chat = "chat_template" in known.get("tokenizer", {})
+        _require(run, digest.changes(known, {"tokenizer": digest.of_tokenizer(tokenizer, chat)}))
 
 
 def _require(run: Run, changed: list[str]) -> None:

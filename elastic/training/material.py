@@ -54,7 +54,7 @@ class Material:
             check_classes(task, config.model.classes)
         tokenizer = loading.load_tokenizer(config.model)
         limits = Limits.of(skeleton)
-        if tokenizer.pad_token_id >= limits.tokens:
+        if limits.tokens is not None and tokenizer.pad_token_id >= limits.tokens:
             raise ModelError(
                 f"model.path {config.model.path}: its tokenizer pads with {tokenizer.pad_token!r}, "
                 f"token {tokenizer.pad_token_id}, and the embedding has {limits.tokens} rows; take "
@@ -73,8 +73,8 @@ class Material:
         splits = digest.of_texts(self.task)
         for split, encoded in self.encoded.items():
             splits[split]["tokens"] = digest.of_tokens(encoded)
-        chat = any(example.messages for example in self.task.train)
-        return {"splits": splits, "tokenizer": digest.of_tokenizer(self.tokenizer, chat=chat)}
+        tokenizer = digest.of_tokenizer(self.tokenizer, self.task.has_chat)
+        return {"splits": splits, "tokenizer": tokenizer}
 
     def require_same(self, run: Run) -> None:
         """RunError when the run began with other examples, or with a tokenizer of another kind; one

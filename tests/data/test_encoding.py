@@ -2,7 +2,7 @@
 for."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -53,8 +53,9 @@ def test_prompt_and_answer_are_tokens_of_one_text():
     letters = ["<unk>", "<eos>", "▁", *"abc?12"]
     backend = Tokenizer(models.BPE({**{t: n for n, t in enumerate(letters)}, "▁1": len(letters)},
                                    [("▁", "1")], unk_token="<unk>"))  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     encoded = encode(words, "ab?", "1")
     whole = words("ab? 1")["input_ids"]

@@ -328,13 +328,16 @@ def test_an_export_without_accuracy_needs_no_data(tiny_folder, tmp_path):
     task = choices_task(tmp_path / "data")
     settings = dict(task=task, stages=[StageConfig()], max_steps=1)
     run = train_one(train_config(tiny_folder, tmp_path / "run", **settings))
-    with_data = export(config(run, name="with"))
+    with_data = export(config(run, name="with", sub_adapter="maximal"))
     (tmp_path / "data" / "test.jsonl").unlink()
-    without = export(config(run, name="without"))
+    without = export(config(run, name="without", sub_adapter="maximal"))
     written = [each.directory / "hf" / "model.safetensors" for each in (with_data, without)]
     assert written[0].read_bytes() == written[1].read_bytes()
     assert without.contents["formats"]["hf"]["greedy_tokens_equal"] is True
-    for change in ({"accuracy": True}, {"sub_adapter": "minimal", "compensation": ANY_DEGREE}):
+    for name, change in (
+        ("maximal", {"accuracy": True}),
+        ("minimal", {"compensation": ANY_DEGREE}),
+    ):
         with pytest.raises(DataMissing, match=r"test\.jsonl: no such data file"):
-            export(config(run, name="refused", **change))
+            export(config(run, name="refused", sub_adapter=name, **change))
     assert not (run.path / "export" / "refused").exists()

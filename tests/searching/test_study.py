@@ -27,7 +27,6 @@ from elastic.searching.study import search
 from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
-from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.store import load_run
 from tests.helpers.searches import (
@@ -336,7 +335,7 @@ def test_the_password_of_a_storage_is_not_kept(trained, tmp_path, monkeypatch):
 
 def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weights):
     run = copy_run(trained, tmp_path / "run")
-    study._open_study(run, config(run), task_of(run))[0].enqueue_trial({})
+    study._open_study(run, config(run))[0].enqueue_trial({})
     for change, named in (
         ({"seed": 1}, "seed"),
         ({"sampler": "tpe"}, "sampler"),
@@ -344,14 +343,13 @@ def test_a_search_with_other_settings_is_refused(trained, tmp_path, forbid_weigh
     ):
         with pytest.raises(RunError, match=rf"other settings: {named} .*or delete"):
             search(config(run, **change))
-    more = config(run, trials=99)  # no other search
-    again, _ = study._open_study(run, more, task_of(run))
+    again, _ = study._open_study(run, config(run, trials=99))  # more trials are no other search
     assert len(again.trials) == 1
 
 
 def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, forbid_weights):
     run = copy_run(trained, tmp_path / "run")
-    study._open_study(run, config(run), task_of(run))
+    study._open_study(run, config(run))
     other = copy_run(run, tmp_path / "other" / "run")
     randomize_factors(other, seed=1)
     with pytest.raises(RunError, match="other super-adapter: factors"):
@@ -359,7 +357,6 @@ def test_a_study_of_another_super_adapter_or_task_is_refused(trained, tmp_path, 
     text = other.config_file.read_text()
     moved = copy_run(run, tmp_path / "moved" / "run")
     moved.config_file.write_text(text.replace("validation_examples: ", "validation_examples: 1"))
-    moved.data.unlink()  # as an earlier version left it
     with pytest.raises(RunError, match=r"other task: task\.validation_examples"):
         search(config(moved))
 
@@ -370,10 +367,10 @@ def test_a_study_is_of_one_set_of_rows_wherever_they_are(trained, tmp_path, forb
     (tmp_path / "data").mkdir()
     task = choices_task(tmp_path / "data")
     run.move(replace(run.config(), task=task))
-    study._open_study(run, config(run), task_of(run))[0].enqueue_trial({})
+    study._open_study(run, config(run))[0].enqueue_trial({})
     (tmp_path / "elsewhere").mkdir()
     run.move(replace(run.config(), task=choices_task(tmp_path / "elsewhere")))
-    again, _ = study._open_study(run, config(run), task_of(run))
+    again, _ = study._open_study(run, config(run))
     assert len(again.trials) == 1, "the same rows in another place"
     file = tmp_path / "elsewhere" / "validation.jsonl"
     file.write_text(file.read_text().replace("Tom", "Bob"))
@@ -390,12 +387,12 @@ def test_a_study_of_an_earlier_version_goes_on(trained, tmp_path):
     settings["task"]["draw"] = "position"
     run.data.unlink()
     run.config_file.write_text(yaml.safe_dump(settings))
-    opened, _ = study._open_study(run, config(run), task_of(run))
+    opened, _ = study._open_study(run, config(run))
     kept = opened.user_attrs["task"]
     for name in ("draw", "cutoff"):
         del kept["task"][name]
     opened.set_user_attr("task", kept)
-    study._open_study(run, config(run), task_of(run))
+    study._open_study(run, config(run))
 
 
 def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):
