@@ -120,6 +120,7 @@ class Run:
         self.moments.unlink(missing_ok=True)
         for folder in (self.path, self.path / "train"):
             clear_leftovers(folder)
+
     def move(self, config: TrainConfig) -> None:
         """Keep where base and data are now; they are known to be the same."""
         before, now = self.begun(), _identity(config)
@@ -240,6 +241,8 @@ MOVABLE = (
     "model.path", "task.train", "task.validation", "task.test", "task.dataset", "task.folder"
 )  # fmt: skip
 """Settings that say where something is, and not what."""
+
+
 @contextlib.contextmanager
 def waiting(folder: Path, doing: str) -> Iterator[None]:
     """This process alone has the folder, which it makes, while the block lasts. Whose end it waits
