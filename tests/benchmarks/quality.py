@@ -100,6 +100,7 @@ def settings(data: Path, run: Path, task: str, flags: Sequence[str], seed: int) 
         "--task.answer", answer, "--task.train", f"{data / training}.jsonl",
         "--task.test", f"{data / test}.jsonl", "--task.train_examples", "1344",
         "--task.validation_examples", "400", "--task.test_examples", "1000",
+        "--task.draw", "position",  # as figures were measured before the seed drew rows
         "--space", "llama", "--save_steps", "20", "--seed", str(seed),
         "--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", *flags,
     ])  # fmt: skip

@@ -41,6 +41,8 @@ from tests.benchmarks.quality import difference
 
 PLAIN = '--stages=[{"epochs": 3}]'
 RUNTIMES = ("torch", "onnx", "openvino")
+POSITION = ["--task.draw", "position"]
+"""The rows of figures that were measured before the seed drew them."""
 SMOLLM2 = ["--lr.base_lr", "5e-4", "--lr.warmup_epochs", "0.1", "--save_steps", "20",
            "--space", "llama"]  # fmt: skip
 TASKS = {  # model, settings of the task, those of the search
@@ -50,14 +52,15 @@ TASKS = {  # model, settings of the task, those of the search
          "--task.test", "{data}/continual/sst2.test.jsonl", "--task.prompt", "{{sentence}}",
          "--task.answer", "label", "--task.train_examples", "1600",
          "--task.validation_examples", "400", "--task.test_examples", "872",
-         "--model.dtype", "float32"],
+         "--model.dtype", "float32", *POSITION],
         ["--budget.prefill_ms", "70%"],
     ),
     "commonsense": (
         "smollm2",
         ["--task.name", "llm_adapters", "--task.train", "{runs}/commonsense.train.jsonl",
          "--task.test", "{runs}/commonsense.test.jsonl", "--task.train_examples", "600",
-         "--task.validation_examples", "200", "--task.test_examples", "1000", *SMOLLM2],
+         "--task.validation_examples", "200", "--task.test_examples", "1000", *POSITION,
+         *SMOLLM2],
         ["--budget.prefill_ms", "80%", "--timing.runtime", "onnx", "--timing.new_tokens", "6"],
     ),
     "math": (
@@ -65,7 +68,8 @@ TASKS = {  # model, settings of the task, those of the search
         ["--task.name", "jsonl", "--task.train", "{data}/math/train.jsonl",
          "--task.test", "{data}/math/mawps.test.jsonl", "--task.answer", "answer",
          "--task.prompt", "{{instruction}}\nAnswer:", "--task.train_examples", "1344",
-         "--task.validation_examples", "400", "--task.test_examples", "1000", *SMOLLM2],
+         "--task.validation_examples", "400", "--task.test_examples", "1000", *POSITION,
+         *SMOLLM2],
         ["--budget.prefill_ms", "80%", "--timing.runtime", "onnx", "--timing.new_tokens", "6"],
     ),
 }  # fmt: skip
