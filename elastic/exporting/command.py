@@ -309,10 +309,12 @@ def write_only(config: ExportConfig) -> Report:
     tokenizer = loading.load_tokenizer(trained.model)
     if reason := hf.why_not(found.model):
         raise ExportError(f"hf: {reason}")
-    with new_directory(directory) as building, tempfile.TemporaryDirectory(dir=building) as changes:
+    with (
+        new_directory(directory) as building,
+        tempfile.TemporaryDirectory(dir=building, prefix=".") as changes,
+    ):
         if made_up.sequential:
-            task = load_task(trained.task, trained.seed)
-            batches = fitted_batches(trained, base, tokenizer, task, config.compensation)
+            batches = fitted_batches(trained, base, tokenizer, task_of(run), config.compensation)
             whole = streamed(base, net, net.space.maximal(), head)
             fit_streamed_(found, whole, net, sub, batches, Path(changes))
         say("Writing hf")
