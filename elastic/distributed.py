@@ -28,6 +28,18 @@ def sharding() -> str | None:
     return None
 
 
+def shards_parameters() -> bool:
+    """Whether no process has the trained parameters whole: FSDP, and DeepSpeed from ZeRO 3 on."""
+    if sharding() != "DeepSpeed":
+        return sharding() is not None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(file).is_zero3()
+
+
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The main process runs the block before the others do; all leave it together."""

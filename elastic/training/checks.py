@@ -31,15 +31,24 @@ if TYPE_CHECKING:
 def refuse_sharded(config: TrainConfig) -> None:
     """ConfigError for what DeepSpeed and FSDP leave no place for.
 
-    DeepSpeed takes the optimiser's step inside its backward pass: one sub-adapter per step, and no
-    gradient of a regulariser after it. FSDP shards the factors that a regulariser needs whole.
+    DeepSpeed clips, and takes the optimiser's step, inside its backward pass: one sub-adapter per
+    step, and a regulariser is clipped with the task. FSDP and ZeRO 3 shard the factors that a
+    regulariser needs whole.
     """
     sharding = distributed.sharding()
     method = config.adapter.resolved_method
-    if sharding and METHODS[method].penalty is not Adapter.penalty:
+    regularised = METHODS[method].penalty is not Adapter.penalty
+    if sharding and regularised and distributed.shards_parameters():
         raise ConfigError(
-            f"adapter.method {method} has a regulariser, which {sharding} leaves no place for; "
-            "use configs/accelerate/ddp.yaml"
+            f"adapter.method {method} has a regulariser, which needs factors whole, and {sharding} "
+            "shards them; use configs/accelerate/ddp.yaml or zero2.yaml"
+        )
+    clipped = sharding == "DeepSpeed" and config.max_grad_norm > 0
+    if clipped and regularised and not METHODS[method].clip_penalty:
+        raise ConfigError(
+            f"max_grad_norm {config.max_grad_norm:g}: the regulariser of {method} is not to be "
+            "clipped, and DeepSpeed clips all at once; give --max_grad_norm 0, or use "
+            "configs/accelerate/ddp.yaml"
         )
     if sharding == "FSDP" and loading.resolve_device(config.model.device).type == "cpu":
         raise ConfigError(

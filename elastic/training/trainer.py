@@ -75,6 +75,10 @@ class ElasticTrainer(Trainer):
         self._teacher: Tensor | None = None  # its logits on this micro-batch
         self._penalty: float | None = None
         super().__init__(model=net.model, **kwargs)
+        # DeepSpeed takes the optimiser's step inside its backward pass: whatever is to have a
+        # gradient by then stands in the loss.
+        self.penalty_in_loss = bool(self.is_deepspeed_enabled)
+        self._task_loss: Tensor | None = None  # without the regulariser, where that is in the loss
         self._clip_penalty = METHODS[net.adapter.resolved_method].clip_penalty
         if not self._clip_penalty:
             self.add_callback(_BeforeOptimizer(self.regularise))
@@ -101,7 +105,8 @@ class ElasticTrainer(Trainer):
         losses = []
         for sub in self._visits:
             with self.net.active(sub, self.degree):
-                losses.append(super().training_step(model, inputs, num_items_in_batch))
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            losses.append(loss if self._task_loss is None else self._task_loss)
             if not torch.isfinite(losses[-1]):
                 what = f"the loss is {float(losses[-1])}"
                 self._fail(self.state.global_step + 1, what, sub, examples.tolist())
@@ -142,16 +147,21 @@ class ElasticTrainer(Trainer):
             f"{last}. Lower lr.base_lr or max_grad_norm, lengthen the warm-up, or look at the data"
         )
 
-    def regularise(self) -> None:
-        """Add the regulariser's gradient for the largest sub-adapter of this step (of its last
-        micro-batch when each has its own): once, undivided, alike in every process."""
+    def penalty(self) -> Tensor | None:
+        """The regulariser for the largest sub-adapter of this step (of its last micro-batch when
+        each has its own), alike in every process; None where it has no gradient."""
         learning_rate = self.schedule.configured_rate(self.state.global_step)
         # Of the same one in every process, even when each draws its own for the loss.
         sub = self._visits[0] if self.config.draw_for != "process" else self.net.space.maximal()
         with self.net.active(sub):
             penalty = self.net.penalty(learning_rate)
         self._penalty = None if penalty is None else float(penalty.detach())
-        if penalty is None or not penalty.requires_grad:
+        return penalty if penalty is not None and penalty.requires_grad else None
+
+    def regularise(self) -> None:
+        """Add its gradient to the task's: once, undivided."""
+        penalty = None if self.penalty_in_loss else self.penalty()
+        if penalty is None:
             return
         trained = [p for p in self.net.model.parameters() if p.requires_grad]
         # A loss scaler has multiplied the task's gradients, and divides all of them in clipping.
@@ -193,7 +203,15 @@ class ElasticTrainer(Trainer):
         if num_items_in_batch is None:
             return total / (labels != IGNORED).sum()
         # Counted over all processes, whose gradients are averaged.
-        return total * self.accelerator.num_processes / num_items_in_batch
+        loss = total * self.accelerator.num_processes / num_items_in_batch
+        self._task_loss = None
+        if not self.penalty_in_loss or not self.accelerator.sync_gradients:
+            return loss
+        penalty = self.penalty()
+        if penalty is None:
+            return loss
+        self._task_loss = loss.detach()
+        return loss + penalty
 
     def _teach(self, model: nn.Module, inputs: dict[str, Any], logits: Tensor) -> Tensor | None:
         """The teacher's logits on this micro-batch; None when it is the one active itself."""

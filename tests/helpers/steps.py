@@ -17,8 +17,11 @@ from tests.helpers import tiny
 from tests.helpers.tiny_runs import space_file, train_config
 
 
-def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, max_grad_norm=1e9):
-    """The gradients that the optimiser sees in the first step of 16 examples."""
+def step_gradients(
+    tiny_folder, tmp_path, method, *, batch_size, accumulation, max_grad_norm=1e9, in_loss=False
+):
+    """The gradients that the optimiser sees in the first step of 16 examples; with the regulariser
+    in the loss, as DeepSpeed wants it, if `in_loss`."""
     seen = {}
 
     class Watch(TrainerCallback):
@@ -49,6 +52,7 @@ def step_gradients(tiny_folder, tmp_path, method, *, batch_size, accumulation, m
     def init(self, *args, **kwargs):
         real(self, *args, **kwargs)
         self.add_callback(Watch())
+        self.penalty_in_loss = in_loss
 
     with MonkeyPatch.context() as patch:
         patch.setattr(ElasticTrainer, "__init__", init)

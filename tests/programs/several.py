@@ -42,8 +42,9 @@ RUNS = {
     "deep": {"sample_each": "process", "stages": [StageConfig(train_dims=[*DIMS, DEPTH])]},
     "sequence": {"tasks": ["sums", "words"], "stages": [StageConfig(), OPEN]},
 }
-REGULARISED = ("sorsa", "olora")
-"""Methods whose gradients after one step go to FOLDER/METHOD-RANK.safetensors, by process."""
+REGULARISED = ("sorsa", "olora", "soslora")
+"""Methods whose gradients after one step go to FOLDER/METHOD-RANK.safetensors, by process; with the
+regulariser in the loss to FOLDER/METHOD-in-loss-RANK.safetensors."""
 ALONE = {
     "accumulated": {"accumulation": 2, "batch_size": 4},
     "own": {"sample_each": "micro_batch", "accumulation": 2, "batch_size": 4},
@@ -121,6 +122,9 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     for method in REGULARISED:
         work = Path(folder) / f"process-{rank}"
-        _, seen = step_gradients(model, work, method, batch_size=8, accumulation=1)
-        save_file(seen, Path(folder) / f"{method}-{rank}.safetensors")
+        for place, in_loss in ((method, False), (f"{method}-in-loss", True)):
+            _, seen = step_gradients(
+                model, work / place, method, batch_size=8, accumulation=1, in_loss=in_loss
+            )
+            save_file(seen, Path(folder) / f"{place}-{rank}.safetensors")
     shard(Path(folder))

@@ -37,6 +37,7 @@ from tests.helpers.tiny_runs import (
     assert_same_factors,
     factors,
     interrupted,
+    logged,
     metrics,
     snapshot,
     space_file,
@@ -409,6 +410,24 @@ def test_a_regulariser_counts_once_whatever_the_accumulation(tiny_folder, tmp_pa
         if gradient is not None and gradient.norm() > 1e-3 * whole[name].norm():
             visible += 1  # so that a doubled regulariser would show above
     assert visible
+
+
+@pytest.mark.parametrize("method", ["sorsa", "soslora"])
+def test_a_regulariser_in_the_loss_is_one_beside_it(tiny_folder, tmp_path, method):
+    """DeepSpeed takes no gradient after its backward pass. What is logged is the task's loss."""
+    size = dict(batch_size=4, accumulation=4)
+    rows = []
+    for in_loss in (False, True):
+        folder = tmp_path / str(in_loss)
+        _, seen = step_gradients(tiny_folder, folder, method, in_loss=in_loss, **size)
+        rows.append((seen, logged(Run(folder / f"{method}-4-4"))))
+    (beside, mine), (inside, theirs) = rows
+    for name, gradient in inside.items():
+        torch.testing.assert_close(gradient, beside[name], rtol=1e-9, atol=1e-12)
+    for row, other in zip(theirs, mine, strict=True):
+        assert row["penalty"] == pytest.approx(other["penalty"])
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert abs(row["penalty"]) > 1e-4
 
 
 @pytest.mark.parametrize("method", ["sorsa", "olora"])
