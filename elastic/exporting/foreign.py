@@ -7,6 +7,7 @@ patterns, DoRA, IA3 ...).
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,10 +141,14 @@ def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) ->
     kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
     unmerged = [probe(adapted.get_base_model(), prompt) for prompt in prompts]
     untie_(adapted.get_base_model())
+    tied = wide.config.tie_word_embeddings
     try:
-        after = adapted.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # ends are merged apart
+            after = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # every method merges in a way of its own
         raise RunError(f"merge: PEFT cannot merge {folder}: {reason_of(error)}") from None
+    after.config.tie_word_embeddings = tied  # some classes compute something else without
     require_agreement(
         f"merge: {folder}, merged by PEFT", agreement(runner_of(after), unmerged), ROUNDING,
         than="the adapter unmerged",

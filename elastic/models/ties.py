@@ -28,20 +28,22 @@ def set_parameter_(model: nn.Module, names: Iterable[str], new: nn.Parameter) ->
 
 
 @torch.no_grad()
-def untie_(model: PreTrainedModel) -> None:
+def untie_(model: nn.Module) -> None:
     """Give every place a parameter of its own, with the values that are there."""
     for name, ends in ends_of(model).items():
         if name != ends[0]:
             shared = model.get_parameter(name)
             set_parameter_(model, [name], nn.Parameter(shared.clone(), shared.requires_grad))
-    model.all_tied_weights_keys = {}
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def settle_ties_(model: PreTrainedModel) -> None:
-    """Untie all where the ends of a tie have come to differ: a class ties all or none."""
+    """Untie all, and say so in the configuration, where the ends of a tie have come to differ: a
+    class ties all or none."""
     ends = ends_of(model)
     pairs = [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= set(ends)]
-    if any(name not in ends[source] for name, source in pairs):
-        untie_(model)
+    if all(name in ends[source] for name, source in pairs):
+        return
+    untie_(model)
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import ExportError, ModelError, RunError
@@ -275,3 +276,20 @@ def test_an_adapter_may_be_named_as_the_hub_has_it(folders, tmp_path, monkeypatc
 def test_an_adapter_that_the_hub_does_not_give_is_named():
     with pytest.raises(ModelError, match="merge: 'somebody/adapter': neither a folder nor on"):
         foreign.identify("somebody/adapter", "any")
+
+
+def test_a_class_that_looks_at_its_ties_computes_the_same(tmp_path):
+    """Switch Transformers scale what a tied head reads, whatever an adapter is on."""
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=tiny.VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        num_decoder_layers=2, num_experts=2, num_sparse_encoder_layers=0,
+        num_sparse_decoder_layers=0, pad_token_id=tiny.PAD, eos_token_id=tiny.EOS,
+        decoder_start_token_id=tiny.PAD, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = SwitchTransformersForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "switch")
+    tiny.tokenizer().save_pretrained(tmp_path / "switch")
+    path = adapter(tmp_path / "switch", tmp_path / "theirs", **LORA, target_modules=["q", "v"])
+    update = foreign.read(path, base_of(tmp_path / "switch"), "any", [tokens(1).numpy()])
+    assert update.deltas
