@@ -25,6 +25,10 @@ from collections.abc import Iterable
 class ElasticError(Exception):
     """Base of everything this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """On one line, whatever the values that it names hold."""
+        return " ".join(super().__str__().splitlines())
+
 
 class ConfigError(ElasticError, ValueError):
     """A setting, a search space or a stage that cannot work."""

@@ -14,12 +14,21 @@ from typing import Any
 
 import yaml
 
-from elastic.config import BudgetConfig, TrainConfig
+from elastic.config import BudgetConfig, ModelConfig, TrainConfig
 from elastic.config.model import of_earlier_version
 from elastic.console import say
 from elastic.distributed import is_main
 from elastic.errors import RunError
-from elastic.files import clear_leftovers, is_leftover, lock, named_failure, read_json, write_text
+from elastic.files import (
+    clear_leftovers,
+    is_leftover,
+    lock,
+    named_failure,
+    read_json,
+    tag,
+    write_text,
+)
+from elastic.models.packaged import cache_directory
 from elastic.plain import is_name, parse_yaml, read_text, read_yaml, shaped
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.spaces.declared import SearchSpace
@@ -83,6 +92,7 @@ class Run:
 
         RunError when the directory holds another run, or things that are no run at all.
         """
+        trust_(config.model)
         if self.config_file.is_file():
             mine, theirs = _identity(config), _identity(self.begun())
             mine.pop("run"), theirs.pop("run", None)  # a run may be moved
@@ -139,7 +149,9 @@ class Run:
         if not self.config_file.is_file() or not self.super_adapter.is_dir():
             state = "has no trained super-adapter" if self.path.is_dir() else "does not exist"
             raise RunError(f"{self.path} {state}; run: elastic train --run {self.path}")
-        return self.begun()
+        config = self.begun()
+        require_trusted(config.model, self.config_file)
+        return config
 
     def space(self) -> SearchSpace:
         """The declared space the super-adapter was trained with."""
@@ -258,6 +270,31 @@ def waiting(folder: Path, doing: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in new:
                 path.rmdir()
+
+
+def trust_(model: ModelConfig) -> None:
+    """Remember, for this user on this machine, that the code of this base may be run, if these
+    settings, which a user gave to train with, say so."""
+    if model.trust_remote_code:
+        write_text(_trusted(model), f"{model.path}\n")
+
+
+def require_trusted(model: ModelConfig, file: Path) -> None:
+    """RunError where a run that somebody else may have made asks to run its base's code, and nobody
+    has trained here with that allowed."""
+    if model.trust_remote_code and not _trusted(model).is_file():
+        raise RunError(
+            f"{file} asks to run Python code of {model.path}, which was not allowed on this "
+            f"machine; read that code, then allow it: elastic train {file.parent} --config {file} "
+            "--model.trust_remote_code true"
+        )
+
+
+def _trusted(model: ModelConfig) -> Path:
+    """Where it is remembered: by the folder, or the name on the hub."""
+    folder = Path(model.path).expanduser()
+    name = str(folder.resolve()) if folder.exists() else model.path
+    return cache_directory() / "trusted" / tag(name)
 
 
 @functools.lru_cache(maxsize=4)  # a command asks several times, and checking takes a while

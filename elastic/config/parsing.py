@@ -189,7 +189,8 @@ def _parts(hint: Any) -> list[Any]:
 
 
 def _continuing(kind: type, arguments: list[str]) -> list[str]:
-    """`--from RUN` is that run's settings, `--start_from RUN`, and a directory beside it."""
+    """`--from RUN` is that run's settings, but the consent to run its base's code, with
+    `--start_from RUN` and a directory beside it."""
     given = {}
     for argument, following in itertools.pairwise([*arguments, ""]):
         name, equals, value = argument.partition("=")
@@ -202,6 +203,7 @@ def _continuing(kind: type, arguments: list[str]) -> list[str]:
     what = Path(given.get("--sub_adapter", "next")).stem
     beside = [] if "--run" in given else ["--run", f"{run.rstrip('/')}-{what}"]
     trained = ["--config", str(Path(run) / "config.yaml"), "--adapter.taken_from", "null"]
+    trained += ["--model.trust_remote_code", "false"]  # which is said anew, whosever run this is
     return [*trained, "--start_from", run, *beside, *others]
 
 

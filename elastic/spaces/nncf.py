@@ -178,12 +178,25 @@ def read(source: Path, adapt: Sequence[str] = ()) -> Imported:
         _add(blocks, group, [size.count() for size in widths.some()], readers)
     for block in blocks.values():
         block["adapt"] |= dict.fromkeys(adapt)
+    if not any(block["adapt"] for block in blocks.values()):
+        raise ConfigError(
+            f"{source}: no layer carries factors; name layers of a block that do with --adapt"
+        )
     declared = list(_sections(blocks))
     space = SearchSpace.from_dict(declared, source.name)
     notes = [
         "layers that carry factors of full rank are not named in such a file; say which with "
         "--adapt"
     ] * (not adapt)
+    for pattern in (one["blocks"] for one in declared):
+        parent = pattern.removesuffix(".*")
+        named = [block for block in blocks if block.rpartition(".")[0] == parent]
+        if pattern.endswith("*") and pattern not in blocks:
+            notes.append(
+                f"{len(named)} of the blocks in {parent} "
+                f"{'is' if len(named) == 1 else 'are'} named; the space has all that a model has "
+                "there, which may be more, and all alike"
+            )
     train = _train(space, stages, training.get("sandwich_rule"), notes)
     section = nas.get("search")
     search = _search(section, notes) if section and section.value != {} else {}

@@ -72,13 +72,17 @@ def discover(model: PreTrainedModel) -> SearchSpace:
 
     ConfigError when no repeated block has a linear layer.
     """
-    sections = [section for section in _sections(model, called(model)) if section["adapt"]]
+    used = called(model)
+    sections = [section for section in _sections(model, used) if section["adapt"]]
     if not sections:
         raise ConfigError(
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
             "search space (see search_spaces/)"
         )
-    declared = [_tried(model, section) for section in sections]
+    if experts := _experts(model):
+        say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
+            "linear layers")  # fmt: skip
+    declared = [_tried(model, section, runs=used is not None) for section in sections]
     return SearchSpace.from_dict(declared, "space auto")
 
 
@@ -176,14 +180,27 @@ def _projection_out(
     return min(found, key=lambda name: not name.startswith(f"{attention}."), default=None)
 
 
-def _tried(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
-    """The section without the groups whose cut the model's code does not follow."""
+def _experts(model: nn.Module) -> list[str]:
+    """Modules that hold a weight for each of several experts in one tensor, numbers as *."""
+    tensors = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
+    modules = (re.sub(r"\.\d+", ".*", name.rpartition(".")[0]) for name in tensors)
+    return list(dict.fromkeys(name for name in modules if "experts" in name))
+
+
+def _tried(model: PreTrainedModel, section: dict[str, Any], *, runs: bool) -> dict[str, Any]:
+    """The section without the groups whose cut the model's code does not follow, as far as it
+    `runs` uncut, and without those that have one size alone."""
     kept = {name: spec for name, spec in section["groups"].items() if spec["dim"] == "rank"}
     for name, spec in section["groups"].items():
         if spec["dim"] == "rank":
             continue
-        alone = {**section, "groups": {name: spec}}
-        if reason := refusal(model, SearchSpace.from_dict(alone, "space auto"), RANK):
+        alone = SearchSpace.from_dict({**section, "groups": {name: spec}}, "space auto")
+        reason = refusal(model, alone, RANK)
+        if reason and not runs:
+            reason = "uncut, the model does not run without data, so that no cut can be tried"
+        if reason is None and all(len(group.choices) < 2 for group in alone.bind(model, RANK)):
+            reason = "there is one size alone to choose from"
+        if reason:
             say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
         else:
             kept[name] = spec
@@ -252,4 +269,6 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
             inputs["decoder_input_ids"] = inputs["input_ids"]
         empty = copy.deepcopy(model, memory)
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
+        if _experts(empty):  # one of their kernels knows one type, another looks at values
+            empty.set_experts_implementation("batched_mm")
         yield empty, inputs

@@ -2,13 +2,14 @@
 value is one that the setting can have."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from elastic.config import BudgetConfig, ExportConfig, SearchConfig, TrainConfig
+from elastic.config import BudgetConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
 from elastic.config.parsing import from_dict, parse
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunError
 from elastic.run import Run
 
 STRANGER = "strangers_module"
@@ -87,6 +88,27 @@ def test_no_flag_reads_a_file_beside_recipes(tmp_path):
     for flag in ("--adapter", "--model", "--conf"):
         with pytest.raises(ConfigError):
             parse(TrainConfig, [flag, str(tmp_path / "a.yaml")])
+
+
+def test_the_code_of_a_base_is_run_where_somebody_here_allowed_it(tmp_path, monkeypatch):
+    """Not because the settings of somebody else's run say so."""
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    run = Run(tmp_path / "run")
+    run.super_adapter.mkdir(parents=True)
+    model = ModelConfig(path=str(tmp_path), trust_remote_code=True)
+    mine = TrainConfig(run=str(run.path), model=model)
+    run.begin(mine)
+    with pytest.raises(RunError, match="which was not allowed on this machine; read that code"):
+        run.config()
+    assert run.claim(mine)  # `elastic train` with the same settings
+    assert run.config() == mine
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    theirs = Run(tmp_path / "theirs")
+    theirs.super_adapter.mkdir(parents=True)
+    theirs.begin(TrainConfig(model=replace(model, path=str(elsewhere))))
+    with pytest.raises(RunError, match="not allowed"):
+        theirs.config()
 
 
 def test_groups_are_given_as_mappings():

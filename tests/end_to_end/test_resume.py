@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from elastic.config import AdapterConfig, StageConfig, TaskConfig
 from elastic.errors import RunError
@@ -228,7 +230,7 @@ def test_metrics_are_rewritten_in_one_step(stopped, tmp_path):
 def saved(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True, exist_ok=True)
-    (path / "factors.safetensors").write_text(str(step))
+    save_file({"step": torch.tensor(step)}, path / "factors.safetensors")
     return path
 
 

@@ -261,6 +261,18 @@ def _stage(value) -> dict:
     return value["bootstrapNAS"]["training"]["schedule"]["list_stage_descriptions"][0]
 
 
+def test_layers_that_carry_factors_can_be_named_on_the_command_line(tmp_path):
+    layer = "LlamaForCausalLM/LlamaModel[model]/ModuleList[layers]/LlamaDecoderLayer[0]"
+    inside = f"{layer}/LlamaMLP[mlp]/"
+    file = written(tmp_path, configuration([[f"{inside}Linear[up_proj]/linear_0"]], [[64, 32]]))
+    with pytest.raises(ConfigError, match=r"no layer carries factors; name .* with --adapt"):
+        read(file)
+    found = read(file, ["mlp.down_proj"])
+    assert found.space.sections[0].adapt == ("mlp.down_proj",)
+    [note] = [note for note in found.notes if "alike" in note]
+    assert note.startswith("1 of the blocks in model.layers is named; the space has all that")
+
+
 def test_a_file_that_is_no_json_is_named(tmp_path):
     file = tmp_path / "broken.json"
     file.write_text('{"bootstrapNAS": [')

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.errors import ConfigError
@@ -114,6 +115,40 @@ class Odd(nn.Module):
 def test_a_cut_that_the_code_does_not_follow_is_left_out():
     [section] = discover(Odd(Refusing)).sections
     assert [spec.dim for spec in section.groups] == ["rank"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_hide_no_heads_in_any_type(dtype, capsys):
+    """Their usual kernel takes one type alone where there is no data; what is left is told."""
+    model = mixtral().to(dtype)
+    [section] = discover(model).sections
+    assert [spec.name for spec in section.groups] == ["attention_rank", "heads"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "model.layers.*.mlp.experts are neither adapted nor cut" in said
+
+
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        )
+    )  # fmt: skip
+
+
+def test_a_model_that_does_not_run_uncut_is_not_blamed_on_a_cut(monkeypatch, capsys):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: torch.zeros(1).item().bad)
+    [section] = discover(tiny.llama()).sections
+    assert {spec.dim for spec in section.groups} == {"rank"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "leaves out heads of model.layers.*: uncut, the model does not run without data" in said
+
+
+def test_a_group_of_one_size_is_no_group(capsys):
+    """It would be put in order all the same."""
+    [section] = discover(tiny.llama(num_attention_heads=2, num_key_value_heads=1)).sections
+    assert "heads" not in {spec.dim for spec in section.groups}
+    assert "one size alone to choose from" in " ".join(capsys.readouterr().err.split())
 
 
 def test_blocks_without_linear_layers_are_refused():
