@@ -248,7 +248,7 @@ def test_the_command_writes_every_prediction(tiny_folder, tmp_path, capsys, monk
     said = capsys.readouterr().out
     [file] = (run.path / "evaluate").iterdir()
     assert file.name.startswith("heuristic-published-math-beams-2-data-")
-    assert file.name.endswith("-first-2.json")
+    assert file.name.endswith("-2-drawn.json")
     found = json.loads(file.read_text())
     assert found["data"] == str(folder)
     assert list(found["sets"]) == ["gsm8k", "aqua", "mawps", "svamp"] and found["beams"] == 2
@@ -272,7 +272,7 @@ def test_results_of_other_settings_are_other_files(tmp_path):
         return _file(Run(tmp_path), "best", EvaluateConfig(tasks=["math"], **settings)).name
 
     assert name_of() == "best-published-math.json"
-    assert name_of(protocol="likelihood", examples=3) == "best-likelihood-math-first-3.json"
+    assert name_of(protocol="likelihood", examples=3) == "best-likelihood-math-3-drawn.json"
     changes = [{}, {"beams": 1}, {"beams": 2}, {"data": "there"}, {"data": str(tmp_path)},
                {"beams": 1, "data": "there"}, {"examples": 1}]  # fmt: skip
     names = [name_of(**change) for change in changes]

@@ -26,7 +26,7 @@ from elastic.data.answers import answer_logits
 from elastic.data.collating import collate
 from elastic.data.encoding import encode_all, encode_example
 from elastic.data.labels import classes_in
-from elastic.data.task import Example, Task
+from elastic.data.task import Example, Task, some
 from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.evaluation import statistics
 from elastic.evaluation.command import evaluate_run
@@ -390,8 +390,10 @@ def test_a_decoder_looks_for_the_end_by_the_padding_it_gets(tmp_path):
 def test_glue_metrics_come_with_the_accuracy(run, capsys):
     asked = EvaluateConfig(run=str(run.path), sub_adapter="maximal", split="test")
     found = evaluate_run(asked)
-    first = evaluate_run(dataclasses.replace(asked, examples=3))
-    assert first.score.n == 3 and first.score.correct == found.score.correct[:3]
+    drawn = evaluate_run(dataclasses.replace(asked, examples=3))
+    right = dict(zip((one.text for one in examples_of(run)), found.score.correct, strict=True))
+    expected = [right[one.text] for one in some(examples_of(run), 3)]
+    assert drawn.score.n == 3 and list(drawn.score.correct) == expected
     found.show()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     answers = [example.answer for example in examples_of(run)]
