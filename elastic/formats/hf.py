@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from elastic.errors import ExportError
 from elastic.files import write_text
@@ -170,8 +171,9 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
     file = directory / "tokenizer_config.json"
     values = compat.tokenizer_words(_read(file))
     own = {}
-    if tokenizer._auto_class is not None:  # its code, which the user has allowed, is written too
-        own = {"auto_map": {tokenizer._auto_class: values["auto_map"][tokenizer._auto_class]}}
+    if type(tokenizer).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        # Of code that the user has allowed, which is written too.
+        own = {"auto_map": {"AutoTokenizer": values["auto_map"]["AutoTokenizer"]}}
     _write(file, without_code(values) | own)
 
 
