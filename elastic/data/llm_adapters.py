@@ -24,7 +24,7 @@ def load(config: TaskConfig, seed: int) -> Task:
 
 
 def read(file: str | Path) -> list[Example]:
-    """A JSON list, or JSON Lines. DataError names the row that is wrong."""
+    """All rows of a file, in order. DataError names the row that is wrong."""
     return [_example(row, where) for where, row in read_rows(file)]
 
 
