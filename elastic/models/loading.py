@@ -153,7 +153,8 @@ def load(config: ModelConfig, seed: int = 0) -> Base:
 
 def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """The model in a folder, frozen, in evaluation mode, on the device; GPT-2's Conv1D as linear
-    layers. A classification head that was not saved for these classes starts from the seed."""
+    layers. A classification head that was not saved for these classes starts from the seed.
+    ModelError for pickled weights, an adapter, or what cannot be read."""
     architecture = _described(folder, config)
     require(config, architecture)
     weights_in(folder)
