@@ -167,10 +167,11 @@ class Additive:
             shared, own = (basis[:, part] @ basis[:, part].T for part in (kind, ~kind))
             for departure in DEPARTURES:
                 found, vectors = np.linalg.eigh(shared + departure**2 * own)
-                # The first is the mean's, which was taken out.
-                found, seen = np.maximum(found[1:], 0), (vectors.T @ residual)[1:]
+                found, seen = np.maximum(found, 0), vectors.T @ residual
                 total = np.outer((sizes * spread) ** 2, found) + left[:, None]
-                likelihood = -(np.log(total) + seen**2 / total).sum(1) / 2
+                # Without the mean's, which was taken out: one of those of which nothing is known,
+                # and which of these it is depends on rounding.
+                likelihood = (np.log(left) - (np.log(total) + seen**2 / total).sum(1)) / 2
                 at = int(likelihood.argmax())
                 if likelihood[at] > best:
                     best = likelihood[at]

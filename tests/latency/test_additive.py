@@ -176,3 +176,16 @@ def test_choices_that_are_not_there_are_never_taken():
     costs = np.array([[0.0, -1.0, np.inf], [0.0, -1.0, -2.0]])
     for budget in (1.0, 0.0, -1.5, -3.0, -9.0):
         assert cheapest(gains, costs, budget)[0] != 2
+
+
+def test_the_order_of_evaluations_changes_nothing():
+    """Of a small space most of what evaluations could tell apart is known to be nothing."""
+    kinds, sizes = ["rank", "width", "width"], [[8, 4], [64, 32], [64, 32]]
+    choices = np.array(list(itertools.product([0, 1], repeat=3)))
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        accuracies = generator.integers(14, 19, 8) / 30
+        fitted = Additive(kinds, sizes).fit(choices, accuracies, noise=0.008).fitted
+        order = generator.permutation(8)
+        again = Additive(kinds, sizes).fit(choices[order], accuracies[order], noise=0.008).fitted
+        np.testing.assert_allclose(again, fitted[order], atol=1e-9)

@@ -1,0 +1,514 @@
+"""Kills `elastic train`, `search` and `export` hundreds of times, and counts what that did.
+
+    python tests/programs/stress.py [--kills 200] [--minutes 60] [--seed 0] [--save]
+
+By hand, for it takes an hour or so; not part of the tests. Every subject (a command, and for a
+search its storage and number of workers) is begun on a tiny model, killed with SIGKILL, begun again
+and killed again, up to three times, and then runs to its end. A kill comes at a random time, or
+just after something was seen in the run directory: that a file is being written, that a directory
+takes another's place, that the journal has grown. Now and then a line is left torn at the end of
+the journal, as a full disk or the loss of power leaves it. One interpreter imports everything once
+and forks a child for each start. Latency is a function of the size, plots are not drawn and spaces
+not tried; all else is what users run, through `elastic.__main__`.
+
+What the end is compared with is the same command, never killed:
+
+    lost        steps, sub-adapters or files that the other has
+    doubled     steps logged twice; sub-adapters measured again though no worker died at them
+    left        files and folders that the other has not: in the run, the cache, the system's
+                temporary directory
+    unequal     factors, figures, written models that differ in any bit; super-adapters and exports
+                that were not whole right after a kill
+    failed      ends with another exit code than 0, or with none
+
+All must be 0; the exit code says whether. `--save` keeps the figures in
+tests/benchmarks/results/stress.json; rows say how many kills there really were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from elastic.__main__ import main as elastic_main
+from elastic.files import ASIDE, BUILDING, lock, write_bytes
+from elastic.latency import bench
+from elastic.run import Run, as_plain
+from elastic.searching.front import Front
+from elastic.searching.objective import Objective
+from elastic.training import checkpoints, one_task
+from tests.benchmarks.common import report
+from tests.helpers.searches import choices_task
+from tests.helpers.tiny import ATTENTION, GATE_UP, save_tiny
+from tests.helpers.tiny_runs import (
+    fake_measure,
+    logged,
+    randomize_factors,
+    space_file,
+    train_config,
+)
+
+KILLS_OF_ONE = 3
+"""Before a run may end."""
+PATIENCE = 300.0
+"""Seconds after which a run has failed to end."""
+COUNTS = ("lost", "doubled", "left", "unequal", "failed")
+TRIALS = 16
+"""Of a space of as many sub-adapters, so that workers in any order measure the same ones."""
+SPACE = {
+    "blocks": "model.layers.*",
+    "adapt": [*ATTENTION, *GATE_UP, "mlp.down_proj"],
+    "groups": {
+        "width": {"dim": "width", "outputs": GATE_UP, "inputs": ["mlp.down_proj"],
+                  "choices": [64, 32]},
+        "rank": {"dim": "rank", "of": ATTENTION, "choices": [8, 4]},
+    },
+}  # fmt: skip
+TOLD = "asked.jsonl"
+"""Which process measured which sub-adapter, a line each; removed before comparing."""
+
+
+@dataclass
+class Place:
+    """Where one subject runs: all that it may write to, and nothing else."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for path in (self.cache, self.temporary):
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def run(self) -> Run:
+        return Run(self.folder / "run")
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / "temporary"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    def begin(self, arguments: list[str]) -> int:
+        """A child process at `elastic ARGUMENTS`."""
+        child = os.fork()
+        if child:
+            return child
+        code = 70
+        try:
+            descriptor = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
+            os.environ.update(ELASTIC_CACHE=str(self.cache), TMPDIR=str(self.temporary))
+            tempfile.tempdir = None
+            os.chdir(self.folder)
+            as_told(self.folder)
+            code = elastic_main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+    def listing(self) -> set[str]:
+        """All that is there, by name."""
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+
+
+def as_told(folder: Path) -> None:
+    """In a child: what would cost minutes and hides nothing."""
+    call = Objective.__call__
+
+    def told(self: Objective, candidate: Any, *rivals: Any) -> Any:
+        with (folder / TOLD).open("a") as file:
+            file.write(json.dumps([os.getpid(), str(candidate)]) + "\n")
+        return call(self, candidate, *rivals)
+
+    Objective.__call__ = told
+    bench.measure = fake_measure
+    Front._plot = lambda self, path: write_bytes(path, b"plot")
+
+
+@dataclass
+class Subject:
+    """One command in one way: how it begins, when it is killed, and what is counted in the end."""
+
+    name: str
+    arguments: list[str]
+    moments: dict[str, Callable[[Place], Any]]
+    """By name, what is seen changing in the run directory; `random` is a time."""
+    compare: Callable[[Place, Place, Counter, list[int]], None]
+    """With the one that was never killed; given the processes that were."""
+    prepare: Callable[[Place], None] = lambda place: None
+    workers: int = 1
+    kills: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)
+
+    def whole(self, place: Place) -> float:
+        """Run it unkilled; seconds that it took."""
+        self.prepare(place)
+        start = time.monotonic()
+        if code := ended(place.begin(self.arguments)):
+            raise SystemExit(f"{self.name}: exit code {code}; see {place.log}")
+        seconds = time.monotonic() - start
+        ended(place.begin(self.arguments))  # as often as the others run to their end, and once more
+        return seconds
+
+    def stress(self, place: Place, whole: Place, seconds: float, generator: random.Random) -> None:
+        """Kill it up to KILLS_OF_ONE times, run it to its end, and count."""
+        self.prepare(place)
+        killed: list[int] = []
+        children = [place.begin(self.arguments) for _ in range(self.workers)]
+        for _ in range(KILLS_OF_ONE):
+            moment = generator.choice(["random", *self.moments])
+            at = generator.randrange(self.workers)
+            if not self.killed(place, children[at], moment, seconds, generator):
+                break
+            killed.append(children[at])
+            self.kills[moment] += 1
+            self.inspect(place, whole)
+            if self.name.startswith("search, journal") and generator.random() < 0.3:
+                self.kills["torn"] += torn(place, generator)
+            children[at] = place.begin(self.arguments)
+        codes = [ended(child) for child in children]
+        # The same again: nothing is left to be done.
+        codes.append(ended(place.begin(self.arguments)))
+        before = Counter(self.counts)
+        self.counts["failed"] += sum(code != 0 for code in codes)
+        self.compare(place, whole, self.counts, killed)
+        if self.counts == before:
+            shutil.rmtree(place.folder)
+            place.log.unlink()
+        else:
+            print(f"{self.name}: {dict(self.counts - before)}, see {place.folder}", flush=True)
+
+    def killed(
+        self, place: Place, child: int, moment: str, seconds: float, generator: random.Random
+    ) -> bool:
+        """Whether it was still there to be killed."""
+        until = time.monotonic() + generator.uniform(0, 1.1 * seconds)
+        seen = self.moments.get(moment, lambda _: None)
+        before = seen(place)
+        while running(child):
+            if moment == "random":
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.005)
+            elif seen(place) != before:
+                time.sleep(generator.choice([0, 0, generator.uniform(0, 0.01)]))
+                break
+        else:
+            return False
+        os.kill(child, signal.SIGKILL)
+        status = STATUS.pop(child, None)
+        if status is None:
+            _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            STATUS[child] = status
+            return False
+        return True
+
+    def inspect(self, place: Place, whole: Place) -> None:
+        """What stands right after a kill is whole: these appear in one step."""
+        for folder in (place.run.super_adapter, *place.run.exports.glob("[!.]*")):
+            if folder.is_dir():
+                other = whole.folder / folder.relative_to(place.folder)
+                missing = {p.name for p in other.iterdir()} - {p.name for p in folder.iterdir()}
+                self.counts["unequal"] += bool(missing)
+
+
+STATUS: dict[int, int] = {}
+"""Of children that have ended and were waited for."""
+
+
+def running(child: int) -> bool:
+    if child in STATUS:
+        return False
+    process, status = os.waitpid(child, os.WNOHANG)
+    if process:
+        STATUS[child] = status
+    return not process
+
+
+def ended(child: int) -> int | None:
+    """The exit code; None for one that had to be ended."""
+    until = time.monotonic() + PATIENCE
+    while running(child):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(STATUS.pop(child))
+
+
+# Moments
+
+
+def names(folder: Path, ending: str) -> frozenset[str]:
+    with contextlib.suppress(OSError):
+        return frozenset(name for name in os.listdir(folder) if name.endswith(ending))
+    return frozenset()
+
+
+def being_written(place: Place) -> Any:
+    run = place.run
+    folders = (run.path, run.path / "train", run.search, run.exports)
+    return [names(folder, BUILDING) for folder in folders]
+
+
+def being_replaced(place: Place) -> Any:
+    return [names(folder, ASIDE) for folder in (place.run.search, place.run.exports)]
+
+
+def replaced(place: Place) -> Any:
+    """What was written last takes its place in these."""
+    run = place.run
+    files = (run.config_file, run.super_adapter, run.sub_adapters, run.front, run.report)
+    return [stamp(path) for path in (*files, run.search / "about.json", run.exports / "minimal")]
+
+
+def checkpoint(place: Place) -> Any:
+    """Written, but not yet marked as whole."""
+    return [
+        (name, (place.run.checkpoints / name / checkpoints.DIGESTS).exists())
+        for name in sorted(names(place.run.checkpoints, ""))
+    ]
+
+
+def appended(place: Place) -> Any:
+    return stamp(place.run.search / "study.journal"), stamp(place.folder / "study.db")
+
+
+def measuring(place: Place) -> Any:
+    return stamp(place.folder / TOLD)
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def torn(place: Place, generator: random.Random) -> int:
+    """Leave half a line at the end of the journal; 1 if there is one to repeat."""
+    file = place.run.search / "study.journal"
+    if not file.is_file():
+        return 0
+    with lock(file, wait=True), file.open("rb+") as journal:
+        lines = journal.read().splitlines()
+        if lines:
+            journal.write(lines[-1][: generator.randrange(1, len(lines[-1]))])
+        return len(lines[-1:])
+
+
+# What is counted
+
+
+def compare_files(place: Place, whole: Place, counts: Counter) -> None:
+    for each in (place, whole):
+        (each.folder / TOLD).unlink(missing_ok=True)
+    mine, theirs = place.listing(), whole.listing()
+    counts["lost"] += len(theirs - mine)
+    counts["left"] += len(mine - theirs)
+    for path in sorted(mine - theirs):
+        print("left", path)
+
+
+def compare_training(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
+    compare_files(place, whole, counts)
+    steps = Counter(row["step"] for row in logged(place.run))
+    wanted = {row["step"] for row in logged(whole.run)}
+    counts["lost"] += len(wanted - set(steps))
+    counts["doubled"] += sum(steps.values()) - len(steps)
+    counts["unequal"] += logged(place.run) != logged(whole.run)
+    for path in sorted(whole.run.super_adapter.iterdir()):
+        counts["unequal"] += digest_of(path) != digest_of(place.run.super_adapter / path.name)
+
+
+def digest_of(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def compare_search(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
+    lines = (place.folder / TOLD).read_text().splitlines()
+    asked = [tuple(json.loads(line)) for line in lines]
+    last = dict(asked)  # of each process, what it was at when it ended
+    allowed = Counter(last[process] for process in killed if process in last)
+    for candidate, times in Counter(candidate for _, candidate in asked).items():
+        counts["doubled"] += max(0, times - 1 - allowed[candidate])
+    compare_files(place, whole, counts)
+    mine, theirs = (rows_of(each.run) for each in (place, whole))
+    counts["lost"] += len(theirs.keys() - mine.keys())
+    trials = (place.run.search / "trials.csv").read_text().splitlines()[1:]
+    counts["doubled"] += len(trials) - len(mine)
+    counts["unequal"] += mine != theirs
+    fronts = [front_of(each.run) for each in (place, whole)]
+    counts["unequal"] += fronts[0] != fronts[1]
+
+
+def rows_of(run: Run) -> dict[str, list[str]]:
+    """Figures by sub-adapter, without what is believed of them, which their order rounds."""
+    rows = csv.DictReader((run.search / "trials.csv").read_text().splitlines())
+    return {
+        row["sub_adapter"]: [v for k, v in row.items() if k not in ("trial", "accuracy_estimate")]
+        for row in rows
+    }
+
+
+def front_of(run: Run) -> list[dict[str, Any]]:
+    left_out = ("validation_estimate",)
+    rows = json.loads(run.front.read_text())
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+
+
+def compare_export(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
+    compare_files(place, whole, counts)
+    told = ("report.json", "report.md", "README.md")  # with times
+    for path in sorted(whole.run.exports.rglob("*")):
+        if path.is_file() and path.name not in told:
+            other = place.folder / path.relative_to(whole.folder)
+            same = digest_of(path) == digest_of(other)
+            counts["unequal"] += not same
+            if not same:
+                print("unequal", path)
+
+
+# Subjects
+
+
+def subjects(home: Path, seed: int) -> Iterator[Subject]:
+    base = save_tiny(home / "base")
+    task = choices_task(home)
+    config = train_config(
+        base, home / "FOLDER", space=space_file(home, SPACE), seed=seed, task=task, save_steps=2
+    )
+    recipe = home / "train.yaml"
+    plain = as_plain(config)
+    del plain["run"]
+    recipe.write_text(yaml.safe_dump(plain))
+    writing = {"being written": being_written, "replaced": replaced}
+    yield Subject(
+        "train",
+        ["train", "run", "--config", str(recipe)],
+        {**writing, "checkpoint": checkpoint},
+        compare_training,
+    )
+    trained = Place(home / "trained")
+    if code := ended(trained.begin(["train", "run", "--config", str(recipe)])):
+        raise SystemExit(f"train: exit code {code}; see {trained.log}")
+    randomize_factors(trained.run)
+
+    def copy(place: Place) -> None:
+        shutil.copytree(trained.run.path, place.run.path)
+
+    settings = [
+        "--trials", str(TRIALS), "--starts", "4", "--race", "0", "--test_front", "4",
+        "--timing.prompt_tokens", "4", "--timing.new_tokens", "1", "--timing.rounds", "1",
+        "--timing.max_rounds", "1", "--seed", str(seed),
+    ]  # fmt: skip
+    for kind, storage in (("journal", []), ("SQLite", ["sqlite:///study.db"])):
+        for workers in (1, 2):
+            yield Subject(
+                f"search, {kind}, {workers} worker{'s' if workers > 1 else ''}",
+                ["search", "run", *settings,
+                 *(["--study.storage", *storage] if storage else [])],
+                {**writing, "aside": being_replaced, "appended": appended, "measuring": measuring},
+                compare_search,
+                copy,
+                workers,
+            )  # fmt: skip
+    yield Subject(
+        "export",
+        ["export", "run", "--sub_adapter", "minimal", "--formats", "hf,onnx,openvino",
+         "--weigh", "false", "--accuracy", "false", "--runtime_examples", "0",
+         "--timing.prompt_tokens", "4", "--timing.new_tokens", "1", "--timing.rounds", "1",
+         "--timing.max_rounds", "1"],
+        {**writing, "aside": being_replaced},
+        compare_export,
+        copy,
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="subjects whose name begins so")
+    parser.add_argument("--folder", type=Path, help="kept; unset: a temporary one")
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.update(CI="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    one_task.require_fits = lambda *_: None  # half of what each start would take
+    home = given.folder or Path(tempfile.mkdtemp(prefix="stress-"))
+    home.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * given.minutes
+    asked = []
+    for number, subject in enumerate(subjects(home, given.seed)):
+        if subject.name.startswith(given.only):
+            whole = Place(home / f"{number}-whole")
+            seconds = subject.whole(whole)
+            print(f"{subject.name}: {seconds:.1f} s, never killed", flush=True)
+            asked.append((number, subject, whole, seconds))
+    generator = random.Random(given.seed)
+    turn = 0
+
+    def kills() -> int:
+        return sum(sum(subject.kills.values()) for _, subject, _, _ in asked)
+
+    while kills() < given.kills and time.monotonic() < until:
+        number, subject, whole, seconds = asked[turn % len(asked)]
+        subject.stress(Place(home / f"{number}-{turn}"), whole, seconds, generator)
+        turn += 1
+        print(f"{kills()} kills: {subject.name} {dict(subject.kills)}", flush=True)
+    rows = {
+        subject.name: {
+            "kills": sum(subject.kills.values()),
+            **{name: subject.counts[name] for name in COUNTS},
+            "moments": dict(sorted(subject.kills.items())),
+        }
+        for _, subject, _, _ in asked
+    }
+    bad = sum(row[name] for row in rows.values() for name in COUNTS)
+    report(
+        "stress",
+        f"{kills()} kills with SIGKILL; the same command again, beside one that was never killed",
+        rows, save=given.save, kills=kills(), seed=given.seed,
+        command=f"python tests/programs/stress.py --kills {given.kills} --seed {given.seed}",
+    )  # fmt: skip
+    if not bad and given.folder is None:
+        shutil.rmtree(home)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
