@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from elastic import files
 from elastic.errors import ConfigError, RunError
 from elastic.files import new_directory, read_json, shipped, write_json, write_text
+from tests.helpers.children import ended, forked
 
 
 def names(folder) -> list[str]:
@@ -92,13 +93,13 @@ def test_a_full_or_closed_disk_names_the_path(tmp_path, monkeypatch, code):
 
 def test_a_disk_that_is_full_under_torch_names_the_path(tmp_path):
     """Its writer says only how far it came."""
-    child = os.fork()
-    if child == 0:
+
+    def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         with pytest.raises(RunError, match="cannot be written"), files.named_failure(tmp_path):
             torch.save(torch.zeros(100_000), tmp_path / "a.pt")
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+
+    assert ended(forked(limited)) == 0
     with pytest.raises(RuntimeError, match="of another kind"), files.named_failure(tmp_path):
         raise RuntimeError("of another kind")
 
@@ -189,8 +190,8 @@ def test_a_path_wins_over_a_name(tmp_path, monkeypatch):
 
 def killed_at(moment, act) -> None:
     """A child process dies by SIGKILL when it calls `moment`, a function of `os`, in `act`."""
-    child = os.fork()
-    if child == 0:
+
+    def doomed() -> None:
         calls = []
 
         def die(*arguments, **more):
@@ -201,12 +202,9 @@ def killed_at(moment, act) -> None:
 
         real = getattr(os, moment[0])
         setattr(os, moment[0], die)
-        try:
-            act()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        act()
+
+    assert ended(forked(doomed)) == -signal.SIGKILL
 
 
 def fill(folder: Path) -> None:
@@ -256,18 +254,8 @@ def test_two_that_fill_one_directory_at_once_both_end(tmp_path):
     folder = tmp_path / "folder"
     fill(folder)
     for _ in range(3):
-        children = []
-        for _ in range(3):
-            if (child := os.fork()) == 0:
-                code = 1
-                with contextlib.suppress(Exception):
-                    for _ in range(10):
-                        fill(folder)
-                    code = 0
-                os._exit(code)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert codes == [0, 0, 0]
+        children = [forked(lambda: [fill(folder) for _ in range(10)]) for _ in range(3)]
+        assert [ended(child) for child in children] == [0, 0, 0]
         assert names(folder) == ["new"] and names(tmp_path) == ["folder"]
 
 

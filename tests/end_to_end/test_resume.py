@@ -22,6 +22,7 @@ from elastic.run import Run
 from elastic.training import checkpoints
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
+from tests.helpers.children import ended, forked
 from tests.helpers.tiny_runs import assert_same_factors, interrupted, logged, train_config
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
@@ -83,19 +84,6 @@ def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     assert_same(Run(tmp_path / "killed"), Run(tmp_path / "whole"))
 
 
-def in_child(act) -> int:
-    """The exit code of a forked process: 0 when `act` returns."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            act()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_kill_before_checkpoints_are_removed_is_made_up_for(tiny_folder, tmp_path, monkeypatch):
     config = train_config(tiny_folder, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -108,17 +96,8 @@ def test_a_kill_before_checkpoints_are_removed_is_made_up_for(tiny_folder, tmp_p
 
 def test_the_same_command_twice_at_once_trains_once(tiny_folder, tmp_path, monkeypatch, capfd):
     config = train_config(tiny_folder, tmp_path / "run")
-    children = []
-    for _ in range(2):
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                train_one(config)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    children = [forked(lambda: train_one(config)) for _ in range(2)]
+    codes = [ended(child) for child in children]
     said = " ".join(capfd.readouterr().err.split())
     assert codes == [0, 0], said
     assert said.count("Training ") == 1 and said.count("already trained") == 1
@@ -205,7 +184,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(
         with pytest.raises(RunError, match="cannot be written"):
             train_one(config)
 
-    assert in_child(limited) == 0
+    assert ended(forked(limited)) == 0
     assert list(Run(config.run).path.glob("**/.*")) == []
     assert_same(train_one(config), stopped[2])
 
@@ -222,7 +201,7 @@ def test_metrics_are_rewritten_in_one_step(stopped, tmp_path):
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         train_one(config)
 
-    assert in_child(killed) == -signal.SIGKILL
+    assert ended(forked(killed)) == -signal.SIGKILL
     assert run.metrics.read_bytes() == before
     assert_same(train_one(config), whole)
 

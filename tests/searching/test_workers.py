@@ -26,6 +26,7 @@ from elastic.searching.objective import Objective
 from elastic.searching.study import search
 from elastic.searching.workers import Worker, open_storage
 from tests.helpers import searches
+from tests.helpers.children import ended, forked
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 from tests.programs.searching import KILLED_AT
 
@@ -324,11 +325,12 @@ def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):
     """Also of a journal that was named by a relative path; and it leaves no file."""
     monkeypatch.chdir(tmp_path)
     journal(Path("."))
-    child = os.fork()
-    if child == 0:
+
+    def doomed() -> None:
         workers.JournalLock(Path("study.journal")).acquire()
         os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+
+    assert ended(forked(doomed)) == -signal.SIGKILL
     study = optuna.load_study(storage=open_storage(None, Path(".")), study_name="kept")
     study.enqueue_trial({"x": 2})
     assert len(study.trials) == 2

@@ -1,0 +1,27 @@
+"""Forked processes: what only one that dies can show."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+
+
+def forked(act: Callable[[], object]) -> int:
+    """A child process at `act`, which ends there: 0 when it returns, else 1."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Its exit code; less than 0: the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
