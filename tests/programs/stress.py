@@ -4,7 +4,7 @@
 
 By hand, for it takes an hour or so; not part of the tests. Every subject (a command, and for a
 search its storage and number of workers) is begun on a tiny model, killed with SIGKILL, begun again
-and killed again, up to three times, and then runs to its end. A kill comes at a random time, or
+and killed again, up to five times, and then runs to its end. A kill comes at a random time, or
 just after something was seen in the run directory: that a file is being written, that a directory
 takes another's place, that the journal has grown. Now and then a line is left torn at the end of
 the journal, as a full disk or the loss of power leaves it. One interpreter imports everything once
@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -51,12 +52,17 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from elastic.__main__ import COMMANDS
 from elastic.__main__ import main as elastic_main
+from elastic.config import ModelConfig
+from elastic.config.parsing import parse
 from elastic.files import ASIDE, BUILDING, lock, write_bytes
 from elastic.latency import bench
+from elastic.models import loading
 from elastic.run import Run, as_plain
 from elastic.searching.front import Front
 from elastic.searching.objective import Objective
+from elastic.searching.workers import open_storage
 from elastic.training import checkpoints, one_task
 from tests.benchmarks.common import report
 from tests.helpers.searches import choices_task
@@ -69,12 +75,12 @@ from tests.helpers.tiny_runs import (
     train_config,
 )
 
-KILLS_OF_ONE = 3
+KILLS_OF_ONE = 5
 """Before a run may end."""
 PATIENCE = 300.0
 """Seconds after which a run has failed to end."""
 COUNTS = ("lost", "doubled", "left", "unequal", "failed")
-TRIALS = 16
+TRIALS = 8
 """Of a space of as many sub-adapters, so that workers in any order measure the same ones."""
 SPACE = {
     "blocks": "model.layers.*",
@@ -82,7 +88,7 @@ SPACE = {
     "groups": {
         "width": {"dim": "width", "outputs": GATE_UP, "inputs": ["mlp.down_proj"],
                   "choices": [64, 32]},
-        "rank": {"dim": "rank", "of": ATTENTION, "choices": [8, 4]},
+        "rank": {"dim": "rank", "of": ATTENTION, "choices": [8, 4], "share": "model"},
     },
 }  # fmt: skip
 TOLD = "asked.jsonl"
@@ -168,6 +174,9 @@ class Subject:
     prepare: Callable[[Place], None] = lambda place: None
     workers: int = 1
     kills: Counter = field(default_factory=Counter)
+    """By moment."""
+    torn: int = 0
+    """How often a line was left torn in the journal after one."""
     counts: Counter = field(default_factory=Counter)
 
     def whole(self, place: Place) -> float:
@@ -186,15 +195,15 @@ class Subject:
         killed: list[int] = []
         children = [place.begin(self.arguments) for _ in range(self.workers)]
         for _ in range(KILLS_OF_ONE):
-            moment = generator.choice(["random", *self.moments])
             at = generator.randrange(self.workers)
-            if not self.killed(place, children[at], moment, seconds, generator):
+            moment = self.killed(place, children[at], seconds, generator)
+            if moment is None:
                 break
             killed.append(children[at])
             self.kills[moment] += 1
             self.inspect(place, whole)
             if self.name.startswith("search, journal") and generator.random() < 0.3:
-                self.kills["torn"] += torn(place, generator)
+                self.torn += torn(place, generator)
             children[at] = place.begin(self.arguments)
         codes = [ended(child) for child in children]
         # The same again: nothing is left to be done.
@@ -209,30 +218,32 @@ class Subject:
             print(f"{self.name}: {dict(self.counts - before)}, see {place.folder}", flush=True)
 
     def killed(
-        self, place: Place, child: int, moment: str, seconds: float, generator: random.Random
-    ) -> bool:
-        """Whether it was still there to be killed."""
-        until = time.monotonic() + generator.uniform(0, 1.1 * seconds)
+        self, place: Place, child: int, seconds: float, generator: random.Random
+    ) -> str | None:
+        """At which moment it was; None if it had ended by itself."""
+        moment = generator.choice(["random", *self.moments])
         seen = self.moments.get(moment, lambda _: None)
+        earliest = 0.0 if moment == "random" else 0.4  # so much time what was chosen has to come
+        until = time.monotonic() + generator.uniform(earliest, 1.2) * seconds
         before = seen(place)
         while running(child):
-            if moment == "random":
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.005)
-            elif seen(place) != before:
+            if seen(place) != before:
                 time.sleep(generator.choice([0, 0, generator.uniform(0, 0.01)]))
                 break
+            if time.monotonic() > until:
+                moment = "random"
+                break
+            time.sleep(0.005 if moment == "random" else 0)
         else:
-            return False
+            return None
         os.kill(child, signal.SIGKILL)
         status = STATUS.pop(child, None)
         if status is None:
             _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
             STATUS[child] = status
-            return False
-        return True
+            return None
+        return moment
 
     def inspect(self, place: Place, whole: Place) -> None:
         """What stands right after a kill is whole: these appear in one step."""
@@ -404,6 +415,23 @@ def compare_export(place: Place, whole: Place, counts: Counter, killed: list[int
 # Subjects
 
 
+def warm(base: Path) -> None:
+    """What every child would do again: reading settings from docstrings, importing, finding
+    classes."""
+    for kind, _, _ in (COMMANDS[name] for name in ("train", "search", "export")):
+        parse(kind, [])
+    for name in (
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "openvino_tokenizers",
+        "elastic.formats.openvino",
+    ):
+        importlib.import_module(name)
+    open_storage("sqlite:///:memory:", base)
+    loading.load(ModelConfig(path=str(base), dtype="float32", device="cpu"), 0)
+
+
 def subjects(home: Path, seed: int) -> Iterator[Subject]:
     base = save_tiny(home / "base")
     task = choices_task(home)
@@ -421,6 +449,7 @@ def subjects(home: Path, seed: int) -> Iterator[Subject]:
         {**writing, "checkpoint": checkpoint},
         compare_training,
     )
+    warm(base)
     trained = Place(home / "trained")
     if code := ended(trained.begin(["train", "run", "--config", str(recipe)])):
         raise SystemExit(f"train: exit code {code}; see {trained.log}")
@@ -432,7 +461,7 @@ def subjects(home: Path, seed: int) -> Iterator[Subject]:
     settings = [
         "--trials", str(TRIALS), "--starts", "4", "--race", "0", "--test_front", "4",
         "--timing.prompt_tokens", "4", "--timing.new_tokens", "1", "--timing.rounds", "1",
-        "--timing.max_rounds", "1", "--seed", str(seed),
+        "--timing.max_rounds", "1", "--seed", str(seed), "--compensation.degrees", "[0.0]",
     ]  # fmt: skip
     for kind, storage in (("journal", []), ("SQLite", ["sqlite:///study.db"])):
         for workers in (1, 2):
@@ -494,6 +523,7 @@ def main() -> int:
         subject.name: {
             "kills": sum(subject.kills.values()),
             **{name: subject.counts[name] for name in COUNTS},
+            "torn": subject.torn,
             "moments": dict(sorted(subject.kills.items())),
         }
         for _, subject, _, _ in asked
@@ -503,7 +533,7 @@ def main() -> int:
         "stress",
         f"{kills()} kills with SIGKILL; the same command again, beside one that was never killed",
         rows, save=given.save, kills=kills(), seed=given.seed,
-        command=f"python tests/programs/stress.py --kills {given.kills} --seed {given.seed}",
+        command=f"python tests/programs/stress.py --minutes {given.minutes:g} --seed {given.seed}",
     )  # fmt: skip
     if not bad and given.folder is None:
         shutil.rmtree(home)
