@@ -156,7 +156,7 @@ def trained(data: Path, runs: Path, task: str, variant: str, seed: int) -> Run:
     config = settings(data, runs / task / f"{name}-{seed}", task, VARIANTS[variant], seed)
     if variant == RECALIBRATED and not Path(config.run).exists():
         run, staged = Run(config.run), trained(data, runs, task, "staged", seed)
-        run.claim(config)
+        run.begin(config)
         shutil.copytree(
             staged.super_adapter, run.super_adapter, ignore=shutil.ignore_patterns(MOMENTS)
         )
