@@ -114,8 +114,11 @@ def saved_compensation(directory: Path, net: Supernet) -> Compensation | None:
 
 
 def read_order(directory: Path, space: BoundSpace) -> dict[str, Tensor]:
-    """Of the channels, by group; RunError unless it permutes those of every group of this space."""
+    """Of the channels, by group, or of none where they were left as they stand; RunError unless it
+    permutes those of every group of this space."""
     order = read_tensors(directory / ORDER)
+    if not order:
+        return order
     groups = {group.name: group for group in space if group.dim != "rank"}
     if strange := sorted(set(order).symmetric_difference(groups)):
         verb = "is missing" if strange[0] in groups else "is no group of this space"
