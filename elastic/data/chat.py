@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import textwrap
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +10,8 @@ from elastic.data.task import Example
 from elastic.errors import DataError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 20.0
-"""A template that takes longer over one conversation is given up. What cannot be bounded: one that
-runs outside the main thread, on Windows, or in a single operation without end."""
 PLAIN = {"role", "content"}
 Messages = Sequence[Mapping[str, Any]]
 
@@ -101,35 +93,14 @@ def _rendered(
     if tokenizer.chat_template is None:
         raise DataError("task.prompt chat: the tokenizer of this model has no chat template")
     try:
-        with _bounded():
-            return str(
-                tokenizer.apply_chat_template(
-                    [dict(each) for each in messages],
-                    tools=[dict(each) for each in tools] or None,
-                    add_generation_prompt=opening,
-                    tokenize=False,
-                )
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(each) for each in messages],
+                tools=[dict(each) for each in tools] or None,
+                add_generation_prompt=opening,
+                tokenize=False,
             )
+        )
     except Exception as error:  # a template is a program: it may raise anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise DataError(f"the chat template of this model refuses it: {reason}") from None
-
-
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """TimeoutError in a block that takes longer than `SECONDS`, where that can be told."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done after {SECONDS:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, before)
