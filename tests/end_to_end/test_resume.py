@@ -68,6 +68,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(tiny_folder, tmp_path, monkeyp
     assert_same(run, whole)
 
 
+@pytest.mark.slow  # as tests/programs/stress.py does, to search and export as well
 def test_kill_nine_at_any_moment(tiny_folder, tmp_path):
     """Also while a checkpoint is being written: every second kill waits for that."""
     done = subprocess.run(

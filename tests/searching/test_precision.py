@@ -155,7 +155,7 @@ def test_the_best_of_a_cost_is_the_best_of_any_precision(budget, seed):
         assert min(costs[rows, chosen].sum() for costs in alternatives) <= budget + 1e-9
 
 
-@pytest.mark.parametrize("sampler", ["additive", "nsga2"])
+@pytest.mark.parametrize("sampler", ["additive", pytest.param("nsga2", marks=pytest.mark.slow)])
 def test_a_front_mixes_sizes_and_precisions(trained, tmp_path, fake_graphs, sampler):
     run = copy_run(trained, tmp_path / "run")
     found = search(config(run, trials=14, starts=8, compress=MODES, timing=GRAPH, sampler=sampler))

@@ -186,7 +186,11 @@ def test_a_thinned_front_keeps_its_ends(trained, tmp_path):
 # Samplers.
 
 
-@pytest.mark.parametrize("sampler", ["additive", "nsga2", "nsga3", "tpe", "gp", "random"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["additive", "nsga2"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("nsga3", "tpe", "gp", "random")],
+)
 def test_same_seed_same_front(trained, tmp_path, sampler):
     found, trials = [], 7 if sampler == "gp" else 10  # each a second's fit
     for name in ("one", "two"):

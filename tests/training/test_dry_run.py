@@ -214,7 +214,7 @@ DEEP = {
 
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "distill"),
-    [("llama", True, 0.5), ("t5", False, 0.0)],
+    [("llama", True, 0.5), pytest.param("t5", False, 0.0, marks=pytest.mark.slow)],
 )
 def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, distill):
     save, space, overrides = DEEP[kind]
