@@ -15,8 +15,8 @@ from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import MergeConfig
 from elastic.errors import RunError
 from elastic.exporting.foreign import Update
-from elastic.models.modules import modules_of, plain_linear
-from elastic.models.ties import ends_of, set_parameter_, settle_ties_
+from elastic.models.modules import modules_of, plain_linear, put_
+from elastic.models.ties import ends_of, settle_ties_
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import sliced, wide_type
 from elastic.supernet.depth import renamed
@@ -60,7 +60,9 @@ def combine(
             after = (before.to(change.dtype) + change).to(before.dtype)
             alike = [end for end in tied[parameter] if _changed_alike(cut, parameter, end)]
             # The supernet's own tensor is left alone.
-            set_parameter_(small, alike, nn.Parameter(after, requires_grad=False))
+            merged = nn.Parameter(after, requires_grad=False)
+            for end in alike:
+                put_(small, end, merged)
             done.update(alike)
     settle_ties_(small)
     names = [name, *(update.name for update in updates)]

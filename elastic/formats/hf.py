@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from elastic.errors import ExportError
-from elastic.files import write_text
+from elastic.files import read_json, write_text
 from elastic.formats import shards
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import compat
@@ -153,7 +153,7 @@ def write_config(config: PretrainedConfig, directory: Path, **words: Any) -> Non
     """config.json, with these words besides; of `described_config`, which names no code but what
     is written beside it."""
     config.save_pretrained(directory)
-    values = _read(directory / "config.json")
+    values = read_json(directory / "config.json")
     own = {name: values[name] for name in ("auto_map",) if name in values}
     _write(directory / "config.json", without_code(values) | own | words)
 
@@ -162,14 +162,14 @@ def write_generation(config: GenerationConfig, directory: Path) -> None:
     """generation_config.json, of however the base generates."""
     config.save_pretrained(directory)
     file = directory / "generation_config.json"
-    _write(file, without_code(_read(file)))
+    _write(file, without_code(read_json(file)))
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Tokenizer and chat template, in words that transformers 4.x knows as well."""
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer_config.json"
-    values = compat.tokenizer_words(_read(file))
+    values = compat.tokenizer_words(read_json(file))
     own = {}
     if type(tokenizer).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
         # Of code that the user has allowed, which is written too.
@@ -182,10 +182,6 @@ def without_code(values: Any) -> Any:
     if isinstance(values, dict):
         return {k: without_code(value) for k, value in values.items() if k not in NAMES_CODE}
     return [without_code(value) for value in values] if isinstance(values, list) else values
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:

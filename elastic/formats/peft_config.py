@@ -11,12 +11,13 @@ from torch import nn
 
 from elastic.errors import RunError, unknown
 from elastic.files import read_json
+from elastic.models.loading import ADAPTER as PEFT_CONFIG
 from elastic.models.modules import modules_of
+from elastic.plain import one_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-PEFT_CONFIG = "adapter_config.json"
 BY_INPUT = ("LILY", "POLY", "SHADOW", "XLORA")
 """Methods whose update depends on the input."""
 BY_PROMPT = ("alora_invocation_tokens", "arrow_config")
@@ -122,8 +123,7 @@ def start_of(config: PeftConfig) -> str:
 
 def reason_of(error: Exception) -> str:
     """An error of PEFT on one line."""
-    text = f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _shown(value: Any) -> str:

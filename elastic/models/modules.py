@@ -35,6 +35,12 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def put_(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """In the place of the model's parameter or buffer of this name."""
+    site, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(site), leaf, tensor)
+
+
 @torch.no_grad()
 def dequantise_(model: ModuleType) -> ModuleType:
     """Replace every quantised layer by a plain one with its weight, in place."""

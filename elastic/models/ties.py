@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from elastic.models.modules import put_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,20 +22,13 @@ def ends_of(model: nn.Module) -> Mapping[str, Sequence[str]]:
     return {name: ends for ends in names.values() for name in ends}
 
 
-def set_parameter_(model: nn.Module, names: Iterable[str], new: nn.Parameter) -> None:
-    """Put one parameter in all these places."""
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, new)
-
-
 @torch.no_grad()
 def untie_(model: nn.Module) -> None:
     """Give every place a parameter of its own, with the values that are there."""
     for name, ends in ends_of(model).items():
         if name != ends[0]:
             shared = model.get_parameter(name)
-            set_parameter_(model, [name], nn.Parameter(shared.clone(), shared.requires_grad))
+            put_(model, name, nn.Parameter(shared.clone(), shared.requires_grad))
 
 
 def settle_ties_(model: PreTrainedModel) -> None:

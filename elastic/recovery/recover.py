@@ -62,7 +62,6 @@ def recover(
     and whether the held-out loss is lower for it (`taken`). TrainingError names the one that cannot
     be trained."""
     trained = run.config()
-    run.recovered.mkdir(parents=True, exist_ok=True)
     skeleton = loading.skeleton(trained.model)
     full = run.space().bind(skeleton, trained.adapter.rank).maximal()
     everyone = [*asked, Asked(MAXIMAL, Candidate(full), Compensated(), {})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from elastic.data import Task, digest, load_task
@@ -19,8 +20,7 @@ def task_of(run: Run) -> Task:
     version does not know), DataMissing where they are not there."""
     trained = run.config()
     task = load_task(trained.task, trained.seed)
-    if run.data.is_file():
-        _require(run, digest.changes(read_json(run.data), {"splits": digest.of_texts(task)}))
+    require_same(run, lambda _: {"splits": digest.of_texts(task)})
     return task
 
 
@@ -38,14 +38,24 @@ def digests_of(run: Run) -> dict[str, Any]:
 
 def require_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """RunError where the tokenizer is not that of the run."""
-    if run.data.is_file():
-        known = read_json(run.data)
+
+    def told(known: Mapping[str, Any]) -> dict[str, Any]:
         chat = "chat_template" in known.get("tokenizer", {})
-        _require(run, digest.changes(known, {"tokenizer": digest.of_tokenizer(tokenizer, chat)}))
+        return {"tokenizer": digest.of_tokenizer(tokenizer, chat)}
+
+    require_same(run, told)
 
 
-def _require(run: Run, changed: list[str]) -> None:
-    if changed:
+def require_same(
+    run: Run, told: Callable[[Mapping[str, Any]], Mapping[str, Any]], otherwise: str = ""
+) -> None:
+    """RunError when the run began with other digests than are `told` now, given those that it
+    keeps; a run of an earlier version keeps none. `otherwise`: what else would work."""
+    if not run.data.is_file():
+        return
+    known = read_json(run.data)
+    if changed := digest.changes(known, told(known)):
         raise RunError(
-            f"{run.path} began with other data: {'; '.join(changed)}; give it what it began with"
+            f"{run.path} began with other data: {'; '.join(changed)}; give it what it began "
+            f"with{otherwise}"
         )

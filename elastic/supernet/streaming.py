@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
-from elastic.models.modules import modules_of, plain_linear
+from elastic.models.modules import modules_of, plain_linear, put_
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import merged_weight, sliced, wide_type
 from elastic.supernet.depth import original
@@ -70,9 +70,13 @@ class Streamed:
         state = self.model.state_dict(keep_vars=True)
         absent = {name: state[name] for name in names if state[name].is_meta}
         made = {}
-        for name in absent:
+        for name, empty in absent.items():
             tensor = self.tensors[name]()
-            made[name] = _put(self.model, name, tensor.to(wide_type(tensor)))
+            tensor = tensor.to(wide_type(tensor))
+            if isinstance(empty, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            made[name] = tensor
+            put_(self.model, name, tensor)
         try:
             yield
             now = self.model.state_dict(keep_vars=True)
@@ -82,18 +86,8 @@ class Streamed:
                 save_file({name: now[name].detach()}, file)
                 self.tensors[name] = functools.partial(_read, file, name)
         finally:
-            for name, tensor in absent.items():
-                _put(self.model, name, tensor)
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Instead of the model's parameter or buffer of this name; the one that it then has."""
-    site, _, leaf = name.rpartition(".")
-    module = model.get_submodule(site)
-    if isinstance(getattr(module, leaf), nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(module, leaf, tensor)
-    return tensor
+            for name, empty in absent.items():
+                put_(self.model, name, empty)
 
 
 def _read(file: Path, name: str) -> Tensor:
@@ -138,7 +132,7 @@ def streamed(
     names = model.state_dict()
     for name, _ in list(model.named_buffers()):
         if name not in names:
-            _put(model, name, made(name))
+            put_(model, name, made(name))
     return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
 
 

@@ -3,6 +3,7 @@ run began with."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -22,11 +23,12 @@ from elastic.data.encoding import (
 )
 from elastic.data.labels import check_classes, untrained
 from elastic.data.task import SPLITS, Split, Task
-from elastic.errors import BaseMismatch, ModelError, RunError
+from elastic.errors import BaseMismatch, ModelError
 from elastic.files import read_json, write_json
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.run import Run
+from elastic.supernet.examples import require_same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,8 +70,9 @@ class Material:
                     limits.require(encode_example(tokenizer, skeleton, example, longest).ids)
         return cls(task, tokenizer, encoded)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What is kept of it: digests."""
+    @functools.cached_property
+    def digests(self) -> dict[str, Any]:
+        """What is kept of it."""
         splits = digest.of_texts(self.task)
         for split, encoded in self.encoded.items():
             splits[split]["tokens"] = digest.of_tokens(encoded)
@@ -79,18 +82,12 @@ class Material:
     def require_same(self, run: Run) -> None:
         """RunError when the run began with other examples, or with a tokenizer of another kind; one
         of an earlier version does not know."""
-        if not run.data.is_file():
-            return
-        if changed := digest.changes(read_json(run.data), self.as_dict()):
-            raise RunError(
-                f"{run.path} began with other data: {'; '.join(changed)}; give it what it began "
-                "with, or choose another --run"
-            )
+        require_same(run, lambda _: self.digests, ", or choose another --run")
 
     def keep(self, run: Run, base_digest: str) -> None:
         """Write what the run begins with; BaseMismatch if it began with another base."""
         if not run.data.is_file() and distributed.is_main():
-            write_json(run.data, {**self.as_dict(), "base": base_digest})
+            write_json(run.data, {**self.digests, "base": base_digest})
         require_base(run, base_digest)
 
     def tell(self, skeleton: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from elastic.data.encoding import encode
 from elastic.formats import hf
 from elastic.models.modules import linear_
 from elastic.spaces.bound import SubAdapter
+from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.cost import Counter, count
@@ -24,6 +25,7 @@ from elastic.supernet.store import save_super_adapter
 from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, model_of
 
 MERGED = 1e-9
 """Of the largest logit: W x + B (A x) and (W + B A) x round differently, over two layers."""
@@ -98,6 +100,18 @@ def without_data(base, net, space, method, order) -> Supernet:
     bare = Supernet(linear_(shell), space, tiny.ADAPTERS[method], order=order, start=False)
     bare.load_factors(net.factor_state())
     return bare
+
+
+def pair(family: str, method: str = "lora") -> tuple[PreTrainedModel, Supernet, Supernet]:
+    """The untouched base, a supernet of it with channels in another order, and the same without
+    data."""
+    base = model_of(family)
+    space = SearchSpace.load(FAMILIES[family][1])
+    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS[method])
+    order = tiny.permutations(net)
+    net.reorder(order)
+    tiny.randomize_(net)
+    return base, net, without_data(base, net, space, method, order)
 
 
 def same(base, net, bare, degree: float = 0.0) -> None:

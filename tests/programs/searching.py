@@ -9,12 +9,12 @@ what the processes ended with.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from elastic.latency import bench
 from elastic.searching.front import Front
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
+from tests.helpers.children import ended, forked
 from tests.helpers.tiny_runs import ONE_ROUND, fake_measure
 
 KILLED_AT = 3
@@ -51,26 +52,14 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
     search(config)
 
 
-def forked(config: SearchConfig, *, doomed: bool) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(config, doomed=doomed)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
 if __name__ == "__main__":
     run, storage, workers, trials = sys.argv[1:]
     config = SearchConfig(
         run=run, study=StudyConfig(storage=storage or None, name="shared"), trials=int(trials),
         starts=6, timing=ONE_ROUND, test_front=2,
     )  # fmt: skip
-    children = [forked(config, doomed=number == 0) for number in range(int(workers))]
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]))
+    children = [
+        forked(functools.partial(work, config, doomed=number == 0))
+        for number in range(int(workers))
+    ]
+    print(json.dumps([ended(child) for child in children]))

@@ -29,10 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import hashlib
 import importlib
-import json
 import os
 import random
 import shutil
@@ -40,7 +37,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,27 +49,23 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from elastic.__main__ import COMMANDS
-from elastic.__main__ import main as elastic_main
 from elastic.config import ModelConfig
 from elastic.config.parsing import parse
-from elastic.files import ASIDE, BUILDING, lock, write_bytes
-from elastic.latency import bench
+from elastic.files import ASIDE, BUILDING, lock
 from elastic.models import loading
-from elastic.run import Run, as_plain
-from elastic.searching.front import Front
-from elastic.searching.objective import Objective
+from elastic.run import as_plain
 from elastic.searching.workers import open_storage
 from elastic.training import checkpoints, one_task
 from tests.benchmarks.common import report
 from tests.helpers.searches import choices_task
 from tests.helpers.tiny import ATTENTION, GATE_UP, save_tiny
 from tests.helpers.tiny_runs import (
-    fake_measure,
-    logged,
     randomize_factors,
     space_file,
     train_config,
 )
+from tests.programs.stress_counts import compare_export, compare_search, compare_training
+from tests.programs.stress_place import TOLD, Place
 
 KILLS_OF_ONE = 5
 """Before a run may end."""
@@ -91,74 +83,6 @@ SPACE = {
         "rank": {"dim": "rank", "of": ATTENTION, "choices": [8, 4], "share": "model"},
     },
 }  # fmt: skip
-TOLD = "asked.jsonl"
-"""Which process measured which sub-adapter, a line each; removed before comparing."""
-
-
-@dataclass
-class Place:
-    """Where one subject runs: all that it may write to, and nothing else."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        for path in (self.cache, self.temporary):
-            path.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def run(self) -> Run:
-        return Run(self.folder / "run")
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
-
-    @property
-    def temporary(self) -> Path:
-        return self.folder / "temporary"
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_suffix(".log")
-
-    def begin(self, arguments: list[str]) -> int:
-        """A child process at `elastic ARGUMENTS`."""
-        child = os.fork()
-        if child:
-            return child
-        code = 70
-        try:
-            descriptor = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            for stream in (1, 2):
-                os.dup2(descriptor, stream)
-            os.environ.update(ELASTIC_CACHE=str(self.cache), TMPDIR=str(self.temporary))
-            tempfile.tempdir = None
-            os.chdir(self.folder)
-            as_told(self.folder)
-            code = elastic_main(arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-
-    def listing(self) -> set[str]:
-        """All that is there, by name."""
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
-
-
-def as_told(folder: Path) -> None:
-    """In a child: what would cost minutes and hides nothing."""
-    call = Objective.__call__
-
-    def told(self: Objective, candidate: Any, *rivals: Any) -> Any:
-        with (folder / TOLD).open("a") as file:
-            file.write(json.dumps([os.getpid(), str(candidate)]) + "\n")
-        return call(self, candidate, *rivals)
-
-    Objective.__call__ = told
-    bench.measure = fake_measure
-    Front._plot = lambda self, path: write_bytes(path, b"plot")
 
 
 @dataclass
@@ -338,78 +262,6 @@ def torn(place: Place, generator: random.Random) -> int:
         if lines:
             journal.write(lines[-1][: generator.randrange(1, len(lines[-1]))])
         return len(lines[-1:])
-
-
-# What is counted
-
-
-def compare_files(place: Place, whole: Place, counts: Counter) -> None:
-    for each in (place, whole):
-        (each.folder / TOLD).unlink(missing_ok=True)
-    mine, theirs = place.listing(), whole.listing()
-    counts["lost"] += len(theirs - mine)
-    counts["left"] += len(mine - theirs)
-    for path in sorted(mine - theirs):
-        print("left", path)
-
-
-def compare_training(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
-    compare_files(place, whole, counts)
-    steps = Counter(row["step"] for row in logged(place.run))
-    wanted = {row["step"] for row in logged(whole.run)}
-    counts["lost"] += len(wanted - set(steps))
-    counts["doubled"] += sum(steps.values()) - len(steps)
-    counts["unequal"] += logged(place.run) != logged(whole.run)
-    for path in sorted(whole.run.super_adapter.iterdir()):
-        counts["unequal"] += digest_of(path) != digest_of(place.run.super_adapter / path.name)
-
-
-def digest_of(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def compare_search(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
-    lines = (place.folder / TOLD).read_text().splitlines()
-    asked = [tuple(json.loads(line)) for line in lines]
-    last = dict(asked)  # of each process, what it was at when it ended
-    allowed = Counter(last[process] for process in killed if process in last)
-    for candidate, times in Counter(candidate for _, candidate in asked).items():
-        counts["doubled"] += max(0, times - 1 - allowed[candidate])
-    compare_files(place, whole, counts)
-    mine, theirs = (rows_of(each.run) for each in (place, whole))
-    counts["lost"] += len(theirs.keys() - mine.keys())
-    trials = (place.run.search / "trials.csv").read_text().splitlines()[1:]
-    counts["doubled"] += len(trials) - len(mine)
-    counts["unequal"] += mine != theirs
-    fronts = [front_of(each.run) for each in (place, whole)]
-    counts["unequal"] += fronts[0] != fronts[1]
-
-
-def rows_of(run: Run) -> dict[str, list[str]]:
-    """Figures by sub-adapter, without what is believed of them, which their order rounds."""
-    rows = csv.DictReader((run.search / "trials.csv").read_text().splitlines())
-    return {
-        row["sub_adapter"]: [v for k, v in row.items() if k not in ("trial", "accuracy_estimate")]
-        for row in rows
-    }
-
-
-def front_of(run: Run) -> list[dict[str, Any]]:
-    left_out = ("validation_estimate",)
-    rows = json.loads(run.front.read_text())
-    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
-
-
-def compare_export(place: Place, whole: Place, counts: Counter, killed: list[int]) -> None:
-    compare_files(place, whole, counts)
-    told = ("report.json", "report.md", "README.md")  # with times
-    for path in sorted(whole.run.exports.rglob("*")):
-        if path.is_file() and path.name not in told:
-            other = place.folder / path.relative_to(whole.folder)
-            same = digest_of(path) == digest_of(other)
-            counts["unequal"] += not same
-            if not same:
-                print("unequal", path)
 
 
 # Subjects

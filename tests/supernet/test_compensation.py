@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
@@ -24,10 +23,10 @@ from tests.helpers.laws import (
     MERGED,
     batch_of,
     one_function,
+    pair,
     same,
     several,
     some_moments,
-    without_data,
 )
 
 
@@ -119,13 +118,7 @@ def test_every_method(method):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "t5"])
 def test_streamed_it_is_the_same_to_the_bit(family):
-    base = model_of(family)
-    space = SearchSpace.load(FAMILIES[family][1])
-    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
-    order = tiny.permutations(net)
-    net.reorder(order)
-    tiny.randomize_(net)
-    bare = without_data(base, net, space, "lora", order)
+    base, net, bare = pair(family)
     net.compensation = bare.compensation = some_moments(net)
     same(base, net, bare, degree=0.5)
 

@@ -26,7 +26,7 @@ from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of, net_of
-from tests.helpers.laws import without_data
+from tests.helpers.laws import pair, without_data
 
 
 def batches_of(net: Supernet, number: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -71,13 +71,7 @@ def test_what_leaves_the_blocks_comes_nearer_to_the_full_model(family):
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "rwkv"])
 def test_fitted_where_neither_is_in_memory_it_is_the_same(family, tmp_path):
-    base = model_of(family)
-    space = SearchSpace.load(FAMILIES[family][1])
-    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
-    order = tiny.permutations(net)
-    net.reorder(order)
-    tiny.randomize_(net)
-    bare = without_data(base, net, space, "lora", order)
+    base, net, bare = pair(family)
     sub, batches = net.space.minimal(), batches_of(net)
     expected = compact(net, sub)
     changed = fit_(expected, net, sub, batches)

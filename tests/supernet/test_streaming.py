@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 
 from elastic.formats import hf
 from elastic.models.meter import Meter
@@ -15,20 +14,9 @@ from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of
-from tests.helpers.laws import same, without_data
+from tests.helpers.laws import pair, same, without_data
 
 DEPTHS = {"dim": "depth", "choices": [1.0, 0.5], "drop_ends": True}
-
-
-def pair(family: str, method: str = "lora") -> tuple[torch.nn.Module, Supernet, Supernet]:
-    """The untouched base, a supernet of it, and the same without data."""
-    base = model_of(family)
-    space = SearchSpace.load(FAMILIES[family][1])
-    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS[method])
-    order = tiny.permutations(net)
-    net.reorder(order)
-    tiny.randomize_(net)
-    return base, net, without_data(base, net, space, method, order)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
