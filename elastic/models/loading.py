@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 
 from elastic.config import ModelConfig
 from elastic.console import logging_at, say
 from elastic.errors import ModelError
 from elastic.models.digest import FETCH, digest_of, weights_in
+from elastic.models.from_gguf import SUFFIX
 from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, linear_, of_family_
-from elastic.models.packaged import PACKAGED, unpacked
+from elastic.models.packaged import PACKAGED, converted, unpacked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,13 +53,18 @@ def locate(path: str, files: Sequence[str] = EVERYTHING) -> str:
         return str(unpacked(path))
     if Path(path).exists() or path.startswith((".", "/", "~")):
         folder = Path(path).expanduser()
+        if folder.is_file() and folder.suffix == SUFFIX:
+            return str(converted(folder))
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path {path}: no config.json there; give a model folder")
+            file = next(iter(sorted(folder.glob(f"*{SUFFIX}"))), f"a {SUFFIX} file")
+            raise ModelError(
+                f"model.path {path}: no config.json there; give a model folder, or {file}"
+            )
         return str(folder)
     if path.count("/") != 1:
         raise ModelError(
-            f"model.path {path!r}: no such folder; give a folder, a hub name (owner/name), "
-            f"or one of {', '.join(PACKAGED)}"
+            f"model.path {path!r}: no such folder; give a folder, a {SUFFIX} file, a hub name "
+            f"(owner/name), or one of {', '.join(PACKAGED)}"
         )
     return from_hub(path, files, "model.path")
 
@@ -67,6 +74,11 @@ def from_hub(name: str, files: Sequence[str], setting: str) -> str:
     that asked for it, if it cannot be had."""
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=list(files))
+    except GatedRepoError:
+        raise ModelError(
+            f"{setting} {name!r}: the hub gives it to those alone whom its owner lets; ask at "
+            f"https://huggingface.co/{name}, then run `hf auth login`, or set HF_TOKEN"
+        ) from None
     except Exception as error:  # the hub client raises many kinds; all mean: not there
         raise ModelError(f"{setting} {name!r}: neither a folder nor on the hub: {error}") from None
 

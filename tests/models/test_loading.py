@@ -4,10 +4,12 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 from elastic import __main__
 from elastic.config import ModelConfig
@@ -102,6 +104,15 @@ def test_pickled_weights_are_never_read(tmp_path):
     (folder / "other.safetensors").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
     with pytest.raises(ModelError, match="the weights cannot be loaded"):
         loading.load(settings)
+
+
+def test_a_gated_model_says_where_access_is_asked_for(monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        raise GatedRepoError("401", response=Mock(headers={}))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"^model.path 'meta/big': .*ask at https://.*HF_TOKEN$"):
+        loading.skeleton(ModelConfig(path="meta/big"))
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, 2000])
