@@ -12,7 +12,8 @@ from hypothesis import settings
 
 from tests.helpers.once import fitting_once
 
-torch.set_num_threads(1)  # tiny models spend longer waiting for a second thread than computing
+# Tiny models spend longer waiting for a second thread than computing.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
