@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.plain import parse_json, read_text
 
@@ -230,7 +228,7 @@ def named_failure(path: Path) -> Iterator[None]:
     """Turns a full disk or a missing permission into a RunError that names the file."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises no narrower one
         code = _code(error)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise RunError(
@@ -241,8 +239,8 @@ def named_failure(path: Path) -> Iterator[None]:
 
 
 def _code(error: Exception) -> int | None:
-    """The system's error number; safetensors puts it into the text of an error of its own. numpy
-    and torch say only that less was written than asked, which is what a full disk does."""
+    """The system's error number, which safetensors and tokenizers have in the text alone. numpy and
+    torch say only that less was written than asked, which is what a full disk does."""
     if re.search(
         r"^\d+ requested and \d+ written$|unexpected pos \d+ vs \d+|PytorchStreamWriter failed",
         str(error),

@@ -264,7 +264,9 @@ def waiting(folder: Path, doing: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         told = f"{folder}: waiting for {{}}, which {doing}"
-        with lock(folder, wait=True, say=lambda who: say(told.format(who))):
+        with lock(folder, wait=True, say=lambda who: say(told.format(who))) as alone:
+            if not alone:
+                say(f"{folder}: this file system locks no folders; run one command at a time on it")
             yield
     finally:
         with contextlib.suppress(OSError):

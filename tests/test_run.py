@@ -1,6 +1,8 @@
 """A run directory belongs to one command at a time, and knows what a kill has left in it."""
 
 import contextlib
+import errno
+import fcntl
 import os
 
 import pytest
@@ -49,6 +51,22 @@ def test_one_that_waits_says_for_whom(tmp_path, monkeypatch):
         with Run(tmp_path).alone(), lock(tmp_path) as other:
             assert not other
     assert said == [f"{tmp_path}: waiting for process {os.getpid()}, which trains it"]
+
+
+def test_where_nothing_can_be_locked_that_is_said(tmp_path, monkeypatch):
+    """As on some network file systems, whose locks want files that may be written."""
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = []
+    monkeypatch.setattr(run_module, "say", said.append)
+    with waiting(tmp_path, "trains it"):
+        pass
+    assert said == [
+        f"{tmp_path}: this file system locks no folders; run one command at a time on it"
+    ]
 
 
 def test_a_folder_that_nothing_came_into_goes_again(tmp_path):

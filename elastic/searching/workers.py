@@ -27,7 +27,7 @@ from sqlalchemy.exc import DatabaseError
 from elastic.config.search import without_password
 from elastic.console import say
 from elastic.errors import MissingExtra, RunError
-from elastic.files import lock
+from elastic.files import lock, named_failure
 
 BEAT = 10.0
 """Seconds between signs of life."""
@@ -69,7 +69,7 @@ def open_storage(place: str | None, folder: Path) -> BaseStorage:
         if not Path(place).parent.is_dir():
             raise FileNotFoundError(f"no directory {Path(place).parent}")
         file = Path(place).absolute()
-        return JournalStorage(JournalFileBackend(str(file), JournalLock(file)))
+        return JournalStorage(Journal(str(file), JournalLock(file)))
     except ImportError as error:
         remote = str(place).startswith("grpc:")
         package = "grpcio" if remote else error.name or "a database driver"
@@ -95,6 +95,14 @@ def _database(url: str) -> RDBStorage:
         except DatabaseError:
             time.sleep(0.5)
     return RDBStorage(url, engine_kwargs=waiting)
+
+
+class Journal(JournalFileBackend):
+    """Names its file when the disk is full."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with named_failure(Path(self._file_path)):
+            super().append_logs(logs)
 
 
 class JournalLock(JournalFileOpenLock):

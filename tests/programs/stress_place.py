@@ -28,6 +28,8 @@ class Place:
     """Where one subject runs: all that it may write to, and nothing else."""
 
     folder: Path
+    logs: Path | None = None
+    """Unset: beside it."""
 
     def __post_init__(self) -> None:
         for path in (self.cache, self.temporary):
@@ -47,7 +49,7 @@ class Place:
 
     @property
     def log(self) -> Path:
-        return self.folder.with_suffix(".log")
+        return (self.logs or self.folder.parent) / f"{self.folder.name}.log"
 
     def begin(self, arguments: list[str]) -> int:
         """A child process at `elastic ARGUMENTS`."""

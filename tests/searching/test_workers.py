@@ -27,6 +27,7 @@ from elastic.searching.study import search
 from elastic.searching.workers import Worker, open_storage
 from tests.helpers import searches
 from tests.helpers.children import ended, forked
+from tests.helpers.exports import small_files
 from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 from tests.programs.searching import KILLED_AT
 
@@ -319,6 +320,14 @@ def test_an_unfinished_last_line_is_cut_before_another_is_appended(tmp_path, cap
     again.enqueue_trial({"x": 3})
     fresh = optuna.load_study(storage=open_storage(None, tmp_path), study_name="kept")
     assert [t.system_attrs["fixed_params"]["x"] for t in fresh.trials] == [1, 2, 3]
+
+
+def test_a_full_disk_names_the_journal(tmp_path):
+    study, file = journal(tmp_path)
+    with small_files(file.stat().st_size), pytest.raises(RunError, match=rf"^{file}: cannot be w"):
+        study.enqueue_trial({"x": 2})
+    study.enqueue_trial({"x": 3})
+    assert [t.system_attrs["fixed_params"]["x"] for t in study.trials] == [1, 3]
 
 
 def test_a_lock_ends_with_its_process(tmp_path, monkeypatch):

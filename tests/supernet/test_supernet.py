@@ -380,8 +380,10 @@ def test_another_base_is_refused_with_both_digests(tmp_path):
         safetensors.SafetensorError(
             "Error while serializing: I/O error: No space left on device (os error 28)"
         ),
+        # And tokenizers.
+        Exception("No space left on device (os error 28)"),
     ],
-    ids=["OSError", "SafetensorError"],
+    ids=["OSError", "SafetensorError", "Exception"],
 )
 def test_a_full_disk_leaves_the_old_directory(tmp_path, monkeypatch, error):
     directory = tmp_path / "net"
