@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+CORRECT = "correct"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -36,6 +38,15 @@ class Score:
         """95 % Wilson score interval (Wilson 1927): sane at 0 and 1, unlike the normal one."""
         return wilson(sum(self.correct), self.n)
 
+    @property
+    def marks(self) -> str:
+        """1 for every example that is right, 0 for one that is wrong."""
+        return "".join("01"[right] for right in self.correct)
+
+    @classmethod
+    def of_marks(cls, marks: str) -> Score:
+        return cls(tuple(mark == "1" for mark in marks))
+
     def as_dict(self) -> dict[str, Any]:
         found = {
             "accuracy": self.accuracy,
@@ -43,6 +54,10 @@ class Score:
             "accuracy_interval": list(self.interval),
         }
         return found if self.unanswered is None else {**found, "unanswered": self.unanswered}
+
+    def kept(self) -> dict[str, Any]:
+        """What files keep of it: enough to hold it against another's on the same examples."""
+        return {**self.as_dict(), CORRECT: self.marks}
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -17,6 +17,7 @@ from elastic.console import say
 from elastic.data import Example, Task, load_task
 from elastic.errors import DataError, ExportError, RunError, require
 from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import CORRECT, Score
 from elastic.exporting import card, foreign, proof
 from elastic.exporting.contract import Source, Which
 from elastic.exporting.merge import carrying, combine
@@ -157,9 +158,11 @@ def _export(config: ExportConfig) -> Report:
                 formats[kind] = proof.prove(kind, source, building / kind, probes, task.test)
         proved = {kind: found for kind, found in formats.items() if isinstance(found, proof.Proof)}
         as_torch = {kind: found for kind, found in proved.items() if found.as_torch}
+        saved = chosen.saved if name == chosen.name else {}
+        searched_as = loading.resolve_dtype(trained.model.dtype, model.device)
+        kept = _kept(saved, sub, len(task.test)) if searched_as == model.dtype else None
         if as_torch and config.accuracy:
-            # Of what the search scored, the answers to single examples are not known.
-            mine, full = (
+            mine, full = kept or (
                 evaluate(
                     each, base.tokenizer, task.test, batch_tokens=config.batch_tokens,
                     label=f"scoring the {which} model",
@@ -168,7 +171,6 @@ def _export(config: ExportConfig) -> Report:
             )  # fmt: skip
             trade = proof.beside(full, mine)
         else:
-            saved = chosen.saved if name == chosen.name else {}
             trade = proof.Trade(_accuracy(saved, config, sub, model, base.tokenizer, task.test))
         for kind, found in as_torch.items():
             formats[kind] = dataclasses.replace(found, trade=trade)
@@ -230,6 +232,16 @@ def _reasons(source: Source) -> dict[str, str]:
         listed = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
         raise ExportError(f"nothing of {source.name} can be written so: {listed}")
     return reasons
+
+
+def _kept(saved: Mapping[str, Any], sub: SubAdapter, n: int) -> tuple[Score, Score] | None:
+    """This one's and the full model's, as far as the search has scored them."""
+    if saved.get("sub_adapter") != sub.as_dict() or saved.get("compress"):
+        return None
+    mine, full = saved.get(CORRECT), saved.get(f"full_{CORRECT}")
+    if not (isinstance(mine, str) and isinstance(full, str) and len(mine) == len(full) == n):
+        return None  # an earlier version kept less
+    return Score.of_marks(mine), Score.of_marks(full)
 
 
 def _accuracy(

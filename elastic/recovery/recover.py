@@ -22,7 +22,7 @@ from elastic.console import say
 from elastic.data.task import Example
 from elastic.errors import TrainingError
 from elastic.evaluation.evaluate import evaluate
-from elastic.evaluation.statistics import Score
+from elastic.evaluation.statistics import CORRECT, Score
 from elastic.files import read_json, tag, write_json
 from elastic.formats.rounding import round_
 from elastic.models import loading
@@ -154,11 +154,13 @@ def _scores(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Of each before and after, from the files that keep them where they stand."""
     files = [run.recovered / folder / SCORES for folder in folders]
-    if not all(file.is_file() for file in files):
+    # Of an earlier version, which kept less.
+    kept = {file for file in files if file.is_file() and CORRECT in read_json(file)["after"]}
+    if len(kept) < len(files):
         gc.collect()
         judge = _Judge(run, config)
         for one, folder, file in zip(everyone, folders, files, strict=True):
-            if not file.is_file():
+            if file not in kept:
                 say(f"Scoring {one.name} before and after")
                 before = judge(one, run, one.made_up, one.known)
                 on = replace(one.made_up, sequential=False)
@@ -191,7 +193,7 @@ class _Judge:
             score = self._score(model, self.task.validation)
             scores["validation_accuracy"] = score.accuracy
         if "accuracy" not in known:
-            scores |= self._score(model, self.task.test).as_dict()
+            scores |= self._score(model, self.task.test).kept()
         return {**scores, **known, "compensation": made_up.as_dict()}
 
     def _score(self, model: PreTrainedModel, examples: Sequence[Example]) -> Score:

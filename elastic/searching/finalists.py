@@ -12,6 +12,7 @@ from elastic.console import say, track
 from elastic.data.task import Example
 from elastic.errors import BudgetError
 from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import CORRECT
 from elastic.files import write_json
 from elastic.latency.bench import Bench
 from elastic.latency.target import Target
@@ -72,7 +73,7 @@ def finish(
     indices = non_dominated(points)
     keep = min(indices, key=lambda index: preference(feasible[index], config.costs[0], limits))
     chosen = [feasible[index] for index in thin(indices, config.test_front, keep=keep)]
-    scores = _scores(study, chosen, objective, test)
+    *scores, of_full = _scores(study, chosen, objective, test)
     here_too = timetables[None].target.device == here.device
     measured = _times(study, chosen, objective, measure=here_too)
     best = best_of(chosen, measured, config.costs[0], limits)
@@ -81,6 +82,7 @@ def finish(
             **vars(one),
             name=f"front-{number}",
             test=score,
+            full_correct=of_full[CORRECT],
             measured=timing,
             best=number == best,
         )
@@ -131,20 +133,25 @@ def best_of(
 def _scores(
     study: optuna.Study, chosen: Sequence[Evaluated], objective: Objective, test: Sequence[Example]
 ) -> list[dict[str, Any]]:
-    """On the test split, fitted to the full model where that is better, and what says so."""
-    known = study.user_attrs.get(SCORES, {})
-    asked = [one for one in chosen if str(one.candidate) not in known]
-    say(f"Scoring {len(asked)} of the front on {len(test)} test examples")
-    for one in track(asked, "test split"):
-        made_up, small = objective.held_out.refined(one.sub_adapter, one.figures.made_up)
+    """On the test split, fitted to the full model where that is better, and what says so; last that
+    of the full model itself."""
+    # A study of an earlier version says nothing of single examples.
+    known = {
+        name: score for name, score in study.user_attrs.get(SCORES, {}).items() if CORRECT in score
+    }
+    full = objective.space.maximal()
+    everyone = {full: Compensated(), **{one.candidate: one.figures.made_up for one in chosen}}
+    asked = [candidate for candidate in everyone if str(candidate) not in known]
+    say(f"Scoring {len(asked)} on {len(test)} test examples: the front, and the full model")
+    for candidate in track(asked, "test split"):
+        made_up, small = objective.held_out.refined(candidate.sub_adapter, everyone[candidate])
         score = evaluate(
-            objective.rounded(small, one.candidate), objective.tokenizer, test,
+            objective.rounded(small, candidate), objective.tokenizer, test,
             batch_tokens=objective.config.batch_tokens, quiet=True,
         )  # fmt: skip
-        known[str(one.candidate)] = {**score.as_dict(), COMPENSATION: made_up.as_dict()}
+        known[str(candidate)] = {**score.kept(), COMPENSATION: made_up.as_dict()}
     study.set_user_attr(SCORES, known)
-    # A study of an earlier version says nothing of compensation, and had none.
-    return [{COMPENSATION: Compensated().as_dict(), **known[str(one.candidate)]} for one in chosen]
+    return [known[str(candidate)] for candidate in (*(one.candidate for one in chosen), full)]
 
 
 def _times(

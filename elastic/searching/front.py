@@ -14,6 +14,7 @@ import numpy as np
 
 from elastic import plotting
 from elastic.console import wide
+from elastic.evaluation.statistics import CORRECT, Score, difference
 from elastic.files import new_directory, write_json, write_text
 from elastic.latency.bench import CANDIDATE
 from elastic.latency.latency_table import Timetable
@@ -113,7 +114,10 @@ class Member(Evaluated):
 
     name: str
     test: Mapping[str, Any]
-    """accuracy, accuracy_n, accuracy_interval, and the compensation it was scored with."""
+    """accuracy, accuracy_n, accuracy_interval, the compensation it was scored with, and which
+    examples were right (`Score.marks`)."""
+    full_correct: str
+    """Which the full model had right."""
     measured: Measured | None
     """None where the target is another machine."""
     best: bool = False
@@ -125,11 +129,21 @@ class Member(Evaluated):
         """As it was scored on the test split."""
         return Compensated.of(self.test["compensation"])
 
+    @property
+    def beside_full(self) -> tuple[float, tuple[float, float]]:
+        """Its test accuracy less the full model's on the same examples, with the 95 % interval."""
+        return difference(Score.of_marks(self.test[CORRECT]), Score.of_marks(self.full_correct))
+
     def as_dict(self) -> dict[str, Any]:
+        gap, interval = self.beside_full
         return {
             "name": self.name,
             "best": self.best,
             **self.test,
+            "full_correct": self.full_correct,
+            "full_accuracy": Score.of_marks(self.full_correct).accuracy,
+            "difference": gap,
+            "difference_interval": list(interval),
             "validation_accuracy": self.figures.accuracy,
             "validation_estimate": self.estimate,
             "validation_n": self.figures.accuracy_n,
@@ -202,7 +216,8 @@ class Front:
         decoding = ["decode ms"] if self.full.decode_ms else []
         weights = ["weights"] if len(self.timetables) > 1 else []
         recovered = ["before recovery"] if self.members[0].recovery else []
-        columns = ["", *weights, "test accuracy", "95 % interval", *recovered, "prefill ms"]
+        columns = ["", *weights, "test accuracy", "95 % interval", "less full", *recovered]
+        columns += ["prefill ms"]
         columns += decoding
         columns += ["params"]
         columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
@@ -211,11 +226,13 @@ class Front:
         for member in self.members:
             low, high = member.test["accuracy_interval"]
             f, full, measured = member.figures, self.full, member.measured
+            gap, (worst, most) = member.beside_full
             table.add_row(
                 f"{member.name} (best)" if member.best else member.name,
                 *(self.weights(member) for _ in weights),
                 f"{member.test['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
+                f"{100 * gap:+.1f} [{100 * worst:.1f}, {100 * most:.1f}]",
                 *(f"{one['before']['accuracy']:.1%}" for one in [member.recovery] if one),
                 _ms(f.prefill_ms, measured.prefill_ms if measured else None, full.prefill_ms),
                 *(
@@ -240,10 +257,11 @@ class Front:
         console = wide(120)
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
-        full = self.full
+        full, whole = self.full, Score.of_marks(self.members[0].full_correct).accuracy
         decode = f", {full.decode_ms:.1f} ms decode" if full.decode_ms else ""
         console.print(
-            f"Accuracy on {n} test examples the search never saw. Latency: predicted, measured "
+            f"Accuracy on {n} test examples the search never saw, of which the full model has "
+            f"{whole:.1%} right; points less, on the same examples. Latency: predicted, measured "
             f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
         if recovery := self.members[0].recovery:
@@ -264,7 +282,8 @@ class Front:
         console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
         console.print(f"Next: elastic export {self.run.path}")
         best = self.best.as_dict()
-        best = {k: v for k, v in best.items() if k not in ("sub_adapter", "recovery")}
+        long = ("sub_adapter", "recovery", CORRECT, "full_correct")
+        best = {k: v for k, v in best.items() if k not in long}
         print(json.dumps({**best, "file": str(self.run.sub_adapters / "best.json")}))
 
     def _over_as_measured(self) -> str | None:
@@ -319,9 +338,10 @@ class Front:
             [cost(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
             facecolors="none", edgecolors="#c0392b", linewidths=2, label=f"best: {best.name}",
         )  # fmt: skip
-        axes.axvline(
-            cost(self.full), color="#777777", linestyle=":",
-            label=f"full model, {axis(getattr(self.full, drawn))}",
+        whole = 100 * Score.of_marks(best.full_correct).accuracy
+        axes.plot(
+            [cost(self.full)], [whole], marker="*", markersize=13, linestyle="", color="#444444",
+            label=f"full model (test), {axis(getattr(self.full, drawn))}",
         )  # fmt: skip
         if drawn in self.limits:
             limit = self.limits[drawn]

@@ -184,7 +184,7 @@ class Objective:
                 model, self.tokenizer, self.examples[start:end],
                 batch_tokens=self.config.batch_tokens, quiet=True,
             )  # fmt: skip
-            correct += "".join("01"[right] for right in score.correct)
+            correct += score.marks
             start = end
             if rival and end < len(self.examples):
                 won, lost = wins(correct, rival.correct)

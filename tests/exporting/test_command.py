@@ -17,7 +17,8 @@ from elastic.config import CompensationConfig, StageConfig
 from elastic.data import load_task
 from elastic.errors import DataMissing
 from elastic.evaluation.evaluate import answers, evaluate
-from elastic.exporting import proof
+from elastic.evaluation.statistics import Score
+from elastic.exporting import command, proof
 from elastic.exporting.command import export
 from elastic.exporting.proof import NEW_TOKENS
 from elastic.files import write_json
@@ -318,6 +319,29 @@ def test_the_score_of_the_search_is_reported_again(run, nets):
     write_json(run.path / "elsewhere" / "other.json", maximal)
     config_ = config(run, sub_adapter=str(run.path / "elsewhere" / "other.json"))
     assert export(config_).contents["accuracy"] is None
+
+
+@pytest.mark.parametrize("left_out", [(), ("correct",), ("full_correct",)])
+def test_test_examples_are_scored_once(run, nets, monkeypatch, left_out):
+    """By the search, which keeps what was right; an earlier version did not."""
+    minimal = nets["float32"].space.minimal().as_dict()
+    kept = {"correct": "11110000", "full_correct": "11111010"}
+    saved = {"accuracy": 0.5, "accuracy_n": 8, "accuracy_interval": [0.2, 0.8], **kept}
+    saved = {name: value for name, value in saved.items() if name not in left_out}
+    write_json(run.sub_adapters / "kept.json", {**saved, "sub_adapter": minimal})
+    asked = []
+
+    def evaluated(*_, **__):
+        asked.append(1)
+        return Score.of_marks("10000000")
+
+    monkeypatch.setattr(command, "evaluate", evaluated)
+    report = export(config(run, sub_adapter="kept", formats=["hf"], accuracy=True))
+    of_hf = report.contents["formats"]["hf"]
+    assert len(asked) == (2 if left_out else 0)
+    if not left_out:
+        assert (of_hf["accuracy"], of_hf["full_accuracy"]) == (0.5, 0.75)
+        assert of_hf["difference"] == -0.25
 
 
 # Without data

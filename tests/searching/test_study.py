@@ -17,6 +17,7 @@ from elastic.config import BudgetConfig, CompensationConfig, SearchConfig, Study
 from elastic.data import load_task
 from elastic.errors import RunError
 from elastic.evaluation.evaluate import evaluate
+from elastic.evaluation.statistics import Score, difference
 from elastic.files import BUILDING
 from elastic.latency import bench, target
 from elastic.latency.target import Target
@@ -93,6 +94,24 @@ def test_members_meet_the_budget_and_dominate_the_rest(trained, searched, tmp_pa
     assert set(members) <= set(feasible)
     for accuracy, ms in feasible:
         assert any(a >= accuracy and m <= ms for a, m in members)
+
+
+def test_members_stand_beside_the_full_model_on_the_same_test_examples(searched, capsys):
+    run, front = searched
+    trained, base, net = load_run(run)
+    task = load_task(trained.task, trained.seed)
+    with net.active(net.space.maximal()) as model:
+        full = evaluate(model, base.tokenizer, task.test)
+    for row in front_of(run):
+        assert row["full_accuracy"] == full.accuracy and row["full_correct"] == full.marks
+        mine = Score.of_marks(row["correct"])
+        assert (mine.accuracy, mine.n) == (row["accuracy"], row["accuracy_n"])
+        gap, interval = difference(mine, full)
+        assert (row["difference"], row["difference_interval"]) == (gap, list(interval))
+    front.show()
+    shown = capsys.readouterr().out
+    assert f"the full model has {full.accuracy:.1%} right" in " ".join(shown.split())
+    assert f"{100 * front.best.beside_full[0]:+.1f} [" in shown
 
 
 def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monkeypatch):
