@@ -107,7 +107,7 @@ class TrainConfig:
     or none for `sampling: lonas`."""
     order_examples: int = 64
     """Training examples of the calibration pass behind `order: activation`."""
-    compensation_examples: int = 128
+    compensation_examples: int = 512
     """Training examples of the calibration pass after training, from which a sub-adapter makes up
     for channels that it cuts (`compensation` of the other commands); 0: none."""
     compensation_in_training: float = 0.0
