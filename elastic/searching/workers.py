@@ -22,12 +22,13 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DatabaseError
 
 from elastic.config.search import without_password
 from elastic.console import say
 from elastic.errors import MissingExtra, RunError
-from elastic.files import lock, named_failure
+from elastic.files import lock, named_failure, scratch
 
 BEAT = 10.0
 """Seconds between signs of life."""
@@ -88,6 +89,7 @@ def open_storage(place: str | None, folder: Path) -> BaseStorage:
 def _database(url: str) -> RDBStorage:
     """A new database is given its tables, by all workers at once: those who come too late fail,
     and find them when they try again."""
+    _make_file(url)
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
     for _ in range(TRIES - 1):
         try:
@@ -95,6 +97,24 @@ def _database(url: str) -> RDBStorage:
         except DatabaseError:
             time.sleep(0.5)
     return RDBStorage(url, engine_kwargs=waiting)
+
+
+def _make_file(url: str) -> None:
+    """A new database of SQLite appears with all its tables and indices, which it makes one by one:
+    killed in between, it would take every study for a new one."""
+    place = make_url(url)
+    file = Path(place.database or "")
+    is_file = place.get_backend_name() == "sqlite" and file.name and ":" not in str(file)
+    if not is_file or file.exists() or not file.parent.is_dir():
+        return
+    with scratch(file.parent) as building:
+        new = building / file.name
+        RDBStorage(f"sqlite:///{new}").engine.dispose()
+        try:
+            os.link(new, file)
+        except OSError:  # another worker's is there, or files have one name here
+            if not file.exists():
+                os.replace(new, file)
 
 
 class Journal(JournalFileBackend):

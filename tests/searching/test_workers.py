@@ -18,6 +18,8 @@ import psutil
 import pytest
 from optuna.storages import run_grpc_proxy_server
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
@@ -293,6 +295,27 @@ def test_a_password_is_never_shown(tmp_path, place, shown):
         open_storage(place, tmp_path)
     assert f"study.storage {shown} cannot" in str(caught.value)
     assert "secret" not in str(caught.value) and "ss/w@rd" not in str(caught.value)
+
+
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path):
+    """Its tables and their indices are made one by one; without the one of names, every start
+    would add another study."""
+    place, name = f"sqlite:///{tmp_path / 'study.db'}", "kept"
+
+    def doomed() -> None:
+        @event.listens_for(Engine, "before_cursor_execute")
+        def kill(_connection, _cursor, statement, *_):
+            if "CREATE UNIQUE INDEX" in statement:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        open_storage(place, tmp_path)
+
+    assert ended(forked(doomed)) == -signal.SIGKILL
+    for _ in range(2):
+        storage = open_storage(place, tmp_path)
+        optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    assert [study.study_name for study in storage.get_all_studies()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
 
 
 # The journal.
