@@ -28,7 +28,7 @@ from sqlalchemy.exc import DatabaseError
 from elastic.config.search import without_password
 from elastic.console import say
 from elastic.errors import MissingExtra, RunError
-from elastic.files import lock, named_failure, scratch
+from elastic.files import clear_leftovers, lock, named_failure, scratch
 
 BEAT = 10.0
 """Seconds between signs of life."""
@@ -105,7 +105,10 @@ def _make_file(url: str) -> None:
     place = make_url(url)
     file = Path(place.database or "")
     is_file = place.get_backend_name() == "sqlite" and file.name and ":" not in str(file)
-    if not is_file or file.exists() or not file.parent.is_dir():
+    if not is_file or not file.parent.is_dir():
+        return
+    clear_leftovers(file.parent)  # of one that was killed when it had been made
+    if file.exists():
         return
     with scratch(file.parent) as building:
         new = building / file.name

@@ -23,6 +23,7 @@ from sqlalchemy.engine import Engine
 
 from elastic.config import SearchConfig, StudyConfig
 from elastic.errors import RunError
+from elastic.files import BUILDING
 from elastic.searching import workers
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
@@ -312,6 +313,7 @@ def test_a_database_whose_making_was_killed_is_made_again(tmp_path):
 
     assert ended(forked(doomed)) == -signal.SIGKILL
     for _ in range(2):
+        (tmp_path / f".scratch.abcd{BUILDING}").mkdir(exist_ok=True)  # of one killed a bit later
         storage = open_storage(place, tmp_path)
         optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     assert [study.study_name for study in storage.get_all_studies()] == [name]
