@@ -291,12 +291,14 @@ def test_a_name_is_one_directory(name):
         ExportConfig(name=name)
 
 
-def test_what_could_not_be_weighed_is_left_out(exported, monkeypatch, capsys):
+def test_what_could_not_be_weighed_is_left_out(exported, tmp_path, monkeypatch, capsys):
+    run = copy_run(exported, tmp_path / "run")
+
     def fails(loads):
         raise RunError("hf: killed")
 
     monkeypatch.setattr(weigh, "weigh", fails)
-    report = export(config(exported, sub_adapter="maximal", name="unweighed"))
+    report = export(config(run, sub_adapter="maximal", name="unweighed"))
     found = report.contents["formats"]["hf"]
     assert found["memory_mb"] is None and found["full_load_s"] is None
     assert "hf: killed" in capsys.readouterr().err

@@ -6,6 +6,8 @@ import os
 import traceback
 from collections.abc import Callable
 
+import torch
+
 
 def forked(act: Callable[[], object]) -> int:
     """A child process at `act`, which ends there: 0 when it returns, else 1."""
@@ -13,6 +15,9 @@ def forked(act: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(
+                1
+            )  # the threads of a pool are not forked, and would be waited for
             act()
             code = 0
         except BaseException:
