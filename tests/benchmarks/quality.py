@@ -264,16 +264,15 @@ def main() -> None:
                 f"{width:g}": statistics.mean(score.accuracy for score in of_width)
                 for width, of_width in mine.items()
             }
-            if "plain" in found:
-                for width, of_width in mine.items():
-                    plain = [one[MADE_UP][width] for one in found["plain"]]
-                    mean, half = difference(of_width, plain)
-                    row |= {f"{width:g} - plain": mean, f"± {width:g}": half}
+            for width, of_width in mine.items():
+                first = [one[MADE_UP][width] for one in found[given.variants[0]]]
+                mean, half = difference(of_width, first)
+                row |= {f"{width:g} - first": mean, f"± {width:g}": half}
     report(
         "quality",
         f"{given.task}, SmolLM2-135M, {STEPS} steps of 16, n = {given.examples} of {given.split}, "
-        f"seeds {given.seeds}, accuracy by uniform width, and paired differences from plain LoRA "
-        "cut as much, with what is cut made up for",
+        f"seeds {given.seeds}, accuracy by uniform width, and paired differences from "
+        f"{given.variants[0]} cut as much, with what is cut made up for",
         table, save=given.save, result=f"compensated-{given.task}-{given.split}",
         command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][2],
     )  # fmt: skip
