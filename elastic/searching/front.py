@@ -216,7 +216,7 @@ class Front:
         decoding = ["decode ms"] if self.full.decode_ms else []
         weights = ["weights"] if len(self.timetables) > 1 else []
         recovered = ["before recovery"] if self.members[0].recovery else []
-        columns = ["", *weights, "test accuracy", "95 % interval", "less full", *recovered]
+        columns = ["", *weights, "test, 95 %", "from full", *recovered]
         columns += ["prefill ms"]
         columns += decoding
         columns += ["params"]
@@ -230,8 +230,7 @@ class Front:
             table.add_row(
                 f"{member.name} (best)" if member.best else member.name,
                 *(self.weights(member) for _ in weights),
-                f"{member.test['accuracy']:.1%}",
-                f"{low:.1%} to {high:.1%}",
+                f"{member.test['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]",
                 f"{100 * gap:+.1f} [{100 * worst:.1f}, {100 * most:.1f}]",
                 *(f"{one['before']['accuracy']:.1%}" for one in [member.recovery] if one),
                 _ms(f.prefill_ms, measured.prefill_ms if measured else None, full.prefill_ms),
@@ -254,14 +253,14 @@ class Front:
         return f"{amount / COSTS[cost].scale:.1f} ({amount / whole:.0%})"
 
     def show(self) -> None:
-        console = wide(120)
+        console = wide(150)
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
         full, whole = self.full, Score.of_marks(self.members[0].full_correct).accuracy
         decode = f", {full.decode_ms:.1f} ms decode" if full.decode_ms else ""
         console.print(
             f"Accuracy on {n} test examples the search never saw, of which the full model has "
-            f"{whole:.1%} right; points less, on the same examples. Latency: predicted, measured "
+            f"{whole:.1%} right; points from it, on the same ones. Latency: predicted, measured "
             f"(of the full model's {full.prefill_ms:.1f} ms prefill{decode})."
         )
         if recovery := self.members[0].recovery:
