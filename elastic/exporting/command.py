@@ -103,7 +103,7 @@ def _export(config: ExportConfig) -> Report:
         # With others to be merged, its accuracy alone would say nothing.
         known = proof.Accuracy()
         if not others:
-            known = _accuracy(chosen.saved, config, sub, cut, base.tokenizer, task.test)
+            known = _accuracy(_scored(chosen, sub), config, cut, base.tokenizer, task.test)
         instead_of = Model(name, sub, known, count(cut), full_cost, made_up)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         of_whom = Chosen(name)
@@ -158,10 +158,10 @@ def _export(config: ExportConfig) -> Report:
                 formats[kind] = proof.prove(kind, source, building / kind, probes, task.test)
         proved = {kind: found for kind, found in formats.items() if isinstance(found, proof.Proof)}
         as_torch = {kind: found for kind, found in proved.items() if found.as_torch}
-        saved = chosen.saved if name == chosen.name else {}
-        searched_as = loading.resolve_dtype(trained.model.dtype, model.device)
-        kept = _kept(saved, sub, len(task.test)) if searched_as == model.dtype else None
+        saved = _scored(chosen, sub) if name == chosen.name else {}
         if as_torch and config.accuracy:
+            searched_as = loading.resolve_dtype(trained.model.dtype, model.device)
+            kept = _kept(saved, len(task.test)) if searched_as == model.dtype else None
             mine, full = kept or (
                 evaluate(
                     each, base.tokenizer, task.test, batch_tokens=config.batch_tokens,
@@ -171,7 +171,7 @@ def _export(config: ExportConfig) -> Report:
             )  # fmt: skip
             trade = proof.beside(full, mine)
         else:
-            trade = proof.Trade(_accuracy(saved, config, sub, model, base.tokenizer, task.test))
+            trade = proof.Trade(_accuracy(saved, config, model, base.tokenizer, task.test))
         for kind, found in as_torch.items():
             formats[kind] = dataclasses.replace(found, trade=trade)
         return _described(
@@ -234,10 +234,15 @@ def _reasons(source: Source) -> dict[str, str]:
     return reasons
 
 
-def _kept(saved: Mapping[str, Any], sub: SubAdapter, n: int) -> tuple[Score, Score] | None:
-    """This one's and the full model's, as far as the search has scored them."""
-    if saved.get("sub_adapter") != sub.as_dict() or saved.get("compress"):
-        return None
+def _scored(chosen: Chosen, sub: SubAdapter) -> Mapping[str, Any]:
+    """What the search wrote, if it scored this very sub-adapter as it is."""
+    saved = chosen.saved
+    same = saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress")
+    return saved if same else {}
+
+
+def _kept(saved: Mapping[str, Any], n: int) -> tuple[Score, Score] | None:
+    """This one's and the full model's on the `n` test examples, where the search kept them."""
     mine, full = saved.get(CORRECT), saved.get(f"full_{CORRECT}")
     if not (isinstance(mine, str) and isinstance(full, str) and len(mine) == len(full) == n):
         return None  # an earlier version kept less
@@ -247,13 +252,12 @@ def _kept(saved: Mapping[str, Any], sub: SubAdapter, n: int) -> tuple[Score, Sco
 def _accuracy(
     saved: Mapping[str, Any],
     config: ExportConfig,
-    sub: SubAdapter,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     test: Sequence[Example],
 ) -> proof.Accuracy:
     """On the test split: the search's if it scored this sub-adapter, else measured now."""
-    if saved.get("sub_adapter") == sub.as_dict() and not saved.get("compress"):
+    if saved:
         return proof.Accuracy(*(saved[key] for key in proof.Accuracy().as_dict()))
     if not config.accuracy:
         return proof.Accuracy()

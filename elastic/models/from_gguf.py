@@ -7,12 +7,12 @@ not know, so here whatever would be lost is refused.
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from elastic.errors import ModelError
 from elastic.files import new_directory
+from elastic.plain import one_line
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 
@@ -32,7 +32,7 @@ def write_folder(file: Path, folder: Path) -> None:
             **location, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # the library raises many kinds
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise _refused(file, f"transformers cannot read it: {reason}") from error
     if lost := sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}):
         raise _refused(file, f"transformers finds no weights in it for {', '.join(lost[:3])}")
@@ -66,7 +66,7 @@ def _require_whole(file: Path) -> None:
         names = [tensor.name for tensor in reader.tensors]
     except Exception as error:  # whatever a damaged file makes numpy and the reader raise
         raise ModelError(
-            f"model.path {file}: damaged, or cut off ({type(error).__name__}: {error})"
+            f"model.path {file}: damaged, or cut off ({type(error).__name__}: {one_line(error)})"
         ) from None
     scaled = [name for name, value in settings.items() if value != "none"]
     scaled += [name for name in names if name.startswith("rope_f")]

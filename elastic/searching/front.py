@@ -130,9 +130,14 @@ class Member(Evaluated):
         return Compensated.of(self.test["compensation"])
 
     @property
+    def full_test(self) -> Score:
+        """The full model's on the same test examples."""
+        return Score.of_marks(self.full_correct)
+
+    @property
     def beside_full(self) -> tuple[float, tuple[float, float]]:
-        """Its test accuracy less the full model's on the same examples, with the 95 % interval."""
-        return difference(Score.of_marks(self.test[CORRECT]), Score.of_marks(self.full_correct))
+        """Its test accuracy less the full model's, with the 95 % interval."""
+        return difference(Score.of_marks(self.test[CORRECT]), self.full_test)
 
     def as_dict(self) -> dict[str, Any]:
         gap, interval = self.beside_full
@@ -141,7 +146,7 @@ class Member(Evaluated):
             "best": self.best,
             **self.test,
             "full_correct": self.full_correct,
-            "full_accuracy": Score.of_marks(self.full_correct).accuracy,
+            "full_accuracy": self.full_test.accuracy,
             "difference": gap,
             "difference_interval": list(interval),
             "validation_accuracy": self.figures.accuracy,
@@ -216,8 +221,7 @@ class Front:
         decoding = ["decode ms"] if self.full.decode_ms else []
         weights = ["weights"] if len(self.timetables) > 1 else []
         recovered = ["before recovery"] if self.members[0].recovery else []
-        columns = ["", *weights, "test, 95 %", "from full", *recovered]
-        columns += ["prefill ms"]
+        columns = ["", *weights, "test, 95 %", "from full", *recovered, "prefill ms"]
         columns += decoding
         columns += ["params"]
         columns += [f"{cost} ({COSTS[cost].unit})" for cost in more]
@@ -256,7 +260,7 @@ class Front:
         console = wide(150)
         console.print(self.table())
         n = self.members[0].test["accuracy_n"]
-        full, whole = self.full, Score.of_marks(self.members[0].full_correct).accuracy
+        full, whole = self.full, self.best.full_test.accuracy
         decode = f", {full.decode_ms:.1f} ms decode" if full.decode_ms else ""
         console.print(
             f"Accuracy on {n} test examples the search never saw, of which the full model has "
@@ -337,7 +341,7 @@ class Front:
             [cost(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
             facecolors="none", edgecolors="#c0392b", linewidths=2, label=f"best: {best.name}",
         )  # fmt: skip
-        whole = 100 * Score.of_marks(best.full_correct).accuracy
+        whole = 100 * best.full_test.accuracy
         axes.plot(
             [cost(self.full)], [whole], marker="*", markersize=13, linestyle="", color="#444444",
             label=f"full model (test), {axis(getattr(self.full, drawn))}",

@@ -15,7 +15,6 @@ All must be 0; the exit code says whether.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -24,8 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from elastic.training import one_task
-from tests.programs.stress import Subject, ended, subjects
+from tests.programs.stress import Subject, ended, prepare, subjects
 from tests.programs.stress_place import Place
 
 ROOM = (0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0)
@@ -54,8 +52,7 @@ def main() -> int:
     parser.add_argument("disk", type=Path)
     parser.add_argument("--only", default="", help="subjects whose name begins so")
     given = parser.parse_args()
-    os.environ.update(CI="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    one_task.require_fits = lambda *_: None
+    prepare()
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="full-disk-") as home:
         for number, subject in enumerate(subjects(Path(home), seed=0)):

@@ -267,6 +267,13 @@ def torn(place: Place, generator: random.Random) -> int:
 # Subjects
 
 
+def prepare() -> None:
+    """This process, before it forks."""
+    torch.set_num_threads(1)
+    os.environ.update(CI="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    one_task.require_fits = lambda *_: None  # half of what each start would take
+
+
 def warm(base: Path) -> None:
     """What every child would do again: reading settings from docstrings, importing, finding
     classes."""
@@ -347,9 +354,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="kept; unset: a temporary one")
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ.update(CI="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    one_task.require_fits = lambda *_: None  # half of what each start would take
+    prepare()
     home = given.folder or Path(tempfile.mkdtemp(prefix="stress-"))
     home.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * given.minutes
