@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +14,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _ATEN = torch.ops.aten
-FLOPS = {
-    # For the CPU's attention kernel torch has no formula; the other kernels' is the same.
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
-    **flop_registry,
-}
+_KERNELS = "flash", "efficient", "cudnn"
+
+
+def _of_groups(formula: Callable[..., int], query: int) -> Callable[..., int]:
+    """With as many heads of keys and values as of queries (the argument at place `query`): several
+    queries may share theirs, which is no fewer operations and which torch before 2.13 refuses to
+    count."""
+
+    def counted(*arguments: Any, **settings: Any) -> int:
+        heads = arguments[query].shape[1]
+        shared = [(x.shape[0], heads, *x.shape[2:]) for x in arguments[query + 1 : query + 3]]
+        rest = arguments[query + 3 :]
+        return formula(*arguments[: query + 1], *shared, *rest, **settings)
+
+    return counted
+
+
+def _attention() -> Iterator[tuple[Any, Callable[..., int]]]:
+    """Kernels, and the formulas for them."""
+    for kernel in _KERNELS:
+        for place, direction in enumerate(("", "_backward")):
+            name = f"_scaled_dot_product_{kernel}_attention"
+            formula = _of_groups(flop_registry[getattr(_ATEN, name + direction)], place)
+            yield getattr(_ATEN, name + direction), formula
+            if kernel == "flash":  # the CPU's, for which torch has none
+                yield getattr(_ATEN, f"{name}_for_cpu{direction}"), formula
+
+
+FLOPS = {**flop_registry, **dict(_attention())}
 """Floating-point operations by operator, as torch's FlopCounterMode counts them: two for a
 multiply-accumulate, none for what is not a matrix product."""
 

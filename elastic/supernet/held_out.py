@@ -116,7 +116,7 @@ class HeldOut:
             net.compensation = saved_compensation(run.super_adapter, net)
         if net.compensation:
             moments = net.compensation.moments
-            room, device = config.room_mb * 1e6, net.model.device
+            room, device = config.room_mb * 1e6, net.device
             net.compensation = Compensation(moments, config.ridge, room, device)
         held_out.examples = functools.cache(
             lambda: fitted_batches(trained, net.model, tokenizer, task, config)

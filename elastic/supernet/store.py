@@ -110,7 +110,7 @@ def saved_compensation(directory: Path, net: Supernet) -> Compensation | None:
     for site, width in moments.widths.items():
         if site not in net.space.reading or width != net.layer(site).base.in_features:
             raise RunError(f"{file}: {site}, {width} wide, is no such layer here; train again")
-    return Compensation(moments)
+    return Compensation(moments, device=net.device)
 
 
 def read_order(directory: Path, space: BoundSpace) -> dict[str, Tensor]:

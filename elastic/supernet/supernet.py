@@ -76,6 +76,12 @@ class Supernet:
             for group in self.space
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where factors are, and solutions: the model's, or the CPU for one without data (meta)."""
+        device = self.model.device
+        return torch.device("cpu") if device.type == "meta" else device
+
     def layer(self, site: str) -> ElasticLinear:
         return self.model.get_submodule(site)
 
@@ -92,14 +98,13 @@ class Supernet:
         method = METHODS[name]
         # Factors of a base without data (meta) can still be loaded.
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        device = "cpu" if self.model.device.type == "meta" else self.model.device
         sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
         for site in track(sites, f"attaching {name}", quiet=generator is None):
             base = self.model.get_submodule(site)
             adapter = None
             if site in targets:
                 sizes = base.out_features, base.in_features
-                adapter = method(self.adapter, *sizes, dtype=dtype, device=device)
+                adapter = method(self.adapter, *sizes, dtype=dtype, device=self.device)
                 if generator is not None:
                     adapter.start(base.weight, generator)
             self.model.set_submodule(site, ElasticLinear(base, adapter, self.adapter.dropout))

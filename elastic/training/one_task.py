@@ -188,7 +188,7 @@ def _compensation_to_train_with(
     """From a calibration pass before training, which a resumed run finds again."""
     if not run.moments.is_file():
         save(calibrated(net, examples, batch_size=config.batch_size, pad=pad), run.moments)
-    return Compensation(Moments(run.moments))
+    return Compensation(Moments(run.moments), device=net.device)
 
 
 def build(

@@ -31,7 +31,8 @@ def launch(model: Path, folder: Path, *names: str) -> None:
     done = subprocess.run(
         [sys.executable, *torchrun, str(script), str(model), str(folder), *names],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # One accelerator would not do for two processes.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -161,7 +161,7 @@ def test_small_ones_are_taught_and_the_maximal_one_is_not(trained, tmp_path, mon
 def test_what_fails_is_named_and_cleared_away_later(recovered, trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
     with pytest.raises(TrainingError, match=r"front-1: step 2, .*recover\.base_lr"):
-        search(wanted(run, RecoveryConfig(steps=2, base_lr=1e3)))
+        search(wanted(run, RecoveryConfig(steps=2, base_lr=1e30)))
     assert "recovery" not in searches.front_of(run)[0]
     search(wanted(run))
     kept = {path.name.partition(".")[0] for path in run.recovered.iterdir()}

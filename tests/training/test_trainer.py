@@ -104,7 +104,7 @@ def test_only_factors_change(tiny_folder, tmp_path, built):
 def test_base_weights_are_the_originals_up_to_the_channel_order(tiny_folder, tmp_path, built):
     train_one(train_config(tiny_folder, tmp_path / "run"))
     [(net, _)] = built
-    config = ModelConfig(path=str(tiny_folder), dtype="float32")
+    config = ModelConfig(path=str(tiny_folder), dtype="float32", device="cpu")
     original = loading.load_model(str(tiny_folder), config).state_dict()
     moved = 0
     for group in net.space:
