@@ -102,6 +102,11 @@ class TrainConfig:
     space: str = "auto"
     """A shipped search space or a YAML file. auto: the one shipped for this type of model, else
     what the structure of its modules says."""
+    ranks: Literal["auto", "elastic", "whole"] = "auto"
+    """whole: no sub-adapter cuts the rank of its updates, which costs nothing once they are merged,
+    so that every step trains all ranks. elastic: as the space has them. auto: elastic where a stage
+    opens rank, for `sampling: lonas`, for an adapter that is taken over, and in a space of ranks
+    alone; else whole."""
     order: Literal["auto", "activation", "norm", "none"] = "auto"
     """What decides which channels come first, and are therefore kept longest. auto: activation,
     or none for `sampling: lonas`."""
@@ -128,12 +133,13 @@ class TrainConfig:
     front, a JSON file, or maximal, heuristic, minimal, uniform-FRACTION. With `distill` it learns
     from what that run's maximal sub-adapter answers."""
     stages: list[StageConfig] = field(default_factory=list)
-    """Trained one after another. Unset: a maximal epoch, then two with everything open; for
-    `sampling: lonas` three with everything open."""
+    """Trained one after another. Unset: a maximal epoch, then two with everything open that the
+    space has (see `ranks`); for `sampling: lonas` three with everything open."""
     progressivity: list[Dim] = field(
         default_factory=lambda: ["rank", "width", "heads", "query_heads", "depth"]
     )
-    """The order in which stages may open dimensions; an open one never closes."""
+    """The order in which stages may open dimensions, those left out that none opens; an open one
+    never closes."""
     max_steps: int | None = None
     """Ends training after so many optimiser steps, whatever the stages would take; the learning
     rate goes down with them."""
@@ -212,10 +218,16 @@ class TrainConfig:
                 len(values) == len(self.tasks),
                 f"sequence.{name} has {len(values)} values for {len(self.tasks)} tasks",
             )
+        require(
+            self.ranks != "whole" or not any("rank" in stage.train_dims for stage in self.stages),
+            "ranks whole: no stage can open rank; leave it out of train_dims, or give elastic",
+        )
         open_before: set[Dim] = set()
+        ever = {dim for stage in self.stages for dim in stage.train_dims}
+        order = [dim for dim in self.progressivity if dim in ever]
         for number, stage in enumerate(self.stages):
             opened = set(stage.train_dims)
-            allowed = set(self.progressivity[: len(opened)])
+            allowed = set(order[: len(opened)])
             require(
                 opened == allowed and open_before <= opened,
                 f"stages[{number}].train_dims {sorted(opened)}: dimensions open in the order of "
@@ -227,6 +239,14 @@ class TrainConfig:
             all(with_lr) or not any(with_lr),
             "stages: give init_lr to every stage, or to none and use the global schedule lr",
         )
+
+    @property
+    def has_whole_ranks(self) -> bool:
+        """Whether the ranks of a space with more than ranks are left alone."""
+        if self.ranks != "auto":
+            return self.ranks == "whole"
+        opened = any("rank" in stage.train_dims for stage in self.stages)
+        return not opened and self.sampling != "lonas" and self.adapter.taken_from is None
 
     @property
     def resolved_order(self) -> Literal["activation", "norm", "none"]:

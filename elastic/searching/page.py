@@ -38,7 +38,8 @@ def _data(front: Front) -> dict[str, Any]:
     return {
         "title": f"{front.run.path.resolve().name}: {len(front.trials)} sub-adapters",
         "about": (
-            f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples, "
+            f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples and "
+            f"{front.best.full_test.accuracy:.1%} on test, "
             f"prefill {full.prefill_ms:.1f} ms"
             + (f", decode {full.decode_ms:.1f} ms. " if full.decode_ms else ". ")
             + "Points are "
@@ -77,6 +78,7 @@ def _data(front: Front) -> dict[str, Any]:
                 "trial": numbers[member.candidate],
                 "accuracy": member.test["accuracy"],
                 "interval": list(member.test["accuracy_interval"]),
+                "from_full": list(_flat(member.beside_full)),
                 "before": member.recovery and member.recovery["before"]["accuracy"],
                 "measured": member.measured and asdict(member.measured),
             }
@@ -89,6 +91,11 @@ def _data(front: Front) -> dict[str, Any]:
             for group, effect in zip(space, front.effects, strict=True)
         ],
     }
+
+
+def _flat(gap: tuple[float, tuple[float, float]]) -> tuple[float, float, float]:
+    """A difference and the ends of its interval."""
+    return gap[0], *gap[1]
 
 
 def _block(name: str) -> str:

@@ -178,6 +178,22 @@ class SearchSpace:
         )
         return SearchSpace(tuple(sections), self.source)
 
+    @property
+    def has_ranks_alone(self) -> bool:
+        """Whether nothing else is elastic."""
+        return all(spec.dim == "rank" for section in self.sections for spec in section.groups)
+
+    def with_whole_ranks(self) -> SearchSpace:
+        """The same layers adapted and no rank to choose from; unchanged where there is nothing
+        else."""
+        if self.has_ranks_alone:
+            return self
+        sections = (
+            replace(section, groups=tuple(spec for spec in section.groups if spec.dim != "rank"))
+            for section in self.sections
+        )
+        return SearchSpace(tuple(sections), self.source)
+
     def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The declaration again; `from_dict` reads it back to an equal space."""
         declared = [section.as_dict() for section in self.sections]

@@ -52,7 +52,21 @@ RANK = 4
 Shape = tuple[int, int]
 
 
-def space_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
+def space_for(config: TrainConfig) -> SearchSpace:
+    """The space to train in: the one declared, without ranks to choose from where they stay whole.
+    ConfigError where nothing else would be elastic, and that was asked for."""
+    space = declared_for(config)
+    if not config.has_whole_ranks:
+        return space
+    if config.ranks == "whole" and space.has_ranks_alone:
+        raise ConfigError(
+            f"ranks whole: {space.source} has nothing but ranks to choose from; give elastic, or "
+            "another space"
+        )
+    return space.with_whole_ranks()
+
+
+def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     """The space of that name; of `auto`, the one shipped for this type of model or, if there is
     none, the one discovered."""
     if config.space != AUTO:

@@ -14,7 +14,7 @@ from elastic.console import wide
 from elastic.models import loading
 from elastic.spaces.bound import BoundSpace, all_digits, power_of_ten
 from elastic.supernet.cost import Cost, Counter
-from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.discovery import declared_for, require_fits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,7 +78,7 @@ def short(number: float | None, unit: str = "") -> str:
 
 def show_space(config: SpaceShowConfig) -> SpaceTable:
     """`elastic space show`: reads no weights."""
-    space = space_for(config)
+    space = declared_for(config)
     model = loading.skeleton(config.model)
     bound = space.bind(model, config.rank)
     require_fits(model, space, config.rank)

@@ -120,7 +120,8 @@ def predecessor(config: TrainConfig) -> Run:
             "model.classes alike"
         )
     taken = theirs.adapter.taken_from  # then the space is of the layers that it has
-    if taken is None and space_for(config).sections != before.space().sections:
+    spaces = (space_for(config), before.space())
+    if taken is None and len({space.with_whole_ranks().sections for space in spaces}) > 1:
         raise ConfigError(
             f"start_from: {before.path} was trained in another search space than {config.space}; "
             f"a sequence keeps one"

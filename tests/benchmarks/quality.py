@@ -20,6 +20,7 @@ Runs and predictions are kept below RUNS, so hours may be interrupted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 import statistics
@@ -48,14 +49,10 @@ from tests.benchmarks.common import report
 WIDTHS = (1.0, 0.75, 0.625, 0.5)
 STEPS = 252
 PLAIN = '--stages=[{"epochs": 3}]'
-WHOLE_RANKS = [
-    "--progressivity=[width, rank]",
-    '--stages=[{"epochs": 1}, {"epochs": 2, "train_dims": ["width"]}]',
-]
 FEWER = ", 128 calibrating examples"
 """Of a variant that is there already: its super-adapter, with the moments of fewer examples."""
 MADE_UP_FOR, KL = ["--compensation_in_training", "1"], ["--distill", "1"]
-DIAGONAL = "staged, whole ranks, diagonal"
+DIAGONAL = "staged, diagonal"
 VARIANTS = {
     "plain": [PLAIN],
     "staged": [],
@@ -66,9 +63,8 @@ VARIANTS = {
     "staged, dropout 0.1": ["--adapter.dropout", "0.1"],
     "staged, distilled": ["--distill", "0.5"],
     "staged, maximal a third": ["--maximal_every", "3"],
-    "staged, whole ranks": WHOLE_RANKS,
-    DIAGONAL: WHOLE_RANKS,
-    "staged, whole ranks, all made up for, KL alone": [*WHOLE_RANKS, *MADE_UP_FOR, *KL],
+    "staged, ranks elastic": ["--ranks", "elastic"],
+    DIAGONAL: [],
     "staged, KL alone": KL,
     "staged, half made up for": ["--compensation_in_training", "0.5"],
     "staged, all made up for": MADE_UP_FOR,
@@ -260,15 +256,20 @@ def main() -> None:
                 f"{width:g}": statistics.mean(score.accuracy for score in of_width)
                 for width, of_width in mine.items()
             }
-            for width, of_width in mine.items():
-                first = [one[MADE_UP][width] for one in found[given.variants[0]]]
-                mean, half = difference(of_width, first)
-                row |= {f"{width:g} - first": mean, f"± {width:g}": half}
+            others = {"first": found[given.variants[0]], "full": seeds}
+            for (width, of_width), (other, theirs) in itertools.product(
+                mine.items(), others.items()
+            ):
+                at = 1.0 if other == "full" else width
+                compared = [one[MADE_UP][at] for one in theirs if at in one[MADE_UP]]
+                if compared:
+                    mean, half = difference(of_width, compared)
+                    row |= {f"{width:g} - {other}": mean, f"± {width:g} - {other}": half}
     report(
         "quality",
         f"{given.task}, SmolLM2-135M, {STEPS} steps of 16, n = {given.examples} of {given.split}, "
-        f"seeds {given.seeds}, accuracy by uniform width, and paired differences from "
-        f"{given.variants[0]} cut as much, with what is cut made up for",
+        f"seeds {given.seeds}, accuracy by uniform width, and paired differences, with what is cut "
+        f"made up for, from {given.variants[0]} cut as much (first) and from its own full size",
         table, save=given.save, result=f"compensated-{given.task}-{given.split}",
         command="python -m tests.benchmarks.quality DATA RUNS", prompt=DATA[given.task][2],
     )  # fmt: skip

@@ -50,6 +50,10 @@ def test_the_page_holds_the_whole_search(searched):
         theirs = names[member["name"]]
         assert as_sub_adapter(data, data["trials"][member["trial"]]) == theirs.sub_adapter.as_dict()
         assert member["accuracy"] == theirs.test["accuracy"]
+        whole = front.best.full_test.accuracy
+        gap, worst, most = member["from_full"]
+        assert gap == pytest.approx(member["accuracy"] - whole) and worst <= gap <= most
+        assert f"and {whole:.1%} on test" in data["about"]
     assert data["limits"] == dict(front.limits)
 
 

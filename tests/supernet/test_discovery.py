@@ -11,7 +11,7 @@ from elastic.models import loading
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.supernet import discovery
 from elastic.supernet.compact import compact
-from elastic.supernet.discovery import discover, space_for
+from elastic.supernet.discovery import declared_for, discover
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
@@ -159,7 +159,7 @@ def test_blocks_without_linear_layers_are_refused():
 def test_auto_is_the_shipped_space_of_a_known_type(tiny_folder, monkeypatch):
     monkeypatch.setattr(loading, "skeleton", lambda *_: pytest.fail("nothing needs to be built"))
     config = TrainConfig(model=ModelConfig(path=str(tiny_folder)))
-    assert space_for(config).sections == SearchSpace.load("llama").sections
+    assert declared_for(config).sections == SearchSpace.load("llama").sections
 
 
 def test_an_unknown_type_trains_with_what_was_found(tiny_folder, tmp_path, monkeypatch, capsys):
