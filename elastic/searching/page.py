@@ -38,9 +38,8 @@ def _data(front: Front) -> dict[str, Any]:
     return {
         "title": f"{front.run.path.resolve().name}: {len(front.trials)} sub-adapters",
         "about": (
-            f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples and "
-            f"{front.best.full_test.accuracy:.1%} on test, "
-            f"prefill {full.prefill_ms:.1f} ms"
+            f"Full model: accuracy {full.accuracy:.1%} on {full.accuracy_n} validation examples "
+            f"and {front.best.full_test.accuracy:.1%} on test, prefill {full.prefill_ms:.1f} ms"
             + (f", decode {full.decode_ms:.1f} ms. " if full.decode_ms else ". ")
             + "Points are "
             "estimates: measured accuracies less their noise. Hover or click to see one."
