@@ -32,6 +32,7 @@ _WHERE = {
     "train": "training.command",
     "search": "recovery.command",
     "export": "recovery.command",
+    "load": "serving.load",
     "compact": "supernet.compact",
     "sliced": "supernet.compact",
 }

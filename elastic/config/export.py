@@ -72,7 +72,7 @@ class HfConfig:
         )
 
 
-Format = Literal["hf", "peft", Graph, "gguf"]
+Format = Literal["hf", "peft", Graph, "gguf", "elastic"]
 _USUAL: tuple[Format, ...] = ("hf", "peft", "onnx", "openvino")
 
 
@@ -87,7 +87,8 @@ class ExportConfig:
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
     formats: list[Format] = field(default_factory=lambda: list(_USUAL))
-    """gguf, for llama.cpp, only when asked for."""
+    """gguf, for llama.cpp, and elastic, one folder for all of the front (`elastic.load`), only when
+    asked for."""
     compress: list[Literal[RoundedTo, "int4_awq", "int4_scale", "int4_gptq", "nf4"]] = field(
         default_factory=list
     )

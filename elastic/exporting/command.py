@@ -20,6 +20,7 @@ from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import CORRECT, Score
 from elastic.exporting import card, foreign, proof
 from elastic.exporting.contract import Source, Which
+from elastic.exporting.every_size import EverySize
 from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
@@ -144,9 +145,11 @@ def _export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
+            every_size = EverySize(run, net, held_out, of_whom, config.seed)
             source = Source(
-                config, net, sub, both, base, wanted, FORMATS, Path(scratch), name, task.train
-            )
+                config, net, sub, both, base, wanted, FORMATS, Path(scratch), every_size, name,
+                task.train,
+            )  # fmt: skip
             samples = proof.samples(source, task.test)
             reasons = _reasons(source)
             for kind in config.kinds:

@@ -15,6 +15,7 @@ from elastic.config import ExportConfig, ModelConfig
 from elastic.data.task import Example
 from elastic.evaluation.in_runtime import score
 from elastic.evaluation.statistics import Score
+from elastic.exporting.every_size import EverySize
 from elastic.formats import pipelines
 from elastic.formats.runner import Runner
 from elastic.latency.weigh import Load
@@ -43,6 +44,8 @@ class Source:
     """By name; those that one is made from, or judged beside, are among them."""
     scratch: Path
     """For what is not kept."""
+    every_size: EverySize
+    """Whatever else of the run can be chosen."""
     name: str = ""
     """Of the sub-adapter."""
     train: Sequence[Example] = ()

@@ -17,7 +17,7 @@ from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
 from elastic.exporting.contract import Format, Source, Which
 from elastic.files import read_json, write_json
-from elastic.formats import compression, gguf, graphs, hf, onnx, openvino, peft
+from elastic.formats import compression, gguf, graphs, hf, onnx, openvino, peft, slices
 from elastic.formats.compression import MODES, calibration_inputs
 from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
@@ -145,6 +145,55 @@ class Peft(_Torch):
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
+
+
+class Elastic(_Torch):
+    """All sizes of the run in one folder, of which the chosen one is compared."""
+
+    runtime = "elastic"
+
+    def why_not(self, source: Source) -> str | None:
+        if source.config.merge.adapters:
+            return "merged with other adapters, of which the other sizes know nothing"
+        if source.config.hf.uniform:
+            return "hf.uniform writes a size that the run does not have"
+        if source.trained.quantise != "none":
+            return "its base is quantised, and the folder holds rows and columns of dense weights"
+        return None
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        every = source.every_size
+        with every.common_factors():
+            slices.write(
+                source.net, source.base.tokenizer, every.slices(), directory,
+                model=source.trained, dtype=_stored(source), latencies=every.latencies(),
+                max_shard_size=source.config.hf.max_shard_size,
+            )  # fmt: skip
+
+    def open(self, source: Source, which: Which, directory: Path) -> Runner:
+        model, stored = source.models["compact"], _stored(source)
+        name = source.every_size.name_of(source.sub)
+        trusted = source.trained.trust_remote_code
+        loaded = slices.load(directory, name, trust_remote_code=trusted)
+        for key, tensor in model.state_dict().items():
+            if not torch.equal(loaded.state_dict()[key], tensor.to(stored).cpu()):
+                raise ExportError(f"elastic: {key} is not the same bit for bit after reloading")
+        return runner_of(loaded.to(model.device))
+
+    def limit(self, source: Source) -> float | None:
+        narrow = _stored(source) not in (torch.float32, torch.float64)
+        return None if narrow else super().limit(source)
+
+    def full(self, source: Source, kind: str) -> Runner:
+        return source.formats["hf"].full(source, "hf")
+
+    def loads(self, source: Source, kind: str, directory: Path) -> tuple[Load, Load]:
+        _, full = source.formats["hf"].loads(source, "hf", directory)
+        name = source.every_size.name_of(source.sub)
+        return self._load(source, directory, slice=name, device=self.device(source)), full
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"slices": list(slices.read(directory)["slices"])}
 
 
 def _stored(source: Source) -> torch.dtype:
@@ -276,6 +325,7 @@ FORMATS: dict[str, Format] = {
     "onnx": Onnx(),
     "openvino": Openvino(),
     "gguf": Gguf(),
+    "elastic": Elastic(),
 }
 
 

@@ -89,6 +89,14 @@ def _hf(load: Load) -> Callable[[], Runner]:
     return lambda: runner_of(hf.load(Path(load.folder), dtype, trusted).to(device))
 
 
+def _elastic(load: Load) -> Callable[[], Runner]:
+    from elastic.formats import slices
+    from elastic.formats.runner import runner_of
+
+    name, device = load.settings["slice"], load.settings["device"]
+    return lambda: runner_of(slices.load(load.folder, name).to(device))
+
+
 def _peft(load: Load) -> Callable[[], Runner]:
     import transformers
     from peft import PeftModel
@@ -128,6 +136,7 @@ TRANSFORMERS = ("elastic.formats.hf", "transformers.models.auto.modeling_auto")
 LOADERS: dict[str, tuple[Callable[[Load], Callable[[], Runner]], tuple[str, ...]]] = {
     "hf": (_hf, TRANSFORMERS),
     "peft": (_peft, (*TRANSFORMERS, "peft")),
+    "elastic": (_elastic, ("elastic.formats.slices", *TRANSFORMERS)),
     "onnx": (_onnx, ("elastic.formats.onnx", "onnxruntime")),
     "openvino": (_openvino, ("elastic.formats.openvino", "openvino")),
 }

@@ -195,10 +195,15 @@ class Front:
             for member in self.members:
                 names = [member.name, "best"] if member.best else [member.name]
                 for name in names:
-                    write_json(building / f"{name}.json", member.as_dict())
+                    write_json(building / f"{name}.json", self._told(member))
         write_text(directory / "trials.csv", self._csv())
         self._plot(directory / "front.png")
-        write_json(self.run.front, [member.as_dict() for member in self.members])
+        write_json(self.run.front, [self._told(member) for member in self.members])
+
+    def _told(self, member: Member) -> dict[str, Any]:
+        """For JSON: beside its own figures what the full model costs."""
+        costs = {f"full_{name}": getattr(self.full, name) for name in COSTS}
+        return {**member.as_dict(), **costs, "full_validation_accuracy": self.full.accuracy}
 
     def _csv(self) -> str:
         file = io.StringIO()

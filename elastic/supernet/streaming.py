@@ -101,11 +101,14 @@ def streamed(
     sub: SubAdapter,
     head: Mapping[str, Tensor] | None = None,
     degree: float = 0.0,
+    *,
+    is_ordered: bool = False,
 ) -> Streamed:
     """What `compact` would give, bit for bit.
 
     `net` is the super-adapter's supernet over a model without data (meta), with its order and its
-    factors; `base` has the weights, in their own order; `head` what was trained of a classifier's.
+    factors; `base` has the weights, in their own order unless it `is_ordered` as the supernet is;
+    `head` what was trained of a classifier's.
     """
     head = head or {}
     sub = net.space.check(sub)
@@ -115,7 +118,7 @@ def streamed(
         updates[site] = layer.A.data, layer.B.data
         bias = None if layer.bias is None else layer.bias.data
         model.set_submodule(site, plain_linear(layer.weight.data, bias))
-    left, kept = _left(net, sub, degree), net.space.kept(sub)
+    left, kept = _left(net, sub, degree, is_ordered), net.space.kept(sub)
 
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")
@@ -152,9 +155,9 @@ class _Cut:
         return self.size.leading(tensor if self.rows is None else tensor[self.rows])
 
 
-def _left(net: Supernet, sub: SubAdapter, degree: float) -> dict[str, _Cut]:
+def _left(net: Supernet, sub: SubAdapter, degree: float, is_ordered: bool) -> dict[str, _Cut]:
     """By elastic layer."""
-    moved = net.permutations()
+    moved = {} if is_ordered else net.permutations()
     with net.active(sub, degree):
         return {
             site: _Cut(copy.copy(layer.size), moved.get((site, "out")), moved.get((site, "in")))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import dataclass
 
 from elastic.config import SearchConfig, TaskConfig
+from elastic.latency.measure import Latency
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.training.one_task import train_one
@@ -67,3 +69,15 @@ def data_of(run) -> dict:
     page = run.report.read_text()
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
     return json.loads(found[1])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement says of the full model."""
+
+    prefill_ms: float
+    decode_ms: float
+
+    @property
+    def full(self) -> Latency:
+        return Latency(self.prefill_ms, self.decode_ms, 0.0)

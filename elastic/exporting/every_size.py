@@ -1,0 +1,134 @@
+"""What a run has to choose from, for the folder of `elastic.formats.slices`: every sub-adapter of
+its front and the maximal one, as models, and what is known of each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.evaluation.statistics import Score
+from elastic.files import read_json
+from elastic.formats.slices import Slice
+from elastic.plain import shaped
+from elastic.run import Chosen, Run
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.cost import count
+from elastic.supernet.held_out import HeldOut
+from elastic.supernet.store import read_factors
+from elastic.supernet.supernet import Supernet
+
+FULL = "full"
+"""The name of the maximal sub-adapter there."""
+_KEPT = (
+    "best", "accuracy", "accuracy_n", "accuracy_interval", "difference", "difference_interval",
+    "memory_mb", "validation_accuracy", "validation_estimate", "validation_n", "compensation",
+)  # fmt: skip
+_MS = ("prefill_ms", "decode_ms")
+
+
+@dataclass(frozen=True)
+class EverySize:
+    """Of one run, whose supernet and held-out examples are in memory."""
+
+    run: Run
+    net: Supernet
+    held_out: HeldOut
+    chosen: Chosen
+    """The one that was asked for, which need not be of the front."""
+    seed: int
+
+    @contextlib.contextmanager
+    def common_factors(self) -> Iterator[None]:
+        """Inside, the net has the run's own, whatever it had before."""
+        before = {name: tensor.clone() for name, tensor in self.net.factor_state().items()}
+        self.net.load_factors(read_factors(self.run.super_adapter))
+        try:
+            yield
+        finally:
+            self.net.load_factors(before)
+
+    def slices(self) -> Iterator[Slice]:
+        """One after another; the net has the run's own factors meanwhile."""
+        for name, chosen in self._named.items():
+            sub = chosen.at(self.net.space, self.seed)
+            with self._factors_of(chosen):
+                made_up, model = self.held_out.best(chosen, sub)
+            cost = count(model)
+            known = self._known(name, chosen.saved)
+            figures = {"compensation": made_up.as_dict(), **known}
+            yield Slice(name, sub, model, {**figures, "params": cost.params, "macs": cost.macs})
+
+    def latencies(self) -> list[dict[str, Any]]:
+        """Tables of milliseconds by slice: the one of the search, where there was one."""
+        file = self.run.search / "about.json"
+        members = {name: one.saved for name, one in self._named.items() if one.saved}
+        if not file.is_file() or not members:
+            return []
+        shape = {"device": str, "settings": {"timing": dict}}
+        about = shaped(read_json(file), shape, file)
+        timed = {name: _milliseconds(saved) for name, saved in members.items()}
+        whole = next(iter(members.values()))
+        if all(f"full_{key}" in whole for key in _MS):
+            timed[FULL] = {key: whole[f"full_{key}"] for key in _MS}
+        timing = {k: about["settings"]["timing"][k] for k in TIMED}
+        trained = self.run.config().model.dtype
+        return [{"device": about["device"], "dtype": trained, **timing, "slices": timed}]
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Chosen]:
+        found = {FULL: Chosen("maximal")}
+        files = sorted(self.run.sub_adapters.glob("front-*.json"), key=lambda file: file.stem)
+        for file in files:
+            one = self.run.chosen(file.stem)
+            if not one.compress:  # its figures are those of rounded weights
+                found[one.name] = one
+        subs = [one.candidate.sub_adapter for one in found.values() if one.candidate]
+        asked = self.chosen.at(self.net.space, self.seed)
+        if asked not in subs and asked != self.net.space.maximal():
+            found[self.chosen.name] = self.chosen
+        return found
+
+    @contextlib.contextmanager
+    def _factors_of(self, chosen: Chosen) -> Iterator[None]:
+        """Its own, where it was trained on; then the run's again."""
+        directory = self.run.factors_of(chosen)
+        if directory == self.run.super_adapter:
+            yield
+            return
+        self.net.load_factors(read_factors(directory))
+        try:
+            yield
+        finally:
+            self.net.load_factors(read_factors(self.run.super_adapter))
+
+    def _known(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """As the search's file of it says; of the full model as the others' say."""
+        if name != FULL:
+            return {key: saved[key] for key in _KEPT if key in saved}
+        for one in self._named.values():
+            marks = one.saved.get("full_correct")
+            if isinstance(marks, str) and marks:
+                names = {"full_memory_mb": "memory_mb",
+                         "full_validation_accuracy": "validation_estimate"}  # fmt: skip
+                told = {name: one.saved[key] for key, name in names.items() if key in one.saved}
+                return {**Score.of_marks(marks).as_dict(), **told}
+        return {}
+
+    def name_of(self, sub: SubAdapter) -> str:
+        """The slice that this sub-adapter is."""
+        for name, one in self._named.items():
+            if one.at(self.net.space, self.seed) == sub:
+                return name
+        raise AssertionError("the one asked for is among them")
+
+
+TIMED = ("runtime", "merged", "prompt_tokens", "new_tokens", "batch")
+
+
+def _milliseconds(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """As measured, else as the search's table has it."""
+    measured = saved.get("measured") or {}
+    return {**{key: measured.get(key, saved[key]) for key in _MS}, "measured": bool(measured)}

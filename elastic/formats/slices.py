@@ -1,0 +1,253 @@
+"""One folder for every size: what a run has learnt, sliced where it is loaded.
+
+    base/               the base model with its important channels first, a Hugging Face folder
+    super_adapter/      the factors of all sizes
+    NAME.safetensors    what a slice has of its own: layers that make up for what is cut
+    slices.json, .csv   by slice its sizes, accuracy, costs and latencies
+
+A slice is the leading rows and columns of the base, merged with the leading ones of the factors:
+its bits are those that `elastic.supernet.compact` makes in memory. The base is mapped, not read, so
+of its files only what stays in the slice comes into memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from elastic.adapters.layers import ElasticLinear
+from elastic.config import ModelConfig
+from elastic.errors import RunError, unknown
+from elastic.files import read_json, write_json, write_text
+from elastic.formats import hf
+from elastic.models import loading
+from elastic.models.digest import digest_of
+from elastic.models.modules import module_tree, modules_of, put_
+from elastic.plain import is_name, one_line, shaped
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.compact import compact
+from elastic.supernet.depth import settle_
+from elastic.supernet.store import (
+    load_super_adapter,
+    read_about,
+    read_factors,
+    save_super_adapter,
+)
+from elastic.supernet.streaming import streamed
+from elastic.supernet.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSION = 1
+INDEX, TABLE, BASE, ADAPTER = "slices.json", "slices.csv", "base", "super_adapter"
+_SHAPE = {
+    "version": int, "dtype": str, "head": str, "classes": [str], "slices": dict, "latencies": [dict]
+}  # fmt: skip
+_SLICE = {"sub_adapter": dict, "own": bool, "params": int, "macs": int}
+FIGURES = ("params", "macs", "memory_mb", "accuracy", "accuracy_n")
+"""What the table has of every slice, where it is known, beside latencies."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One size, as it is written."""
+
+    name: str
+    sub_adapter: SubAdapter
+    model: PreTrainedModel
+    """Sliced and merged, with what it makes up for."""
+    figures: Mapping[str, Any]
+    """For JSON: accuracy with its number of examples and interval, costs, compensation."""
+
+
+@torch.no_grad()
+def write(
+    net: Supernet,
+    tokenizer: PreTrainedTokenizerBase,
+    slices: Iterable[Slice],
+    directory: Path,
+    *,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    latencies: Iterable[Mapping[str, Any]] = (),
+    max_shard_size: int | str = hf.SHARD,
+) -> None:
+    """Write all of it into a new folder, weights in `dtype`; one slice is in memory at a time.
+
+    `latencies` are tables, one for a device and runtime: what was timed, and by slice its
+    milliseconds.
+    """
+    base = _ordered_base(net)
+    hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
+    digest = digest_of(directory / BASE)
+    save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest)
+    about = {}
+    for one in slices:
+        own = _own(net, one, dtype)
+        if own:
+            save_file(own, directory / f"{one.name}.safetensors")
+        about[one.name] = {
+            "sub_adapter": one.sub_adapter.as_dict(), "own": bool(own), **one.figures
+        }  # fmt: skip
+    index = {
+        "version": VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head": model.head,
+        "classes": model.classes,
+        "slices": about,
+        "latencies": [dict(each) for each in latencies],
+    }
+    write_json(directory / INDEX, index)
+    write_text(directory / TABLE, _csv(index))
+    write_text(directory / "README.md", _card(index))
+
+
+def _ordered_base(net: Supernet) -> PreTrainedModel:
+    """The base in the supernet's order, which computes what it did."""
+    with net.active(net.space.maximal()):
+        model = module_tree(net.model)
+        for site, layer in modules_of(net.model, ElasticLinear):
+            model.set_submodule(site, layer.base)
+        return settle_(model).eval()
+
+
+def _own(net: Supernet, one: Slice, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the leading rows and columns do not give, bit for bit."""
+    plain = compact(net, one.sub_adapter).state_dict()
+    return {
+        name: tensor.to("cpu", dtype).contiguous()
+        for name, tensor in one.model.state_dict().items()
+        if not torch.equal(tensor.to(dtype), plain[name].to(dtype))
+    }
+
+
+def read(directory: Path | str) -> dict[str, Any]:
+    """The index of such a folder; RunError for another one, or a newer version's."""
+    file = Path(directory) / INDEX
+    index = shaped(read_json(file), _SHAPE, file)
+    if index["version"] > VERSION:
+        raise RunError(
+            f"{file}: version {index['version']}, and this one reads up to {VERSION}; install a "
+            "newer elastic-adapters, or export again"
+        )
+    for name, about in index["slices"].items():
+        if not is_name(name):
+            raise RunError(f"{file}: slices: {name!r} is no name")
+        shaped(about, _SLICE, f"{file}: {name}")
+        shaped(about["sub_adapter"], dict.fromkeys(about["sub_adapter"], int), f"{file}: {name}")
+    return dict(index)
+
+
+@torch.no_grad()
+def load(
+    directory: Path | str, name: str, *, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The slice of this name, in the type that it is stored in; RunError where there is none, or
+    where files are damaged. Nothing in the folder is run as code unless that is allowed."""
+    directory = Path(directory)
+    index = read(directory)
+    if name not in index["slices"]:
+        raise RunError(f"{directory}: {unknown('slice', name, index['slices'])}")
+    about = index["slices"][name]
+    config = ModelConfig(
+        path=str(directory / BASE), dtype=index["dtype"], device="cpu", head=index["head"],
+        classes=index["classes"], trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    dtype = loading.resolve_dtype(config.dtype, torch.device("cpu"))
+    known = read_about(directory / ADAPTER)["base_digest"]
+    net = load_super_adapter(loading.skeleton(config, dtype), known, directory / ADAPTER)
+    base = loading.load_model(config.path, config)
+    net.model.config.pad_token_id = base.config.pad_token_id
+    if base.can_generate():
+        net.model.generation_config = base.generation_config
+    factors = read_factors(directory / ADAPTER)
+    sub = net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
+    head = {key: factors[key] for key in net.head}
+    found = streamed(base, net, sub, head, is_ordered=True)
+    model, made = found.model, dict(found.tensors)
+    if about["own"]:
+        made |= _made_of(directory / f"{name}.safetensors", made)
+    tied = model.all_tied_weights_keys
+    for key, empty in model.state_dict(keep_vars=True).items():
+        if key not in tied or tied[key] not in made:
+            tensor: Tensor = made[key]().to(device, dtype).contiguous()
+            put_(model, key, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
+    model.tie_weights()
+    model.config = hf.described_config(model, code=False)
+    return model.to(device).eval()
+
+
+def _made_of(file: Path, expected: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+    """What makes the tensors in a file; RunError for a damaged one."""
+    try:
+        tensors = safe_open(file, "pt")
+        names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{file}: damaged, or not there: {one_line(error)}") from None
+    if strange := sorted(set(names) - set(expected)):
+        raise RunError(f"{file}: {strange[0]} is no tensor of this slice; the file is of another")
+    return {name: functools.partial(tensors.get_tensor, name) for name in names}
+
+
+def _card(index: Mapping[str, Any]) -> str:
+    """What the folder is, to a stranger."""
+    rows = []
+    for name, about in index["slices"].items():
+        accuracy = about.get("accuracy")
+        low, high = about.get("accuracy_interval") or (0, 0)
+        told = "" if accuracy is None else f"{accuracy:.1%} ({low:.1%} to {high:.1%})"
+        times = [
+            f"{table['slices'][name]['prefill_ms']:.1f} ms" if name in table["slices"] else ""
+            for table in index["latencies"]
+        ]
+        best = " (best)" if about.get("best") else ""
+        rows.append([name + best, f"{about['params'] / 1e6:.1f} M", told, *times])
+    head = ["slice", "parameters", "test accuracy (95 % interval)"]
+    head += [f"prefill, {table['device']}" for table in index["latencies"]]
+    lines = [head, ["---"] * len(head), *rows]
+    return _CARD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+_CARD = """One model in several sizes, written by elastic-adapters. The size is chosen where it is
+loaded, by its name or by what may be spent on this machine:
+
+```python
+import elastic
+
+model = elastic.load("this/folder", budget={"prefill_ms": 25})
+model = elastic.load("this/folder", budget="80%")  # of the full model's prefill
+model = elastic.load("this/folder", slice="full")
+```
+
+Each is a plain transformers model; the tokenizer is in `base`. Numbers of parameters, accuracy on
+examples that chose nothing, and time to the first token:
+
+"""
+
+
+def _csv(index: Mapping[str, Any]) -> str:
+    """A row for every slice, a column for every latency."""
+    columns = [
+        (f"{key} ({table['device']}, {table['runtime']})", table, key)
+        for table in index["latencies"]
+        for key in ("prefill_ms", "decode_ms")
+    ]
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["slice", *FIGURES, "low", "high", *(title for title, *_ in columns)])
+    for name, about in index["slices"].items():
+        low, high = about.get("accuracy_interval") or ("", "")
+        timed = [table["slices"].get(name, {}).get(key, "") for _, table, key in columns]
+        rows.writerow([name, *(about.get(key, "") for key in FIGURES), low, high, *timed])
+    return text.getvalue()

@@ -1,0 +1,1 @@
+"""Sizes chosen where a model is loaded: `elastic.load`."""

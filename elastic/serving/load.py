@@ -1,0 +1,87 @@
+"""A folder of every size (`elastic export --formats elastic`) as one plain model of the size that
+is wanted here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.config import TimingConfig
+from elastic.console import say
+from elastic.errors import ConfigError
+from elastic.formats import slices
+from elastic.latency.measure import REFERENCE, clock_of, measure
+from elastic.latency.runtime import timed_runner
+from elastic.models import loading
+from elastic.provenance import provenance
+from elastic.serving.budget import FULL, Budget, Timed, as_budget, choose, timed_here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROUNDS = 5
+"""In which the full model is timed where nothing is known of a device."""
+
+
+def load(
+    folder: Path | str,
+    *,
+    slice: str | None = None,
+    budget: Budget | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A transformers model of one size, merged, in the type that it is stored in.
+
+        elastic.load("runs/mine/export/best/elastic", budget={"prefill_ms": 25})
+        elastic.load("runs/mine/export/best/elastic", budget="80%")
+        elastic.load("runs/mine/export/best/elastic", slice="front-3")
+
+    A budget is met by the most accurate slice that meets it on this device, by the table in the
+    folder. A device that the table does not know is measured for some seconds first, at full size.
+    Without either, what the search chose. BudgetError where nothing meets the budget, RunError for
+    a slice that there is not, or a damaged folder.
+    """
+    if slice is not None and budget is not None:
+        raise ConfigError("elastic.load: slice and budget: the one or the other names the size")
+    here = str(loading.resolve_device(device))
+    index = slices.read(folder)
+    if slice is None:
+        slice = _best(index) if budget is None else _within(Path(folder), index, budget, here)
+        say(f"{folder}: {slice}")
+    return slices.load(folder, slice, device=here, trust_remote_code=trust_remote_code)
+
+
+def _best(index: Mapping[str, Any]) -> str:
+    """What the search chose, else the full size."""
+    best = (name for name, about in index["slices"].items() if about.get("best"))
+    return next(best, FULL)
+
+
+def _within(folder: Path, index: Mapping[str, Any], budget: Budget, device: str) -> str:
+    """The name of the slice that meets the budget here."""
+    limits, where = as_budget(budget), str(folder)
+    file = folder / slices.INDEX
+    tables = [
+        Timed.of(table, f"{file}: latencies")
+        for table in index["latencies"]
+        if table.get("runtime") == "torch"
+    ]
+
+    def measured(table: Timed) -> dict[str, float]:
+        timing = TimingConfig(
+            batch=table.batch, prompt_tokens=table.prompt_tokens, new_tokens=table.new_tokens,
+            rounds=ROUNDS, max_rounds=2 * ROUNDS,
+        )  # fmt: skip
+        model = slices.load(folder, FULL, device=device)
+        found = measure(
+            {REFERENCE: timed_runner(model, timing)}, timing,
+            vocabulary=model.config.vocab_size, clock=clock_of(model.device),
+        ).full  # fmt: skip
+        return {key: asdict(found)[key] for key in ("prefill_ms", "decode_ms")}
+
+    known = provenance(device)["device"]
+    timed = timed_here(tables, limits, known, measured, where)
+    return choose(index["slices"], timed, limits, where)

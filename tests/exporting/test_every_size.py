@@ -1,0 +1,70 @@
+"""One folder for the whole front: every slice is what exporting that sub-adapter alone writes."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from elastic import export, search
+from elastic.formats import hf, slices
+from elastic.run import Run
+from tests.helpers import searches
+from tests.helpers.exports import config
+
+pytestmark = pytest.mark.usefixtures("fake_latency")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, fake_latency, tmp_path_factory) -> Run:
+    trained = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("every"))
+    search(searches.config(trained))
+    return trained
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    report = export(
+        config(run, formats=["elastic"], compensation=searches.config(run).compensation)
+    )
+    return report.directory / "elastic"
+
+
+def test_it_has_the_front_and_the_full_model(run, folder):
+    front = {one["name"]: one for one in searches.front_of(run)}
+    index = slices.read(folder)
+    assert set(index["slices"]) == {"full", *front}
+    [table] = index["latencies"]
+    assert set(table["slices"]) == {"full", *front}
+    for name, one in front.items():
+        about, timed = index["slices"][name], table["slices"][name]
+        for key in ("sub_adapter", "accuracy", "accuracy_n", "accuracy_interval", "params", "macs"):
+            assert about[key] == one[key], key
+        assert timed["prefill_ms"] == (one["measured"] or one)["prefill_ms"]
+    assert table["slices"]["full"]["prefill_ms"] == next(iter(front.values()))["full_prefill_ms"]
+    rows = list(csv.DictReader((folder / "slices.csv").read_text().splitlines()))
+    assert [row["slice"] for row in rows] == list(index["slices"])
+    assert all(int(row["params"]) == index["slices"][row["slice"]]["params"] for row in rows)
+
+
+def test_every_slice_is_the_one_that_is_written_alone(run, folder):
+    for name in slices.read(folder)["slices"]:
+        of_run = "maximal" if name == "full" else name
+        alone = (
+            export(
+                config(
+                    run,
+                    sub_adapter=of_run,
+                    name=f"alone-{name}",
+                    compensation=searches.config(run).compensation,
+                )
+            ).directory
+            / "hf"
+        )
+        dtype = torch.float32
+        written, loaded = hf.load(alone, dtype), slices.load(folder, name)
+        assert type(loaded).__name__ in type(written).__name__
+        assert list(loaded.state_dict()) == list(written.state_dict())
+        for key, tensor in written.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], tensor), f"{name}: {key}"

@@ -1,0 +1,101 @@
+"""A slice that is loaded is, bit for bit, the one that was cut out in memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from elastic.config import ModelConfig
+from elastic.formats import slices
+from elastic.formats.slices import Slice
+from elastic.spaces.declared import SearchSpace
+from elastic.supernet.compact import compact
+from elastic.supernet.cost import count
+from elastic.supernet.supernet import Supernet
+from tests.helpers import tiny
+from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
+from tests.helpers.laws import close, mixed, pair, some_moments
+
+HEADS = {True: "classification", False: "auto"}
+DEPTHS = {"dim": "depth", "choices": [1.0, 0.5], "drop_ends": True}
+
+
+def cut(net: Supernet, degree: float = 0.0) -> list[Slice]:
+    """The extremes and one between, two of which make up for what they cut."""
+    net.compensation = some_moments(net)
+    found = []
+    for name, sub in (("full", net.space.maximal()), ("small", net.space.minimal()),
+                      ("front-1", mixed(net))):  # fmt: skip
+        model = compact(net, sub, degree)
+        cost = count(model)
+        figures = {"params": cost.params, "macs": cost.macs, "accuracy": 0.5, "accuracy_n": 8}
+        found.append(Slice(name, sub, model, {**figures, "accuracy_interval": [0.2, 0.8]}))
+    return found
+
+
+def write(net: Supernet, folder, made, dtype=torch.float64, latencies=()) -> None:
+    config = net.model.config
+    classes = list(config.id2label.values()) if net.head else []
+    model = ModelConfig(path="tiny", head=HEADS[bool(classes)], classes=classes)
+    slices.write(net, tiny.tokenizer(), made, folder, model=model, dtype=dtype, latencies=latencies)
+
+
+def same(folder, made, family, dtype=torch.float64) -> None:
+    for one in made:
+        loaded = slices.load(folder, one.name)
+        state = loaded.state_dict()
+        expected = one.model.state_dict()
+        assert list(state) == list(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(state[name], tensor.to(dtype)), name
+        as_stored = copy.deepcopy(one.model).to(dtype)
+        with torch.no_grad():
+            close(output(loaded), output(as_stored), 1e-6 if family in ROUNDED else 1e-12)
+
+
+# Heads that loading makes are in the tests of exports.
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("bert, a score", "minilm")])
+def test_every_family(family, tmp_path):
+    _, net, _ = pair(family)
+    made = cut(net, degree=0.5)
+    write(net, tmp_path, made)
+    same(tmp_path, made, family)
+
+
+def test_depth_and_heads(tmp_path):
+    """Blocks that are left out, and channels of those that stay."""
+    base = model_of("llama", layers=4)
+    value = tiny.space_dict(heads=True)
+    value["groups"]["depth"] = DEPTHS
+    net = Supernet(copy.deepcopy(base), SearchSpace.from_dict(value), tiny.ADAPTERS["lora"])
+    net.reorder(tiny.permutations(net))
+    tiny.randomize_(net)
+    made = cut(net, degree=1.0)
+    write(net, tmp_path, made)
+    same(tmp_path, made, "llama")
+    assert slices.load(tmp_path, "small").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("method", tiny.ADAPTERS)
+def test_every_method_stored_in_half(method, tmp_path):
+    """Rounded once, after all sums: as the folder of that size alone is."""
+    _, net, _ = pair("llama", method)
+    net.model.to(torch.bfloat16).to(torch.float32)  # what a stored base is computed from
+    made = cut(net)
+    write(net, tmp_path, made, torch.bfloat16)
+    for one in made:
+        loaded = slices.load(tmp_path, one.name).state_dict()
+        for name, tensor in one.model.state_dict().items():
+            assert torch.equal(loaded[name], tensor.to(torch.bfloat16)), name
+
+
+def test_a_slice_has_of_its_own_what_makes_up_for_cuts_alone(tmp_path):
+    _, net, _ = pair("llama")
+    write(net, tmp_path, cut(net, degree=1.0))
+    about = slices.read(tmp_path)["slices"]
+    assert [about[name]["own"] for name in ("full", "small", "front-1")] == [False, True, True]
+    with safe_open(tmp_path / "small.safetensors", "pt") as tensors:
+        assert all(name.endswith("down_proj.weight") for name in list(tensors.keys()))
