@@ -157,13 +157,8 @@ def load(
     where files are damaged. Nothing in the folder is run as code unless that is allowed."""
     directory = Path(directory)
     index = read(directory)
-    if name not in index["slices"]:
-        raise RunError(f"{directory}: {unknown('slice', name, index['slices'])}")
-    about = index["slices"][name]
-    config = ModelConfig(
-        path=str(directory / BASE), dtype=index["dtype"], device="cpu", head=index["head"],
-        classes=index["classes"], trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    about = about_of(directory, index, name)
+    config = base_of(directory, index, trust_remote_code=trust_remote_code)
     dtype = loading.resolve_dtype(config.dtype, torch.device("cpu"))
     known = read_about(directory / ADAPTER)["base_digest"]
     net = load_super_adapter(loading.skeleton(config, dtype), known, directory / ADAPTER)
@@ -177,7 +172,7 @@ def load(
     found = streamed(base, net, sub, head, is_ordered=True)
     model, made = found.model, dict(found.tensors)
     if about["own"]:
-        made |= _made_of(directory / f"{name}.safetensors", made)
+        made |= own_tensors(directory, name, made)
     tied = model.all_tied_weights_keys
     for key, empty in model.state_dict(keep_vars=True).items():
         if key not in tied or tied[key] not in made:
@@ -188,8 +183,29 @@ def load(
     return model.to(device).eval()
 
 
-def _made_of(file: Path, expected: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
-    """What makes the tensors in a file; RunError for a damaged one."""
+def about_of(directory: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the index says of a slice; RunError where there is none of this name."""
+    if name not in index["slices"]:
+        raise RunError(f"{directory}: {unknown('slice', name, index['slices'])}")
+    return dict(index["slices"][name])
+
+
+def base_of(
+    directory: Path, index: Mapping[str, Any], *, trust_remote_code: bool, device: str = "cpu"
+) -> ModelConfig:
+    """How the base in the folder is loaded."""
+    return ModelConfig(
+        path=str(directory / BASE), dtype=index["dtype"], device=device, head=index["head"],
+        classes=index["classes"], trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def own_tensors(
+    directory: Path, name: str, expected: Mapping[str, Any]
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes the tensors that a slice has of its own, by their names in its model; RunError for
+    a damaged file."""
+    file = directory / f"{name}.safetensors"
     try:
         tensors = safe_open(file, "pt")
         names = list(tensors.keys())

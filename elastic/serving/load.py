@@ -3,6 +3,7 @@ is wanted here."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from elastic.latency.runtime import timed_runner
 from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.serving.budget import FULL, Budget, Timed, as_budget, choose, timed_here
+from elastic.serving.resizable import resizable as resizable_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +32,7 @@ def load(
     *,
     slice: str | None = None,
     budget: Budget | None = None,
+    resizable: bool = False,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -41,16 +44,22 @@ def load(
 
     A budget is met by the most accurate slice that meets it on this device, by the table in the
     folder. A device that the table does not know is measured for some seconds first, at full size.
-    Without either, what the search chose. BudgetError where nothing meets the budget, RunError for
+    Without either, what the search chose. A `resizable` model has one copy of all weights, and
+    `model.resize("front-2")` or `with model.at({"prefill_ms": 25}):` change its size between calls.
+    BudgetError where nothing meets the budget, RunError for
     a slice that there is not, or a damaged folder.
     """
     if slice is not None and budget is not None:
         raise ConfigError("elastic.load: slice and budget: the one or the other names the size")
-    here = str(loading.resolve_device(device))
+    folder, here = Path(folder), str(loading.resolve_device(device))
     index = slices.read(folder)
+    within = functools.partial(_within, folder, index, here)
     if slice is None:
-        slice = _best(index) if budget is None else _within(Path(folder), index, budget, here)
+        slice = _best(index) if budget is None else within(budget)
         say(f"{folder}: {slice}")
+    slices.about_of(folder, index, slice)
+    if resizable:
+        return resizable_of(folder, slice, within, device=here, trusted=trust_remote_code)
     return slices.load(folder, slice, device=here, trust_remote_code=trust_remote_code)
 
 
@@ -60,7 +69,7 @@ def _best(index: Mapping[str, Any]) -> str:
     return next(best, FULL)
 
 
-def _within(folder: Path, index: Mapping[str, Any], budget: Budget, device: str) -> str:
+def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget) -> str:
     """The name of the slice that meets the budget here."""
     limits, where = as_budget(budget), str(folder)
     file = folder / slices.INDEX

@@ -84,17 +84,22 @@ def save_super_adapter(
 
 
 def load_super_adapter(
-    model: PreTrainedModel, base_digest: str, directory: Path, *, updates: bool = False
+    model: PreTrainedModel,
+    base_digest: str,
+    directory: Path,
+    *,
+    updates: bool = False,
+    is_ordered: bool = False,
 ) -> Supernet:
     """The supernet of a saved super-adapter; BaseMismatch on another base model. With `updates`
     without its head, for merging elsewhere; on a model without data (meta) the factors are real all
-    the same.
+    the same. `is_ordered`: the model's channels stand in the supernet's order already.
     """
     about = read_super_adapter(directory, base_digest)
     space = SearchSpace.from_dict(read_yaml(directory / SPACE), str(directory / SPACE))
     adapter = from_dict(AdapterConfig, about["adapter"], str(directory / ABOUT))
     order = read_order(directory, space.bind(model, adapter.rank))
-    net = Supernet(model, space, adapter, order=order, start=False)
+    net = Supernet(model, space, adapter, order=order, start=False, is_ordered=is_ordered)
     (net.load_updates if updates else net.load_factors)(read_factors(directory))
     net.compensation = saved_compensation(directory, net)
     return net

@@ -43,7 +43,10 @@ class Supernet:
         order: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         start: bool = True,
+        is_ordered: bool = False,
     ) -> None:
+        """`start`: with factors to train, else with room for them. `is_ordered`: the channels of
+        the model stand in that order already."""
         self.model = model.requires_grad_(False)
         self.declared = space
         self.adapter = adapter
@@ -59,7 +62,7 @@ class Supernet:
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.order: dict[str, Tensor] = {}
         if order is not None:
-            self.reorder(order)
+            self.reorder(order, is_ordered=is_ordered)
         self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
         self.current = self.space.maximal()
         self.degree = 0.0
@@ -109,14 +112,16 @@ class Supernet:
                     adapter.start(base.weight, generator)
             self.model.set_submodule(site, ElasticLinear(base, adapter, self.adapter.dropout))
 
-    def reorder(self, order: Mapping[str, Tensor]) -> None:
-        """Permute the channels of every group in `order`, once; RunError the second time."""
+    def reorder(self, order: Mapping[str, Tensor], *, is_ordered: bool = False) -> None:
+        """Permute the channels of every group in `order`, once; RunError the second time. The
+        model's own stay where they are if it `is_ordered` already."""
         if self.order:
             raise RunError("the channels of this supernet have been ordered already")
         self.order = dict(order)
         for (site, axis), index in self.permutations().items():
             layer = self.layer(site)
-            reorder_linear(layer.base, axis, index)
+            if not is_ordered:
+                reorder_linear(layer.base, axis, index)
             if layer.adapter is not None:
                 layer.adapter.reorder(axis, index)
         self.space = self.space.ordered(order)

@@ -1,0 +1,120 @@
+"""One copy of the weights, any size between two calls."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import elastic
+from elastic.errors import BudgetError, RunError
+from elastic.formats import slices
+from tests.helpers import searches, tiny
+from tests.helpers.exports import config
+from tests.helpers.laws import close
+
+pytestmark = pytest.mark.usefixtures("fake_latency")
+ROUNDED = 1e-5
+"""float32: a merged weight's rows, computed with the others or alone."""
+
+
+@pytest.fixture(scope="module", params=["ranks elastic", "ranks whole"])
+def folder(request, tiny_folder, fake_latency, tmp_path_factory):
+    """Where no size cuts a rank, the factors are merged once for all of them."""
+    declared = tiny.space_dict(heads=True)
+    if request.param == "ranks whole":
+        groups = declared["groups"]
+        declared["groups"] = {name: one for name, one in groups.items() if one["dim"] != "rank"}
+    run = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("resized"), declared)
+    elastic.search(searches.config(run))
+    return elastic.export(config(run, formats=["elastic"])).directory / "elastic"
+
+
+@pytest.fixture
+def model(folder):
+    return elastic.load(folder, resizable=True, slice="full")
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny.tokens()).logits
+
+
+def test_every_size_is_the_slice_of_that_name(folder, model):
+    """In any order, and what was there before comes back."""
+    names = list(slices.read(folder)["slices"])
+    full = logits(model)
+    for name in [*names, *reversed(names)]:
+        assert model.resize(name) == name
+        close(logits(model), logits(elastic.load(folder, slice=name)), ROUNDED)
+    with model.at(names[-1]):
+        close(logits(model), logits(elastic.load(folder, slice=names[-1])), ROUNDED)
+    assert torch.equal(logits(model), full)
+
+
+def test_it_generates_as_the_slice_does(folder, model):
+    name = list(slices.read(folder)["slices"])[-1]
+    ids = tiny.tokens(1, 5)
+    with model.at(name):
+        found = model.generate(ids, max_new_tokens=4, do_sample=False)
+    alone = elastic.load(folder, slice=name).generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, alone)
+
+
+def test_a_budget_names_the_size(folder, model):
+    [table] = slices.read(folder)["latencies"]
+    least = min(timed["prefill_ms"] for timed in table["slices"].values())
+    name = model.resize(least)
+    assert table["slices"][name]["prefill_ms"] == least
+    with pytest.raises(BudgetError, match="no slice meets the budget"), model.at(least / 2):
+        pass
+    with pytest.raises(RunError, match="front-99"):
+        elastic.load(folder, resizable=True, slice="front-99")
+    assert model.sizes.current == name
+
+
+def test_one_copy_of_the_weights(folder, model):
+    """No size has tensors of its own but those that make up for what it cuts."""
+    before = {parameter.data_ptr() for parameter in model.parameters()}
+    for name, about in slices.read(folder)["slices"].items():
+        model.resize(name)
+        new = [p for p in model.parameters() if p.data_ptr() not in before]
+        assert bool(new) == about["own"]
+
+
+def test_a_cache_goes_on_at_another_width_alone(folder, model):
+    """Of an MLP: heads and blocks are in it."""
+    by_heads: dict[tuple, list[str]] = {}
+    for name, about in slices.read(folder)["slices"].items():
+        heads = tuple(v for k, v in about["sub_adapter"].items() if k.endswith("heads"))
+        by_heads.setdefault(heads, []).append(name)
+    assert len(by_heads) > 1, "the front has sizes of one number of heads only"
+    ids, cache = tiny.tokens(), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        other = next(names[0] for names in by_heads.values() if "full" not in names)
+        model.resize(other)
+        with pytest.raises(RunError, match=f"full filled them.* than {other}"):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model.resize("full")
+        assert model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits.shape[1]
+
+
+def test_no_thread_changes_what_another_holds(model):
+    names, entered, seen = model.sizes.names, threading.Event(), []
+
+    def other() -> None:
+        entered.wait()
+        model.resize(names[-1])
+        seen.append(model.sizes.current)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with model.at("full"):
+        entered.set()
+        thread.join(timeout=0.2)
+        assert thread.is_alive() and model.sizes.current == "full"
+    thread.join()
+    assert seen == [names[-1]]
