@@ -80,7 +80,9 @@ class EverySize:
     @functools.cached_property
     def _named(self) -> dict[str, Chosen]:
         found = {FULL: Chosen("maximal")}
-        files = sorted(self.run.sub_adapters.glob("front-*.json"), key=lambda file: file.stem)
+        files = sorted(
+            self.run.sub_adapters.glob("front-*.json"), key=lambda file: (len(file.stem), file.stem)
+        )
         for file in files:
             one = self.run.chosen(file.stem)
             if not one.compress:  # its figures are those of rounded weights
