@@ -71,7 +71,7 @@ def timed_here(
 ) -> Timed | None:
     """What the slices take on this device: as measured here, else scaled by what the full model
     takes here, which `measure` tells of a table's shape; None where no latency is limited. Shares
-    of the full model's are taken as they were measured elsewhere."""
+    of the full model's are taken as they were measured elsewhere. RunError without any table."""
     limited = [name for name in budget.limits() if name in LATENCIES]
     if not limited:
         return None
@@ -100,7 +100,8 @@ def choose(
     slices: Mapping[str, Mapping[str, Any]], timed: Timed | None, budget: BudgetConfig, where: str
 ) -> str:
     """The most accurate slice within the budget, of equals the cheapest; the cheapest where
-    accuracy alone is limited. BudgetError names the nearest ones where there is none."""
+    accuracy alone is limited. BudgetError names the nearest ones where there is none, RunError the
+    figure that is not known."""
     known = {name: _figures(name, about, timed) for name, about in slices.items()}
     full = known.get(FULL, {})
     lacking = [name for name in ("min_accuracy", *LATENCIES, "memory_mb") if name not in full]

@@ -47,7 +47,7 @@ def load(
     Without either, what the search chose. A `resizable` model has one copy of all weights, and
     `model.resize("front-2")` or `with model.at({"prefill_ms": 25}):` change its size between calls.
     BudgetError where nothing meets the budget, RunError for
-    a slice that there is not, or a damaged folder.
+    a slice that there is not, or a damaged folder, ConfigError for no budget, or a slice beside it.
     """
     if slice is not None and budget is not None:
         raise ConfigError("elastic.load: slice and budget: the one or the other names the size")

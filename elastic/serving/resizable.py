@@ -94,11 +94,11 @@ class Sizes:
         """Make a slice the active one."""
         for site in self._own[self.current]:
             parent, leaf = self._places[site]
-            parent._modules[leaf] = self._elastic[site]
+            setattr(parent, leaf, self._elastic[site])
         self.net.activate(self._subs[name])
         for site, layer in self._own[name].items():
             parent, leaf = self._places[site]
-            parent._modules[leaf] = layer
+            setattr(parent, leaf, layer)
         self.current = name
 
     def resize(self, wanted: Any) -> str:

@@ -227,7 +227,7 @@ def test_what_goes_with_a_setting_is_taken_beside_it():
         ("stages: [{train_dim: [rank]}]",
          "unknown setting 'stages.train_dim'; did you mean 'stages.train_dims'?"),
         ("stages: [{train_dims: [rnk]}]", "did you mean 'rank'?"),
-        ("stages: [{train_dims: [width]}]", "stages[0].train_dims"),
+        ("stages: [{train_dims: [width]}, {train_dims: [rank, width]}]", "stages[0].train_dims"),
         ("stages: [{epochs: 0}]", "at least 1 epoch, not 0"),
         ("stages: [{epochs: x}]", "epochs"),
         ("seed: [1]", "seed"),
@@ -263,7 +263,7 @@ def test_literals_equal_registries():
     dims = {*DIMS, DEPTH}
     assert literal(StageConfig, "train_dims") == dims == set(TrainConfig().progressivity)
     assert literal(TrainConfig, "progressivity") == dims
-    assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf"}
+    assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf", "elastic"}
     assert literal(ExportConfig, "compress") == set(MODES)
     assert set(GRAPHS) == set(MODULES) == set(PACKAGES)
     assert literal(TimingConfig, "runtime") == {"torch", *GRAPHS}

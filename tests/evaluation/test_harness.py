@@ -42,7 +42,8 @@ WORDS = (
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run = train_one(train_config(tiny_folder, folder / "run", stages=[StageConfig()]))
+    settings = dict(stages=[StageConfig()], ranks="elastic")
+    run = train_one(train_config(tiny_folder, folder / "run", **settings))
     randomize_factors(run)
     return run
 

@@ -83,7 +83,7 @@ def test_models_of_billions_are_counted_from_config_json_alone(name, tmp_path, c
     text, found = dry_run(
         capsys, "--run", str(tmp_path / "run"), "--model.path", str(tmp_path / "base"),
         "--space", space, "--model.dtype", "bfloat16", "--model.device", "cpu",
-        "--batch_size", "4", "--accumulation", "8",
+        "--batch_size", "4", "--accumulation", "8", "--ranks", "elastic",
     )  # fmt: skip
     assert snapshot(tmp_path) == before
     assert found["parameters"] == found["costs"]["maximal"]["params"] == parameters
