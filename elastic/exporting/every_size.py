@@ -90,7 +90,7 @@ class EverySize:
         subs = [one.candidate.sub_adapter for one in found.values() if one.candidate]
         asked = self.chosen.at(self.net.space, self.seed)
         if asked not in subs and asked != self.net.space.maximal():
-            found[self.chosen.name] = self.chosen
+            found[_free(self.chosen.name, found)] = self.chosen
         return found
 
     @contextlib.contextmanager
@@ -125,6 +125,12 @@ class EverySize:
             if one.at(self.net.space, self.seed) == sub:
                 return name
         raise AssertionError("the one asked for is among them")
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, or with a number behind it that nobody has: a file may be called `full`."""
+    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
+    return next(each for each in names if each not in taken)
 
 
 TIMED = ("runtime", "merged", "prompt_tokens", "new_tokens", "batch")

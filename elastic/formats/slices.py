@@ -166,7 +166,7 @@ def load(
     net.model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         net.model.generation_config = base.generation_config
-    factors = read_factors(directory / ADAPTER)
+    factors = read_factors(directory / ADAPTER) if net.head else {}
     sub = net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
     head = {key: factors[key] for key in net.head}
     found = streamed(base, net, sub, head, is_ordered=True)
