@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from elastic import export, search
+from elastic.config import RecoveryConfig
 from elastic.formats import hf, slices
 from elastic.run import Run
 from tests.helpers import searches
@@ -16,10 +17,12 @@ from tests.helpers.exports import config
 pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
-@pytest.fixture(scope="module")
-def run(tiny_folder, fake_latency, tmp_path_factory) -> Run:
+@pytest.fixture(scope="module", params=["as trained", "recovered"])
+def run(request, tiny_folder, fake_latency, tmp_path_factory) -> Run:
+    """Of a recovered front every member may have factors of its own."""
     trained = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("every"))
-    search(searches.config(trained))
+    steps = RecoveryConfig(steps=3 * (request.param == "recovered"), base_lr=5e-3)
+    search(searches.config(trained, recover=steps, test_front=3))
     return trained
 
 
