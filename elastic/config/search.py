@@ -31,6 +31,16 @@ _COSTS: dict[str, Objective] = {
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
 
+def excess(name: str, value: float, limit: float) -> float:
+    """How far a figure is past the limit of this name; at most 0 is met."""
+    return limit - value if name in AT_LEAST else value - limit
+
+
+def limits_accuracy_alone(limits: Mapping[str, float]) -> bool:
+    """Then the cheapest that meets it is wanted, else the most accurate."""
+    return set(limits) == {"min_accuracy"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """Limits the chosen sub-adapter meets. A number is absolute, "80%" is relative to the full

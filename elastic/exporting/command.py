@@ -48,7 +48,7 @@ from elastic.supernet.store import (
     read_factors,
     read_super_adapter,
 )
-from elastic.supernet.streaming import streamed
+from elastic.supernet.streaming import streamed, take_settings_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -319,9 +319,7 @@ def write_only(config: ExportConfig) -> Report:
     made_up = _without_asking(chosen, net, sub, config)
     directory = run.export(config.name or name, sub, ["hf"])
     base = loading.load_model(folder, dataclasses.replace(trained.model, **as_stored))
-    net.model.config.pad_token_id = base.config.pad_token_id
-    if base.can_generate():
-        net.model.generation_config = base.generation_config
+    take_settings_(net.model, base)
     factors = read_factors(factors_of)
     head = {key: factors[key] for key in net.head}
     found = streamed(base, net, sub, head, made_up.degree)

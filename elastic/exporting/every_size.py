@@ -11,7 +11,8 @@ from typing import Any
 
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json
-from elastic.formats.slices import Slice
+from elastic.formats.slices import FULL, Slice
+from elastic.latency.target import LATENCIES
 from elastic.plain import shaped
 from elastic.run import Chosen, Run
 from elastic.spaces.bound import SubAdapter
@@ -20,13 +21,10 @@ from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import read_factors
 from elastic.supernet.supernet import Supernet
 
-FULL = "full"
-"""The name of the maximal sub-adapter there."""
 _KEPT = (
     "best", "accuracy", "accuracy_n", "accuracy_interval", "difference", "difference_interval",
     "memory_mb", "validation_accuracy", "validation_estimate", "validation_n", "compensation",
 )  # fmt: skip
-_MS = ("prefill_ms", "decode_ms")
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,10 @@ class EverySize:
     seed: int
 
     @contextlib.contextmanager
-    def common_factors(self) -> Iterator[None]:
-        """Inside, the net has the run's own, whatever it had before."""
+    def factors_of(self, chosen: Chosen | None) -> Iterator[None]:
+        """Inside, the net has those of this one, of nobody the run's own; then what it had."""
         before = {name: tensor.clone() for name, tensor in self.net.factor_state().items()}
-        self.net.load_factors(read_factors(self.run.super_adapter))
+        self.net.load_factors(read_factors(self.run.factors_of(chosen)))
         try:
             yield
         finally:
@@ -54,7 +52,7 @@ class EverySize:
         """One after another; the net has the run's own factors meanwhile."""
         for name, chosen in self._named.items():
             sub = chosen.at(self.net.space, self.seed)
-            with self._factors_of(chosen):
+            with self.factors_of(chosen):
                 made_up, model = self.held_out.best(chosen, sub)
             cost = count(model)
             known = self._known(name, chosen.saved)
@@ -71,8 +69,9 @@ class EverySize:
         about = shaped(read_json(file), shape, file)
         timed = {name: _milliseconds(saved) for name, saved in members.items()}
         whole = next(iter(members.values()))
-        if all(f"full_{key}" in whole for key in _MS):
-            timed[FULL] = {key: whole[f"full_{key}"] for key in _MS}
+        if not all(f"full_{key}" in whole for key in LATENCIES):
+            return []  # an earlier version kept less
+        timed[FULL] = {key: whole[f"full_{key}"] for key in LATENCIES}
         timing = {k: about["settings"]["timing"][k] for k in TIMED}
         trained = self.run.config().model.dtype
         return [{"device": about["device"], "dtype": trained, **timing, "slices": timed}]
@@ -92,19 +91,6 @@ class EverySize:
         if asked not in subs and asked != self.net.space.maximal():
             found[_free(self.chosen.name, found)] = self.chosen
         return found
-
-    @contextlib.contextmanager
-    def _factors_of(self, chosen: Chosen) -> Iterator[None]:
-        """Its own, where it was trained on; then the run's again."""
-        directory = self.run.factors_of(chosen)
-        if directory == self.run.super_adapter:
-            yield
-            return
-        self.net.load_factors(read_factors(directory))
-        try:
-            yield
-        finally:
-            self.net.load_factors(read_factors(self.run.super_adapter))
 
     def _known(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         """As the search's file of it says; of the full model as the others' say."""
@@ -139,4 +125,4 @@ TIMED = ("runtime", "merged", "prompt_tokens", "new_tokens", "batch")
 def _milliseconds(saved: Mapping[str, Any]) -> dict[str, Any]:
     """As measured, else as the search's table has it."""
     measured = saved.get("measured") or {}
-    return {**{key: measured.get(key, saved[key]) for key in _MS}, "measured": bool(measured)}
+    return {**{key: measured.get(key, saved[key]) for key in LATENCIES}, "measured": bool(measured)}

@@ -60,7 +60,27 @@ class _Torch(Format):
         )  # fmt: skip
 
 
-class Hf(_Torch):
+class _AsStored(_Torch):
+    """A folder whose tensors are the compact model's, rounded to the type that the base is in."""
+
+    def limit(self, source: Source) -> float | None:
+        # Rounding to a narrower stored type is the user's choice of base, not a fault.
+        narrow = _stored(source) not in (torch.float32, torch.float64)
+        return None if narrow else super().limit(source)
+
+    def _same(self, source: Source, loaded: PreTrainedModel, model: PreTrainedModel) -> Runner:
+        """What was loaded, on the device of the model that was written; ExportError for a tensor
+        that is not the same bit for bit."""
+        found, stored = loaded.state_dict(), _stored(source)
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(found[name], tensor.to(stored).cpu()):
+                raise ExportError(
+                    f"{self.runtime}: {name} is not the same bit for bit after reloading"
+                )
+        return runner_of(loaded.to(model.device))
+
+
+class Hf(_AsStored):
     """In the type the base model was saved in; reloading is bit for bit at that type."""
 
     runtime = "hf"
@@ -86,15 +106,7 @@ class Hf(_Torch):
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         stored, model = _stored(source), self._model(source, which)
         loaded = hf.load(directory, stored, source.trained.trust_remote_code)
-        for name, tensor in model.state_dict().items():
-            if not torch.equal(loaded.state_dict()[name], tensor.to(stored).cpu()):
-                raise ExportError(f"hf: {name} is not the same bit for bit after reloading")
-        return runner_of(loaded.to(model.device))
-
-    def limit(self, source: Source) -> float | None:
-        # Rounding to a narrower stored type is the user's choice of base, not a fault.
-        narrow = _stored(source) not in (torch.float32, torch.float64)
-        return None if narrow else super().limit(source)
+        return self._same(source, loaded, model)
 
     def full(self, source: Source, kind: str) -> Runner:
         full = source.models["full"]
@@ -147,7 +159,7 @@ class Peft(_Torch):
         return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
 
 
-class Elastic(_Torch):
+class Elastic(_AsStored):
     """All sizes of the run in one folder, of which the chosen one is compared."""
 
     runtime = "elastic"
@@ -163,7 +175,7 @@ class Elastic(_Torch):
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         every = source.every_size
-        with every.common_factors():
+        with every.factors_of(None):
             slices.write(
                 source.net, source.base.tokenizer, every.slices(), directory,
                 model=source.trained, dtype=_stored(source), latencies=every.latencies(),
@@ -171,18 +183,10 @@ class Elastic(_Torch):
             )  # fmt: skip
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
-        model, stored = source.models["compact"], _stored(source)
         name = source.every_size.name_of(source.sub)
         trusted = source.trained.trust_remote_code
         loaded = slices.load(directory, name, trust_remote_code=trusted)
-        for key, tensor in model.state_dict().items():
-            if not torch.equal(loaded.state_dict()[key], tensor.to(stored).cpu()):
-                raise ExportError(f"elastic: {key} is not the same bit for bit after reloading")
-        return runner_of(loaded.to(model.device))
-
-    def limit(self, source: Source) -> float | None:
-        narrow = _stored(source) not in (torch.float32, torch.float64)
-        return None if narrow else super().limit(source)
+        return self._same(source, loaded, source.models["compact"])
 
     def full(self, source: Source, kind: str) -> Runner:
         return source.formats["hf"].full(source, "hf")

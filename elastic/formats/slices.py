@@ -43,13 +43,15 @@ from elastic.supernet.store import (
     read_factors,
     save_super_adapter,
 )
-from elastic.supernet.streaming import streamed
+from elastic.supernet.streaming import streamed, take_settings_
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
+FULL = "full"
+"""The name of the maximal sub-adapter there."""
 INDEX, TABLE, BASE, ADAPTER = "slices.json", "slices.csv", "base", "super_adapter"
 _SHAPE = {
     "version": int, "dtype": str, "head": str, "classes": [str], "slices": dict, "latencies": [dict]
@@ -163,9 +165,7 @@ def load(
     known = read_about(directory / ADAPTER)["base_digest"]
     net = load_super_adapter(loading.skeleton(config, dtype), known, directory / ADAPTER)
     base = loading.load_model(config.path, config)
-    net.model.config.pad_token_id = base.config.pad_token_id
-    if base.can_generate():
-        net.model.generation_config = base.generation_config
+    take_settings_(net.model, base)
     factors = read_factors(directory / ADAPTER) if net.head else {}
     sub = net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
     head = {key: factors[key] for key in net.head}

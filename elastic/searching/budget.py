@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
-from elastic.config.search import AT_LEAST
+from elastic.config.search import excess
 from elastic.errors import BudgetError, ConfigError
 from elastic.models import loading
 from elastic.run import Run
@@ -17,18 +17,10 @@ from elastic.supernet.cost import Counter
 DECODING = ("decode_ms", "tokens_per_second")
 
 
-def limits_accuracy_alone(limits: Mapping[str, float]) -> bool:
-    """Then the cheapest that meets it is wanted, else the most accurate."""
-    return set(limits) == {"min_accuracy"}
-
-
 def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
     """Amount past each limit; at most 0 is met (Optuna's sign)."""
     values = figures.budget_values()
-    return {
-        name: limit - values[name] if name in AT_LEAST else values[name] - limit
-        for name, limit in limits.items()
-    }
+    return {name: excess(name, values[name], limit) for name, limit in limits.items()}
 
 
 def met(figures: Figures, limits: Mapping[str, float]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import SearchConfig
-from elastic.config.search import without_password
+from elastic.config.search import limits_accuracy_alone, without_password
 from elastic.console import say, track
 from elastic.data.task import Example
 from elastic.errors import BudgetError
@@ -18,7 +18,7 @@ from elastic.latency.bench import Bench
 from elastic.latency.target import Target
 from elastic.provenance import provenance
 from elastic.run import Run, as_plain, waiting
-from elastic.searching.budget import impossible, limits_accuracy_alone, met
+from elastic.searching.budget import impossible, met
 from elastic.searching.front import Evaluated, Front, Measured, Member
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.page import write_page

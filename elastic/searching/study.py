@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 
 from elastic.config import CompensationConfig, SearchConfig, TaskConfig
 from elastic.config.model import of_earlier_version
-from elastic.config.search import ACCURACY, without_password
+from elastic.config.search import ACCURACY, limits_accuracy_alone, without_password
 from elastic.console import counting_bar, say, track
 from elastic.data.collating import collated
 from elastic.data.encoding import encode_all
@@ -30,7 +30,6 @@ from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
 from elastic.run import MOVABLE, Run, as_plain, differences
 from elastic.searching.budget import (
-    limits_accuracy_alone,
     refuse_by_counting,
     refuse_by_extremes,
     refuse_decoding,

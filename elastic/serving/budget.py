@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.config import BudgetConfig
-from elastic.config.search import AT_LEAST
+from elastic.config.search import excess, limits_accuracy_alone
 from elastic.console import say
 from elastic.errors import BudgetError, ConfigError, RunError
+from elastic.formats.slices import FULL
+from elastic.latency.target import LATENCIES
 from elastic.plain import shaped
 
 Budget = Mapping[str, float | str] | str | float
 """Limits by the names of `BudgetConfig`, or one alone, of prefill: milliseconds, or "80%"."""
-FULL = "full"
-LATENCIES = ("prefill_ms", "decode_ms", "tokens_per_second")
+OF_TIME = (*LATENCIES, "tokens_per_second")
+"""Limits that a table of latencies is for."""
 _TABLE = {
     "device": str, "dtype": str, "runtime": str, "batch": int, "prompt_tokens": int,
     "new_tokens": int, "slices": dict,
@@ -37,8 +39,9 @@ class Timed:
     def of(cls, table: Mapping[str, Any], where: str) -> Timed:
         """RunError for something else."""
         shaped(table, _TABLE, where)
+        shaped(table["slices"], {FULL: dict}, f"{where}: slices")
         for name, timed in table["slices"].items():
-            shaped(timed, {"prefill_ms": float, "decode_ms": float}, f"{where}: {name}")
+            shaped(timed, dict.fromkeys(LATENCIES, float), f"{where}: {name}")
         return cls(*(table[name] for name in cls.__dataclass_fields__))
 
     def scaled(self, measured: Mapping[str, float], device: str) -> Timed:
@@ -72,7 +75,7 @@ def timed_here(
     """What the slices take on this device: as measured here, else scaled by what the full model
     takes here, which `measure` tells of a table's shape; None where no latency is limited. Shares
     of the full model's are taken as they were measured elsewhere. RunError without any table."""
-    limited = [name for name in budget.limits() if name in LATENCIES]
+    limited = [name for name in budget.limits() if name in OF_TIME]
     if not limited:
         return None
     if not tables:
@@ -104,8 +107,7 @@ def choose(
     figure that is not known."""
     known = {name: _figures(name, about, timed) for name, about in slices.items()}
     full = known.get(FULL, {})
-    lacking = [name for name in ("min_accuracy", *LATENCIES, "memory_mb") if name not in full]
-    if missing := [name for name in _needed(budget) if name in lacking]:
+    if missing := [name for name in _needed(budget) if name not in full]:
         raise RunError(
             f"{where}: budget.{missing[0]}: that is not known of the full model; search the run, "
             "and export it again"
@@ -114,11 +116,11 @@ def choose(
     meeting = [
         name
         for name, has in known.items()
-        if all(key in has and _meets(key, has[key], limit) for key, limit in limits.items())
+        if all(key in has and excess(key, has[key], limit) <= 0 for key, limit in limits.items())
     ]
     if not meeting:
         raise BudgetError(_impossible(known, limits, where))
-    if set(limits) == {"min_accuracy"}:
+    if limits_accuracy_alone(limits):
         return min(meeting, key=lambda name: _cost(known[name]))
     return max(meeting, key=lambda name: (_accuracy(known[name]), -_cost(known[name])))
 
@@ -134,14 +136,10 @@ def _figures(name: str, about: Mapping[str, Any], timed: Timed | None) -> dict[s
     if about.get("validation_estimate") is not None:
         found["min_accuracy"] = about["validation_estimate"]
     if timed and name in timed.slices:
-        found |= {key: timed.slices[name][key] for key in ("prefill_ms", "decode_ms")}
+        found |= {key: timed.slices[name][key] for key in LATENCIES}
         if found["decode_ms"]:
             found["tokens_per_second"] = 1e3 * timed.batch / found["decode_ms"]
     return found
-
-
-def _meets(key: str, value: float, limit: float) -> bool:
-    return value >= limit if key in AT_LEAST else value <= limit
 
 
 def _accuracy(figures: Mapping[str, float]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,13 @@ from elastic.config import TimingConfig
 from elastic.console import say
 from elastic.errors import ConfigError
 from elastic.formats import slices
+from elastic.formats.slices import FULL
 from elastic.latency.measure import REFERENCE, clock_of, measure
 from elastic.latency.runtime import timed_runner
+from elastic.latency.target import LATENCIES
 from elastic.models import loading
 from elastic.provenance import provenance
-from elastic.serving.budget import FULL, Budget, Timed, as_budget, choose, timed_here
+from elastic.serving.budget import Budget, Timed, as_budget, choose, timed_here
 from elastic.serving.resizable import resizable as resizable_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget)
     tables = [
         Timed.of(table, f"{file}: latencies")
         for table in index["latencies"]
-        if table.get("runtime") == "torch"
+        if table.get("runtime") == "torch" and table.get("merged", True)
     ]
 
     def measured(table: Timed) -> dict[str, float]:
@@ -89,7 +90,7 @@ def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget)
             {REFERENCE: timed_runner(model, timing)}, timing,
             vocabulary=model.config.vocab_size, clock=clock_of(model.device),
         ).full  # fmt: skip
-        return {key: asdict(found)[key] for key in ("prefill_ms", "decode_ms")}
+        return {key: getattr(found, key) for key in LATENCIES}
 
     known = provenance(device)["device"]
     timed = timed_here(tables, limits, known, measured, where)

@@ -139,6 +139,14 @@ def streamed(
     return Streamed(model, {name: torch.no_grad()(lambda name=name: made(name)) for name in names})
 
 
+def take_settings_(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Give a model without data what its own class does not know of the base: how it pads and
+    generates."""
+    model.config.pad_token_id = base.config.pad_token_id
+    if base.can_generate():
+        model.generation_config = base.generation_config
+
+
 @dataclass(frozen=True)
 class _Cut:
     """What is left of one layer's tensors, from how the base has them."""
