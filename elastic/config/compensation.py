@@ -13,11 +13,12 @@ class CompensationConfig:
     their weights, at no cost when the model runs. How much is decided on examples held out."""
 
     degrees: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
-    """Parts of what is lost to make up for; each sub-adapter gets the one with the lowest loss on
-    validation examples. One value is taken unasked; 0 alone makes up for nothing."""
+    """Parts of what is lost to make up for; each sub-adapter gets the one with which it answers
+    validation examples most like the full model. One value is taken unasked; 0 alone makes up for
+    nothing."""
     sequential: bool = True
     """Fit finalists of a search, and what is exported, to the full model block after block, too,
-    where that lowers the held-out loss."""
+    where they then answer more like it."""
     every_trial: bool = False
     """Fit every trial of a search so, too: worth it where evaluating takes longer than fitting."""
     fitted_examples: int = 64
@@ -27,7 +28,8 @@ class CompensationConfig:
     ridge: float = 0.01
     """Damping of the least squares, in parts of the mean square of a channel."""
     room_mb: int = 1000
-    """Memory for solutions, which are otherwise solved again whenever they are needed."""
+    """Memory for solutions, which are otherwise solved again whenever they are needed, and as much
+    for the full model's answers to `examples`, of which the first that fit are asked."""
 
     def __post_init__(self) -> None:
         require(bool(self.degrees), "compensation.degrees is empty; 0 alone makes up for nothing")

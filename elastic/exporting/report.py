@@ -199,7 +199,11 @@ def _made_up(made_up: Compensated) -> str:
         f"{loss:.4f} {'fitted' if what == SEQUENTIAL else f'at {float(what):.0%}'}"
         for what, loss in made_up.losses.items()
     ]
-    return f"{told}; loss of held-out answers {', '.join(losses)}" if losses else told
+    return (
+        f"{told}; divergence from the full model on held-out answers {', '.join(losses)}"
+        if losses
+        else told
+    )
 
 
 def _recovered(recovery: Mapping[str, Any]) -> str:

@@ -1,6 +1,9 @@
 """What held-out examples say is best for a sub-adapter: to make up for nothing of what it cuts, for
-all, or for a part. Where its size was trained well, less is better (`elastic.supernet.compensation`
-has the formula)."""
+all, or for a part (`elastic.supernet.compensation` has the formula).
+
+What is best answers most like the full model, its maximal sub-adapter. The loss on the labels would
+say something else: where training has made models too sure of themselves, one that is less sure has
+the lower loss and fewer right answers (`tests/benchmarks/decisions.py`)."""
 
 from __future__ import annotations
 
@@ -46,8 +49,8 @@ class Compensated:
     sequential: bool = False
     """Whether it was fitted to the full model on top of that (`elastic.supernet.sequential`)."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Mean loss of a held-out answer token at every degree that was tried, and when fitted; none
-    where nothing had to be decided."""
+    """Divergence from the full model's answers at every degree that was tried, and when fitted, as
+    `divergence` has it; none where nothing had to be decided."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `of` reads it back."""
@@ -80,7 +83,8 @@ class Compensated:
 
 
 class HeldOut:
-    """Decides by the validation examples of a run's task."""
+    """Decides by the validation examples of a run's task: by as many as `compensation.room_mb` has
+    room for what the full model says to them."""
 
     def __init__(
         self, net: Supernet, config: CompensationConfig, batches: Sequence[dict[str, Tensor]]
@@ -154,9 +158,9 @@ class HeldOut:
         if not tried or net.compensation is None or not net.cuts(sub):
             return made_up, small
         before = made_up.losses.get(f"{made_up.degree:g}")
-        before = mean_loss(small, self.batches) if before is None else before
+        before = self.divergence(small) if before is None else before
         changed = fit_(small, net, sub, self.examples())
-        after = mean_loss(small, self.batches)
+        after = self.divergence(small)
         losses = {**made_up.losses, f"{made_up.degree:g}": before, SEQUENTIAL: after}
         better = bool(changed) and after < before
         finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
@@ -166,8 +170,23 @@ class HeldOut:
     def __call__(self, sub: SubAdapter) -> Compensated:
         """How much is best for a sub-adapter, decided once."""
         if sub not in self._decided:
-            self._decided[sub] = decide(self.net, sub, self.config.degrees, self.batches)
+            self._decided[sub] = decide(self.net, sub, self.config.degrees, self.divergence)
         return self._decided[sub]
+
+    def divergence(self, model: PreTrainedModel) -> float:
+        """From the full model, on the held-out examples."""
+        return divergence(model, self.batches, self._full)
+
+    @functools.cached_property
+    def _full(self) -> list[Tensor]:
+        """Logits of the maximal sub-adapter for the answers of the first batches, one at least."""
+        found: list[Tensor] = []
+        with self.net.active(self.net.space.maximal()) as model, torch.no_grad():
+            for batch in self.batches:
+                if sum(logits.nbytes for logits in found) > self.config.room_mb * 1e6:
+                    break
+                found.append(answer_logits(model, batch)[0])
+        return found
 
 
 def fitted_batches(
@@ -218,12 +237,15 @@ def compensated(
 
 
 def decide(
-    net: Supernet, sub: SubAdapter, degrees: Sequence[float], batches: Sequence[dict[str, Tensor]]
+    net: Supernet,
+    sub: SubAdapter,
+    degrees: Sequence[float],
+    divergence: Callable[[PreTrainedModel], float],
 ) -> Compensated:
-    """The degree with the lowest loss of the answers in `batches`; of equals the smallest.
+    """The degree with the lowest divergence; of equals the smallest.
 
-    Without moments, or for a sub-adapter that cuts no channels, there is nothing to decide. A loss
-    that is no number never wins.
+    Without moments, or for a sub-adapter that cuts no channels, there is nothing to decide. What is
+    no number never wins.
     """
     if net.compensation is None or not net.cuts(sub):
         return Compensated()
@@ -232,10 +254,25 @@ def decide(
     losses = {}
     for degree in sorted(set(degrees)):
         with net.active(sub, degree) as model:
-            losses[degree] = mean_loss(model, batches)
+            losses[degree] = divergence(model)
     finite = {degree: loss for degree, loss in losses.items() if math.isfinite(loss)}
     best = min(finite, key=lambda degree: (finite[degree], degree), default=0.0)
     return Compensated(best, losses={f"{degree:g}": loss for degree, loss in finite.items()})
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], full: Sequence[Tensor]
+) -> float:
+    """Mean over answer tokens of KL(full ‖ model), in nats; of a number, half the mean squared
+    difference. `full` are the full model's logits (batch, width, vocabulary) of the answers in the
+    first batches, which are asked."""
+    total = tokens = 0.0
+    for batch, answers in zip(batches, full, strict=False):
+        logits, labels = answer_logits(model, batch)
+        total += float(answer_loss(logits, labels, answers, distill=1.0))
+        tokens += float((labels != IGNORED).sum())
+    return total / max(tokens, 1)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch
 
 from elastic.config import CompensationConfig
 from elastic.data import load_task
+from elastic.data.answers import answer_logits
+from elastic.data.collating import IGNORED
 from elastic.data.encoding import encode_all
 from elastic.errors import RunError
 from elastic.run import Chosen
-from elastic.supernet import held_out
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.held_out import Compensated, HeldOut, compensated, decide, mean_loss
 from elastic.supernet.moments import Moments, calibrated
@@ -29,27 +30,15 @@ def loaded(trained, tmp_path):
     return run, base.tokenizer, net
 
 
-def answered(monkeypatch, losses: dict[float, float]) -> list[float]:
-    """Held-out losses by degree; returns the degrees that were asked."""
+def canned(losses: dict[float, float]):
+    """Divergences by degree, and the degrees that were asked."""
     asked = []
 
-    def canned(model, batches):
-        asked.append(batches.degree)
-        return losses[batches.degree]
+    def divergence(net) -> float:
+        asked.append(net.degree)
+        return losses[net.degree]
 
-    monkeypatch.setattr(held_out, "mean_loss", canned)
-    return asked
-
-
-class Batches:
-    """Knows which degree is active."""
-
-    def __init__(self, net) -> None:
-        self.net = net
-
-    @property
-    def degree(self) -> float:
-        return self.net.degree
+    return divergence, asked
 
 
 @pytest.mark.parametrize(
@@ -62,10 +51,10 @@ class Batches:
         ({0.0: math.nan, 0.5: math.inf, 1.0: math.nan}, 0.0),
     ],
 )
-def test_the_lowest_loss_decides(loaded, monkeypatch, losses, best):
+def test_the_lowest_divergence_decides(loaded, losses, best):
     _, _, net = loaded
-    asked = answered(monkeypatch, losses)
-    found = decide(net, net.space.minimal(), [1.0, 0.0, 0.5], Batches(net))
+    divergence, asked = canned(losses)
+    found = decide(net, net.space.minimal(), [1.0, 0.0, 0.5], lambda model: divergence(net))
     assert asked == [0.0, 0.5, 1.0]
     assert found.degree == best
     finite = {degree: value for degree, value in losses.items() if math.isfinite(value)}
@@ -73,14 +62,13 @@ def test_the_lowest_loss_decides(loaded, monkeypatch, losses, best):
     assert Compensated.of(found.as_dict()) == found
 
 
-def test_nothing_is_asked_where_there_is_nothing_to_decide(loaded, monkeypatch):
+def test_nothing_is_asked_where_there_is_nothing_to_decide(loaded):
     _, _, net = loaded
-    asked = answered(monkeypatch, {})
-    assert decide(net, net.space.maximal(), [0.0, 1.0], Batches(net)) == Compensated()
-    assert decide(net, net.space.minimal(), [0.75], Batches(net)) == Compensated(0.75)
+    asked, _ = canned({})  # would fail
+    assert decide(net, net.space.maximal(), [0.0, 1.0], asked) == Compensated()
+    assert decide(net, net.space.minimal(), [0.75], asked) == Compensated(0.75)
     net.compensation = None
-    assert decide(net, net.space.minimal(), [0.0, 1.0], Batches(net)) == Compensated()
-    assert not asked
+    assert decide(net, net.space.minimal(), [0.0, 1.0], asked) == Compensated()
 
 
 def test_the_loss_is_that_of_an_answer_token(loaded):
@@ -89,6 +77,36 @@ def test_the_loss_is_that_of_an_answer_token(loaded):
     tokens = [int((batch["labels"] != -100).sum()) for batch in (one, two)]
     expected = (loss(net, one) + loss(net, two)) / sum(tokens)
     assert mean_loss(net.model, [one, two]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_divergence_is_that_from_the_full_model(loaded):
+    run, tokenizer, net = loaded
+    task = load_task(run.config().task, run.config().seed)
+    held = HeldOut.of(run, net, tokenizer, task, CompensationConfig(examples=5))
+    maximal, minimal = net.space.maximal(), net.space.minimal()
+    total, tokens = 0.0, 0
+    for batch in held.batches:
+        logits = {}
+        for sub in (maximal, minimal):
+            with net.active(sub) as model, torch.no_grad():
+                logits[sub], labels = answer_logits(model, batch)
+        full, small = (logits[sub][labels != IGNORED].log_softmax(-1) for sub in logits)
+        total, tokens = total + float((full.exp() * (full - small)).sum()), tokens + len(full)
+    with net.active(minimal) as model:
+        assert held.divergence(model) == pytest.approx(total / tokens, rel=1e-5)
+        assert held.divergence(model) > 1e-6
+    with net.active(maximal) as model:
+        assert held.divergence(model) == pytest.approx(0, abs=1e-7)
+
+
+def test_of_what_the_full_model_says_no_more_is_held_than_there_is_room_for(loaded):
+    run, tokenizer, net = loaded
+    task = load_task(run.config().task, run.config().seed)
+    held = HeldOut.of(run, net, tokenizer, task, CompensationConfig(room_mb=0))
+    assert len(held.batches) > 1
+    first = HeldOut(net, CompensationConfig(), held.batches[:1])
+    with net.active(net.space.minimal()) as model:
+        assert held.divergence(model) == first.divergence(model) != 0
 
 
 def test_test_examples_decide_nothing(loaded):
@@ -150,7 +168,7 @@ def test_a_fit_is_kept_only_if_it_helps(loaded, monkeypatch):
     held = HeldOut.of(run, net, tokenizer, task, CompensationConfig())
     minimal = net.space.minimal()
     for fitted, better in ((0.5, True), (1.5, False), (math.nan, False)):
-        monkeypatch.setattr(held_out, "mean_loss", lambda model, batches, loss=fitted: loss)
+        monkeypatch.setattr(held, "divergence", lambda model, loss=fitted: loss)
         found, _ = held.refined(minimal, Compensated(1.0, losses={"1": 1.0}))
         assert found.degree == 1.0 and found.sequential is better
         assert found.losses.get("sequential", math.nan) == pytest.approx(fitted, nan_ok=True)
