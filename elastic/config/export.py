@@ -86,6 +86,11 @@ class ExportConfig:
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
     """Directory below RUN/export; unset is the sub-adapter's name."""
+    push_to_hub: str | None = None
+    """OWNER/NAME on the Hugging Face hub, made if it is not there: what is written goes there, too,
+    with a card."""
+    push_private: bool | None = None
+    """Whether a repository that is made is private; unset, as its owner has set it: mostly not."""
     formats: list[Format] = field(default_factory=lambda: list(_USUAL))
     """gguf, for llama.cpp, and elastic, one folder for all of the front (`elastic.load`), only when
     asked for."""
@@ -130,6 +135,12 @@ class ExportConfig:
             f"name {self.name!r}: a directory of this name is made below RUN/export; give one "
             "without slashes and line breaks that does not begin with a dot",
         )
+        require(
+            self.push_private is None or self.push_to_hub is not None,
+            "push_private is about the repository that push_to_hub names; give that",
+        )
+        if self.push_to_hub is not None:
+            _require_repository(self.push_to_hub)
         plain = self.formats == ["hf"] and not (
             self.merge.adapters or self.hf.padded or self.hf.uniform
         )
@@ -177,3 +188,16 @@ class ExportConfig:
             modes = self.compress if kind in GRAPHS else []
             found += [kind, *(f"{kind}-{mode}" for mode in dict.fromkeys(modes))]
         return found
+
+
+def _require_repository(name: str) -> None:
+    """ConfigError unless a repository of the hub can have this name, of an owner."""
+    from huggingface_hub.errors import HFValidationError  # not quick to import
+    from huggingface_hub.utils import validate_repo_id
+
+    reason = "" if name.count("/") == 1 else "one slash is missing, or one too many"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason = str(error)
+    require(not reason, f"push_to_hub {name!r}: {reason}; give OWNER/NAME")

@@ -21,20 +21,39 @@ from elastic.console import say
 from elastic.errors import RunError
 from elastic.exporting.pieces import markdown_table
 from elastic.exporting.proof import Accuracy, Proof
-from elastic.exporting.report import Report
+from elastic.exporting.report import Report, trades
 from elastic.files import write_text
 from elastic.formats import hf
 from elastic.latency.measure import Latency, Measurement
+from elastic.models import loading
+from elastic.models.kinds import Kind
 from elastic.plain import parse_yaml, read_text
 from elastic.run import as_plain
 
 FILE = "README.md"
+ALONE = {"hf": ""}
+"""The place of a Hugging Face folder that nothing else goes with."""
+LIBRARIES = {"hf": "transformers", "peft": "peft"}
+"""What the hub calls the library that loads a repository, by the first of these formats in it."""
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForMaskedLM": "fill-mask",
 }
 """The hub's name of what a model is for."""
+CLASSES = {
+    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
+    Kind.ENCODER_DECODER: "AutoModelForSeq2SeqLM",
+}
+"""The transformers class of a base model, where it is not that of a decoder."""
+RUNTIMES = {
+    "peft": '`PeftModel.from_pretrained(base_model, "{}")`',
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "gguf": "llama.cpp",
+    "elastic": '`elastic.load("{}")`, in every size',
+}
+"""What runs a format that transformers does not, from this folder."""
 LICENSES = (
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0",
     "cc-by-nc-4.0", "cc0-1.0", "openrail", "bigscience-bloom-rail-1.0", "gemma", "llama2", "llama3",
@@ -44,14 +63,21 @@ LICENSES = (
 SPELT_OUT = {"params": "parameters", "macs": "multiply-accumulates", "mb": "MB"}
 
 
-def write(report: Report, directory: Path) -> Path:
-    """DIRECTORY/README.md; the architecture and whether code comes along are read from the
-    folder."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    auto = hf.auto_of(config["architectures"][0])
-    code = (directory / hf.CODE).is_file()
-    copied = "auto_map" in config and not code
-    write_text(directory / FILE, text(report, auto=auto, code=code, copied=copied))
+def write(report: Report, directory: Path, places: Mapping[str, str] = ALONE) -> Path:
+    """DIRECTORY/README.md, of a Hugging Face folder or, where there is none among `places`, of the
+    folder with all formats. The architecture and whether code comes along are read from there."""
+    known: dict[str, Any]
+    if "hf" in places:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        code = (directory / hf.CODE).is_file()
+        copied = "auto_map" in config and not code
+        known = {"auto": hf.auto_of(config["architectures"][0]), "code": code, "copied": copied}
+    else:
+        kind = loading.kind_of_base(report.trained.model)
+        known = {"auto": CLASSES.get(kind, "AutoModelForCausalLM")}
+        if places.get("elastic") == "":  # whose own card this one takes the place of
+            known["every_size"] = read_text(directory / "elastic" / FILE)
+    write_text(directory / FILE, text(report, places=places, **known))
     return directory / FILE
 
 
@@ -61,20 +87,27 @@ def text(
     auto: str = "AutoModelForCausalLM",
     code: bool = False,
     copied: bool = False,
+    places: Mapping[str, str] = ALONE,
+    every_size: str = "",
 ) -> str:
-    """The card of a report's Hugging Face folder, metadata first.
+    """The card of a report's Hugging Face folder, or of a repository, metadata first.
 
     `auto` is the transformers class that loads the folder, `code` whether it holds a model class of
-    ours, `copied` whether one of the base's folder, which the user trusted.
+    ours, `copied` whether one of the base's folder, which the user trusted. `places` are the
+    formats that stand there, as `push.places` has them, `every_size` the card of a folder of every
+    size.
     """
     proof = report.proved.get("hf")
+    others = {kind: place for kind, place in places.items() if kind != "hf"}
     blocks = [
         f"# {_plain(report.model.name)}",
-        _summary(report, code),
+        _summary(report, "hf" in places, code),
         *_quality(report.model.accuracy, proof),
         *(_latency(proof.latency, proof.timing) if proof else ()),
         "## How to load it",
-        _loading(auto, code, copied),
+        *([_loading(auto, code, copied, report.config.push_to_hub)] if "hf" in places else ()),
+        *_others(report, others),
+        *(["## Every size", every_size.strip()] if every_size else ()),
         "## Sizes by layer",
         _sizes(report.model.sub.as_dict()),
         "## How it was made",
@@ -82,7 +115,8 @@ def text(
         "## How to make it again",
         *_recipe(report),
     ]
-    return f"---\n{_metadata(report, auto, code or copied)}\n---\n\n" + "\n\n".join(blocks) + "\n"
+    metadata = _metadata(report, auto, code or copied, places)
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(blocks) + "\n"
 
 
 def is_hub_name(path: str) -> bool:
@@ -90,25 +124,42 @@ def is_hub_name(path: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
 
 
-def _metadata(report: Report, auto: str, code: bool) -> str:
-    """The YAML that the hub reads. A base model or a data set that is a folder of somebody's
-    machine, or a name of ours, is no repository: the hub would refuse it or link to a stranger's.
+def _metadata(report: Report, auto: str, code: bool, places: Mapping[str, str]) -> str:
+    """The YAML that the hub reads. A base model that is a folder of somebody's machine, or a name
+    of ours, is no repository: the hub would refuse it or link to a stranger's. Data of one's own
+    get a name that no repository has.
     """
-    base, task = str(report.origin["base_model"]), str(report.origin["task"])
+    base, task = str(report.origin["base_model"]), report.trained.task
+    data = str(report.origin["task"])
     pipeline, score = PIPELINES.get(auto), report.model.accuracy.accuracy
+    library = next((name for kind, name in LIBRARIES.items() if kind in places), "elastic-adapters")
     known: dict[str, Any] = {}
     if is_hub_name(base):
-        known |= {"base_model": base, "base_model_relation": "finetune"}
+        relation = "adapter" if library == "peft" else "finetune"
+        known |= {"base_model": base, "base_model_relation": relation}
     if name := (report.license or "").lower():  # of others than it lists, the hub takes a name
         listed = {"license": name}
         known |= listed if name in LICENSES else {"license": "other", "license_name": name}
-    if score is not None and pipeline and is_hub_name(task):
-        result = EvalResult(pipeline, task, task, "accuracy", score, dataset_split="test")
+    if is_hub_name(data):
+        known |= {"datasets": [data]}
+    if score is not None:
+        public = is_hub_name(data)
+        result = EvalResult(
+            task_type=pipeline or "text-generation",
+            dataset_type=data if public else f"elastic-adapters-{task.name}",
+            dataset_name=data if public else Path(task.test or data).name,
+            dataset_config=task.subset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_value=score,
+        )
         known |= {"model_name": report.model.name, "eval_results": [result]}
+    runtimes = dict.fromkeys(kind.partition("-")[0] for kind in places)
+    more = [name for name in runtimes if name in ("onnx", "openvino", "gguf")]
     return ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=pipeline,
-        tags=["elastic-adapters", "lora", "pruned", *(["custom_code"] if code else [])],
+        tags=["elastic-adapters", "lora", "pruned", *more, *(["custom_code"] if code else [])],
         **known,
     ).to_yaml()
 
@@ -130,13 +181,14 @@ def license_of(base: Path) -> str | None:
     return found if is_license else None
 
 
-def _summary(report: Report, code: bool) -> str:
-    layers = "layers of different sizes" if code else "the family's own model class"
+def _summary(report: Report, is_folder: bool, code: bool) -> str:
+    layers = ", layers of different sizes" if code else ", the family's own model class"
     own, full = report.model.cost, report.model.full_cost
+    base = _code(_unplaced(report.origin["base_model"]))
     return (
-        f"A compact model cut from {_code(report.origin['base_model'])} with elastic-adapters: "
+        f"A compact model cut from {base} with elastic-adapters: "
         f"{own.params / 1e6:.1f} M of {full.params / 1e6:.1f} M parameters and "
-        f"{own.macs / full.macs:.0%} of the operations per token, {layers}."
+        f"{own.macs / full.macs:.0%} of the operations per token{layers if is_folder else ''}."
     )
 
 
@@ -172,12 +224,33 @@ def _latency(own: Latency, timing: Measurement) -> Iterator[str]:
         yield "The machine was too busy for these times to be trusted."
 
 
-def _loading(auto: str, code: bool, copied: bool) -> str:
+def _others(report: Report, places: Mapping[str, str]) -> Iterator[str]:
+    """Where each format is that transformers does not load, and what it is worth."""
+    if not places:
+        return
+    lines = []
+    for kind, place in places.items():
+        runtime, _, mode = kind.partition("-")
+        bits = f", weights in {mode}" if mode else ""
+        folder = f"folder/{place}".rstrip("/")
+        lines.append(f"- {_code(folder)}: {RUNTIMES[runtime].format(folder)}{bits}")
+    fetched = f"hf download {report.config.push_to_hub} --local-dir folder"
+    yield f"For other programs, after {_code(fetched)}:"
+    yield "\n".join(lines)
+    proved = {kind: found for kind, found in report.proved.items() if kind in places}
+    if proved:
+        yield "## In other programs"
+        for part in trades(proved, report.config.timing):
+            yield part if isinstance(part, str) else part.markdown()
+
+
+def _loading(auto: str, code: bool, copied: bool, repository: str | None) -> str:
     extra = ", trust_remote_code=True" if code or copied else ""
+    place = f'"{repository}"' if repository else '"."  # this folder, or its name on the hub'
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        'folder = "."  # this folder, or its name on the hub',
+        f"folder = {place}",
         f"tokenizer = AutoTokenizer.from_pretrained(folder{extra})",
         f"model = {auto}.from_pretrained(folder{extra})",
     ]
@@ -234,11 +307,11 @@ def _span(first: str, last: str) -> str:
 def _origin(report: Report) -> str:
     origin, about = report.origin, report.provenance
     known = {
-        "Base model": _code(origin["base_model"]),
+        "Base model": _code(_unplaced(origin["base_model"])),
         "License of the base model": report.license and _plain(report.license),
         "Adapter method": _code(origin["method"]),
-        "Search space": _code(origin["space"]),
-        "Task": _code(origin["task"]),
+        "Search space": _code(_unplaced(origin["space"])),
+        "Task": _code(_unplaced(origin["task"])),
         "Base weights": _code(report.base_digest),
         "Seed": _code(report.config.seed),
         "Measured on": _plain(about["device"]),
@@ -256,8 +329,9 @@ def _origin(report: Report) -> str:
 
 
 def _recipe(report: Report) -> Iterator[str]:
-    """The commands, and the files that they read."""
-    export = as_plain(report.config) | {"sub_adapter": "sub_adapter.json"}
+    """The commands, and the files that they read. Who makes it again pushes it nowhere."""
+    changed = {"sub_adapter": "sub_adapter.json", "push_to_hub": None, "push_private": None}
+    export = as_plain(report.config) | changed
     files = {
         "train.yaml": yaml.safe_dump(_unplaced(as_plain(report.trained)), sort_keys=False),
         "sub_adapter.json": json.dumps(report.model.sub.as_dict()) + "\n",
@@ -276,7 +350,8 @@ def _unplaced(value: Any) -> Any:
         return {name: _unplaced(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_unplaced(each) for each in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    is_place = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~/"))
+    return Path(value).name if is_place else value
 
 
 def _limit(name: str) -> str:

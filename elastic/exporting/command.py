@@ -18,7 +18,7 @@ from elastic.data import Example, Task, load_task
 from elastic.errors import DataError, ExportError, RunError, require
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import CORRECT, Score
-from elastic.exporting import card, foreign, proof
+from elastic.exporting import card, foreign, proof, push
 from elastic.exporting.contract import Source, Which
 from elastic.exporting.every_size import EverySize
 from elastic.exporting.merge import carrying, combine
@@ -62,12 +62,13 @@ def export(config: ExportConfig) -> Report:
     All formats are written beside the target and take its place together, only after each was
     loaded in its own runtime and agreed; an earlier export of the same name stays otherwise.
     ExportError names the format and the largest difference. Another export from the run is waited
-    for: they would spoil each other's times.
+    for: they would spoil each other's times. With `push_to_hub` it goes to the hub then.
     """
     run = Run(config.run)
-    run.config()
+    push.check(config, run.config().model.path)
     with waiting(run.exports, "exports from it"):
-        return _export(config) if config.prove else write_only(config)
+        report = _export(config) if config.prove else write_only(config)
+        return push.push(report) if config.push_to_hub else report
 
 
 def _export(config: ExportConfig) -> Report:
@@ -208,7 +209,8 @@ def _examples(run: Run, config: ExportConfig, chosen: Chosen) -> tuple[Task, Exp
 
 
 def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> Report:
-    """What stands beside the written formats: the report and, for Hugging Face, the card."""
+    """What stands beside the written formats: the report and, for Hugging Face, its folder or its
+    hub, the card."""
     report = Report(
         config=config,
         trained=run.config(),
@@ -216,8 +218,11 @@ def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> 
         license=card.license_of(Path(loading.locate(run.config().model.path))),
         **known,
     )
+    placed = push.placed(report) if config.push_to_hub else card.ALONE
+    if config.push_to_hub and "hf" not in placed:
+        card.write(report, building, placed)
     if (building / "hf").is_dir():
-        card.write(report, building / "hf")
+        card.write(report, building / "hf", placed)
         assert not isinstance(report.formats["hf"], proof.Skipped)
         whole = dataclasses.replace(report.formats["hf"], bytes=proof.size_of(building / "hf"))
         report = dataclasses.replace(report, formats={**report.formats, "hf": whole})

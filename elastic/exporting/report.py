@@ -66,6 +66,8 @@ class Report:
     """The sub-adapter whose place a uniform one takes."""
     merge: Mapping[str, Any] | None = None
     """What became of other adapters, as `merge.combine` has it."""
+    url: str | None = None
+    """Where it lies on the hub, too."""
 
     @property
     def proved(self) -> dict[str, Proof]:
@@ -111,7 +113,11 @@ class Report:
             console.print(shown, highlight=False)
         for path in self.paths.values():
             print(path)
-        print(json.dumps({"report": str(self.directory / "report.json")}))
+        pushed = {}
+        if self.url:
+            print(self.url)
+            pushed = {"hub": self.url}
+        print(json.dumps({"report": str(self.directory / "report.json"), **pushed}))
 
     def markdown(self) -> str:
         parts = (part if isinstance(part, str) else part.markdown() for part in self._parts())
@@ -137,7 +143,7 @@ class Report:
         if self.merge:
             yield from _merge(self.merge)
         if proved:
-            yield from _trades(proved, self.config.timing)
+            yield from trades(proved, self.config.timing)
             fitted = self.model.made_up.sequential
             yield _agreement(proved, "the fitted model in torch" if fitted else "the supernet")
             for number, sample in enumerate(self.samples):
@@ -234,7 +240,7 @@ def _instead_of(chosen: Model, written: Model) -> str:
     return f"One size for all layers; {chosen.name}, with its own, has {', '.join(told)}"
 
 
-def _trades(proved: Mapping[str, Proof], timing: TimingConfig) -> Iterator[str | Table]:
+def trades(proved: Mapping[str, Proof], timing: TimingConfig) -> Iterator[str | Table]:
     """By runtime, what the compact model gives up and what it gets for it."""
     runtimes: dict[str, dict[str, Proof]] = {}
     for name, found in proved.items():

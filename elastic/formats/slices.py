@@ -16,7 +16,7 @@ import csv
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,9 @@ def write(
     base = _ordered_base(net)
     hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
     digest = digest_of(directory / BASE)
-    save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest)
+    # Its base is the one beside it. Folders of this machine are nobody else's business.
+    model, adapter = replace(model, path=BASE), asdict(replace(net.adapter, taken_from=None))
+    save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest, adapter=adapter)
     about = {}
     for one in slices:
         own = _own(net, one, dtype)

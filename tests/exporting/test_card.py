@@ -74,14 +74,42 @@ def test_the_metadata_is_what_the_hub_reads():
         "base_model_relation": "finetune", "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["elastic-adapters", "lora", "pruned", "custom_code"],
+        "model-index": [{"name": "uniform-0.5", "results": [{
+            "task": {"type": "text-generation"},
+            # As no repository is called: it would link to a stranger's data.
+            "dataset": {"name": "b.jsonl", "type": "elastic-adapters-jsonl", "split": "test"},
+            "metrics": [{"type": "accuracy", "value": 0.525}],
+        }]}],
     }  # fmt: skip
+
+
+def test_what_is_beside_transformers_folder_is_said():
+    places = {"peft": "peft/", "onnx-int8": "onnx-int8/", "gguf": ""}
+    config = replace(REPORT.config, push_to_hub="me/small", push_private=True)
+    report = replace(REPORT, formats=dict.fromkeys(["hf", "onnx-int8"], PROOF), config=config)
+    text = card.text(report, places={"hf": "", **places})
+    data = ModelCard(text).data
+    assert data.tags == ["elastic-adapters", "lora", "pruned", "onnx", "gguf"]
+    loading = section(text, "How to load it")
+    assert 'folder = "me/small"' in loading and "hf download me/small" in loading
+    assert loading.splitlines()[-3:] == [
+        '- `folder/peft`: `PeftModel.from_pretrained(base_model, "folder/peft")`',
+        "- `folder/onnx-int8`: ONNX Runtime, weights in int8", "- `folder`: llama.cpp",
+    ]  # fmt: skip
+    assert "| + int8 |" in section(text, "In other programs")
+    assert section(text, "Latency") == section(card.text(REPORT), "Latency")
+    adapter = ModelCard(card.text(report, places={"peft": ""})).data
+    assert (adapter.library_name, adapter.base_model_relation) == ("peft", "adapter")
+    # Who makes it again does not push it.
+    assert "push_to_hub: null\npush_private: null\n" in text
 
 
 @pytest.mark.parametrize("base", ["smollm2", "/home/me/model", "C:\\models\\x", "a/b/c"])
 def test_a_base_that_is_no_repository_is_not_linked(base):
     text = card.text(made(base_model=base))
     assert "base_model" not in ModelCard(text).data.to_dict()
-    assert f"`{base}`" in text
+    shown = "model" if base == "/home/me/model" else base  # where it lies is nobody else's business
+    assert f"`{shown}`" in text and "/home/me" not in text
 
 
 def test_a_folder_named_like_a_repository_is_not_linked(tmp_path, monkeypatch):
@@ -122,9 +150,9 @@ def test_the_hub_gets_the_accuracy_on_a_data_set_it_has():
     assert (result.task_type, result.metric_type, result.metric_value) == (
         "text-generation", "accuracy", 0.525,
     )  # fmt: skip
+    assert data.datasets == ["openai/gsm8k"]
     unknown = replace(made(task="openai/gsm8k"), model=replace(MODEL, accuracy=Accuracy()))
-    for report in (REPORT, unknown):
-        assert ModelCard(card.text(report)).data.eval_results is None
+    assert ModelCard(card.text(unknown)).data.eval_results is None
 
 
 def test_the_settings_on_a_card_make_the_model_again():
