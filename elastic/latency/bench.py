@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 CANDIDATE = "candidate"
+MOST, ROOM = 8, 4e9
+"""So many sub-adapters take turns in the same rounds, as far as their bytes have room."""
 
 
 class Bench:
@@ -59,19 +61,35 @@ class Bench:
 
     def __call__(self, candidate: Candidate) -> Measurement:
         """The full model's latencies and, as CANDIDATE, this one's."""
-        key = self._key(candidate)
-        if key not in self._found:
-            if self._full is None:
-                self._full = self._open(Candidate(self.net.space.maximal()), self._files)
-            with contextlib.ExitStack() as files:
-                runners = {REFERENCE: self._full, CANDIDATE: self._open(candidate, files)}
-                vocabulary = self.net.model.config.vocab_size
-                self._found[key] = measure(
-                    runners, self.timing, vocabulary=vocabulary, seed=self.seed,
-                    clock=clock_of(self.device),
-                )  # fmt: skip
-                self.state = state_of(self.device)
-        return self._found[key]
+        return self.together([candidate])[0]
+
+    def together(
+        self, candidates: Sequence[Candidate], label: str | None = None
+    ) -> list[Measurement]:
+        """The same of each. Several that take turns in the same rounds share those of the full
+        model, which spares half of the time. With a label, a bar shows the rounds."""
+        asked = {self._key(one): one for one in candidates}
+        missing = [key for key in asked if key not in self._found]
+        whole = sum(parameter.nbytes for parameter in self.net.model.parameters())
+        count = max(1, min(MOST, int(ROOM // whole)))
+        for start in range(0, len(missing), count):
+            self._measure({key: asked[key] for key in missing[start : start + count]}, label)
+        return [self._found[self._key(one)] for one in candidates]
+
+    def _measure(self, asked: Mapping[Hashable, Candidate], label: str | None) -> None:
+        if self._full is None:
+            self._full = self._open(Candidate(self.net.space.maximal()), self._files)
+        with contextlib.ExitStack() as files:
+            names = {key: f"{CANDIDATE} {number}" for number, key in enumerate(asked)}
+            runners = {names[key]: self._open(one, files) for key, one in asked.items()}
+            found = measure(
+                {REFERENCE: self._full, **runners}, self.timing, seed=self.seed,
+                vocabulary=self.net.model.config.vocab_size, clock=clock_of(self.device),
+                label=label,
+            )  # fmt: skip
+            self.state = state_of(self.device)
+        for key, name in names.items():
+            self._found[key] = found.of(name, CANDIDATE)
 
     def memory_mb(self, candidate: Candidate) -> float:
         """Weights and, at its peak, what a prefill holds beside them: 1e6 bytes, as torch allocates

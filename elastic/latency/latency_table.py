@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.config import TableConfig, TimingConfig
-from elastic.console import say, track
+from elastic.console import say
 from elastic.errors import RunError
 from elastic.evaluation import statistics
 from elastic.files import read_json, write_json
@@ -223,7 +223,8 @@ def record(
     what = f" in {mode}" if mode else ""
     say(f"Timing {len(asked)} sub-adapters for the latency table{what}")
     with Bench(net, timing, seed) as bench:
-        found = [(sub, bench(Candidate(sub, mode))) for sub in track(asked, "timing sub-adapters")]
+        timed = bench.together([Candidate(sub, mode) for sub in asked], "timing sub-adapters")
+        found = list(zip(asked, timed, strict=True))
         memory = {sub: bench.memory_mb(Candidate(sub, mode)) for sub in (maximal, *chosen)}
         clocks = bench.state
     # Ratios of times taken in the same rounds, in the unit of the full model over all rounds.

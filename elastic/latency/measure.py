@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic.config import TimingConfig
+from elastic.console import track
 from elastic.formats.runner import Runner
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Measurement:
     def full(self) -> Latency:
         return self.latencies[REFERENCE]
 
+    def of(self, name: str, called: str) -> Measurement:
+        """Of one alone, beside the reference."""
+        return replace(
+            self,
+            latencies={REFERENCE: self.full, called: self.latencies[name]},
+            ratios={REFERENCE: self.ratios[REFERENCE], called: self.ratios[name]},
+            bounds={REFERENCE: self.bounds[REFERENCE], called: self.bounds[name]},
+        )
+
 
 def distrust(control: float, tolerance: float) -> str:
     """Why times are not to be trusted: the full model differs from itself by `control`."""
@@ -86,8 +96,10 @@ def measure(
     vocabulary: int,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    label: str | None = None,
 ) -> Measurement:
-    """Time every runner; `runners` names the reference "full". `clock` gives seconds.
+    """Time every runner; `runners` names the reference "full". `clock` gives seconds. With a label,
+    a bar shows the rounds.
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
     last, until every IQR / median is below 0.1 and the control within the tolerance, at most
@@ -115,7 +127,7 @@ def measure(
     for runner in runners.values():
         once(runner)
     names = list(turns)
-    for round_number in range(1, config.max_rounds + 1):
+    for round_number in track(range(1, config.max_rounds + 1), label or "", quiet=label is None):
         for name in names if round_number % 2 else reversed(names):
             first, each = once(turns[name])
             prefill[name].append(first)

@@ -166,7 +166,8 @@ def _times(
         assert objective.full is not None
         say(f"Timing {len(asked)} of the front")
         with Bench(objective.net, objective.config.timing, objective.config.seed) as bench:
-            for one in track(asked, "timing"):
-                known[str(one.candidate)] = Measured.of(bench(one.candidate), objective.full)
+            timed = bench.together([one.candidate for one in asked], "timing")
+        for one, found in zip(asked, timed, strict=True):
+            known[str(one.candidate)] = Measured.of(found, objective.full)
         study.set_user_attr(TIMES, {sub: asdict(each) for sub, each in known.items()})
     return [known.get(str(one.candidate)) for one in chosen]

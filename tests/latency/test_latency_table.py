@@ -39,10 +39,15 @@ SIZES = TableConfig(seen=9, unseen=5)
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many measurements were made."""
-    calls = []
-    monkeypatch.setattr(bench, "measure", lambda *a, **k: calls.append(1) or fake_measure(*a, **k))
-    return calls
+    """What was timed beside the full model, in order."""
+    timed = []
+
+    def counting(runners, *args, **kwargs):
+        timed.extend(name for name in runners if name != "full")
+        return fake_measure(runners, *args, **kwargs)
+
+    monkeypatch.setattr(bench, "measure", counting)
+    return timed
 
 
 @pytest.fixture
@@ -189,19 +194,46 @@ def test_sub_adapters_that_differ_in_rank_share_a_measurement(trained, counted):
         assert (found[0] == found[1]) is merged
 
 
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_as_many_take_turns_as_there_is_room_for(trained, monkeypatch, most):
+    """And each is told what it would be told alone."""
+    net, groups = load_run(trained)[2], []
+
+    def grouped(runners, *args, **kwargs):
+        groups.append(len(runners) - 1)
+        return fake_measure(runners, *args, **kwargs)
+
+    monkeypatch.setattr(bench, "measure", grouped)
+    monkeypatch.setattr(bench, "MOST", most)
+    asked = [Candidate(net.space.uniform(part)) for part in (1.0, 0.7, 0.5, 0.0)]
+    different = len({bench.shape_of(net.space, one.sub_adapter, merged=True) for one in asked})
+    assert different > 2
+    with Bench(net, ONE_ROUND) as together, Bench(net, ONE_ROUND) as alone:
+        found = together.together(asked)
+        assert groups == [min(most, different - n) for n in range(0, different, most)]
+        assert found == [alone(one) for one in asked]
+    monkeypatch.setattr(bench, "ROOM", 1.0)  # of less than a model
+    groups.clear()
+    with Bench(net, ONE_ROUND) as timed:
+        timed.together(asked)
+    assert groups == [1] * different
+
+
 def test_a_machine_that_slows_down_favours_nobody(trained, monkeypatch, nothing_known):
     """Every measurement is slower than the one before; candidates are told by their ratio."""
     steady, times = recorded(trained), []
 
-    def slower(*args, **kwargs):
-        found = fake_measure(*args, **kwargs)
-        times.append(1 + 0.2 * len(times))
-        slow = {
-            name: Latency(times[-1] * each.prefill_ms, times[-1] * each.decode_ms, 0.0)
+    def slower(runners, *args, **kwargs):
+        found = fake_measure(runners, *args, **kwargs)
+        slow = 1 + 0.2 * len(times)
+        times.extend([slow] * (len(runners) - 1))
+        slowed = {
+            name: Latency(slow * each.prefill_ms, slow * each.decode_ms, 0.0)
             for name, each in found.latencies.items()
         }
-        return replace(found, latencies=slow)
+        return replace(found, latencies=slowed)
 
+    monkeypatch.setattr(bench, "MOST", 3)
     monkeypatch.setattr(bench, "measure", slower)
     drifting = recorded(trained)
     unit = np.median(times)
