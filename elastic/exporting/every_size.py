@@ -11,7 +11,8 @@ from typing import Any
 
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json
-from elastic.formats.slices import FULL, Slice
+from elastic.formats.choosing import FULL
+from elastic.formats.slices import Slice
 from elastic.latency.target import LATENCIES
 from elastic.plain import shaped
 from elastic.run import Chosen, Run

@@ -58,7 +58,7 @@ few lines below; the computation is all {base}'s.
 from torch import nn
 from transformers import {base}, {config}
 from transformers.pytorch_utils import Conv1D
-
+{imports}
 
 class Elastic{config}({config}):
     """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
@@ -72,7 +72,7 @@ class Elastic{config}({config}):
         super().__init__(**kwargs)
 
 
-class Elastic{base}({base}):
+class Elastic{base}({ahead}{base}):
     config_class = Elastic{config}
 
     @classmethod
@@ -129,20 +129,43 @@ def write(
     config.architectures = [type(model).__name__]
     if model.is_remote_code():  # of the base model's, which its user has allowed
         custom_object_save(model, directory, config=config)
-    # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
-    words = compat.rotary_words(config)
-    words["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
-    if hasattr(config, "linear_sizes"):
-        base, kind = type(model).__name__, type(model.config).__name__
-        words["architectures"] = [f"Elastic{base}"]
-        names = {"base": base, "config": kind, "model_type": config.model_type}
-        write_text(directory / CODE, _CLASS.format(**names, auto=auto_of(base)))
-    write_config(config, directory, **words)
-    if model.can_generate():
-        write_generation(model.generation_config, directory)
+    own = hasattr(config, "linear_sizes")
+    if own:
+        write_text(directory / CODE, code_of(model))
+    write_settings(model, config, directory, dtype or model.dtype, own=own)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
     return directory
+
+
+def code_of(model: PreTrainedModel, ahead: str = "", imports: str = "") -> str:
+    """The two small classes for models of this class, one with another class ahead of it, which
+    this line imports."""
+    base, kind = type(model).__name__, type(model.config).__name__
+    return _CLASS.format(
+        base=base, config=kind, model_type=PREFIX + model.config.model_type, auto=auto_of(base),
+        ahead=ahead and f"{ahead}, ", imports=imports and f"\n{imports}\n",
+    )  # fmt: skip
+
+
+def write_settings(
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    *,
+    own: bool,
+) -> None:
+    """How a model is made of this configuration, by a class of its `own` or by the family's, and
+    how it generates."""
+    # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
+    words = compat.rotary_words(config)
+    words["dtype"] = str(dtype).removeprefix("torch.")
+    if own:
+        words["architectures"] = [f"Elastic{type(model).__name__}"]
+    write_config(config, directory, **words)
+    if model.can_generate():
+        write_generation(model.generation_config, directory)
 
 
 NAMES_CODE = ("auto_map", "custom_pipelines")
@@ -214,17 +237,23 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     for name, counted in compat.counted_heads(model, expected).items():
         grouped[name] = grouped.get(name, {}) | counted
     if code:
-        base, kind, stem = type(model).__name__, type(config).__name__, Path(CODE).stem
-        custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
-        values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-        config = custom(**values)
-        config.auto_map = {
-            "AutoConfig": f"{stem}.Elastic{kind}",
-            auto_of(base): f"{stem}.Elastic{base}",
-        }
+        config = own_config(config, type(model).__name__)
     config.linear_sizes = changed
     if code or grouped:
         config.attention_sizes = grouped
+    return config
+
+
+def own_config(config: PretrainedConfig, base: str) -> PretrainedConfig:
+    """The same of the type that `code_of` models of the class `base` gives."""
+    kind, stem = type(config).__name__, Path(CODE).stem
+    custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
+    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    config = custom(**values)
+    config.auto_map = {
+        "AutoConfig": f"{stem}.Elastic{kind}",
+        auto_of(base): f"{stem}.Elastic{base}",
+    }
     return config
 
 
@@ -275,6 +304,11 @@ def auto_of(architecture: str) -> str:
         if architecture.endswith(ending):
             return auto
     raise ExportError(f"hf: which auto class loads {architecture} is not known")
+
+
+def has_auto(model: PreTrainedModel) -> bool:
+    """Whether an auto class loads models of this class."""
+    return type(model).__name__.endswith(tuple(AUTO))
 
 
 def _meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

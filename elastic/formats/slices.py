@@ -1,9 +1,11 @@
 """One folder for every size: what a run has learnt, sliced where it is loaded.
 
     base/               the base model with its important channels first, a Hugging Face folder
-    super_adapter/      the factors of all sizes
+    super_adapter/      the factors of all sizes, those of a plain LoRA whatever the method was
     NAME.safetensors    what a slice has of its own: layers that make up for what is cut
     slices.json, .csv   by slice its sizes, accuracy, costs and latencies
+    sizes.json, *.py    the same sizes, layer by layer, and classes that load them with transformers
+                        alone (`elastic.formats.any_size`); configuration and tokenizer for both
 
 A slice is the leading rows and columns of the base, merged with the leading ones of the factors:
 its bits are those that `elastic.supernet.compact` makes in memory. The base is mapped, not read, so
@@ -14,9 +16,11 @@ from __future__ import annotations
 
 import csv
 import functools
+import inspect
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +33,14 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.config import ModelConfig
 from elastic.errors import RunError, unknown
 from elastic.files import read_json, write_json, write_text
-from elastic.formats import hf
+from elastic.formats import any_size, choosing, hf
+from elastic.formats.any_size import BASE, INDEX, SIZES, VERSION, AnySize
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.models.modules import module_tree, modules_of, put_
 from elastic.plain import is_name, one_line, shaped
 from elastic.spaces.bound import SubAdapter
+from elastic.supernet.as_lora import as_lora
 from elastic.supernet.compact import compact
 from elastic.supernet.depth import settle_
 from elastic.supernet.store import (
@@ -49,10 +55,7 @@ from elastic.supernet.supernet import Supernet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-VERSION = 1
-FULL = "full"
-"""The name of the maximal sub-adapter there."""
-INDEX, TABLE, BASE, ADAPTER = "slices.json", "slices.csv", "base", "super_adapter"
+TABLE, ADAPTER = "slices.csv", "super_adapter"
 _SHAPE = {
     "version": int, "dtype": str, "head": str, "classes": [str], "slices": dict, "latencies": [dict]
 }  # fmt: skip
@@ -92,18 +95,20 @@ def write(
     """
     base = _ordered_base(net)
     hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
-    digest = digest_of(directory / BASE)
+    digest, plain = digest_of(directory / BASE), as_lora(net)
     # Its base is the one beside it. Folders of this machine are nobody else's business.
-    model, adapter = replace(model, path=BASE), asdict(replace(net.adapter, taken_from=None))
-    save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest, adapter=adapter)
-    about = {}
+    model = replace(model, path=BASE)
+    save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest, plain=plain)
+    about, sizes = {}, {}
     for one in slices:
         own = _own(net, one, dtype)
         if own:
             save_file(own, directory / f"{one.name}.safetensors")
-        about[one.name] = {
-            "sub_adapter": one.sub_adapter.as_dict(), "own": bool(own), **one.figures
-        }  # fmt: skip
+        sub = plain.sub_adapter(net, one.sub_adapter)
+        about[one.name] = {"sub_adapter": sub.as_dict(), "own": bool(own), **one.figures}
+        sizes[one.name] = _sizes(net, one, plain.rank_of)
+    hf.write_tokenizer(tokenizer, directory)
+    auto = _write_classes(base, directory, dtype, sizes)
     index = {
         "version": VERSION,
         "dtype": str(dtype).removeprefix("torch."),
@@ -114,7 +119,7 @@ def write(
     }
     write_json(directory / INDEX, index)
     write_text(directory / TABLE, _csv(index))
-    write_text(directory / "README.md", _card(index))
+    write_text(directory / "README.md", _card(index, auto))
 
 
 def _ordered_base(net: Supernet) -> PreTrainedModel:
@@ -134,6 +139,63 @@ def _own(net: Supernet, one: Slice, dtype: torch.dtype) -> dict[str, Tensor]:
         for name, tensor in one.model.state_dict().items()
         if not torch.equal(tensor.to(dtype), plain[name].to(dtype))
     }
+
+
+SAID_ONCE = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+"""Of a configuration, what is the same of all sizes."""
+
+
+def _words(model: PreTrainedModel) -> dict[str, Any]:
+    """What a configuration says of the sizes of a model."""
+    said = hf.described_config(model, code=False).to_dict()
+    return {key: value for key, value in said.items() if key not in SAID_ONCE}
+
+
+def _sizes(net: Supernet, one: Slice, rank_of: Callable[[int], int]) -> dict[str, Any]:
+    """Of a slice, as `elastic.formats.any_size` reads it: what its configuration says, which blocks
+    it runs, and by layer rows and columns (a number of the first ones, or of several parts the
+    start and length of each) and rank."""
+    with net.active(one.sub_adapter):
+        gone = net.space.left_out(one.sub_adapter)
+        layers = {
+            site: [
+                layer.size.row_parts or layer.size.rows,
+                layer.size.column_parts or layer.size.columns,
+                rank_of(layer.size.rank) if layer.adapter is not None else 0,
+            ]
+            for site, layer in modules_of(net.model, ElasticLinear)
+            if not site.startswith(gone)
+        }
+    return {
+        "config": _words(one.model),
+        "blocks": net.space.kept(one.sub_adapter),
+        "layers": layers,
+    }
+
+
+_IMPORTS = f"""from .any_size import {AnySize.__name__}
+from .choosing import FULL  # noqa: F401 (transformers 4 copies what is named in this file alone)"""
+
+
+def _write_classes(
+    base: PreTrainedModel, directory: Path, dtype: torch.dtype, sizes: Mapping[str, Any]
+) -> str | None:
+    """What transformers alone needs to load one size. Gives the name of the auto class that does;
+    None, and nothing is written, for a base of which none knows the class, or whose code is its own
+    folder's."""
+    if base.is_remote_code() or not hf.is_plain(base) or not hf.has_auto(base):
+        return None
+    config = hf.own_config(hf.described_config(base, code=False), type(base).__name__)
+    hf.write_settings(base, config, directory, dtype, own=True)
+    whole = _words(base)
+    for one in sizes.values():
+        one["config"] = {k: v for k, v in one["config"].items() if v != whole.get(k)}
+    write_text(directory / SIZES, json.dumps({"version": VERSION, "slices": sizes}) + "\n")
+    write_text(directory / hf.CODE, hf.code_of(base, AnySize.__name__, _IMPORTS))
+    for module in (any_size, choosing):
+        name = module.__name__.rpartition(".")[2]
+        write_text(directory / f"{name}.py", inspect.getsource(module))
+    return hf.auto_of(type(base).__name__)
 
 
 def read(directory: Path | str) -> dict[str, Any]:
@@ -218,7 +280,7 @@ def own_tensors(
     return {name: functools.partial(tensors.get_tensor, name) for name in names}
 
 
-def _card(index: Mapping[str, Any]) -> str:
+def _card(index: Mapping[str, Any], auto: str | None) -> str:
     """What the folder is, to a stranger."""
     rows = []
     for name, about in index["slices"].items():
@@ -234,7 +296,13 @@ def _card(index: Mapping[str, Any]) -> str:
     head = ["slice", "parameters", "test accuracy (95 % interval)"]
     head += [f"prefill, {table['device']}" for table in index["latencies"]]
     lines = [head, ["---"] * len(head), *rows]
-    return _CARD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    with_transformers = _WITH_TRANSFORMERS.format(auto=auto) if auto else ""
+    return (
+        _CARD
+        + with_transformers
+        + _FIGURES
+        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    )
 
 
 _CARD = """One model in several sizes, written by elastic-adapters. The size is chosen where it is
@@ -248,8 +316,21 @@ model = elastic.load("this/folder", budget="80%")  # of the full model's prefill
 model = elastic.load("this/folder", slice="full")
 ```
 
-Each is a plain transformers model; the tokenizer is in `base`. Numbers of parameters, accuracy on
-examples that chose nothing, and time to the first token:
+Each is a plain transformers model; the tokenizer is beside it.
+"""
+_WITH_TRANSFORMERS = """
+Without that package, by the classes in this folder, which are to be read before they are trusted:
+
+```python
+from transformers import {auto}
+
+{auto}.from_pretrained(
+    "this/folder", trust_remote_code=True, budget={{"prefill_ms": 25}}
+)
+```
+"""
+_FIGURES = """
+Numbers of parameters, accuracy on examples that chose nothing, and time to the first token:
 
 """
 

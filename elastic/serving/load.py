@@ -12,13 +12,12 @@ from elastic.config import TimingConfig
 from elastic.console import say
 from elastic.errors import ConfigError
 from elastic.formats import slices
-from elastic.formats.slices import FULL
+from elastic.formats.choosing import FULL, LATENCIES, best_of, tables_of
 from elastic.latency.measure import REFERENCE, clock_of, measure
 from elastic.latency.runtime import timed_runner
-from elastic.latency.target import LATENCIES
 from elastic.models import loading
 from elastic.provenance import provenance
-from elastic.serving.budget import Budget, Timed, as_budget, choose, timed_here
+from elastic.serving.budget import Budget, Timed, as_budget, as_timed, choose, timed_here
 from elastic.serving.resizable import resizable as resizable_of
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def load(
     index = slices.read(folder)
     within = functools.partial(_within, folder, index, here)
     if slice is None:
-        slice = _best(index) if budget is None else within(budget)
+        slice = best_of(index) if budget is None else within(budget)
         say(f"{folder}: {slice}")
     slices.about_of(folder, index, slice)
     if resizable:
@@ -64,21 +63,11 @@ def load(
     return slices.load(folder, slice, device=here, trust_remote_code=trust_remote_code)
 
 
-def _best(index: Mapping[str, Any]) -> str:
-    """What the search chose, else the full size."""
-    best = (name for name, about in index["slices"].items() if about.get("best"))
-    return next(best, FULL)
-
-
 def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget) -> str:
     """The name of the slice that meets the budget here."""
     limits, where = as_budget(budget), str(folder)
     file = folder / slices.INDEX
-    tables = [
-        Timed.of(table, f"{file}: latencies")
-        for table in index["latencies"]
-        if table.get("runtime") == "torch" and table.get("merged", True)
-    ]
+    tables = [as_timed(table, f"{file}: latencies") for table in tables_of(index)]
 
     def measured(table: Timed) -> dict[str, float]:
         timing = TimingConfig(

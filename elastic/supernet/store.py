@@ -26,6 +26,7 @@ from elastic.run import Chosen, Run
 from elastic.spaces.bound import BoundSpace, all_digits
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import numbers
+from elastic.supernet.as_lora import AsLora
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.examples import require_tokenizer
 from elastic.supernet.importance import blank
@@ -56,26 +57,29 @@ def save_super_adapter(
     base_digest: str,
     factors: Mapping[str, Tensor] | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    plain: AsLora | None = None,
     **about: Any,
 ) -> None:
     """Write factors (the supernet's unless given), channel order, space, moments where known, and
-    provenance, all at once or not at all."""
+    provenance, all at once or not at all; as plain LoRA if it is given so."""
     with new_directory(directory) as building:
-        factors = net.factor_state() if factors is None else factors
+        said = plain or net
+        if factors is None:
+            factors = plain.factors if plain else net.factor_state()
         save_file({k: v.cpu().contiguous() for k, v in factors.items()}, building / FACTORS)
         save_file({k: v.contiguous() for k, v in net.order.items()}, building / ORDER)
         if isinstance(moments, Moments):
             same_file(moments.file, building / MOMENTS)
         elif moments:
             save(moments, building / MOMENTS)
-        write_text(building / SPACE, yaml.safe_dump(net.declared.as_dict(), sort_keys=False))
+        write_text(building / SPACE, yaml.safe_dump(said.declared.as_dict(), sort_keys=False))
         write_json(
             building / ABOUT,
             {
                 "base_model": model.path,
                 "quantise": model.quantise,
                 "base_digest": base_digest,
-                "adapter": dataclasses.asdict(net.adapter),
+                "adapter": dataclasses.asdict(said.adapter),
                 "sub_adapters": all_digits(net.space.size),
                 **provenance(str(net.model.device)),
                 **about,

@@ -22,5 +22,5 @@ def test_folders_load_and_compute_the_same(version, folder, tmp_path_factory):
 def test_what_is_written_loads_here(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "FAMILIES", ("llama, tied", "bert, classes"))
     loading.write(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 7
     loading.read(tmp_path)

@@ -6,6 +6,7 @@ import csv
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from elastic import export, search
 from elastic.config import RecoveryConfig
@@ -67,7 +68,9 @@ def test_every_slice_is_the_one_that_is_written_alone(run, folder):
         )
         dtype = torch.float32
         written, loaded = hf.load(alone, dtype), slices.load(folder, name)
+        auto = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, slice=name)
         assert type(loaded).__name__ in type(written).__name__
-        assert list(loaded.state_dict()) == list(written.state_dict())
-        for key, tensor in written.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], tensor), f"{name}: {key}"
+        for model in (loaded, auto):
+            assert list(model.state_dict()) == list(written.state_dict())
+            for key, tensor in written.state_dict().items():
+                assert torch.equal(model.state_dict()[key], tensor), f"{name}: {key}"

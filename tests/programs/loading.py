@@ -40,14 +40,15 @@ TEXT = "Tom has 3 apples.<|turn|>"
 
 
 def write(folder: Path) -> None:
-    """By family the non-uniform folder with its small class, a uniform and a padded plain one, each
-    beside the logits that it computes here."""
+    """By family the non-uniform folder with its small class, a uniform and a padded plain one, and
+    one of every size, each beside the logits that it computes here."""
     import random
 
     import torch
     from safetensors.torch import save_file
 
-    from elastic.formats import hf
+    from elastic.config import ModelConfig
+    from elastic.formats import hf, slices
     from elastic.formats.padding import padded
     from elastic.spaces.declared import SearchSpace
     from elastic.supernet.compact import compact
@@ -68,6 +69,7 @@ def write(folder: Path) -> None:
             "mixed": small,
             "uniform": compact(net, net.space.heuristic()),
             "padded": padded(small, net.space, sub),
+            "sizes": small,
         }
         for form, each in forms.items():
             place = folder / f"{family.replace(', ', '-')}-{form}"
@@ -78,7 +80,12 @@ def write(folder: Path) -> None:
             tokenizer = tiny.tokenizer()
             tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
             tokenizer.chat_template = "{{ messages[0].content }}"
-            hf.write(each, tokenizer, place)
+            if form == "sizes":
+                one = slices.Slice("small", sub, small, {"params": 0, "macs": 0})
+                slices.write(net, tokenizer, [one], place, dtype=torch.float32,
+                             model=ModelConfig(path="tiny"))  # fmt: skip
+            else:
+                hf.write(each, tokenizer, place)
             ids = tiny.tokens()
             save_file({"ids": ids, "logits": families.output(each).detach()}, place / EXPECTED)
             (place / "form.json").write_text(
@@ -86,6 +93,7 @@ def write(folder: Path) -> None:
                     {
                         "auto": hf.auto_of(type(each).__name__),
                         "attention": each.config._attn_implementation,
+                        "arguments": {"slice": "small"} if form == "sizes" else {},
                     }
                 )
             )
@@ -106,7 +114,9 @@ def read(folder: Path) -> None:
         code = {"trust_remote_code": True} if (place / "modeling_elastic.py").exists() else {}
         model = (
             getattr(transformers, auto)
-            .from_pretrained(place, attn_implementation=form["attention"], **code)
+            .from_pretrained(
+                place, attn_implementation=form["attention"], **form["arguments"], **code
+            )
             .eval()
         )
         expected = load_file(place / EXPECTED)

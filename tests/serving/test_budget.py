@@ -3,7 +3,8 @@
 import pytest
 
 from elastic.errors import BudgetError, ConfigError, RunError
-from elastic.serving.budget import Timed, as_budget, choose, timed_here
+from elastic.formats.choosing import Timed
+from elastic.serving.budget import as_budget, as_timed, choose, timed_here
 
 SLICES = {
     "full": {"params": 100, "macs": 90, "validation_estimate": 0.9, "memory_mb": 10.0},
@@ -68,7 +69,7 @@ def test_what_is_not_known_is_named():
     with pytest.raises(RunError, match="no latency is known of these slices"):
         timed_here([], as_budget("80%"), "here", dict, "folder")
     with pytest.raises(RunError, match="here: device is missing"):
-        Timed.of({}, "here")
+        as_timed({}, "here")
 
 
 def refuse(_):

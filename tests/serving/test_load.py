@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import elastic
 from elastic.errors import BudgetError, ConfigError, RunError
@@ -51,6 +52,29 @@ def test_a_budget_leads_to_a_slice(folder, capsys):
     assert [about["params"] for about in known.values() if about.get("best")] == [params(best)]
     with pytest.raises(BudgetError, match=r"no slice meets the budget \(prefill_ms"):
         elastic.load(folder, budget=least / 2)
+
+
+def test_transformers_alone_gives_the_same_size(folder):
+    """By the classes in the folder."""
+    [table] = slices.read(folder)["latencies"]
+    times = sorted({timed["prefill_ms"] for timed in table["slices"].values()})
+    for wanted in ({}, {"slice": "full"}, *({"budget": one} for one in times)):
+        auto = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **wanted)
+        expected = elastic.load(folder, **wanted).state_dict()
+        assert list(auto.state_dict()) == list(expected)
+        assert all(torch.equal(auto.state_dict()[name], x) for name, x in expected.items())
+
+
+def test_nothing_in_the_folder_is_run(folder, tmp_path):
+    there = tmp_path / "there"
+    shutil.copytree(folder, there)
+    code = sorted(file.name for file in there.glob("*.py"))
+    assert code == ["any_size.py", "choosing.py", "modeling_elastic.py"]
+    for name in code:
+        (there / name).write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nraise SystemExit")
+    for one in ({"slice": "full"}, {"budget": "90%"}, {"slice": "full", "resizable": True}):
+        elastic.load(there, **one)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_device_that_is_not_known_is_measured(folder, tmp_path, monkeypatch, capsys):
