@@ -72,7 +72,7 @@ class HfConfig:
         )
 
 
-Format = Literal["hf", "peft", Graph, "gguf", "elastic"]
+Format = Literal["hf", "peft", Graph, "gguf", "nemotron_nas", "elastic"]
 _USUAL: tuple[Format, ...] = ("hf", "peft", "onnx", "openvino")
 
 
@@ -92,8 +92,8 @@ class ExportConfig:
     push_private: bool | None = None
     """Whether a repository that is made is private; unset, as its owner has set it: mostly not."""
     formats: list[Format] = field(default_factory=lambda: list(_USUAL))
-    """gguf, for llama.cpp, and elastic, one folder for all of the front (`elastic.load`), only when
-    asked for."""
+    """Only when asked for: gguf, for llama.cpp; nemotron_nas, for what knows NVIDIA's Puzzle models
+    (vLLM, mlx-lm); elastic, one folder for all of the front (`elastic.load`)."""
     compress: list[Literal[RoundedTo, "int4_awq", "int4_scale", "int4_gptq", "nf4"]] = field(
         default_factory=list
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +211,11 @@ class Unproved(_Plain):
     bytes: int
     unproved: str
     """Why."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What its format alone has to say."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.about, "bytes": self.bytes, "unproved": self.unproved}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +298,8 @@ def prove(
     full model in the same runtime. ExportError when it computes something else."""
     format, config = FORMATS[kind], source.config
     if format.runtime is None:
-        return Unproved(size_of(directory), "read back, but nothing here runs it")
+        about = format.about(source, directory)
+        return Unproved(size_of(directory), "read back, but nothing here runs it", about)
     runner = format.open(source, "compact", directory)
     exact = format.exact(source, directory, runner)
     found = agreement(exact, probes)

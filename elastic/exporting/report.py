@@ -152,10 +152,12 @@ class Report:
             if isinstance(found, Skipped):
                 yield f"{name}: not written: {found.skipped}"
             if isinstance(found, Unproved):
-                yield f"{name}: {found.bytes / 1e6:.0f} MB, {found.unproved}"
+                filled = _filled(found.about.get("padding", {}), model.cost.params)
+                yield f"{name}: {found.bytes / 1e6:.0f} MB, {found.unproved}{filled}"
         cannot: dict[tuple[str, str], list[str]] = {}
-        for name, found in proved.items():
-            for problem in found.about.get("pipelines", {}).items():
+        for name, found in self.formats.items():
+            about = {} if isinstance(found, Skipped) else found.about
+            for problem in about.get("pipelines", {}).items():
                 cannot.setdefault(problem, []).append(name)
         for (package, reason), names in cannot.items():
             yield f"{', '.join(names)} in {package}: {reason}"
@@ -196,6 +198,19 @@ def verdict(formats: Mapping[str, Result]) -> str:
     }
     told = [f"{beginnings[kind]}: {', '.join(names)}" for kind, names in kinds.items() if names]
     return ". ".join(told) or "Nothing was written that runs here"
+
+
+def _filled(padding: Mapping[str, int], params: int) -> str:
+    """What zeros fill up, where the format knows fewer sizes."""
+    names = {"mlp_channels": "MLP channels", "query_heads": "query heads",
+             "key_value_heads": "key-value heads"}  # fmt: skip
+    told = [f"{padding[key]:,} {name}" for key, name in names.items() if padding.get(key)]
+    if not told:
+        return ""
+    return (
+        f"; zeros fill up {', '.join(told)} of all blocks together: "
+        f"{padding['params'] / params:.1%} more parameters"
+    )
 
 
 def _made_up(made_up: Compensated) -> str:

@@ -17,7 +17,17 @@ from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score
 from elastic.exporting.contract import Format, Source, Which
 from elastic.files import read_json, write_json
-from elastic.formats import compression, gguf, graphs, hf, onnx, openvino, peft, slices
+from elastic.formats import (
+    compression,
+    gguf,
+    graphs,
+    hf,
+    nemotron_nas,
+    onnx,
+    openvino,
+    peft,
+    slices,
+)
 from elastic.formats.compression import MODES, calibration_inputs
 from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
@@ -323,12 +333,34 @@ class Gguf(Format):
         gguf.check(file, model)
 
 
+class NemotronNas(Format):
+    """In the layout of NVIDIA's Puzzle models. Nothing here runs their classes: what was written is
+    read back by the layout's rule, and compared as a Llama of the sizes that it says."""
+
+    def why_not(self, source: Source) -> str | None:
+        return nemotron_nas.why_not(source.models["compact"])
+
+    def write(self, source: Source, which: Which, directory: Path) -> None:
+        model = source.models[which]
+        nemotron_nas.write(
+            model, source.base.tokenizer, directory, dtype=_stored(source),
+            max_shard_size=source.config.hf.max_shard_size,
+        )  # fmt: skip
+        nemotron_nas.check(directory, model)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        model = source.models["compact"]
+        padding = dataclasses.asdict(nemotron_nas.padding(model))
+        return {"padding": padding, "pipelines": nemotron_nas.cannot(model)}
+
+
 FORMATS: dict[str, Format] = {
     "hf": Hf(),
     "peft": Peft(),
     "onnx": Onnx(),
     "openvino": Openvino(),
     "gguf": Gguf(),
+    "nemotron_nas": NemotronNas(),
     "elastic": Elastic(),
 }
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from elastic.errors import ExportError
-from elastic.formats import gguf_tokenizer
+from elastic.formats import gguf_tokenizer, llama_like
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,43 +57,22 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of every layer."""
-
-    heads: tuple[int, ...]
-    key_heads: tuple[int, ...]
-    widths: tuple[int, ...]
-
-    @property
-    def uniform(self) -> bool:
-        return all(len(set(each)) == 1 for each in (self.heads, self.key_heads, self.widths))
-
-
 def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
     """What llama.cpp lacks for this compact model or tokenizer; None if it has all."""
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     family = FAMILIES.get(name)
     if family is None:
         return f"{name} is not written as GGUF; of {', '.join(FAMILIES)} it is"
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        return f"rotary embeddings of type {kind!r}; default, linear and llama3 are written"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return "only a part of each head is rotated, and these architectures rotate all of it"
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if windows or (name.startswith("Mistral") and config.sliding_window):
-        return "attention with a sliding window, which these architectures do not have"
-    if config.hidden_act != "silu":
-        return f"the activation {config.hidden_act!r}; these architectures compute silu"
-    mixed = not _sizes(model).uniform
+    if reason := llama_like.why_not(model):
+        return reason
+    mixed = not llama_like.sizes_of(model).uniform
     if mixed and family.mixed is None:
         return (
             f"no architecture of llama.cpp computes {name} with sizes of its own in every layer "
             f"({family.uniform} has one for all); choose --hf.uniform, or let llama.cpp's own "
             "converter read a folder that --hf.padded wrote"
         )
+    kind = model.config.rope_parameters.get("rope_type")
     if kind == "llama3" and _architecture(model)[0] not in ("llama", "deci"):
         return f"{_architecture(model)[0]} has no rotary embeddings of type 'llama3'"
     return None if tokenizer is None else gguf_tokenizer.why_not(tokenizer)
@@ -151,29 +130,20 @@ def check(file: Path, model: PreTrainedModel) -> None:
 def _architecture(model: PreTrainedModel) -> tuple[str, bool]:
     """Its name, and whether it rotates neighbouring channels."""
     family = FAMILIES[type(model).__name__]
-    if _sizes(model).uniform:
+    if llama_like.sizes_of(model).uniform:
         return family.uniform, family.interleaved
     assert family.mixed is not None  # says `why_not`
     return family.mixed, True
 
 
-def _head_size(model: PreTrainedModel) -> int:
-    return model.model.layers[0].self_attn.head_dim
-
-
-def _sizes(model: PreTrainedModel) -> Sizes:
-    head_size, layers = _head_size(model), model.model.layers
-    return Sizes(
-        tuple(layer.self_attn.q_proj.out_features // head_size for layer in layers),
-        tuple(layer.self_attn.k_proj.out_features // head_size for layer in layers),
-        tuple(layer.mlp.down_proj.in_features for layer in layers),
-    )
-
-
 def _settings(writer: GGUFWriter, model: PreTrainedModel, type: Type, name: str | None) -> None:
     from gguf import LlamaFileType, RopeScalingType
 
-    config, sizes, head_size = model.config, _sizes(model), _head_size(model)
+    config, sizes, head_size = (
+        model.config,
+        llama_like.sizes_of(model),
+        llama_like.head_size_of(model),
+    )
 
     def one_or_all(values: Sequence[int]) -> int | list[int]:
         return values[0] if sizes.uniform else list(values)
@@ -205,7 +175,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     architecture, interleaved = _architecture(model)
     number = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
     names = get_tensor_name_map(number, len(model.model.layers))
-    sizes, seen = _sizes(model), set()
+    sizes, seen = llama_like.sizes_of(model), set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen:  # a tied head
             continue
@@ -231,7 +201,7 @@ def _neighbours(tensor: Tensor, heads: int) -> Tensor:
 
 def _frequency_factors(model: PreTrainedModel) -> Tensor:
     """What llama.cpp divides the plain frequencies by: (head_size / 2,)."""
-    size, base = _head_size(model), model.config.rope_parameters["rope_theta"]
+    size, base = llama_like.head_size_of(model), model.config.rope_parameters["rope_theta"]
     plain = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     return plain / model.model.rotary_emb.inv_freq.double().cpu()
 

@@ -54,9 +54,9 @@ def _padded(
         places = torch.searchsorted(theirs, mine)
         layer = wider.get_submodule(site)
         weight, bias = layer.weight, layer.bias
-        weight = _spread(weight, int(axis == "in"), places, len(theirs))
+        weight = spread(weight, int(axis == "in"), places, len(theirs))
         if bias is not None and axis == "out":
-            bias = _spread(bias, 0, places, len(theirs))
+            bias = spread(bias, 0, places, len(theirs))
         wider.set_submodule(site, plain_linear(weight, bias))
     for group in space:
         for module, name in group.counted if sub[group.name] else ():
@@ -68,7 +68,7 @@ def _channels(left: Ranges) -> Tensor:
     return torch.cat([torch.arange(start, start + length) for start, length in left])
 
 
-def _spread(tensor: Tensor, axis: int, places: Tensor, full: int) -> Tensor:
+def spread(tensor: Tensor, axis: int, places: Tensor, full: int) -> Tensor:
     """An axis of size `full` with what there is at these places, and zeros between."""
     shape = list(tensor.shape)
     shape[axis] = full

@@ -263,7 +263,9 @@ def test_literals_equal_registries():
     dims = {*DIMS, DEPTH}
     assert literal(StageConfig, "train_dims") == dims == set(TrainConfig().progressivity)
     assert literal(TrainConfig, "progressivity") == dims
-    assert literal(ExportConfig, "formats") == {*ExportConfig().formats, "gguf", "elastic"}
+    assert literal(ExportConfig, "formats") == {
+        *ExportConfig().formats, "gguf", "nemotron_nas", "elastic"
+    }  # fmt: skip
     assert literal(ExportConfig, "compress") == set(MODES)
     assert set(GRAPHS) == set(MODULES) == set(PACKAGES)
     assert literal(TimingConfig, "runtime") == {"torch", *GRAPHS}

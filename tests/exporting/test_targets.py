@@ -11,7 +11,7 @@ from elastic.config import CompensationConfig, ExportConfig, HfConfig
 from elastic.errors import ConfigError
 from elastic.exporting.command import export
 from elastic.files import write_json
-from elastic.formats import hf
+from elastic.formats import hf, nemotron_nas
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
@@ -85,6 +85,24 @@ def test_a_file_for_llama_cpp_is_read_back_and_said_to_be_unproved(run, tmp_path
         assert "tokenizer" in found["skipped"]
     report.show()
     assert "gguf: " in capsys.readouterr().out
+
+
+def test_the_layout_of_puzzle_models_says_what_zeros_fill_up(run, tmp_path):
+    file = uneven(run, tmp_path / "u.json")
+    report = export(config(run, sub_adapter=file, formats=["hf", "nemotron_nas"], name="nas"))
+    found = report.contents["formats"]["nemotron_nas"]
+    # MLPs of 48 and 16 channels become 256 wide, each of three rows of 32.
+    assert found["padding"] == {
+        "mlp_channels": 448, "query_heads": 0, "key_value_heads": 0, "params": 448 * 3 * 32
+    }  # fmt: skip
+    assert found["pipelines"] == {} and "nothing here runs it" in found["unproved"]
+    folder = report.directory / "nemotron_nas"
+    one, other = hf.load(report.directory / "hf", torch.float32), nemotron_nas.load(folder)
+    ids = tiny.tokens()
+    torch.testing.assert_close(tiny.logits(one, ids), tiny.logits(other, ids), atol=1e-4, rtol=0)
+    share = 448 * 3 * 32 / report.contents["params"]
+    told = f"zeros fill up 448 MLP channels of all blocks together: {share:.1%} more parameters"
+    assert told in (report.directory / "report.md").read_text()
 
 
 def test_a_padded_folder_is_plain_and_the_same_function(run, tmp_path):
