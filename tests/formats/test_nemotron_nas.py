@@ -1,4 +1,4 @@
-"""The layout of NVIDIA's Puzzle models: read back by its own rule."""
+"""The layout of NVIDIA's Puzzle models: read back by its own rule, and run by mlx-lm itself."""
 
 from __future__ import annotations
 
@@ -193,3 +193,27 @@ def test_classes_without_biases_are_named():
     assert "biases in the MLP" in nemotron_nas.cannot(cut(net))["SGLang"]
     assert nemotron_nas.cannot(cut(net_of("qwen2"))) == {"TensorRT-LLM": "its class has no biases"}
     assert nemotron_nas.cannot(cut(net_of("llama"))) == {}
+
+
+# mlx-lm itself.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, overrides", FAMILIES)
+def test_mlx_lm_computes_the_same(family, overrides, tmp_path):
+    """With its cache: a prompt, then one token after another."""
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    model = cut(net_of(family, **overrides), **UNEVEN)
+    written(model, tmp_path)
+    found, _ = load_model(tmp_path)
+    assert type(found).__module__ == "mlx_lm.models.nemotron-nas"
+    ids = tiny.tokens(1, 24)
+    cache = make_prompt_cache(found)
+    parts = [ids[:, :20], *ids[:, 20:].split(1, dim=1)]
+    steps = [found(mx.array(part.tolist()), cache=cache) for part in parts]
+    logits = torch.tensor(mx.concatenate(steps, axis=1).tolist())
+    expected = tiny.logits(model, ids)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
