@@ -51,6 +51,7 @@ RUNTIMES = {
     "onnx": "ONNX Runtime",
     "openvino": "OpenVINO",
     "gguf": "llama.cpp",
+    "nemotron_nas": "mlx-lm, vLLM, SGLang, TensorRT-LLM",
     "elastic": '`elastic.load("{}")`, in every size',
 }
 """What runs a format that transformers does not, from this folder."""
