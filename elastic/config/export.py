@@ -72,6 +72,15 @@ class HfConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlicesConfig:
+    """One folder for every size."""
+
+    base: Literal["copy", "reference"] = "copy"
+    """reference: the folder has no weights of the base model, but where they are, their digest and
+    the order of their channels, for a folder of megabytes that this package alone loads."""
+
+
 Format = Literal["hf", "peft", Graph, "gguf", "nemotron_nas", "elastic"]
 _USUAL: tuple[Format, ...] = ("hf", "peft", "onnx", "openvino")
 
@@ -111,6 +120,7 @@ class ExportConfig:
     better then; what the search recovered is written as it is."""
     merge: MergeConfig = field(default_factory=MergeConfig)
     hf: HfConfig = field(default_factory=HfConfig)
+    slices: SlicesConfig = field(default_factory=SlicesConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
     prove: bool = True
     """false only writes, tensor by tensor, what is larger than memory: hf alone, which is neither
@@ -148,6 +158,10 @@ class ExportConfig:
             self.prove or plain,
             "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and "
             "nothing to merge, to pad or to make uniform",
+        )
+        require(
+            self.slices.base == "copy" or "elastic" in self.formats,
+            "slices.base reference: nothing else has a base beside it; add elastic to formats",
         )
         require(
             not (self.recover.steps and self.hf.uniform),

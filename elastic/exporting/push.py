@@ -28,20 +28,21 @@ WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 """Files of which transformers takes one for the model, whichever it comes upon first."""
 
 
-def places(formats: Iterable[str], base_model: str) -> dict[str, str]:
+def places(config: ExportConfig, formats: Iterable[str], base_model: str) -> dict[str, str]:
     """By format that goes up, where it lies in the repository: "" is the root, else "NAME/".
 
-    A PEFT adapter names its base. One that is a folder here is of no use elsewhere, and its place
-    is nobody else's business: such an adapter stays.
+    A PEFT adapter names its base, and so does a folder of every size that refers to it. One that is
+    a folder here is of no use elsewhere, and its place is nobody else's business: those stay.
     """
-    going = [kind for kind in formats if kind != "peft" or card.is_hub_name(base_model)]
+    naming = {"peft", "elastic"} if config.slices.base == "reference" else {"peft"}
+    going = [kind for kind in formats if kind not in naming or card.is_hub_name(base_model)]
     alone = len(going) == 1
     return {kind: "" if alone or kind in AT_ROOT else f"{kind}/" for kind in going}
 
 
 def placed(report: Report) -> dict[str, str]:
     """`places` of what was written."""
-    return places(report.paths, str(report.origin["base_model"]))
+    return places(report.config, report.paths, str(report.origin["base_model"]))
 
 
 def check(config: ExportConfig, base_model: str) -> None:
@@ -51,9 +52,9 @@ def check(config: ExportConfig, base_model: str) -> None:
     if name is None:
         return
     require(
-        bool(places(config.kinds, base_model)),
-        f"push_to_hub {name}: an adapter names its base model, and {base_model} is on this machine "
-        "alone; add another format",
+        bool(places(config, config.kinds, base_model)),
+        f"push_to_hub {name}: what is written names its base model, and {base_model} is on this "
+        "machine alone; add another format",
     )
     api = HfApi(token=True)
     try:

@@ -184,12 +184,13 @@ class Elastic(_AsStored):
         return None
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        every = source.every_size
+        every, refers = source.every_size, source.config.slices.base == "reference"
         with every.factors_of(None):
             slices.write(
                 source.net, source.base.tokenizer, every.slices(), directory,
                 model=source.trained, dtype=_stored(source), latencies=every.latencies(),
                 max_shard_size=source.config.hf.max_shard_size,
+                referred=source.base.digest if refers else None,
             )  # fmt: skip
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:

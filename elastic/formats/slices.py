@@ -1,6 +1,7 @@
 """One folder for every size: what a run has learnt, sliced where it is loaded.
 
-    base/               the base model with its important channels first, a Hugging Face folder
+    base/               the base model with its important channels first, a Hugging Face folder;
+                        none where the folder refers to the base as it is, elsewhere
     super_adapter/      the factors of all sizes, those of a plain LoRA whatever the method was
     NAME.safetensors    what a slice has of its own: layers that make up for what is cut
     slices.json, .csv   by slice its sizes, accuracy, costs and latencies
@@ -16,9 +17,7 @@ from __future__ import annotations
 
 import csv
 import functools
-import inspect
 import io
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +30,10 @@ from torch import Tensor, nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.config import ModelConfig
-from elastic.errors import RunError, unknown
+from elastic.errors import ConfigError, ModelError, RunError, unknown
 from elastic.files import read_json, write_json, write_text
-from elastic.formats import any_size, choosing, hf
-from elastic.formats.any_size import BASE, INDEX, SIZES, VERSION, AnySize
+from elastic.formats import hf, slice_classes
+from elastic.formats.any_size import BASE, COPY, INDEX, VERSION
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.models.modules import module_tree, modules_of, put_
@@ -47,6 +46,7 @@ from elastic.supernet.store import (
     load_super_adapter,
     read_about,
     read_factors,
+    read_super_adapter,
     save_super_adapter,
 )
 from elastic.supernet.streaming import streamed, take_settings_
@@ -55,7 +55,7 @@ from elastic.supernet.supernet import Supernet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TABLE, ADAPTER = "slices.csv", "super_adapter"
+TABLE, ADAPTER, REFERENCE = "slices.csv", "super_adapter", "reference"
 _SHAPE = {
     "version": int, "dtype": str, "head": str, "classes": [str], "slices": dict, "latencies": [dict]
 }  # fmt: skip
@@ -87,17 +87,21 @@ def write(
     dtype: torch.dtype,
     latencies: Iterable[Mapping[str, Any]] = (),
     max_shard_size: int | str = hf.SHARD,
+    referred: str | None = None,
 ) -> None:
     """Write all of it into a new folder, weights in `dtype`; one slice is in memory at a time.
 
     `latencies` are tables, one for a device and runtime: what was timed, and by slice its
-    milliseconds.
+    milliseconds. A base that is `referred` to by its digest stays where it is.
     """
-    base = _ordered_base(net)
-    hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
-    digest, plain = digest_of(directory / BASE), as_lora(net)
-    # Its base is the one beside it. Folders of this machine are nobody else's business.
-    model = replace(model, path=BASE)
+    directory.mkdir(parents=True, exist_ok=True)
+    base, plain, digest = _ordered_base(net), as_lora(net), referred
+    model = replace(model, path=_wherever(model.path))
+    if digest is None:
+        hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
+        digest = digest_of(directory / BASE)
+        # Its base is the one beside it. Folders of this machine are nobody else's business.
+        model = replace(model, path=BASE)
     save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest, plain=plain)
     about, sizes = {}, {}
     for one in slices:
@@ -106,11 +110,12 @@ def write(
             save_file(own, directory / f"{one.name}.safetensors")
         sub = plain.sub_adapter(net, one.sub_adapter)
         about[one.name] = {"sub_adapter": sub.as_dict(), "own": bool(own), **one.figures}
-        sizes[one.name] = _sizes(net, one, plain.rank_of)
+        sizes[one.name] = slice_classes.sizes_of(net, one.sub_adapter, one.model, plain.rank_of)
     hf.write_tokenizer(tokenizer, directory)
-    auto = _write_classes(base, directory, dtype, sizes)
+    auto = slice_classes.write(base, directory, dtype, sizes)
     index = {
         "version": VERSION,
+        "base": COPY if referred is None else REFERENCE,
         "dtype": str(dtype).removeprefix("torch."),
         "head": model.head,
         "classes": model.classes,
@@ -119,7 +124,14 @@ def write(
     }
     write_json(directory / INDEX, index)
     write_text(directory / TABLE, _csv(index))
-    write_text(directory / "README.md", _card(index, auto))
+    card = _card(index, auto, None if referred is None else model.path)
+    write_text(directory / "README.md", card)
+
+
+def _wherever(path: str) -> str:
+    """The same from any working directory."""
+    place = Path(path).expanduser()
+    return str(place.resolve()) if place.exists() else path
 
 
 def _ordered_base(net: Supernet) -> PreTrainedModel:
@@ -141,63 +153,6 @@ def _own(net: Supernet, one: Slice, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-SAID_ONCE = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
-"""Of a configuration, what is the same of all sizes."""
-
-
-def _words(model: PreTrainedModel) -> dict[str, Any]:
-    """What a configuration says of the sizes of a model."""
-    said = hf.described_config(model, code=False).to_dict()
-    return {key: value for key, value in said.items() if key not in SAID_ONCE}
-
-
-def _sizes(net: Supernet, one: Slice, rank_of: Callable[[int], int]) -> dict[str, Any]:
-    """Of a slice, as `elastic.formats.any_size` reads it: what its configuration says, which blocks
-    it runs, and by layer rows and columns (a number of the first ones, or of several parts the
-    start and length of each) and rank."""
-    with net.active(one.sub_adapter):
-        gone = net.space.left_out(one.sub_adapter)
-        layers = {
-            site: [
-                layer.size.row_parts or layer.size.rows,
-                layer.size.column_parts or layer.size.columns,
-                rank_of(layer.size.rank) if layer.adapter is not None else 0,
-            ]
-            for site, layer in modules_of(net.model, ElasticLinear)
-            if not site.startswith(gone)
-        }
-    return {
-        "config": _words(one.model),
-        "blocks": net.space.kept(one.sub_adapter),
-        "layers": layers,
-    }
-
-
-_IMPORTS = f"""from .any_size import {AnySize.__name__}
-from .choosing import FULL  # noqa: F401 (transformers 4 copies what is named in this file alone)"""
-
-
-def _write_classes(
-    base: PreTrainedModel, directory: Path, dtype: torch.dtype, sizes: Mapping[str, Any]
-) -> str | None:
-    """What transformers alone needs to load one size. Gives the name of the auto class that does;
-    None, and nothing is written, for a base of which none knows the class, or whose code is its own
-    folder's."""
-    if base.is_remote_code() or not hf.is_plain(base) or not hf.has_auto(base):
-        return None
-    config = hf.own_config(hf.described_config(base, code=False), type(base).__name__)
-    hf.write_settings(base, config, directory, dtype, own=True)
-    whole = _words(base)
-    for one in sizes.values():
-        one["config"] = {k: v for k, v in one["config"].items() if v != whole.get(k)}
-    write_text(directory / SIZES, json.dumps({"version": VERSION, "slices": sizes}) + "\n")
-    write_text(directory / hf.CODE, hf.code_of(base, AnySize.__name__, _IMPORTS))
-    for module in (any_size, choosing):
-        name = module.__name__.rpartition(".")[2]
-        write_text(directory / f"{name}.py", inspect.getsource(module))
-    return hf.auto_of(type(base).__name__)
-
-
 def read(directory: Path | str) -> dict[str, Any]:
     """The index of such a folder; RunError for another one, or a newer version's."""
     file = Path(directory) / INDEX
@@ -207,6 +162,8 @@ def read(directory: Path | str) -> dict[str, Any]:
             f"{file}: version {index['version']}, and this one reads up to {VERSION}; install a "
             "newer elastic-adapters, or export again"
         )
+    if index.setdefault("base", COPY) not in (COPY, REFERENCE):
+        raise RunError(f"{file}: base: {unknown('kind', str(index['base']), (COPY, REFERENCE))}")
     for name, about in index["slices"].items():
         if not is_name(name):
             raise RunError(f"{file}: slices: {name!r} is no name")
@@ -217,24 +174,30 @@ def read(directory: Path | str) -> dict[str, Any]:
 
 @torch.no_grad()
 def load(
-    directory: Path | str, name: str, *, device: str = "cpu", trust_remote_code: bool = False
+    directory: Path | str,
+    name: str,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> PreTrainedModel:
     """The slice of this name, in the type that it is stored in; RunError where there is none, or
-    where files are damaged. Nothing in the folder is run as code unless that is allowed."""
+    where files are damaged. Nothing in the folder is run as code unless that is allowed. `base`:
+    where the base model of a folder is now that refers to it; BaseMismatch if it is another."""
     directory = Path(directory)
     index = read(directory)
     about = about_of(directory, index, name)
-    config = base_of(directory, index, trust_remote_code=trust_remote_code)
+    found = base_of(directory, index, trust_remote_code=trust_remote_code, base=base)
+    config = found.config
     dtype = loading.resolve_dtype(config.dtype, torch.device("cpu"))
-    known = read_about(directory / ADAPTER)["base_digest"]
-    net = load_super_adapter(loading.skeleton(config, dtype), known, directory / ADAPTER)
-    base = loading.load_model(config.path, config)
-    take_settings_(net.model, base)
+    net = found.net(loading.skeleton(config, dtype), directory)
+    whole = loading.load_model(config.path, config)
+    take_settings_(net.model, whole)
     factors = read_factors(directory / ADAPTER) if net.head else {}
     sub = net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
     head = {key: factors[key] for key in net.head}
-    found = streamed(base, net, sub, head, is_ordered=True)
-    model, made = found.model, dict(found.tensors)
+    made_of = streamed(whole, net, sub, head, is_ordered=found.is_ordered)
+    model, made = made_of.model, dict(made_of.tensors)
     if about["own"]:
         made |= own_tensors(directory, name, made)
     tied = model.all_tied_weights_keys
@@ -254,14 +217,53 @@ def about_of(directory: Path, index: Mapping[str, Any], name: str) -> dict[str, 
     return dict(index["slices"][name])
 
 
+@dataclass(frozen=True)
+class Base:
+    """The base model of a folder."""
+
+    config: ModelConfig
+    """How it is loaded, from a folder on this machine."""
+    digest: str
+    is_ordered: bool
+    """Whether its channels stand in the order of the super-adapter's."""
+
+    def net(self, model: PreTrainedModel, directory: Path) -> Supernet:
+        """The supernet over it, or over its modules without data."""
+        folder = directory / ADAPTER
+        return load_super_adapter(model, self.digest, folder, is_ordered=self.is_ordered)
+
+
 def base_of(
-    directory: Path, index: Mapping[str, Any], *, trust_remote_code: bool, device: str = "cpu"
-) -> ModelConfig:
-    """How the base in the folder is loaded."""
-    return ModelConfig(
-        path=str(directory / BASE), dtype=index["dtype"], device=device, head=index["head"],
+    directory: Path,
+    index: Mapping[str, Any],
+    *,
+    trust_remote_code: bool,
+    device: str = "cpu",
+    base: str | None = None,
+) -> Base:
+    """The base in the folder, or the one that it refers to, here or at `base`: RunError where that
+    is not found, BaseMismatch if it is another, ConfigError for a place of what is in the folder.
+    Weights are read to compare them, not loaded."""
+    about = read_about(directory / ADAPTER)
+    copied, digest = index["base"] == COPY, about["base_digest"]
+    if copied and base is not None:
+        raise ConfigError(f"{directory}: base {base}: the base is in the folder; leave it out")
+    path = str(directory / BASE)
+    if not copied:
+        try:
+            path = loading.locate(base or about["base_model"])
+            digest = digest_of(path)
+        except ModelError as error:
+            raise RunError(
+                f"{directory}: its base model is not in the folder, and cannot be had: {error}; "
+                "elastic.load(folder, base=PATH) says where it is"
+            ) from None
+        read_super_adapter(directory / ADAPTER, digest)
+    config = ModelConfig(
+        path=path, dtype=index["dtype"], device=device, head=index["head"],
         classes=index["classes"], trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    return Base(config, digest, copied)
 
 
 def own_tensors(
@@ -280,8 +282,8 @@ def own_tensors(
     return {name: functools.partial(tensors.get_tensor, name) for name in names}
 
 
-def _card(index: Mapping[str, Any], auto: str | None) -> str:
-    """What the folder is, to a stranger."""
+def _card(index: Mapping[str, Any], auto: str | None, referred: str | None) -> str:
+    """What the folder is, to a stranger; `referred` is where its base is."""
     rows = []
     for name, about in index["slices"].items():
         accuracy = about.get("accuracy")
@@ -328,6 +330,10 @@ from transformers import {auto}
     "this/folder", trust_remote_code=True, budget={{"prefill_ms": 25}}
 )
 ```
+"""
+_REFERRED = """
+The base model is not in this folder. It is looked for at `{base}`, or where
+`elastic.load("this/folder", base="its/folder")` says.
 """
 _FIGURES = """
 Numbers of parameters, accuracy on examples that chose nothing, and time to the first token:

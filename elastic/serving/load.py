@@ -35,6 +35,7 @@ def load(
     resizable: bool = False,
     device: str = "auto",
     trust_remote_code: bool = False,
+    base: Path | str | None = None,
 ) -> PreTrainedModel:
     """A transformers model of one size, merged, in the type that it is stored in.
 
@@ -46,25 +47,30 @@ def load(
     folder. A device that the table does not know is measured for some seconds first, at full size.
     Without either, what the search chose. A `resizable` model has one copy of all weights, and
     `model.resize("front-2")` or `with model.at({"prefill_ms": 25}):` change its size between calls.
-    BudgetError where nothing meets the budget, RunError for
-    a slice that there is not, or a damaged folder, ConfigError for no budget, or a slice beside it.
+    `base` says where the base model is, of a folder that refers to it, if it is no longer where it
+    was. BudgetError where nothing meets the budget, RunError for a slice that there is not, or a
+    damaged folder, BaseMismatch for another base, ConfigError for no budget, or a slice beside it.
     """
     if slice is not None and budget is not None:
         raise ConfigError("elastic.load: slice and budget: the one or the other names the size")
     folder, here = Path(folder), str(loading.resolve_device(device))
     index = slices.read(folder)
-    within = functools.partial(_within, folder, index, here)
+    place = None if base is None else str(base)
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "base": place}
+    within = functools.partial(_within, folder, index, here, settings)
     if slice is None:
         slice = best_of(index) if budget is None else within(budget)
         say(f"{folder}: {slice}")
     slices.about_of(folder, index, slice)
     if resizable:
-        return resizable_of(folder, slice, within, device=here, trusted=trust_remote_code)
-    return slices.load(folder, slice, device=here, trust_remote_code=trust_remote_code)
+        return resizable_of(folder, slice, within, device=here, **settings)
+    return slices.load(folder, slice, device=here, **settings)
 
 
-def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget) -> str:
-    """The name of the slice that meets the budget here."""
+def _within(
+    folder: Path, index: Mapping[str, Any], device: str, settings: Mapping[str, Any], budget: Budget
+) -> str:
+    """The name of the slice that meets the budget here; `settings` are those of loading."""
     limits, where = as_budget(budget), str(folder)
     file = folder / slices.INDEX
     tables = [as_timed(table, f"{file}: latencies") for table in tables_of(index)]
@@ -74,7 +80,7 @@ def _within(folder: Path, index: Mapping[str, Any], device: str, budget: Budget)
             batch=table.batch, prompt_tokens=table.prompt_tokens, new_tokens=table.new_tokens,
             rounds=ROUNDS, max_rounds=2 * ROUNDS,
         )  # fmt: skip
-        model = slices.load(folder, FULL, device=device)
+        model = slices.load(folder, FULL, device=device, **settings)
         found = measure(
             {REFERENCE: timed_runner(model, timing)}, timing,
             vocabulary=model.config.vocab_size, clock=clock_of(model.device),

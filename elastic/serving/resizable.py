@@ -23,7 +23,6 @@ from elastic.spaces.bound import SubAdapter
 from elastic.spaces.dims import DEPTH
 from elastic.supernet.compact import merged_weight
 from elastic.supernet.depth import renamed
-from elastic.supernet.store import load_super_adapter, read_about
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -34,17 +33,16 @@ class Sizes:
     """The slices of a folder in one model, of which one is active."""
 
     def __init__(
-        self, folder: Path, name: str, choose: Callable[[Any], str], *, device: str, trusted: bool
+        self, folder: Path, name: str, choose: Callable[[Any], str], **settings: Any
     ) -> None:
-        """`choose` gives the name of the slice that meets a budget."""
+        """`choose` gives the name of the slice that meets a budget; settings are those of
+        `elastic.formats.slices.base_of`."""
         index = slices.read(folder)
         self.names = tuple(index["slices"])
         self.choose = choose
         self.lock = threading.RLock()
-        config = slices.base_of(folder, index, trust_remote_code=trusted, device=device)
-        digest = read_about(folder / slices.ADAPTER)["base_digest"]
-        base = loading.load_model(config.path, config)
-        self.net = load_super_adapter(base, digest, folder / slices.ADAPTER, is_ordered=True)
+        found = slices.base_of(folder, index, **settings)
+        self.net = found.net(loading.load_model(found.config.path, found.config), folder)
         self.model = self.net.model.eval()
         if not any(group.dim == "rank" for group in self.net.space):
             _merge_(self.net)
@@ -190,10 +188,10 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def resizable(
-    folder: Path, name: str, choose: Callable[[Any], str], *, device: str, trusted: bool
+    folder: Path, name: str, choose: Callable[[Any], str], **settings: Any
 ) -> PreTrainedModel:
-    """The model of a folder with all of its slices, of which one is active."""
-    sizes = Sizes(folder, name, choose, device=device, trusted=trusted)
+    """The model of a folder with all of its slices, of which one is active; settings of `Sizes`."""
+    sizes = Sizes(folder, name, choose, **settings)
     model = sizes.model
     plain = type(model)
     alone = {name: _alone(getattr(plain, name)) for name in ("forward", "generate")}

@@ -157,10 +157,16 @@ class _Cut:
     columns: Tensor | None
 
     def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
-        if leaf == "weight":
-            ordered = tensor if self.columns is None else tensor[:, self.columns]
-            tensor = self.size.compensated_columns(ordered)
-        return self.size.leading(tensor if self.rows is None else tensor[self.rows])
+        size, rows, columns = self.size, self.rows, self.columns
+        if leaf == "weight" and size.made_up is not None:  # those that go are read, too
+            tensor = size.compensated_columns(tensor if columns is None else tensor[:, columns])
+            return size.leading(tensor if rows is None else tensor[rows])
+        tensor = size.leading(tensor) if rows is None else tensor[size.leading(rows)]
+        if leaf != "weight":
+            return tensor
+        if columns is None:
+            return size.leading_columns(tensor)
+        return tensor[:, size.leading_columns(columns[None])[0]]
 
 
 def _left(net: Supernet, sub: SubAdapter, degree: float, is_ordered: bool) -> dict[str, _Cut]:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from elastic import export, search
 from elastic.config import RecoveryConfig
+from elastic.config.export import SlicesConfig
+from elastic.errors import ConfigError
 from elastic.formats import hf, slices
 from elastic.run import Run
 from tests.helpers import searches
@@ -74,3 +76,17 @@ def test_every_slice_is_the_one_that_is_written_alone(run, folder):
             assert list(model.state_dict()) == list(written.state_dict())
             for key, tensor in written.state_dict().items():
                 assert torch.equal(model.state_dict()[key], tensor), f"{name}: {key}"
+
+
+def test_a_base_that_is_referred_to_gives_the_same_slices(run, folder):
+    with pytest.raises(ConfigError, match="add elastic to formats"):
+        config(run, slices=SlicesConfig(base="reference"))
+    settings = dict(slices=SlicesConfig(base="reference"), name="referring",
+                    compensation=searches.config(run).compensation)  # fmt: skip
+    referring = export(config(run, formats=["elastic"], **settings)).directory / "elastic"
+    assert not (referring / "base").exists()
+    for name in slices.read(folder)["slices"]:
+        expected = slices.load(folder, name).state_dict()
+        found = slices.load(referring, name).state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name

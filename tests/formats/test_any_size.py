@@ -181,6 +181,13 @@ def test_damaged_files_are_named(folder, tmp_path):
         loaded(broken, slice="full")
 
 
+def test_a_base_elsewhere_is_for_this_package_alone(tmp_path):
+    net = tiny.supernet(dtype=torch.float32)
+    write(net, tmp_path / "folder", cut(net)[:1], base=tiny.save_tiny(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"not in this folder; pip install elastic-adapters"):
+        loaded(tmp_path / "folder", slice="full")
+
+
 def test_the_classes_need_no_package_of_ours(folder):
     """Nor anything else that transformers does not bring."""
     imported = set()

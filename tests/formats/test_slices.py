@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import elastic
 from elastic.config import ModelConfig
-from elastic.formats import slices
+from elastic.errors import BaseMismatch, ConfigError, RunError
+from elastic.formats import hf, slices
 from elastic.formats.slices import Slice
+from elastic.models.digest import digest_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
@@ -36,16 +39,20 @@ def cut(net: Supernet, degree: float = 0.0) -> list[Slice]:
     return found
 
 
-def write(net: Supernet, folder, made, dtype=torch.float64, latencies=()) -> None:
+def write(net: Supernet, folder, made, dtype=torch.float64, latencies=(), base=None) -> None:
+    """With a copy of the base, or a reference to the one in the folder `base`."""
     config = net.model.config
     classes = list(config.id2label.values()) if net.head else []
-    model = ModelConfig(path="tiny", head=HEADS[bool(classes)], classes=classes)
-    slices.write(net, tiny.tokenizer(), made, folder, model=model, dtype=dtype, latencies=latencies)
+    model = ModelConfig(path=str(base or "tiny"), head=HEADS[bool(classes)], classes=classes)
+    slices.write(
+        net, tiny.tokenizer(), made, folder, model=model, dtype=dtype, latencies=latencies,
+        referred=base and digest_of(base),
+    )  # fmt: skip
 
 
-def same(folder, made, family, dtype=torch.float64) -> None:
+def same(folder, made, family, dtype=torch.float64, **settings) -> None:
     for one in made:
-        loaded = slices.load(folder, one.name)
+        loaded = slices.load(folder, one.name, **settings)
         state = loaded.state_dict()
         expected = one.model.state_dict()
         assert list(state) == list(expected)
@@ -77,6 +84,63 @@ def test_depth_and_heads(tmp_path):
     write(net, tmp_path, made)
     same(tmp_path, made, "llama")
     assert slices.load(tmp_path, "small").config.num_hidden_layers == 2
+
+
+@pytest.fixture
+def referring(tmp_path):
+    """A folder that refers to the base of a family: the base's folder, this one, its slices."""
+
+    def made_of(family, **settings):
+        base, net, _ = pair(family, **settings)
+        for head in net.head.values():
+            head.data.add_(0.1)
+        hf.write(base, tiny.tokenizer(), tmp_path / "base")
+        made = cut(net, degree=0.5)
+        write(net, tmp_path / "folder", made, base=tmp_path / "base")
+        return tmp_path / "base", tmp_path / "folder", made
+
+    return made_of
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "gpt2", "bert, classes", "t5"])
+def test_a_base_that_is_referred_to(family, referring):
+    """Its channels stand in their own order, and no weights of it are in the folder."""
+    _, folder, made = referring(family)
+    weights = [file.name for file in folder.rglob("*.safetensors")]
+    assert sorted(weights) == sorted(
+        ["factors.safetensors", "order.safetensors", "small.safetensors", "front-1.safetensors"]
+    )
+    same(folder, made, family)
+
+
+def test_a_base_that_has_moved(referring, forbid_weights, monkeypatch):
+    base, folder, made = referring("llama")
+    there = base.rename(base.with_name("moved"))
+    with pytest.raises(RunError, match=r"its base model is not in the folder.*base=PATH"):
+        slices.load(folder, "small")
+    other = tiny.save_tiny(base.with_name("other"))
+    with pytest.raises(BaseMismatch, match=f"was trained on {base} with sha256:"):
+        slices.load(folder, "small", base=str(other))
+    with pytest.raises(BaseMismatch, match="was trained on"):
+        elastic.load(folder, resizable=True, slice="small", base=other)
+    monkeypatch.undo()
+    same(folder, made, "llama", base=str(there))
+
+
+def test_a_base_that_is_referred_to_is_resized(referring):
+    _, folder, made = referring("llama")
+    model = elastic.load(folder, resizable=True, slice="full")
+    for one in made:
+        model.resize(one.name)
+        with torch.no_grad():
+            close(output(model), output(one.model), 1e-9)
+
+
+def test_a_copy_has_no_other_place(tmp_path):
+    _, net, _ = pair("llama")
+    write(net, tmp_path, cut(net)[:1])
+    with pytest.raises(ConfigError, match="the base is in the folder; leave it out"):
+        elastic.load(tmp_path, slice="full", base="elsewhere")
 
 
 @pytest.mark.parametrize("method", tiny.ADAPTERS)

@@ -76,3 +76,17 @@ def test_no_more_than_a_shard_is_in_memory(tmp_path):
     with Meter([*held, *bare.model.parameters()]).recording() as meter:
         hf.write(found.model, None, tmp_path, max_shard_size=shard, tensors=found.tensors)
     assert meter.peak <= shard + 3 * largest
+
+
+def test_of_a_base_in_another_order_what_stays_is_gathered():
+    """Not the whole of a layer to cut it then; beside it there are the sum with the update, and
+    places."""
+    base, net, bare = pair("llama")
+    found = streamed(base, bare, net.space.minimal())
+    for name in ("gate_proj", "down_proj"):
+        key = f"model.layers.0.mlp.{name}.weight"
+        with Meter(
+            [*base.state_dict().values(), *bare.factor_state().values()]
+        ).recording() as meter:
+            made = found.tensors[key]()
+        assert meter.peak <= 2.1 * made.nbytes < base.get_parameter(key).nbytes + made.nbytes

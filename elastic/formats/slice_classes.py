@@ -1,0 +1,77 @@
+"""What a folder of every size has for those who load it with transformers alone: a configuration,
+the classes of `elastic.formats.any_size`, and the sizes of every slice as these read them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from elastic.adapters.layers import ElasticLinear
+from elastic.files import write_text
+from elastic.formats import any_size, choosing, hf
+from elastic.formats.any_size import SIZES, VERSION, AnySize
+from elastic.models.modules import modules_of
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAID_ONCE = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
+"""Of a configuration, what is the same of all sizes."""
+
+
+def _words(model: PreTrainedModel) -> dict[str, Any]:
+    """What a configuration says of the sizes of a model."""
+    said = hf.described_config(model, code=False).to_dict()
+    return {key: value for key, value in said.items() if key not in SAID_ONCE}
+
+
+def sizes_of(
+    net: Supernet, sub: SubAdapter, model: PreTrainedModel, rank_of: Callable[[int], int]
+) -> dict[str, Any]:
+    """Of a slice and its model, as `elastic.formats.any_size` reads it: what its configuration
+    says, which blocks it runs, and by layer rows and columns (a number of the first ones, or of
+    several parts the start and length of each) and rank."""
+    with net.active(sub):
+        gone = net.space.left_out(sub)
+        layers = {
+            site: [
+                layer.size.row_parts or layer.size.rows,
+                layer.size.column_parts or layer.size.columns,
+                rank_of(layer.size.rank) if layer.adapter is not None else 0,
+            ]
+            for site, layer in modules_of(net.model, ElasticLinear)
+            if not site.startswith(gone)
+        }
+    return {"config": _words(model), "blocks": net.space.kept(sub), "layers": layers}
+
+
+_IMPORTS = f"""from .any_size import {AnySize.__name__}
+from .choosing import FULL  # noqa: F401 (transformers 4 copies what is named in this file alone)"""
+
+
+def write(
+    base: PreTrainedModel, directory: Path, dtype: torch.dtype, sizes: Mapping[str, Any]
+) -> str | None:
+    """What transformers alone needs to load one size. Gives the name of the auto class that does;
+    None, and nothing is written, for a base of which none knows the class, or whose code is its own
+    folder's."""
+    if base.is_remote_code() or not hf.is_plain(base) or not hf.has_auto(base):
+        return None
+    config = hf.own_config(hf.described_config(base, code=False), type(base).__name__)
+    hf.write_settings(base, config, directory, dtype, own=True)
+    whole = _words(base)
+    for one in sizes.values():
+        one["config"] = {k: v for k, v in one["config"].items() if v != whole.get(k)}
+    write_text(directory / SIZES, json.dumps({"version": VERSION, "slices": sizes}) + "\n")
+    write_text(directory / hf.CODE, hf.code_of(base, AnySize.__name__, _IMPORTS))
+    for module in (any_size, choosing):
+        name = module.__name__.rpartition(".")[2]
+        write_text(directory / f"{name}.py", inspect.getsource(module))
+    return hf.auto_of(type(base).__name__)
