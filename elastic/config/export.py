@@ -79,6 +79,9 @@ class SlicesConfig:
     base: Literal["copy", "reference"] = "copy"
     """reference: the folder has no weights of the base model, but where they are, their digest and
     the order of their channels, for a folder of megabytes that this package alone loads."""
+    tables: list[str] = field(default_factory=list)
+    """Latency tables that `elastic latency RUN --save` wrote on other devices or in other runtimes:
+    the folder says what every size takes there, too."""
 
 
 Format = Literal["hf", "peft", Graph, "gguf", "nemotron_nas", "elastic"]
@@ -160,8 +163,8 @@ class ExportConfig:
             "nothing to merge, to pad or to make uniform",
         )
         require(
-            self.slices.base == "copy" or "elastic" in self.formats,
-            "slices.base reference: nothing else has a base beside it; add elastic to formats",
+            self.slices == SlicesConfig() or "elastic" in self.formats,
+            "slices: settings of one folder for every size; add elastic to formats",
         )
         require(
             not (self.recover.steps and self.hf.uniform),

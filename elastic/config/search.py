@@ -129,6 +129,9 @@ class SearchConfig:
     """Of nsga2 and nsga3."""
     starts: int = 12
     """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
+    importance_examples: int = 64
+    """Training examples whose gradients say what matters, for `sampler: additive`; 0: none are
+    asked, which spares some seconds of a short search."""
     objectives: list[Objective] = field(default_factory=list)
     """accuracy and the costs to trade it against, the first of which is drawn; accuracy alone looks
     for the most accurate one within the budget. Unset: the study's own, in a new study accuracy and
@@ -156,6 +159,8 @@ class SearchConfig:
         require_numbers(self)
         require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
         require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
+        least = self.importance_examples
+        require(least >= 0, f"importance_examples is {least}; at least 0")
         require(self.population >= 2, f"population is {self.population}; at least 2")
         require(self.test_front >= 1, f"test_front is {self.test_front}; at least 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; at least 1")

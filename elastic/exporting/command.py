@@ -27,6 +27,7 @@ from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, write_json, write_text
 from elastic.formats import hf
 from elastic.formats.runner import runner_of
+from elastic.latency.latency_table import read_timetable_of
 from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -86,6 +87,8 @@ def _export(config: ExportConfig) -> Report:
         config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])
     for kind in config.kinds:
         FORMATS[kind].require()
+    for file in config.slices.tables:
+        read_timetable_of(run, file)
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
     task, config = _examples(run, config, chosen)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
@@ -146,7 +149,7 @@ def _export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
-            every_size = EverySize(run, net, held_out, of_whom, config.seed)
+            every_size = EverySize(run, net, held_out, of_whom, config.seed, config.slices.tables)
             source = Source(
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), every_size, name,
                 task.train,

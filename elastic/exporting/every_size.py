@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from elastic.evaluation.statistics import Score
 from elastic.files import read_json
 from elastic.formats.choosing import FULL
 from elastic.formats.slices import Slice
+from elastic.latency.latency_table import Timetable, read_timetable_of
 from elastic.latency.target import LATENCIES
 from elastic.plain import shaped
 from elastic.run import Chosen, Run
@@ -38,6 +39,8 @@ class EverySize:
     chosen: Chosen
     """The one that was asked for, which need not be of the front."""
     seed: int
+    tables: Sequence[str] = ()
+    """Files of latency tables, as `read_timetable_of` has them."""
 
     @contextlib.contextmanager
     def factors_of(self, chosen: Chosen | None) -> Iterator[None]:
@@ -61,21 +64,35 @@ class EverySize:
             yield Slice(name, sub, model, {**figures, "params": cost.params, "macs": cost.macs})
 
     def latencies(self) -> list[dict[str, Any]]:
-        """Tables of milliseconds by slice: the one of the search, where there was one."""
+        """Tables of milliseconds by slice: the one of the search, where there was one, and those
+        of the files."""
+        return [*self._searched(), *map(self._predicted, self.tables)]
+
+    def _searched(self) -> Iterator[dict[str, Any]]:
         file = self.run.search / "about.json"
         members = {name: one.saved for name, one in self._named.items() if one.saved}
         if not file.is_file() or not members:
-            return []
+            return
         shape = {"device": str, "settings": {"timing": dict}}
         about = shaped(read_json(file), shape, file)
         timed = {name: _milliseconds(saved) for name, saved in members.items()}
         whole = next(iter(members.values()))
         if not all(f"full_{key}" in whole for key in LATENCIES):
-            return []  # an earlier version kept less
+            return  # an earlier version kept less
         timed[FULL] = {key: whole[f"full_{key}"] for key in LATENCIES}
         timing = {k: about["settings"]["timing"][k] for k in TIMED}
         trained = self.run.config().model.dtype
-        return [{"device": about["device"], "dtype": trained, **timing, "slices": timed}]
+        yield {"device": about["device"], "dtype": trained, **timing, "slices": timed}
+
+    def _predicted(self, file: str) -> dict[str, Any]:
+        table = Timetable.from_dict(read_timetable_of(self.run, file), self.net.space)
+        subs = {name: one.at(self.net.space, self.seed) for name, one in self._named.items()}
+        timed = {
+            name: {**{key: table(sub)[key] for key in LATENCIES}, "measured": False}
+            for name, sub in subs.items()
+        }
+        timing = {key: getattr(table.target, key) for key in ("dtype", *TIMED)}
+        return {"device": table.about["device"], **timing, "slices": timed}
 
     @functools.cached_property
     def _named(self) -> dict[str, Chosen]:

@@ -298,10 +298,11 @@ def _card(index: Mapping[str, Any], auto: str | None, referred: str | None) -> s
     head = ["slice", "parameters", "test accuracy (95 % interval)"]
     head += [f"prefill, {table['device']}" for table in index["latencies"]]
     lines = [head, ["---"] * len(head), *rows]
-    with_transformers = _WITH_TRANSFORMERS.format(auto=auto) if auto else ""
+    with_transformers = _WITH_TRANSFORMERS.format(auto=auto) if auto and not referred else ""
     return (
         _CARD
         + with_transformers
+        + (_REFERRED.format(base=referred) if referred else "")
         + _FIGURES
         + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     )

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 CANDIDATE = "candidate"
-MOST, ROOM = 8, 4e9
-"""So many sub-adapters take turns in the same rounds, as far as their bytes have room."""
+MOST, ROOM = 3, 4e9
+"""So many sub-adapters take turns in the same rounds, as far as their bytes have room. Of more the
+rounds would get long, and a machine that changes its pace within one favours somebody."""
 
 
 class Bench:

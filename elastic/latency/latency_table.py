@@ -24,6 +24,7 @@ from elastic.latency.measure import distrust
 from elastic.latency.target import LATENCIES, Target
 from elastic.models.packaged import cache_directory
 from elastic.provenance import provenance
+from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter, generator_for
 
 if TYPE_CHECKING:
@@ -175,12 +176,7 @@ def read_timetable(file: Path | str, here: Target, device: str | None = None) ->
     """The contents of a table's file; RunError unless it is of this target, or recorded on
     `device` and of it otherwise. Reads no weights."""
     value: dict[str, Any] = read_json(file)
-    try:
-        theirs = Target(**value["target"])
-    except (TypeError, KeyError):
-        raise RunError(
-            f"{file} holds no latency table; record one with: elastic latency RUN --save {file}"
-        ) from None
+    theirs = _target_in(value, file)
     wanted = {**asdict(here), "device": device or here.device}
     for field in sorted(fields(Target), key=lambda field: field.name == "device"):
         a, b = getattr(theirs, field.name), wanted[field.name]
@@ -199,6 +195,23 @@ def read_timetable(file: Path | str, here: Target, device: str | None = None) ->
         setting = {"dtype": "model.", "compress": ""}.get(field.name, "timing.")
         raise RunError(f"{file} was recorded with {setting}{field.name} {a}, this is {b}")
     return value
+
+
+def read_timetable_of(run: Run, file: Path | str) -> dict[str, Any]:
+    """The contents of a table of this run's merged sub-adapters, recorded on whatever device and in
+    whatever runtime; RunError for another one. Reads no weights."""
+    theirs = _target_in(read_json(file), file)
+    here = replace(theirs, model=Target.of(run, TimingConfig()).model, merged=True, compress=None)
+    return read_timetable(file, here)
+
+
+def _target_in(value: Any, file: Path | str) -> Target:
+    try:
+        return Target(**value["target"])
+    except (TypeError, KeyError):
+        raise RunError(
+            f"{file} holds no latency table; record one with: elastic latency RUN --save {file}"
+        ) from None
 
 
 def known_timetable(target: Target, table: TableConfig) -> dict[str, Any] | None:

@@ -23,10 +23,14 @@ def write_folder(file: Path, folder: Path) -> None:
     such file, or what transformers would read only in part."""
     _require_whole(file)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    location: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name
+    }  # fmt: skip
     try:
+        # Read once for both: to read the file's head takes seconds.
+        location["config"] = AutoConfig.from_pretrained(**location)
         tokenizer = AutoTokenizer.from_pretrained(**location)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             **location, dtype=torch.float32, output_loading_info=True

@@ -54,9 +54,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-IMPORTANCE_EXAMPLES, IMPORTANCE_BATCH = 64, 8
+IMPORTANCE_BATCH = 8
 UNRELATED = (
-    "run", "study", "budget", "trials", "test_front", "batch_tokens", "table", "recover"
+    "run", "study", "budget", "trials", "importance_examples", "test_front", "batch_tokens",
+    "table", "recover",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
 FAILURES = 3
@@ -106,8 +107,9 @@ def search(config: SearchConfig) -> Front:
         held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
         objective = Objective(net, base.tokenizer, task.validation, config, timetables, held_out)
         importance = None
-        if config.sampler == "additive":
-            measured = functools.partial(_importance, net, base.tokenizer, task.train)
+        if config.sampler == "additive" and config.importance_examples:
+            asked = task.train[: config.importance_examples]
+            measured = functools.partial(_importance, net, base.tokenizer, asked)
             importance = {BITS: 1.0, **worker.once("importance", measured)}
         begin = functools.partial(_begun, study, objective, config)
         objective.full = Figures(**worker.once("full", begin))
@@ -208,7 +210,7 @@ def _importance(
     net: Supernet, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> dict[str, float]:
     """Of every group, from the gradients of some training examples."""
-    sequences = encode_all(tokenizer, examples[:IMPORTANCE_EXAMPLES], net.model)
+    sequences = encode_all(tokenizer, examples, net.model)
     say(f"Asking the gradients of {len(sequences)} training examples what matters")
     batches = list(collated(sequences, IMPORTANCE_BATCH, tokenizer.pad_token_id, net.model.device))
     return group_importance(net, track(batches, "gradients"))

@@ -1,16 +1,17 @@
 """A folder of every size (`elastic export --formats elastic`) as one plain model of the size that
-is wanted here."""
+is wanted here, or several on one base."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import TimingConfig
 from elastic.console import say
-from elastic.errors import ConfigError
+from elastic.errors import BaseMismatch, ConfigError
 from elastic.formats import slices
 from elastic.formats.choosing import FULL, LATENCIES, best_of, tables_of
 from elastic.latency.measure import REFERENCE, clock_of, measure
@@ -28,7 +29,7 @@ ROUNDS = 5
 
 
 def load(
-    folder: Path | str,
+    folder: Path | str | Mapping[str, Path | str],
     *,
     slice: str | None = None,
     budget: Budget | None = None,
@@ -47,46 +48,105 @@ def load(
     folder. A device that the table does not know is measured for some seconds first, at full size.
     Without either, what the search chose. A `resizable` model has one copy of all weights, and
     `model.resize("front-2")` or `with model.at({"prefill_ms": 25}):` change its size between calls.
+
+    Folders of several tasks on the same base model, by name, are one resizable model with one copy
+    of the base: `model.adapters["sst2"].resize("front-2")`, or `.at(...)`, makes that task's the
+    active one.
+
     `base` says where the base model is, of a folder that refers to it, if it is no longer where it
     was. BudgetError where nothing meets the budget, RunError for a slice that there is not, or a
     damaged folder, BaseMismatch for another base, ConfigError for no budget, or a slice beside it.
     """
     if slice is not None and budget is not None:
         raise ConfigError("elastic.load: slice and budget: the one or the other names the size")
-    folder, here = Path(folder), str(loading.resolve_device(device))
-    index = slices.read(folder)
+    several = folder if isinstance(folder, Mapping) else {"": folder}
+    if not several:
+        raise ConfigError("elastic.load: no folder was given")
+    here = str(loading.resolve_device(device))
     place = None if base is None else str(base)
-    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "base": place}
-    within = functools.partial(_within, folder, index, here, settings)
-    if slice is None:
-        slice = best_of(index) if budget is None else within(budget)
-        say(f"{folder}: {slice}")
-    slices.about_of(folder, index, slice)
-    if resizable:
-        return resizable_of(folder, slice, within, device=here, **settings)
-    return slices.load(folder, slice, device=here, **settings)
+    folders = {
+        task: Folder(Path(path), here, trust_remote_code, place) for task, path in several.items()
+    }
+    chosen = {task: (one, one.named(slice, budget)) for task, one in folders.items()}
+    [first, *others] = folders.values()
+    for other in others:
+        _require_same_base(first, other)
+    if resizable or others or isinstance(folder, Mapping):
+        config = first.base.config
+        return resizable_of(loading.load_model(config.path, config), chosen)
+    return first.slice(chosen[""][1])
 
 
-def _within(
-    folder: Path, index: Mapping[str, Any], device: str, settings: Mapping[str, Any], budget: Budget
-) -> str:
-    """The name of the slice that meets the budget here; `settings` are those of loading."""
-    limits, where = as_budget(budget), str(folder)
-    file = folder / slices.INDEX
-    tables = [as_timed(table, f"{file}: latencies") for table in tables_of(index)]
+@dataclass(frozen=True)
+class Folder:
+    """One folder, on this device."""
 
-    def measured(table: Timed) -> dict[str, float]:
+    path: Path
+    device: str
+    trust_remote_code: bool
+    place: str | None
+    """Of its base, as it was given."""
+
+    @functools.cached_property
+    def index(self) -> dict[str, Any]:
+        return slices.read(self.path)
+
+    @functools.cached_property
+    def base(self) -> slices.Base:
+        """Compared with what the folder says of it."""
+        return slices.base_of(
+            self.path, self.index, trust_remote_code=self.trust_remote_code, device=self.device,
+            base=self.place,
+        )  # fmt: skip
+
+    def slice(self, name: str) -> PreTrainedModel:
+        """A plain model of this size."""
+        return slices.load(
+            self.path, name, device=self.device, trust_remote_code=self.trust_remote_code,
+            base=self.place,
+        )  # fmt: skip
+
+    def named(self, slice: str | None, budget: Budget | None) -> str:
+        """The name of the slice that is asked for, which there is."""
+        if slice is None:
+            slice = best_of(self.index) if budget is None else self.within(budget)
+            say(f"{self.path}: {slice}")
+        slices.about_of(self.path, self.index, slice)
+        return slice
+
+    def within(self, budget: Budget) -> str:
+        """The name of the slice that meets the budget here."""
+        limits, where = as_budget(budget), str(self.path)
+        file = self.path / slices.INDEX
+        tables = [as_timed(table, f"{file}: latencies") for table in tables_of(self.index)]
+        known = provenance(self.device)["device"]
+        timed = timed_here(tables, limits, known, self._measured, where)
+        return choose(self.index["slices"], timed, limits, where)
+
+    def _measured(self, table: Timed) -> dict[str, float]:
+        """Milliseconds of the full size."""
         timing = TimingConfig(
             batch=table.batch, prompt_tokens=table.prompt_tokens, new_tokens=table.new_tokens,
             rounds=ROUNDS, max_rounds=2 * ROUNDS,
         )  # fmt: skip
-        model = slices.load(folder, FULL, device=device, **settings)
+        model = self.slice(FULL)
         found = measure(
             {REFERENCE: timed_runner(model, timing)}, timing,
             vocabulary=model.config.vocab_size, clock=clock_of(model.device),
         ).full  # fmt: skip
         return {key: getattr(found, key) for key in LATENCIES}
 
-    known = provenance(device)["device"]
-    timed = timed_here(tables, limits, known, measured, where)
-    return choose(index["slices"], timed, limits, where)
+
+def _require_same_base(first: Folder, other: Folder) -> None:
+    """BaseMismatch unless both folders have the same base model, in the same form."""
+    bases = [
+        (one.base.digest, one.base.is_ordered, *(one.index[key] for key in ("dtype", "head")))
+        for one in (first, other)
+    ]
+    if bases[0] != bases[1]:
+        raise BaseMismatch(
+            f"{first.path} and {other.path} have no base model in common: {bases[0][0]} "
+            f"({first.index['dtype']}) and {bases[1][0]} ({other.index['dtype']}). Export both "
+            "with --slices.base reference from runs on the same base: copies are the same only "
+            "where channels stand in the same order"
+        )

@@ -1,71 +1,79 @@
 """A model whose size is changed while it runs: one copy of the weights, of which every size takes
-the leading rows and columns."""
+the leading rows and columns. Super-adapters of several tasks may share them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from elastic.adapters.layers import ElasticLinear
+from elastic.adapters.layers import ElasticLinear, reorder_linear
 from elastic.errors import RunError
 from elastic.formats import slices
-from elastic.models import loading
+from elastic.formats.choosing import FULL
 from elastic.models.modules import modules_of, plain_linear
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.dims import DEPTH
 from elastic.supernet.compact import merged_weight
-from elastic.supernet.depth import renamed
+from elastic.supernet.depth import Blocks, renamed
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from elastic.serving.load import Folder
+
+CACHED = ("heads", DEPTH)
+"""Dimensions that a KV cache depends on."""
+CACHES = ("past_key_values", "cache")
+"""What versions of transformers call it."""
+
 
 class Sizes:
-    """The slices of a folder in one model, of which one is active."""
+    """The slices of one folder in a model, of which one is active."""
 
-    def __init__(
-        self, folder: Path, name: str, choose: Callable[[Any], str], **settings: Any
-    ) -> None:
-        """`choose` gives the name of the slice that meets a budget; settings are those of
-        `elastic.formats.slices.base_of`."""
-        index = slices.read(folder)
-        self.names = tuple(index["slices"])
-        self.choose = choose
-        self.lock = threading.RLock()
-        found = slices.base_of(folder, index, **settings)
-        self.net = found.net(loading.load_model(found.config.path, found.config), folder)
-        self.model = self.net.model.eval()
-        if not any(group.dim == "rank" for group in self.net.space):
-            _merge_(self.net)
+    def __init__(self, folder: Folder, shared: Shared, name: str) -> None:
+        """The model is left with this slice active."""
+        self.folder, self.shared = folder, shared
+        self.names = tuple(folder.index["slices"])
+        shared.leave()
+        model = shared.model
+        # Where channels stand is the business of what is shared.
+        self.net = slices.Base(folder.base.config, folder.base.digest, is_ordered=True).net(
+            model, folder.path
+        )
+        self.order = {} if folder.base.is_ordered else self.net.permutations()
+        model.eval()
         self._subs = {
             name: self.net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
-            for name, about in index["slices"].items()
+            for name, about in folder.index["slices"].items()
         }
-        self._places = {
-            site: (self.model.get_submodule(site.rpartition(".")[0]), site.rpartition(".")[2])
-            for site, _ in modules_of(self.model, ElasticLinear)
+        self._elastic = {site: layer for site, layer in modules_of(model, ElasticLinear)}
+        self._blocks = {site: blocks for site, blocks in modules_of(model, Blocks)}
+        self._parents = {
+            site: (model.get_submodule(site.rpartition(".")[0]), site.rpartition(".")[2])
+            for site in (*self._elastic, *self._blocks)
         }
-        self._elastic = {site: self.net.layer(site) for site in self._places}
+        self._head = {site: value.detach().clone() for site, value in self.net.head.items()}
+        self._own: dict[str, dict[str, nn.Linear]] = {name: {} for name in self.names}
+        self.current = FULL
+        shared.enter(self)
+        if shared.is_alone and not any(group.dim == "rank" for group in self.net.space):
+            _merge_(self.net)
         self._own = {
-            name: self._layers_of(folder, name) if about["own"] else {}
-            for name, about in index["slices"].items()
+            name: self._layers_of(name) if about["own"] else {}
+            for name, about in folder.index["slices"].items()
         }
-        self._filled: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-        """By KV cache, the slice that filled it."""
-        self.current = name
         self._put(name)
 
     @torch.no_grad()
-    def _layers_of(self, folder: Path, name: str) -> dict[str, nn.Linear]:
+    def _layers_of(self, name: str) -> dict[str, nn.Linear]:
         """What a slice has of its own, by where it stands in the whole model."""
         sub, found = self._subs[name], {}
         kept = self.net.space.kept(sub)
@@ -76,9 +84,9 @@ class Sizes:
             for leaf in ("weight", "bias")
         }
         made: dict[str, dict[str, Tensor]] = {}
-        for key, make in slices.own_tensors(folder, name, expected).items():
+        for key, make in slices.own_tensors(self.folder.path, name, expected).items():
             site, leaf = expected[key]
-            made.setdefault(site, {})[leaf] = make().to(self.model.device)
+            made.setdefault(site, {})[leaf] = make().to(self.shared.model.device)
         with self.net.active(sub):
             for site, own in made.items():
                 layer = self._elastic[site]
@@ -88,22 +96,40 @@ class Sizes:
                 )
         return found
 
+    def _place(self, modules: Mapping[str, nn.Module]) -> None:
+        for site, module in modules.items():
+            parent, leaf = self._parents[site]
+            setattr(parent, leaf, module)
+
     def _put(self, name: str) -> None:
         """Make a slice the active one."""
-        for site in self._own[self.current]:
-            parent, leaf = self._places[site]
-            setattr(parent, leaf, self._elastic[site])
+        self._place({site: self._elastic[site] for site in self._own[self.current]})
         self.net.activate(self._subs[name])
-        for site, layer in self._own[name].items():
-            parent, leaf = self._places[site]
-            setattr(parent, leaf, layer)
+        self._place(self._own[name])
         self.current = name
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Stand in the model, whose layers are plain, as when this was last active."""
+        self._place(self._blocks)
+        self._place(self._elastic)
+        for site, value in self._head.items():
+            self.net.head[site].copy_(value)
+        self._put(self.current)
+
+    def leave(self) -> None:
+        """Leave plain layers and all blocks behind."""
+        current = self.current
+        self._put(FULL)
+        self._place({site: layer.base for site, layer in self._elastic.items()})
+        self.current = current
 
     def resize(self, wanted: Any) -> str:
         """The slice of this name, or the one that meets this budget, becomes the active one; waits
         for whoever holds another. Returns its name."""
-        name = wanted if wanted in self.names else self.choose(wanted)
-        with self.lock:
+        name = self._named(wanted)
+        with self.shared.lock:
+            self.shared.enter(self)
             if name != self.current:
                 self._put(name)
         return name
@@ -111,38 +137,93 @@ class Sizes:
     @contextlib.contextmanager
     def at(self, wanted: Any) -> Iterator[PreTrainedModel]:
         """The same while the block lasts, in which no other thread changes or runs the model."""
-        name = wanted if wanted in self.names else self.choose(wanted)
-        with self.lock:
-            before = self.current
+        name = self._named(wanted)
+        with self.shared.lock:
+            last, before = self.shared.active, self.current
+            self.shared.enter(self)
             self._put(name)
             try:
-                yield self.model
+                yield self.shared.model
             finally:
                 self._put(before)
+                self.shared.enter(last)
 
-    def check(self, cache: Any) -> None:
-        """RunError for a KV cache that a slice with other blocks or heads has filled; another width
-        of an MLP leaves no trace in it."""
-        if cache is None:
-            return
-        if not cache.get_seq_length():
-            self._filled[cache] = self.current
-            return
-        before = self._filled.setdefault(cache, self.current)
-        if self._cached(before) != self._cached(self.current):
-            raise RunError(
-                f"past_key_values: {before} filled them, which has other blocks or key-value heads "
-                f"than {self.current}; begin anew, or go on at the size that filled them"
-            )
+    def _named(self, wanted: Any) -> str:
+        return wanted if wanted in self.names else self.folder.within(wanted)
 
-    def _cached(self, name: str) -> list[int]:
+    def layers(self) -> Iterator[nn.Module]:
+        """All that this super-adapter has of its own, active or not, around layers of the base."""
+        yield from self._elastic.values()
+        for own in self._own.values():
+            yield from own.values()
+
+    def cached(self, name: str) -> list[int]:
         """What a slice has that a cache depends on."""
         return [self._subs[name][group.name] for group in self.net.space if group.dim in CACHED]
 
 
-CACHED = ("heads", DEPTH)
-CACHES = ("past_key_values", "cache")
-"""What versions of transformers call it."""
+class Shared:
+    """A base model in memory, and the super-adapters on it, of which one is active."""
+
+    def __init__(self, model: PreTrainedModel, *, is_alone: bool) -> None:
+        self.model, self.is_alone = model, is_alone
+        self.lock = threading.RLock()
+        self.adapters: dict[str, Sizes] = {}
+        """By the names of their tasks."""
+        self.active: Sizes | None = None
+        self._order: Mapping[tuple[str, str], Tensor] = {}
+        """Which channel of the base as it is stored stands at each place, by layer and axis."""
+        self._filled: WeakKeyDictionary[Any, tuple[Sizes, str]] = WeakKeyDictionary()
+        """By KV cache, the slice that filled it."""
+
+    def enter(self, sizes: Sizes | None) -> None:
+        """Let this super-adapter be the active one. Where it has another order of channels than
+        the one before, the base is permuted in place: one pass over the layers that are cut."""
+        if sizes is self.active or sizes is None:
+            return
+        self.leave()
+        self._arrange(sizes.order)
+        sizes.enter()
+        self.active = sizes
+
+    def leave(self) -> None:
+        """The base model alone."""
+        if self.active is not None:
+            self.active.leave()
+            self.active = None
+
+    def _arrange(self, order: Mapping[tuple[str, str], Tensor]) -> None:
+        for site, axis in dict.fromkeys((*self._order, *order)):
+            layer = self.model.get_submodule(site)
+            base = layer.base if isinstance(layer, ElasticLinear) else layer
+            as_stored = torch.arange(base.out_features if axis == "out" else base.in_features)
+            now = self._order.get((site, axis), as_stored)
+            index = now.argsort()[order.get((site, axis), as_stored)]
+            if not torch.equal(index, as_stored):
+                reorder_linear(base, axis, index)
+        self._order = order
+
+    def check(self, cache: Any) -> None:
+        """RunError for a KV cache that another super-adapter has filled, or a slice with other
+        blocks or heads; another width of an MLP leaves no trace in it."""
+        sizes = self.active
+        if cache is None or sizes is None:
+            return
+        now = (sizes, sizes.current)
+        if not cache.get_seq_length():
+            self._filled[cache] = now
+            return
+        before, name = self._filled.setdefault(cache, now)
+        if before is not sizes:
+            raise RunError(
+                f"past_key_values: {name} of another super-adapter filled them; begin anew, or go "
+                "on with that one"
+            )
+        if sizes.cached(name) != sizes.cached(sizes.current):
+            raise RunError(
+                f"past_key_values: {name} filled them, which has other blocks or key-value heads "
+                f"than {sizes.current}; begin anew, or go on at the size that filled them"
+            )
 
 
 @torch.no_grad()
@@ -159,7 +240,18 @@ def _merge_(net: Supernet) -> None:
 class Resizable:
     """What a model gains whose size can be changed; it goes before the model's own class."""
 
-    sizes: Sizes
+    shared: Shared
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the active super-adapter."""
+        assert self.shared.active is not None
+        return self.shared.active
+
+    @property
+    def adapters(self) -> Mapping[str, Sizes]:
+        """By task, each with `resize` and `at`, which make it the active one."""
+        return self.shared.adapters
 
     def resize(self, wanted: Any) -> str:
         """Become the slice of this name, or the one that meets this budget; gives its name. Waits
@@ -179,22 +271,23 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def held(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.sizes.lock:
+        with self.shared.lock:
             for name in CACHES:
-                self.sizes.check(kwargs.get(name))
+                self.shared.check(kwargs.get(name))
             return method(self, *args, **kwargs)
 
     return held
 
 
-def resizable(
-    folder: Path, name: str, choose: Callable[[Any], str], **settings: Any
-) -> PreTrainedModel:
-    """The model of a folder with all of its slices, of which one is active; settings of `Sizes`."""
-    sizes = Sizes(folder, name, choose, **settings)
-    model = sizes.model
+def resizable(model: PreTrainedModel, folders: Mapping[str, tuple[Folder, str]]) -> PreTrainedModel:
+    """A base model with all slices of these folders, by the names of their tasks; of each the named
+    slice, of all the first is active."""
+    shared = Shared(model, is_alone=len(folders) == 1)
+    for task, (folder, name) in folders.items():
+        shared.adapters[task] = Sizes(folder, shared, name)
+    shared.enter(next(iter(shared.adapters.values())))
     plain = type(model)
     alone = {name: _alone(getattr(plain, name)) for name in ("forward", "generate")}
     model.__class__ = type(f"Resizable{plain.__name__}", (Resizable, plain), alone)
-    model.sizes = sizes
+    model.shared = shared
     return model

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from elastic import export, search
-from elastic.config import RecoveryConfig
+from elastic.config import RecoveryConfig, TableConfig
 from elastic.config.export import SlicesConfig
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunError
+from elastic.exporting import command
 from elastic.formats import hf, slices
+from elastic.latency.latency_table import record
+from elastic.latency.target import Target
 from elastic.run import Run
+from elastic.supernet.store import load_run
 from tests.helpers import searches
 from tests.helpers.exports import config
+from tests.helpers.tiny_runs import ONE_ROUND
 
 pytestmark = pytest.mark.usefixtures("fake_latency")
 
@@ -52,6 +59,45 @@ def test_it_has_the_front_and_the_full_model(run, folder):
     rows = list(csv.DictReader((folder / "slices.csv").read_text().splitlines()))
     assert [row["slice"] for row in rows] == list(index["slices"])
     assert all(int(row["params"]) == index["slices"][row["slice"]]["params"] for row in rows)
+
+
+def test_tables_of_other_devices_go_along(run, tmp_path):
+    """Each says what every size takes there."""
+    net, target = load_run(run)[2], Target.of(run, ONE_ROUND)
+    table = record(net, target, ONE_ROUND, TableConfig(seen=4, unseen=1), 0)
+    there = replace(target, device="a phone, onnx 1.0", runtime="onnx")
+    told = {**table.as_dict(), "target": asdict(there), "about": {"device": "a phone"}}
+    file = tmp_path / "phone.json"
+    file.write_text(json.dumps(told))
+    settings = SlicesConfig(tables=[str(file)])
+    report = export(config(run, formats=["elastic"], name="phone", slices=settings))
+    [here, phone] = slices.read(report.directory / "elastic")["latencies"]
+    assert here["runtime"] == "torch"
+    assert (phone["device"], phone["runtime"]) == ("a phone", "onnx")
+    assert set(phone["slices"]) == set(here["slices"])
+    for one in searches.front_of(run):
+        sub = net.space.check(searches.SubAdapter(tuple(one["sub_adapter"].items())))
+        for key in ("prefill_ms", "decode_ms"):
+            assert phone["slices"][one["name"]][key] == table(sub)[key]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda target: target | {"model": "another"}, "another model or search space"),
+        (lambda target: target | {"merged": False}, "timing.merged False"),
+        (lambda target: {}, "no latency table"),
+    ],
+)
+def test_tables_of_something_else_are_refused_before_weights_load(
+    run, tmp_path, monkeypatch, spoil, message
+):
+    target = asdict(Target.of(run, ONE_ROUND))
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps({"target": spoil(target)}))
+    monkeypatch.setattr(command, "load_run", None)
+    with pytest.raises(RunError, match=message):
+        export(config(run, formats=["elastic"], slices=SlicesConfig(tables=[str(file)])))
 
 
 def test_every_slice_is_the_one_that_is_written_alone(run, folder):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import elastic
 from elastic.config import ExportConfig, RecoveryConfig
+from elastic.config.export import SlicesConfig
 from elastic.config.parsing import parse
 from elastic.errors import ConfigError, ExportError
 from elastic.exporting.card import RUNTIMES
@@ -158,13 +159,20 @@ def test_a_format_that_is_alone_is_the_root_and_has_a_card(pushed, tmp_path):
 
 
 def test_where_every_format_lies():
+    def lies(kinds, base, referred="copy"):
+        config = ExportConfig(formats=["elastic"], slices=SlicesConfig(base=referred))
+        return places(config, kinds, base)
+
     kinds = ["hf", "peft", "onnx", "onnx-int8", "gguf"]
     onnx = {"onnx": "onnx/", "onnx-int8": "onnx-int8/"}
-    assert places(kinds, "owner/base") == {"hf": "", "peft": "peft/", **onnx, "gguf": ""}
-    assert places(kinds, "/home/me/base") == {"hf": "", **onnx, "gguf": ""}
-    assert places(["peft", "onnx"], "/home/me/base") == {"onnx": ""}
-    assert places(["peft"], "owner/base") == {"peft": ""}
-    assert places(["peft"], "smollm2") == {}
+    assert lies(kinds, "owner/base") == {"hf": "", "peft": "peft/", **onnx, "gguf": ""}
+    assert lies(kinds, "/home/me/base") == {"hf": "", **onnx, "gguf": ""}
+    assert lies(["peft", "onnx"], "/home/me/base") == {"onnx": ""}
+    assert lies(["peft"], "owner/base") == {"peft": ""}
+    assert lies(["peft"], "smollm2") == {}
+    assert lies(["elastic"], "/home/me/base") == {"elastic": ""}
+    assert lies(["elastic"], "owner/base", "reference") == {"elastic": ""}
+    assert lies(["elastic"], "/home/me/base", "reference") == {}
     assert {kind.partition("-")[0] for kind in FORMATS} == {"hf", *RUNTIMES}
 
 
