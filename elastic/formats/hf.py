@@ -1,8 +1,10 @@
 """A compact model as a Hugging Face folder.
 
 Uniform widths need nothing special: the family's own class with smaller sizes in its config. When
-sizes differ from layer to layer no configuration of that class can say so, and the folder gets a
-small model class of its own, which rebuilds those linear layers from a list in its config.
+sizes differ from layer to layer no class rebuilds them from its config, and the folder gets a small
+model class of its own, which does, from a list there. Beside the list the same stands in the words
+that transformers has since 5.15, `per_layer_config`, where they can say it. No class of a release
+(5.24) builds layers from it; a change to Llama's is open (transformers#45332).
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
@@ -23,6 +23,13 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from elastic.errors import ExportError
 from elastic.files import read_json, write_text
 from elastic.formats import shards
+from elastic.formats.config_sizes import (
+    layer_words,
+    meta,
+    query_groups,
+    shapes_of,
+    uniform_sizes,
+)
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import compat
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
@@ -46,8 +53,6 @@ AUTO = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
-WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
-"""What configs call the width of the MLP; unset, it is four times the hidden size."""
 
 _CLASS = '''"""{base} whose linear layers have sizes of their own; written by elastic-adapters.
 
@@ -82,7 +87,7 @@ class Elastic{base}({ahead}{base}):
         return False
 
     def __init__(self, config):
-        super().__init__(config)
+{before}        super().__init__(config)
         for name, (out_features, in_features) in config.linear_sizes.items():
             parent, _, leaf = name.rpartition(".")
             layer = self.get_submodule(name)
@@ -95,7 +100,15 @@ class Elastic{base}({ahead}{base}):
             for key, value in sizes.items():
                 setattr(self.get_submodule(name), key, value)
         self.post_init()
-'''
+{behind}'''
+_LAYERS = {
+    "before": """        layers = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None
+""",
+    "behind": "        config.per_layer_config = layers\n",
+}
+"""Around the code of the family, which builds layers of one size, where the config says
+`per_layer_config`: it then refuses to name one size for all."""
 
 
 def write(
@@ -114,7 +127,7 @@ def write(
     them is copied at a time. Where `tensors` come beside it, the model needs no data.
     """
     config = described_config(model)
-    layers = modules_of(_meta(type(model), model.config), Conv1D)
+    layers = modules_of(meta(type(model), model.config), Conv1D)
     directory.mkdir(parents=True, exist_ok=True)
     shards.write(
         model,
@@ -130,21 +143,25 @@ def write(
     if model.is_remote_code():  # of the base model's, which its user has allowed
         custom_object_save(model, directory, config=config)
     own = hasattr(config, "linear_sizes")
+    by_layer = layer_words(model) if own else {}
     if own:
-        write_text(directory / CODE, code_of(model))
-    write_settings(model, config, directory, dtype or model.dtype, own=own)
+        write_text(directory / CODE, code_of(model, by_layer=bool(by_layer)))
+    write_settings(model, config, directory, dtype or model.dtype, own=own, by_layer=by_layer)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
     return directory
 
 
-def code_of(model: PreTrainedModel, ahead: str = "", imports: str = "") -> str:
+def code_of(
+    model: PreTrainedModel, ahead: str = "", imports: str = "", *, by_layer: bool = False
+) -> str:
     """The two small classes for models of this class, one with another class ahead of it, which
-    this line imports."""
+    this line imports; for a configuration with `per_layer_config` if `by_layer`."""
     base, kind = type(model).__name__, type(model.config).__name__
     return _CLASS.format(
         base=base, config=kind, model_type=PREFIX + model.config.model_type, auto=auto_of(base),
         ahead=ahead and f"{ahead}, ", imports=imports and f"\n{imports}\n",
+        **(_LAYERS if by_layer else dict.fromkeys(_LAYERS, "")),
     )  # fmt: skip
 
 
@@ -155,14 +172,18 @@ def write_settings(
     dtype: torch.dtype,
     *,
     own: bool,
+    by_layer: Mapping[str, Any] | None = None,
 ) -> None:
     """How a model is made of this configuration, by a class of its `own` or by the family's, and
-    how it generates."""
-    # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`.
+    how it generates. `by_layer` is what `per_layer_config` says."""
+    # Only in the file: a config of transformers 5 takes `rope_scaling` for `rope_parameters`, and
+    # one with `per_layer_config` refuses to name one size for all layers.
     words = compat.rotary_words(config)
     words["dtype"] = str(dtype).removeprefix("torch.")
     if own:
         words["architectures"] = [f"Elastic{type(model).__name__}"]
+    if by_layer:
+        words["per_layer_config"] = dict(by_layer)
     write_config(config, directory, **words)
     if model.can_generate():
         write_generation(model.generation_config, directory)
@@ -223,10 +244,10 @@ def described_config(model: PreTrainedModel, *, code: bool = True) -> Pretrained
 def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     config = copy.deepcopy(model.config)
     config.__dict__.pop("auto_map", None)  # of the base's folder, or a stranger's
-    plain = linear_(_meta(type(model), model.config))
-    expected, groups = _shapes_of(plain), query_groups(plain)
-    changed = {name: size for name, size in _shapes_of(model).items() if size != expected[name]}
-    uniform = _uniform_sizes(model, changed, expected)
+    plain = linear_(meta(type(model), model.config))
+    expected, groups = shapes_of(plain), query_groups(plain)
+    changed = {name: size for name, size in shapes_of(model).items() if size != expected[name]}
+    uniform = uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
             setattr(config, name, size)
@@ -309,59 +330,3 @@ def auto_of(architecture: str) -> str:
 def has_auto(model: PreTrainedModel) -> bool:
     """Whether an auto class loads models of this class."""
     return type(model).__name__.endswith(tuple(AUTO))
-
-
-def _meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A new model of this class without memory."""
-    with torch.device("meta"):
-        return kind(copy.deepcopy(config))
-
-
-def _shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
-    """[out, in] of every linear layer."""
-    return {name: list(layer.weight.shape) for name, layer in modules_of(model, nn.Linear)}
-
-
-def _uniform_sizes(
-    model: PreTrainedModel, changed: Mapping[str, list[int]], expected: Mapping[str, list[int]]
-) -> dict[str, int] | None:
-    """Config values under which the family's own class has these sizes; None if there are none."""
-    if not changed:
-        return {}
-    found: dict[str, int] = {}
-    for name, (_, columns) in changed.items():
-        if columns != expected[name][1]:
-            found |= _named_size(model, expected[name][1], columns)
-    config = copy.deepcopy(model.config)
-    for name, size in found.items():
-        setattr(config, name, size)
-    try:
-        config.validate()
-    except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
-        return None
-    # Where layers differ in size, no one value fits them all.
-    plain = linear_(_meta(type(model), config))
-    alike = _shapes_of(plain) == _shapes_of(model)
-    return found if alike and query_groups(plain) == query_groups(model) else None
-
-
-def _named_size(model: PreTrainedModel, before: int, after: int) -> dict[str, int]:
-    """What a config would say if the layers that read `before` channels read `after`."""
-    config = model.config
-    for name in WIDTHS:
-        if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
-            return {name: after}
-    head_size = getattr(config, "head_dim", None)
-    if head_size and config.num_attention_heads * head_size == before:
-        heads, groups = after // head_size, set(query_groups(model).values())
-        found = {"num_attention_heads": heads}
-        if len(groups) == 1:
-            found["num_key_value_heads"] = heads // groups.pop()
-        return found
-    return {}
-
-
-def query_groups(model: PreTrainedModel) -> dict[str, int]:
-    """By attention module, how many query heads share a key-value head."""
-    modules = model.named_modules()
-    return {name: getattr(module, QUERIES) for name, module in modules if hasattr(module, QUERIES)}

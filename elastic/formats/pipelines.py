@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.files import write_json
 from elastic.formats import hf
+from elastic.formats.config_sizes import query_groups
 from elastic.formats.onnx import FILE
 from elastic.formats.onnx_session import cache_names, flattened
 from elastic.formats.tracing import ones, traceable
@@ -153,7 +154,7 @@ def unpaged(model: PreTrainedModel) -> str | None:
     window = getattr(model.config, "sliding_window", None) is not None
     if "sliding_attention" in layers if layers else window:
         return f"its paged attention reads past this model's sliding window; {UNPAGED}"
-    shared = set(hf.query_groups(model).values())
+    shared = set(query_groups(model).values())
     if len(shared) > 1:
         found = ", ".join(map(str, sorted(shared)))
         return (

@@ -67,13 +67,16 @@ def module_tree(model: ModuleType) -> ModuleType:
 PREFIX = "elastic_"
 """Before the family's type, in the type of what is written."""
 SIZES = ("linear_sizes", "attention_sizes")
-"""What its config says beside the family's."""
+"""What its config says beside the family's, and again as `per_layer_config`."""
 
 
 def of_family_(config: PretrainedConfig) -> PretrainedConfig:
     """A small class's config as its family's, in place: modules share the object."""
     if config.model_type.startswith(PREFIX):
-        config.__class__ = _family(type(config))
+        family = _family(type(config))
+        if not family().is_heterogeneous:  # else it is the family's own
+            config.per_layer_config = None
+        config.__class__ = family
         for name in (*SIZES, "auto_map", "model_type"):
             config.__dict__.pop(name, None)
     return config

@@ -11,6 +11,8 @@ from elastic.formats import hf
 from elastic.formats.padding import padded
 from elastic.models.modules import plain_linear
 from elastic.supernet.compact import compact
+from tests.formats.test_nemotron_nas import cut
+from tests.formats.test_nemotron_nas import net_of as wide_net_of
 from tests.helpers import tiny
 from tests.helpers.families import LLAMA3, model_of, net_of
 from tests.helpers.laws import close, mixed
@@ -121,3 +123,71 @@ def test_buffers_that_are_in_no_file_are_filled_when_it_loads(tmp_path):
     ):
         assert torch.equal(buffer, expected), name
     close(tiny.logits(loaded, tiny.tokens()), tiny.logits(model, tiny.tokens()), 1e-6)
+
+
+HEADS = {"heads": [4, 2, 1], "query_heads": [2, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    "family, heads, words",
+    [
+        ("llama", {}, {"1": {"intermediate_size": 300}, "2": {"intermediate_size": 100}}),
+        ("llama", HEADS, None),  # its configuration asks for one number of heads
+        ("qwen2", HEADS, {
+            "1": {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 300},
+            "2": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 100},
+        }),
+        ("qwen2", {"heads": [4, 3, 4]}, {
+            "1": {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 300},
+            "2": {"intermediate_size": 100},
+        }),
+    ],
+)  # fmt: skip
+def test_sizes_by_layer_stand_in_the_words_of_transformers_too(family, heads, words, tmp_path):
+    """Whoever builds a layer from what is said of it gets its sizes."""
+    model = cut(wide_net_of(family), mlp_width=[768, 300, 100], **heads)
+    hf.write(model, tiny.tokenizer(), tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.get("per_layer_config") == words and saved["linear_sizes"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    ids = tiny.tokens()
+    assert torch.equal(tiny.logits(loaded, ids), tiny.logits(model, ids))
+    assert loaded.config.is_heterogeneous == (words is not None)
+    if words is not None:
+        for number, layer in enumerate(model.model.layers):
+            built = type(layer)(loaded.config.per_layer_config[number], number)
+            shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
+            assert shapes == {name: tensor.shape for name, tensor in layer.state_dict().items()}
+    answers = [
+        each.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, **settings)
+        for each, settings in (
+            (model, {}), (loaded, {}), (loaded, {"cache_implementation": "static"})
+        )
+    ]  # fmt: skip
+    assert all(torch.equal(answers[0], other) for other in answers[1:])
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again.get("per_layer_config") == words
+    as_cut = hf.load(tmp_path / "again", torch.float32)
+    assert not as_cut.config.is_heterogeneous and as_cut.config.intermediate_size == 768
+    assert torch.equal(tiny.logits(as_cut, ids), tiny.logits(model, ids))
+
+
+def test_a_class_of_transformers_does_not_build_layers_from_them_yet(tmp_path):
+    """As README says; when it does, folders need no class of their own."""
+    hf.write(cut(wide_net_of("llama"), mlp_width=[768, 300, 100]), None, tmp_path)
+    file = tmp_path / "config.json"
+    words = json.loads(file.read_text()) | {"model_type": "llama"}
+    for name in ("linear_sizes", "attention_sizes", "auto_map", "architectures"):
+        del words[name]
+    file.write_text(json.dumps(words))
+    with pytest.raises(RuntimeError, match=r"'intermediate_size' is a per-layer attribute"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert, classes", "bloom"])
+def test_where_those_words_do_not_say_all_sizes_there_are_none(family, tmp_path):
+    net = net_of(family)
+    hf.write(compact(net, mixed(net)), None, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "linear_sizes" in saved and "per_layer_config" not in saved

@@ -1,0 +1,136 @@
+"""What the configuration of a model's class can say of its sizes: one for all layers, or others for
+single layers, in the words that transformers has for that since 5.15."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from elastic.models.modules import linear_, modules_of
+from elastic.spaces.dims import QUERIES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+"""What configs call the width of the MLP; unset, it is four times the hidden size."""
+
+
+def meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A new model of this class without memory."""
+    with torch.device("meta"):
+        return kind(copy.deepcopy(config))
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
+    """[out, in] of every linear layer."""
+    return {name: list(layer.weight.shape) for name, layer in modules_of(model, nn.Linear)}
+
+
+def uniform_sizes(
+    model: PreTrainedModel, changed: Mapping[str, list[int]], expected: Mapping[str, list[int]]
+) -> dict[str, int] | None:
+    """Config values under which the family's own class has these sizes; None if there are none."""
+    if not changed:
+        return {}
+    found = _named_sizes(model, changed, expected, query_groups(model))
+    # Where layers differ in size, no one value fits them all.
+    return found if _sizes_under(model, found) == _sizes_of(model) else None
+
+
+def layer_words(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """`per_layer_config`: by number of a layer, config values under which the family's own class
+    would give it its sizes. Nothing where there are none for one of them."""
+    if model.config.is_encoder_decoder or model.config.is_heterogeneous:
+        return {}  # of two stacks it says nothing; and of some families it has more to say
+    own, shapes, groups = _sizes_of(model), shapes_of(model), query_groups(model)
+    expected = shapes_of(linear_(meta(type(model), model.config)))
+    changed = {name: size for name, size in shapes.items() if size != expected[name]}
+    words: dict[str, dict[str, int]] = {}
+    known: dict[Any, dict[str, Any] | None] = {}
+    for layer in dict.fromkeys(map(_layer_of, changed)):
+        mine = {name: size for name, size in changed.items() if _layer_of(name) == layer}
+        shared = {name: count for name, count in groups.items() if _layer_of(name) == layer}
+        values = _named_sizes(model, mine, expected, shared)
+        if (key := tuple(values.items())) not in known:
+            known[key] = _sizes_under(model, values)
+        found = known[key]
+        if found is None or layer is None:
+            return {}
+        if any(found[name] != own[name] for name in own if _layer_of(name) == layer):
+            return {}
+        words[layer.rpartition(".")[2]] = values
+    config = copy.deepcopy(model.config)
+    try:
+        config.per_layer_config = words
+        config.validate()
+    except (StrictDataclassError, RuntimeError):  # Llama's asks how many heads all layers have
+        return {}
+    return words
+
+
+def _layer_of(name: str) -> str | None:
+    """The layer that a module of this name is in, with its stack's name before its number."""
+    found = re.match(r"(.+?\.\d+)\.", name)
+    return found and found[1]
+
+
+def _named_sizes(
+    model: PreTrainedModel,
+    changed: Mapping[str, list[int]],
+    expected: Mapping[str, list[int]],
+    groups: Mapping[str, int],
+) -> dict[str, int]:
+    """What a config would say if these layers had other sizes than expected."""
+    found: dict[str, int] = {}
+    for name, (_, columns) in changed.items():
+        if columns != expected[name][1]:
+            found |= _named_size(model, expected[name][1], columns, set(groups.values()))
+    return found
+
+
+def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Shapes of linear layers and query groups of attention modules, by name."""
+    return {**shapes_of(model), **query_groups(model)}
+
+
+def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str, Any] | None:
+    """Those of the family's own class with these values in its config; None where it refuses."""
+    config = copy.deepcopy(model.config)
+    for name, size in values.items():
+        setattr(config, name, size)
+    try:
+        config.validate()
+    except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
+        return None
+    return _sizes_of(linear_(meta(type(model), config)))
+
+
+def _named_size(
+    model: PreTrainedModel, before: int, after: int, groups: Collection[int]
+) -> dict[str, int]:
+    """What a config would say if the layers that read `before` channels read `after`."""
+    config = model.config
+    for name in WIDTHS:
+        if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
+            return {name: after}
+    head_size = getattr(config, "head_dim", None)
+    if head_size and config.num_attention_heads * head_size == before:
+        heads = after // head_size
+        found = {"num_attention_heads": heads}
+        if len(groups) == 1:
+            found["num_key_value_heads"] = heads // next(iter(groups))
+        return found
+    return {}
+
+
+def query_groups(model: PreTrainedModel) -> dict[str, int]:
+    """By attention module, how many query heads share a key-value head."""
+    modules = model.named_modules()
+    return {name: getattr(module, QUERIES) for name, module in modules if hasattr(module, QUERIES)}
