@@ -298,14 +298,11 @@ def _card(index: Mapping[str, Any], auto: str | None, referred: str | None) -> s
     head = ["slice", "parameters", "test accuracy (95 % interval)"]
     head += [f"prefill, {table['device']}" for table in index["latencies"]]
     lines = [head, ["---"] * len(head), *rows]
-    with_transformers = _WITH_TRANSFORMERS.format(auto=auto) if auto and not referred else ""
-    return (
-        _CARD
-        + with_transformers
-        + (_REFERRED.format(base=referred) if referred else "")
-        + _FIGURES
-        + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    )
+    more = _WITH_TRANSFORMERS.format(auto=auto) if auto else ""
+    if referred is not None:
+        more = _REFERRED.format(base=referred)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{_CARD}{more}{_FIGURES}{table}"
 
 
 _CARD = """One model in several sizes, written by elastic-adapters. The size is chosen where it is

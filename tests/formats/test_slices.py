@@ -105,7 +105,8 @@ def referring(tmp_path):
 @pytest.mark.parametrize("family", ["llama, tied", "gpt2", "bert, classes", "t5"])
 def test_a_base_that_is_referred_to(family, referring):
     """Its channels stand in their own order, and no weights of it are in the folder."""
-    _, folder, made = referring(family)
+    base, folder, made = referring(family)
+    assert f"looked for at `{base}`" in (folder / "README.md").read_text()
     weights = [file.name for file in folder.rglob("*.safetensors")]
     assert sorted(weights) == sorted(
         ["factors.safetensors", "order.safetensors", "small.safetensors", "front-1.safetensors"]
