@@ -32,7 +32,7 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, ModelError, RunError, unknown
 from elastic.files import read_json, write_json, write_text
-from elastic.formats import hf, slice_classes
+from elastic.formats import hf, matformer, slice_classes
 from elastic.formats.any_size import BASE, COPY, INDEX, VERSION
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -123,7 +123,7 @@ def write(
         "latencies": [dict(each) for each in latencies],
     }
     write_json(directory / INDEX, index)
-    write_text(directory / TABLE, _csv(index))
+    write_text(directory / TABLE, _csv(index, net))
     card = _card(index, auto, None if referred is None else model.path)
     write_text(directory / "README.md", card)
 
@@ -339,8 +339,9 @@ Numbers of parameters, accuracy on examples that chose nothing, and time to the 
 """
 
 
-def _csv(index: Mapping[str, Any]) -> str:
-    """A row for every slice, a column for every latency."""
+def _csv(index: Mapping[str, Any], net: Supernet) -> str:
+    """A row for every slice, a column for every latency; behind those that mistral.rs reads, where
+    they can say the sizes."""
     columns = [
         (f"{key} ({table['device']}, {table['runtime']})", table, key)
         for table in index["latencies"]
@@ -348,9 +349,12 @@ def _csv(index: Mapping[str, Any]) -> str:
     ]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["slice", *FIGURES, "low", "high", *(title for title, *_ in columns)])
+    sizes = matformer.rows(net, index["slices"])
+    more = matformer.COLUMNS if sizes else ()
+    rows.writerow(["slice", *FIGURES, "low", "high", *(title for title, *_ in columns), *more])
     for name, about in index["slices"].items():
         low, high = about.get("accuracy_interval") or ("", "")
         timed = [table["slices"].get(name, {}).get(key, "") for _, table, key in columns]
-        rows.writerow([name, *(about.get(key, "") for key in FIGURES), low, high, *timed])
+        own = sizes[name] if sizes else []
+        rows.writerow([name, *(about.get(key, "") for key in FIGURES), low, high, *timed, *own])
     return text.getvalue()

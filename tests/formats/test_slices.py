@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import json
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors import safe_open
 import elastic
 from elastic.config import ModelConfig
 from elastic.errors import BaseMismatch, ConfigError, RunError
-from elastic.formats import hf, slices
+from elastic.formats import hf, matformer, slices
 from elastic.formats.slices import Slice
 from elastic.models.digest import digest_of
 from elastic.spaces.declared import SearchSpace
@@ -84,6 +86,77 @@ def test_depth_and_heads(tmp_path):
     write(net, tmp_path, made)
     same(tmp_path, made, "llama")
     assert slices.load(tmp_path, "small").config.num_hidden_layers == 2
+
+
+def table_of(folder) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / slices.TABLE).read_text().splitlines()))
+
+
+def test_the_table_says_sizes_as_mistral_rs_reads_them(tmp_path):
+    """Whatever else is in it: widths of the layers that run, and which do not."""
+    value = tiny.space_dict()
+    value["groups"]["depth"] = DEPTHS
+    base = model_of("llama", layers=4)
+    net = Supernet(base, SearchSpace.from_dict(value), tiny.ADAPTERS["lora"])
+    net.reorder(tiny.permutations(net) | {"model.layers.*.depth": torch.tensor([3, 1, 0, 2])})
+    write(net, tmp_path, cut(net))
+    rows = {row["name"]: row for row in table_of(tmp_path)}
+    assert list(rows) == ["full", "small", "front-1"]
+    for name, row in rows.items():
+        loaded = slices.load(tmp_path, name)
+        widths = [layer.mlp.down_proj.in_features for layer in loaded.model.layers]
+        assert json.loads(row["FFN Hidden Dims"]) == widths
+        assert int(row["# Layers"]) == len(widths) == loaded.config.num_hidden_layers
+        assert float(row["# Effective Params (B)"]) == count(loaded).params / 1e9
+        assert row["slice"] == name and row["MMLU PT accuracy"] == ""
+    assert rows["full"]["Layers Skipped"] == "" and rows["small"]["Layers Skipped"] == "[0, 2]"
+
+
+@pytest.mark.slow
+def test_mistral_rs_reads_the_table_and_slices_no_llama_by_it(tmp_path):
+    """As README says: what it answers is the full size's, whatever slice it is asked for."""
+    mistralrs = pytest.importorskip("mistralrs")
+    from tokenizers import decoders
+
+    from tests.formats.test_gguf import TOKENIZER
+
+    net = Supernet(
+        model_of("llama", torch.float32, vocab_size=330), tiny.space(), tiny.ADAPTERS["lora"]
+    )
+    write(net, tmp_path, cut(net), dtype=torch.float32)
+    table, base = tmp_path / slices.TABLE, tmp_path / "base"
+    byte_level = copy.deepcopy(TOKENIZER)
+    byte_level.backend_tokenizer.decoder = decoders.ByteLevel()
+    hf.write_tokenizer(byte_level, base)
+
+    def answer(**sliced) -> str:
+        plain = mistralrs.Which.Plain(
+            model_id=str(base), arch=mistralrs.Architecture.Llama, **sliced
+        )
+        runner = mistralrs.Runner(which=plain, no_paged_attn=True)
+        asked = mistralrs.CompletionRequest(
+            model="", prompt="Tom has 12", max_tokens=8, temperature=0.0
+        )
+        return runner.send_completion_request(asked).choices[0].text
+
+    full = answer()
+    for name in ("full", "small"):
+        assert answer(matformer_config_path=str(table), matformer_slice_name=name) == full
+    table.write_text(table.read_text().replace("FFN Hidden Dims", "widths"))
+    with pytest.raises(ValueError, match=r"Failed to parse CSV"):
+        answer(matformer_config_path=str(table), matformer_slice_name="full")
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt-neox"])
+def test_two_stacks_and_widths_that_stay_are_nothing_to_mistral_rs(family, tmp_path):
+    _, net, _ = pair(family)
+    if family == "gpt-neox":
+        value = SearchSpace.load(FAMILIES[family][1]).as_dict()
+        value["groups"] = {k: v for k, v in value["groups"].items() if v["dim"] != "width"}
+        net = Supernet(model_of(family), SearchSpace.from_dict(value), tiny.ADAPTERS["lora"])
+    write(net, tmp_path, cut(net))
+    [row, *_] = table_of(tmp_path)
+    assert row["slice"] == "full" and not set(row) & set(matformer.COLUMNS)
 
 
 @pytest.fixture
