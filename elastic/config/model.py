@@ -11,6 +11,7 @@ from elastic.errors import require
 SCORE = ["score"]
 """The one class, so to say, of a head that answers with a number."""
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+Head = Literal["auto", "language", "classification", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class ModelConfig:
     """auto: cuda if there is one, else cpu."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model."""
-    head: Literal["auto", "language", "classification", "regression"] = "auto"
+    head: Head = "auto"
     """Whether answers are text, one of `classes` or a number (see `task.tolerance`). auto:
     classification for encoders (BERT, RoBERTa, MiniLM), else what the model was saved with."""
     classes: list[str] = field(default_factory=list)

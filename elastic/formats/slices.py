@@ -21,7 +21,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.config import ModelConfig
+from elastic.config.model import Dtype, Head
 from elastic.errors import ConfigError, ModelError, RunError, unknown
 from elastic.files import read_json, write_json, write_text
 from elastic.formats import hf, matformer, slice_classes
@@ -59,7 +60,10 @@ TABLE, ADAPTER, REFERENCE = "slices.csv", "super_adapter", "reference"
 _SHAPE = {
     "version": int, "dtype": str, "head": str, "classes": [str], "slices": dict, "latencies": [dict]
 }  # fmt: skip
+_ONE_OF = {"base": (COPY, REFERENCE), "dtype": get_args(Dtype)[1:], "head": get_args(Head)}
+"""Of types, all but auto."""
 _SLICE = {"sub_adapter": dict, "own": bool, "params": int, "macs": int}
+_CHOSEN_BY = ("memory_mb", "validation_estimate")
 FIGURES = ("params", "macs", "memory_mb", "accuracy", "accuracy_n")
 """What the table has of every slice, where it is known, beside latencies."""
 
@@ -162,13 +166,17 @@ def read(directory: Path | str) -> dict[str, Any]:
             f"{file}: version {index['version']}, and this one reads up to {VERSION}; install a "
             "newer elastic-adapters, or export again"
         )
-    if index.setdefault("base", COPY) not in (COPY, REFERENCE):
-        raise RunError(f"{file}: base: {unknown('kind', str(index['base']), (COPY, REFERENCE))}")
+    index.setdefault("base", COPY)  # as every folder had it once
+    for key, known in _ONE_OF.items():
+        if index[key] not in known:
+            raise RunError(f"{file}: {unknown(key, str(index[key]), known)}")
     for name, about in index["slices"].items():
         if not is_name(name):
             raise RunError(f"{file}: slices: {name!r} is no name")
         shaped(about, _SLICE, f"{file}: {name}")
         shaped(about["sub_adapter"], dict.fromkeys(about["sub_adapter"], int), f"{file}: {name}")
+        some = {key: float for key in _CHOSEN_BY if about.get(key) is not None}
+        shaped(about, some, f"{file}: {name}")
     return dict(index)
 
 
@@ -191,6 +199,7 @@ def load(
     config = found.config
     dtype = loading.resolve_dtype(config.dtype, torch.device("cpu"))
     net = found.net(loading.skeleton(config, dtype), directory)
+    own = own_tensors(directory, name) if about["own"] else {}
     whole = loading.load_model(config.path, config)
     take_settings_(net.model, whole)
     factors = read_factors(directory / ADAPTER) if net.head else {}
@@ -198,8 +207,8 @@ def load(
     head = {key: factors[key] for key in net.head}
     made_of = streamed(whole, net, sub, head, is_ordered=found.is_ordered)
     model, made = made_of.model, dict(made_of.tensors)
-    if about["own"]:
-        made |= own_tensors(directory, name, made)
+    require_known(directory, name, own, made)
+    made |= own
     tied = model.all_tied_weights_keys
     for key, empty in model.state_dict(keep_vars=True).items():
         if key not in tied or tied[key] not in made:
@@ -266,20 +275,26 @@ def base_of(
     return Base(config, digest, copied)
 
 
-def own_tensors(
-    directory: Path, name: str, expected: Mapping[str, Any]
-) -> dict[str, Callable[[], Tensor]]:
+def own_tensors(directory: Path, name: str) -> dict[str, Callable[[], Tensor]]:
     """What makes the tensors that a slice has of its own, by their names in its model; RunError for
     a damaged file."""
     file = directory / f"{name}.safetensors"
     try:
         tensors = safe_open(file, "pt")
-        names = list(tensors.keys())
+        return {key: functools.partial(tensors.get_tensor, key) for key in list(tensors.keys())}
     except (SafetensorError, OSError) as error:
         raise RunError(f"{file}: damaged, or not there: {one_line(error)}") from None
-    if strange := sorted(set(names) - set(expected)):
-        raise RunError(f"{file}: {strange[0]} is no tensor of this slice; the file is of another")
-    return {name: functools.partial(tensors.get_tensor, name) for name in names}
+
+
+def require_known(
+    directory: Path, name: str, own: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """RunError unless a slice has all that is its own."""
+    if strange := sorted(set(own) - set(expected)):
+        raise RunError(
+            f"{directory / name}.safetensors: {strange[0]} is no tensor of this slice; the file is "
+            "of another"
+        )
 
 
 def _card(index: Mapping[str, Any], auto: str | None, referred: str | None) -> str:

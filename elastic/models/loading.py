@@ -111,7 +111,11 @@ def _described(folder: str, config: ModelConfig) -> PretrainedConfig:
     """As the folder says."""
     with _readable(folder, config, "config.json cannot be read"):
         auto = transformers.AutoConfig
-        return auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        found = auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        named = found.architectures or []
+        if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+            raise TypeError(f"architectures is {named!r}, no list of names")
+        return found
 
 
 @contextlib.contextmanager

@@ -84,7 +84,9 @@ class Sizes:
             for leaf in ("weight", "bias")
         }
         made: dict[str, dict[str, Tensor]] = {}
-        for key, make in slices.own_tensors(self.folder.path, name, expected).items():
+        tensors = slices.own_tensors(self.folder.path, name)
+        slices.require_known(self.folder.path, name, tensors, expected)
+        for key, make in tensors.items():
             site, leaf = expected[key]
             made.setdefault(site, {})[leaf] = make().to(self.shared.model.device)
         with self.net.active(sub):

@@ -70,6 +70,7 @@ CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
         ("config.json", says(model_type="mine"), r"type `mine` .*; give a model that transformers"),
         ("config.json", says(model_type="vit"), "ViTConfig.*; give a model that transformers"),
         ("config.json", says(hidden_size="x"), "'hidden_size' expected int"),
+        ("config.json", says(architectures=[None]), "architectures is .None., no list of names"),
         ("config.json", lambda old: old[:20], "not a valid JSON file"),
         ("config.json", lambda old: b"\xff", "not a valid JSON file"),
         ("config.json", says(hidden_size=48), "mismatched.*fetch or save the model again"),

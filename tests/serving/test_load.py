@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import elastic
-from elastic.errors import BudgetError, ConfigError, RunError
+from elastic.errors import BudgetError, ConfigError, ModelError, RunError
 from elastic.formats import slices
 from elastic.serving import load as loading
 from tests.helpers import searches, tiny
@@ -105,16 +105,22 @@ def test_a_device_that_is_not_known_is_measured(folder, tmp_path, monkeypatch, c
         (lambda index: index | {"slices": {"../up": {}}}, "is no name"),
         (lambda index: {k: v for k, v in index.items() if k != "dtype"}, "dtype is missing"),
         (lambda index: "slices", "expected a mapping"),
+        (lambda index: index | {"dtype": "int8"}, "unknown dtype 'int8'"),
+        (lambda index: index | {"base": "elsewhere"}, "unknown base 'elsewhere'"),
+        (
+            lambda index: index | {"slices": {"full": index["slices"]["full"] | {"memory_mb": ""}}},
+            "memory_mb: expected a finite number",
+        ),
     ],
 )
-def test_another_index_is_refused(folder, tmp_path, spoil, message):
+def test_another_index_is_refused(folder, tmp_path, spoil, message, forbid_weights):
     index = tmp_path / slices.INDEX
     index.write_text(json.dumps(spoil(slices.read(folder))))
     with pytest.raises(RunError, match=message):
         elastic.load(tmp_path, slice="full")
 
 
-def test_what_is_not_there_is_named(folder, tmp_path):
+def test_what_is_not_there_is_named(folder, tmp_path, forbid_weights):
     with pytest.raises(RunError, match="front-99"):
         elastic.load(folder, slice="front-99")
     with pytest.raises(RunError, match=r"slices\.json: no such file"):
@@ -123,18 +129,46 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         elastic.load(folder, slice="full", budget=3)
 
 
-def test_a_file_that_was_cut_off_is_named(folder, tmp_path):
-    broken = tmp_path / "broken"
+@pytest.mark.parametrize("file", ["NAME.safetensors", "super_adapter/factors.safetensors",
+                                  "super_adapter/order.safetensors", "slices.json"])  # fmt: skip
+def test_a_file_that_was_cut_off_is_named(folder, tmp_path, file, forbid_weights):
+    """Before weights load."""
+    broken, name = tmp_path / "broken", "front-1"
     shutil.copytree(folder, broken)
-    name = next(n for n, about in slices.read(folder)["slices"].items() if n != "full")
     index = slices.read(broken)
     index["slices"][name]["own"] = True
     (broken / slices.INDEX).write_text(json.dumps(index))
-    (broken / f"{name}.safetensors").write_bytes(b"123")
-    with pytest.raises(RunError, match=rf"{name}\.safetensors: damaged"):
+    path = broken / file.replace("NAME", name)
+    path.write_bytes(path.read_bytes()[:-10] if path.exists() else b"123")
+    with pytest.raises(RunError, match=rf"{path.name}.*(damaged|broken JSON)"):
         elastic.load(broken, slice=name)
-    factors = broken / "super_adapter" / "factors.safetensors"
-    factors.write_bytes(factors.read_bytes()[:-10])
-    with pytest.raises(RunError, match="damaged"):
-        elastic.load(broken, slice="full")
+    if path.parent == broken:
+        path.unlink()
+        with pytest.raises(RunError, match=rf"{path.name}.*(not there|no such file)"):
+            elastic.load(broken, slice=name)
+
+
+def test_a_base_that_was_cut_off_is_named(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    for left in (-10, 100):
+        file = broken / "base" / "model.safetensors"
+        file.write_bytes((folder / "base" / "model.safetensors").read_bytes()[:left])
+        with pytest.raises(ModelError, match=r"base: the weights cannot be loaded"):
+            elastic.load(broken, slice="full")
     assert torch.is_tensor(next(elastic.load(folder, slice="full").parameters()))
+
+
+@pytest.mark.parametrize("other", [{"runtime": "onnx"}, {"merged": False}])
+def test_a_table_of_another_runtime_is_none(folder, tmp_path, other, forbid_weights):
+    there = tmp_path / "there"
+    shutil.copytree(folder, there)
+    index = slices.read(there)
+    index["latencies"] = [index["latencies"][0] | other]
+    (there / slices.INDEX).write_text(json.dumps(index))
+    with pytest.raises(RunError, match=r"budget\.prefill_ms: no latency is known of these slices"):
+        elastic.load(there, budget=25)
+    index["latencies"] = [index["latencies"][0] | {"runtime": "torch", "merged": True, "slices": 3}]
+    (there / slices.INDEX).write_text(json.dumps(index))
+    with pytest.raises(RunError, match=r"latencies: slices: expected a mapping, got 3"):
+        elastic.load(there, budget=25)
