@@ -16,6 +16,7 @@ import math
 import numpy as np
 import torch
 
+from elastic.config import SearchConfig
 from elastic.console import track
 from elastic.data import load_task
 from elastic.data.answers import answer_logits, answer_loss
@@ -24,7 +25,7 @@ from elastic.data.encoding import encode_all
 from elastic.latency.cost_table import kinds
 from elastic.latency.latency_table import spearman
 from elastic.run import Run
-from elastic.searching.study import IMPORTANCE_BATCH, IMPORTANCE_EXAMPLES
+from elastic.searching.study import IMPORTANCE_BATCH
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import load_run
 from tests.benchmarks.common import report
@@ -44,7 +45,8 @@ def main() -> None:
             collated(encode_all(base.tokenizer, examples, base.model), size, pad, net.model.device)
         )
 
-    found = group_importance(net, batches(task.train[:IMPORTANCE_EXAMPLES], IMPORTANCE_BATCH))
+    asked = task.train[: SearchConfig().importance_examples]
+    found = group_importance(net, batches(asked, IMPORTANCE_BATCH))
     validation = batches(task.validation[: given.examples], 32)
 
     @torch.inference_mode()
@@ -74,7 +76,7 @@ def main() -> None:
         }
     report(
         "importances",
-        f"gradient importances of {IMPORTANCE_EXAMPLES} training examples against the loss on "
+        f"gradient importances of {len(asked)} training examples against the loss on "
         f"{given.examples} validation examples with each group alone cut to its smallest choice",
         rows, save=given.save, command="python -m tests.benchmarks.importances RUN",
         task=config.task.train or config.task.name,
