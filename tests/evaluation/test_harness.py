@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.config import EvaluateConfig, ExportConfig, StageConfig
+from elastic.config import CompensationConfig, EvaluateConfig, ExportConfig, StageConfig
 from elastic.errors import ConfigError, DataError, DataMissing, MissingExtra, RunError
 from elastic.evaluation.command import evaluate_run
 from elastic.evaluation.harness import _file, runner_model
@@ -123,7 +123,8 @@ def test_one_file_has_everything_and_every_runtime_agrees(run, tasks, capsys):
     half = 1.96 * np.std(right, ddof=1) / math.sqrt(12)
     assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
     export(ExportConfig(run=str(run.path), sub_adapter="minimal", formats=["onnx", "openvino"],
-                        timing=ONE_ROUND, accuracy=False))  # fmt: skip
+                        timing=ONE_ROUND, accuracy=False,
+                        compensation=CompensationConfig(sequential=False)))  # fmt: skip
     for runtime in ("onnx", "openvino"):
         other = evaluate_run(config(run, tasks, exported=runtime))
         assert other.file != report.file
@@ -185,7 +186,8 @@ def test_perplexity_is_that_of_the_tokens(run, tmp_path, capsys):
     with net.active(sub) as model, torch.no_grad():
         whole = model(input_ids=ids, labels=ids).loss.exp().item()
         found = evaluate_run(EvaluateConfig(
-            run=str(run.path), sub_adapter="minimal", text=str(file), window=128
+            run=str(run.path), sub_adapter="minimal", text=str(file), window=128,
+            compensation=CompensationConfig(degrees=[0.0]),
         ))  # fmt: skip
         assert found.value == pytest.approx(whole, rel=1e-5) and found.interval is None
         rest = ids[0, 1:].tolist()
