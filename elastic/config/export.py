@@ -126,8 +126,8 @@ class ExportConfig:
     slices: SlicesConfig = field(default_factory=SlicesConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
     prove: bool = True
-    """false only writes, tensor by tensor, what is larger than memory: hf alone, which is neither
-    loaded again nor compared nor timed."""
+    """false only writes, tensor by tensor, what is larger than memory: hf and elastic, which are
+    neither loaded again nor compared nor timed."""
     accuracy: bool = True
     """Score the compact model on the test split, unless the search already has; it and the full one
     where hf or peft is written at the precision of both."""
@@ -154,12 +154,12 @@ class ExportConfig:
         )
         if self.push_to_hub is not None:
             _require_repository(self.push_to_hub)
-        plain = self.formats == ["hf"] and not (
+        plain = set(self.formats) <= {"hf", "elastic"} and not (
             self.merge.adapters or self.hf.padded or self.hf.uniform
         )
         require(
             self.prove or plain,
-            "prove false writes a sub-adapter as it is, as hf alone: give --formats hf, and "
+            "prove false writes a sub-adapter as it is, as hf or elastic: give --formats hf, and "
             "nothing to merge, to pad or to make uniform",
         )
         require(

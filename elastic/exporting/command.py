@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
 from elastic.exporting.targets import FORMATS
 from elastic.files import new_directory, write_json, write_text
-from elastic.formats import hf
+from elastic.formats import hf, slices
 from elastic.formats.runner import runner_of
 from elastic.latency.latency_table import read_timetable_of
 from elastic.latency.runtime import timing_of
@@ -49,7 +50,7 @@ from elastic.supernet.store import (
     read_factors,
     read_super_adapter,
 )
-from elastic.supernet.streaming import streamed, take_settings_
+from elastic.supernet.streaming import Streamed, streamed, take_settings_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +150,9 @@ def _export(config: ExportConfig) -> Report:
     with new_directory(directory) as building:
         # Beside what is kept: large, and gone with it when this process is killed.
         with tempfile.TemporaryDirectory(dir=building, prefix=".") as scratch:
-            every_size = EverySize(run, net, held_out, of_whom, config.seed, config.slices.tables)
+            every_size = EverySize(
+                run, net, held_out.best, of_whom, config.seed, config.slices.tables
+            )
             source = Source(
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), every_size, name,
                 task.train,
@@ -298,7 +301,8 @@ UNPROVED = "neither loaded again nor compared: prove false"
 
 
 def write_only(config: ExportConfig) -> Report:
-    """Write RUN/export/NAME/hf, at most `hf.max_shard_size` of it in memory at a time.
+    """Write RUN/export/NAME/hf, at most `hf.max_shard_size` of it in memory at a time, and elastic,
+    where beside that what one slice has of its own is in memory.
 
     The base is read in the type it was saved in, so that its file is mapped, not copied; sums of
     weights and updates are formed in float32 and rounded once.
@@ -308,6 +312,8 @@ def write_only(config: ExportConfig) -> Report:
     """
     run = Run(config.run)
     trained = run.config()
+    for file in config.slices.tables:
+        read_timetable_of(run, file)
     folder = loading.locate(trained.model.path)
     digest = digest_of(folder)
     read_super_adapter(run.super_adapter, digest)
@@ -320,38 +326,62 @@ def write_only(config: ExportConfig) -> Report:
     as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     skeleton = loading.skeleton(trained.model, dtype)
     chosen = run.chosen(config.sub_adapter)
-    factors_of = run.factors_of(chosen)
-    net = load_super_adapter(skeleton, digest, factors_of)
+    net = load_super_adapter(skeleton, digest, run.super_adapter)
+    require(
+        not net.head or "elastic" not in config.kinds,
+        "prove false: a classifier is written as hf alone; leave elastic or prove false out",
+    )
+    factors = read_factors(run.factors_of(chosen))
+    net.load_factors(factors)
     full_cost = Counter(net.model, net.space).full
     name, sub = chosen.name, chosen.at(net.space, config.seed)
-    made_up = _without_asking(chosen, net, sub, config)
-    directory = run.export(config.name or name, sub, ["hf"])
+    directory = run.export(config.name or name, sub, config.kinds)
     base = loading.load_model(folder, dataclasses.replace(trained.model, **as_stored))
     take_settings_(net.model, base)
-    factors = read_factors(factors_of)
-    head = {key: factors[key] for key in net.head}
-    found = streamed(base, net, sub, head, made_up.degree)
+    stream = functools.partial(streamed, base, net, head={key: factors[key] for key in net.head})
     tokenizer = loading.load_tokenizer(trained.model)
-    if reason := hf.why_not(found.model):
-        raise ExportError(f"hf: {reason}")
+
+    @functools.cache
+    def batches() -> list[dict[str, torch.Tensor]]:
+        return fitted_batches(trained, base, tokenizer, task_of(run), config.compensation)
+
+    def best(chosen: Chosen, sub: SubAdapter) -> tuple[Compensated, Streamed]:
+        """With the factors that the net has now; what was fitted is kept in `changes`."""
+        made_up = _without_asking(chosen, net, sub, config)
+        found = stream(sub, degree=made_up.degree)
+        if made_up.sequential:
+            own = Path(tempfile.mkdtemp(dir=changes))
+            fit_streamed_(found, stream(net.space.maximal()), net, sub, batches(), own)
+        return made_up, found
+
     with (
         new_directory(directory) as building,
         tempfile.TemporaryDirectory(dir=building, prefix=".") as changes,
     ):
-        if made_up.sequential:
-            batches = fitted_batches(trained, base, tokenizer, task_of(run), config.compensation)
-            whole = streamed(base, net, net.space.maximal(), head)
-            fit_streamed_(found, whole, net, sub, batches, Path(changes))
-        say("Writing hf")
-        hf.write(
-            found.model, tokenizer, building / "hf", dtype=dtype,
-            max_shard_size=config.hf.max_shard_size, tensors=found.tensors,
-        )  # fmt: skip
+        made_up, found = best(chosen, sub)
+        shard: dict[str, Any] = {"max_shard_size": config.hf.max_shard_size}
+        if "hf" in config.kinds:
+            if reason := hf.why_not(found.model):
+                raise ExportError(f"hf: {reason}")
+            say("Writing hf")
+            hf.write(
+                found.model, tokenizer, building / "hf", dtype=dtype, tensors=found.tensors, **shard
+            )
+        if "elastic" in config.kinds:
+            say("Writing elastic")
+            every = EverySize(run, net, best, chosen, config.seed, config.slices.tables)
+            with every.factors_of(None):
+                slices.write(
+                    net, tokenizer, every.slices(), building / "elastic", model=trained.model,
+                    dtype=dtype, latencies=every.latencies(), stream=stream,
+                    referred=digest if config.slices.base == "reference" else None, **shard,
+                )  # fmt: skip
+        sizes = {kind: proof.size_of(building / kind) for kind in config.kinds}
         return _described(
             building, run, config,
             directory=directory,
             base_digest=digest,
             model=Model(name, sub, proof.Accuracy(), count(found.model), full_cost, made_up),
-            formats={"hf": proof.Unproved(0, UNPROVED)},
+            formats={kind: proof.Unproved(size, UNPROVED) for kind, size in sizes.items()},
             provenance=provenance("cpu"),
         )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json
 from elastic.formats.choosing import FULL
+from elastic.formats.shards import Tensors
 from elastic.formats.slices import Slice
 from elastic.latency.latency_table import Timetable, read_timetable_of
 from elastic.latency.target import LATENCIES
@@ -19,9 +20,14 @@ from elastic.plain import shaped
 from elastic.run import Chosen, Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.cost import count
-from elastic.supernet.held_out import HeldOut
+from elastic.supernet.depth import renamed
+from elastic.supernet.held_out import Compensated
 from elastic.supernet.store import read_factors
+from elastic.supernet.streaming import Streamed
 from elastic.supernet.supernet import Supernet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEPT = (
     "best", "accuracy", "accuracy_n", "accuracy_interval", "difference", "difference_interval",
@@ -31,11 +37,12 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class EverySize:
-    """Of one run, whose supernet and held-out examples are in memory."""
+    """Of one run, whose supernet is in memory, if need be without the base's weights."""
 
     run: Run
     net: Supernet
-    held_out: HeldOut
+    best: Callable[[Chosen, SubAdapter], tuple[Compensated, PreTrainedModel | Streamed]]
+    """How much of what it cuts a sub-adapter makes up for, and the model that is then."""
     chosen: Chosen
     """The one that was asked for, which need not be of the front."""
     seed: int
@@ -57,11 +64,26 @@ class EverySize:
         for name, chosen in self._named.items():
             sub = chosen.at(self.net.space, self.seed)
             with self.factors_of(chosen):
-                made_up, model = self.held_out.best(chosen, sub)
+                made_up, made = self.best(chosen, sub)
+            if isinstance(made, Streamed):
+                model, tensors = made.model, self._own(made, chosen, sub, made_up)
+            else:
+                model, tensors = made, None
             cost = count(model)
             known = self._known(name, chosen.saved)
             figures = {"compensation": made_up.as_dict(), **known}
-            yield Slice(name, sub, model, {**figures, "params": cost.params, "macs": cost.macs})
+            figures |= {"params": cost.params, "macs": cost.macs}
+            yield Slice(name, sub, model, figures, tensors)
+
+    def _own(
+        self, made: Streamed, chosen: Chosen, sub: SubAdapter, made_up: Compensated
+    ) -> Tensors:
+        """Tensors that the leading rows and columns may not give: making one to see takes time."""
+        if self.run.factors_of(chosen) != self.run.super_adapter:
+            return made.tensors
+        kept, makes_up = self.net.space.kept(sub), made_up.degree or made_up.sequential
+        cut = {renamed(kept, site) for site in self.net.space.reading} if makes_up else ()
+        return {k: make for k, make in made.tensors.items() if k.rpartition(".")[0] in cut}
 
     def latencies(self) -> list[dict[str, Any]]:
         """Tables of milliseconds by slice: the one of the search, where there was one, and those

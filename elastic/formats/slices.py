@@ -35,6 +35,7 @@ from elastic.errors import ConfigError, ModelError, RunError, unknown
 from elastic.files import read_json, write_json, write_text
 from elastic.formats import hf, matformer, slice_classes
 from elastic.formats.any_size import BASE, COPY, INDEX, VERSION
+from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.models.modules import module_tree, modules_of, put_
@@ -50,7 +51,7 @@ from elastic.supernet.store import (
     read_super_adapter,
     save_super_adapter,
 )
-from elastic.supernet.streaming import streamed, take_settings_
+from elastic.supernet.streaming import Streamed, streamed, take_settings_
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Slice:
     """Sliced and merged, with what it makes up for."""
     figures: Mapping[str, Any]
     """For JSON: accuracy with its number of examples and interval, costs, compensation."""
+    tensors: Tensors | None = None
+    """Of a model without data, what makes those that may be its own."""
 
 
 @torch.no_grad()
@@ -92,8 +95,11 @@ def write(
     latencies: Iterable[Mapping[str, Any]] = (),
     max_shard_size: int | str = hf.SHARD,
     referred: str | None = None,
+    stream: Callable[..., Streamed] | None = None,
 ) -> None:
-    """Write all of it into a new folder, weights in `dtype`; one slice is in memory at a time.
+    """Write all of it into a new folder, weights in `dtype`; one slice is in memory at a time, or
+    what it has of its own if the supernet has no data and `stream` (`streamed` of its base) makes
+    the tensors.
 
     `latencies` are tables, one for a device and runtime: what was timed, and by slice its
     milliseconds. A base that is `referred` to by its digest stays where it is.
@@ -102,19 +108,25 @@ def write(
     base, plain, digest = _ordered_base(net), as_lora(net), referred
     model = replace(model, path=_wherever(model.path))
     if digest is None:
-        hf.write(base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size)
+        whole = stream(net.space.maximal(), merged=False).tensors if stream else None
+        hf.write(
+            base, tokenizer, directory / BASE, dtype=dtype, max_shard_size=max_shard_size,
+            tensors=whole,
+        )  # fmt: skip
         digest = digest_of(directory / BASE)
         # Its base is the one beside it. Folders of this machine are nobody else's business.
         model = replace(model, path=BASE)
     save_super_adapter(net, directory / ADAPTER, model=model, base_digest=digest, plain=plain)
     about, sizes = {}, {}
     for one in slices:
-        own = _own(net, one, dtype)
+        sub = one.sub_adapter
+        leading = stream(sub).tensors if stream else tensors_of(compact(net, sub))
+        own = _own(one, leading, dtype)
         if own:
             save_file(own, directory / f"{one.name}.safetensors")
-        sub = plain.sub_adapter(net, one.sub_adapter)
-        about[one.name] = {"sub_adapter": sub.as_dict(), "own": bool(own), **one.figures}
-        sizes[one.name] = slice_classes.sizes_of(net, one.sub_adapter, one.model, plain.rank_of)
+        chosen = plain.sub_adapter(net, sub).as_dict()
+        about[one.name] = {"sub_adapter": chosen, "own": bool(own), **one.figures}
+        sizes[one.name] = slice_classes.sizes_of(net, sub, one.model, plain.rank_of)
     hf.write_tokenizer(tokenizer, directory)
     auto = slice_classes.write(base, directory, dtype, sizes)
     index = {
@@ -147,14 +159,15 @@ def _ordered_base(net: Supernet) -> PreTrainedModel:
         return settle_(model).eval()
 
 
-def _own(net: Supernet, one: Slice, dtype: torch.dtype) -> dict[str, Tensor]:
+def _own(one: Slice, leading: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the leading rows and columns do not give, bit for bit."""
-    plain = compact(net, one.sub_adapter).state_dict()
-    return {
-        name: tensor.to("cpu", dtype).contiguous()
-        for name, tensor in one.model.state_dict().items()
-        if not torch.equal(tensor.to(dtype), plain[name].to(dtype))
-    }
+    found = {}
+    made = tensors_of(one.model) if one.tensors is None else one.tensors
+    for name, make in made.items():
+        tensor = make().to("cpu", dtype)
+        if not torch.equal(tensor, leading[name]().to("cpu", dtype)):
+            found[name] = tensor.contiguous()
+    return found
 
 
 def read(directory: Path | str) -> dict[str, Any]:

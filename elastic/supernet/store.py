@@ -81,7 +81,7 @@ def save_super_adapter(
                 "base_digest": base_digest,
                 "adapter": dataclasses.asdict(said.adapter),
                 "sub_adapters": all_digits(net.space.size),
-                **provenance(str(net.model.device)),
+                **provenance(str(net.device)),
                 **about,
             },
         )

@@ -103,8 +103,9 @@ def streamed(
     degree: float = 0.0,
     *,
     is_ordered: bool = False,
+    merged: bool = True,
 ) -> Streamed:
-    """What `compact` would give, bit for bit.
+    """What `compact` would give, bit for bit; unless `merged`, without the update.
 
     `net` is the super-adapter's supernet over a model without data (meta), with its order and its
     factors; `base` has the weights, in their own order unless it `is_ordered` as the supernet is;
@@ -115,7 +116,8 @@ def streamed(
     model = sliced(net, sub, degree)
     updates = {}
     for site, layer in modules_of(model, FactorLinear):
-        updates[site] = layer.A.data, layer.B.data
+        if merged:
+            updates[site] = layer.A.data, layer.B.data
         bias = None if layer.bias is None else layer.bias.data
         model.set_submodule(site, plain_linear(layer.weight.data, bias))
     left, kept = _left(net, sub, degree, is_ordered), net.space.kept(sub)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from elastic import export, search
@@ -136,3 +137,29 @@ def test_a_base_that_is_referred_to_gives_the_same_slices(run, folder):
         found = slices.load(referring, name).state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+
+
+@pytest.mark.parametrize("base", ["copy", "reference"])
+def test_what_is_only_written_is_the_same_folder(run, folder, base):
+    """To the byte, from a base that is mapped, not loaded; what is fitted block by block rounds
+    otherwise."""
+    settings = dict(compensation=searches.config(run).compensation, slices=SlicesConfig(base=base))
+    report = export(config(run, formats=["elastic"], prove=False, name=f"only-{base}", **settings))
+    only = report.directory / "elastic"
+    assert "neither loaded again" in (report.directory / "report.md").read_text()
+    size = sum(file.stat().st_size for file in only.rglob("*") if file.is_file())
+    assert report.contents["formats"]["elastic"]["bytes"] == size
+    files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+    written = {file.relative_to(only) for file in only.rglob("*") if file.is_file()}
+    assert written == {file for file in files if base == "copy" or file.parts[0] != "base"}
+    says_where = {"slices.json", "README.md", "about.json"} if base == "reference" else set()
+    for file in written:
+        if file.name.startswith("front-"):
+            found, expected = load_file(only / file), load_file(folder / file)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+        elif file.name not in says_where:
+            assert (only / file).read_bytes() == (folder / file).read_bytes(), file
+    for name in slices.read(only)["slices"]:
+        slices.load(only, name)

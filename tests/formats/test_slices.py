@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from elastic.errors import BaseMismatch, ConfigError, RunError
 from elastic.formats import hf, matformer, slices
 from elastic.formats.slices import Slice
 from elastic.models.digest import digest_of
+from elastic.models.meter import Meter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
+from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, ROUNDED, model_of, output
@@ -157,6 +161,24 @@ def test_two_stacks_and_widths_that_stay_are_nothing_to_mistral_rs(family, tmp_p
     write(net, tmp_path, cut(net))
     [row, *_] = table_of(tmp_path)
     assert row["slice"] == "full" and not set(row) & set(matformer.COLUMNS)
+
+
+def test_a_model_larger_than_memory_is_written_a_shard_at_a_time(tmp_path):
+    """Beside it, what is made of one tensor, and the factors."""
+    base, net, bare = pair("llama")
+    stream, sub, shard = functools.partial(streamed, base, bare), net.space.minimal(), 100_000
+    found = stream(sub)
+    one = Slice("small", sub, found.model, {"params": 0, "macs": 0}, found.tensors)
+    largest = max(tensor.nbytes for tensor in base.state_dict().values())
+    assert sum(tensor.nbytes for tensor in base.state_dict().values()) > 7 * shard
+    held = [*base.state_dict().values(), *bare.factor_state().values(), *bare.model.parameters()]
+    with Meter(held).recording() as meter:
+        slices.write(
+            bare, tiny.tokenizer(), [one], tmp_path, model=ModelConfig(path="tiny"),
+            dtype=torch.float64, max_shard_size=shard, stream=stream,
+        )  # fmt: skip
+    assert meter.peak <= shard + 3 * largest
+    same(tmp_path, [replace(one, model=compact(net, sub))], "llama")
 
 
 @pytest.fixture
