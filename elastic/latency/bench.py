@@ -68,7 +68,8 @@ class Bench:
         self, candidates: Sequence[Candidate], label: str | None = None
     ) -> list[Measurement]:
         """The same of each. Several that take turns in the same rounds share those of the full
-        model, which spares half of the time. With a label, a bar shows the rounds."""
+        model, so that each but the first takes a third of its time. With a label, a bar shows the
+        rounds."""
         asked = {self._key(one): one for one in candidates}
         missing = [key for key in asked if key not in self._found]
         whole = sum(parameter.nbytes for parameter in self.net.model.parameters())
