@@ -67,7 +67,10 @@ def export(config: ExportConfig) -> Report:
     for: they would spoil each other's times. With `push_to_hub` it goes to the hub then.
     """
     run = Run(config.run)
-    push.check(config, run.config().model.path)
+    base = run.config().model.path
+    for file in config.slices.tables:
+        read_timetable_of(run, file)
+    push.check(config, base)
     with waiting(run.exports, "exports from it"):
         report = _export(config) if config.prove else write_only(config)
         return push.push(report) if config.push_to_hub else report
@@ -88,8 +91,6 @@ def _export(config: ExportConfig) -> Report:
         config = dataclasses.replace(config, compress=[cast(RoundedTo, chosen.compress)])
     for kind in config.kinds:
         FORMATS[kind].require()
-    for file in config.slices.tables:
-        read_timetable_of(run, file)
     config = dataclasses.replace(config, timing=timing_of(config.timing, trained.model))
     task, config = _examples(run, config, chosen)
     # Written models are float32 unless the run was float64: parity is shown at that precision.
@@ -312,8 +313,6 @@ def write_only(config: ExportConfig) -> Report:
     """
     run = Run(config.run)
     trained = run.config()
-    for file in config.slices.tables:
-        read_timetable_of(run, file)
     folder = loading.locate(trained.model.path)
     digest = digest_of(folder)
     read_super_adapter(run.super_adapter, digest)

@@ -35,6 +35,7 @@ from elastic.errors import ConfigError, ModelError, RunError, unknown
 from elastic.files import read_json, write_json, write_text
 from elastic.formats import hf, matformer, slice_classes
 from elastic.formats.any_size import BASE, COPY, INDEX, VERSION
+from elastic.formats.choosing import LATENCIES
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -373,7 +374,7 @@ def _csv(index: Mapping[str, Any], net: Supernet) -> str:
     columns = [
         (f"{key} ({table['device']}, {table['runtime']})", table, key)
         for table in index["latencies"]
-        for key in ("prefill_ms", "decode_ms")
+        for key in LATENCIES
     ]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

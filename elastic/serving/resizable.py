@@ -7,6 +7,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -45,17 +46,15 @@ class Sizes:
         shared.leave()
         model = shared.model
         # Where channels stand is the business of what is shared.
-        self.net = slices.Base(folder.base.config, folder.base.digest, is_ordered=True).net(
-            model, folder.path
-        )
+        self.net = replace(folder.base, is_ordered=True).net(model, folder.path)
         self.order = {} if folder.base.is_ordered else self.net.permutations()
         model.eval()
         self._subs = {
             name: self.net.space.check(SubAdapter(tuple(about["sub_adapter"].items())))
             for name, about in folder.index["slices"].items()
         }
-        self._elastic = {site: layer for site, layer in modules_of(model, ElasticLinear)}
-        self._blocks = {site: blocks for site, blocks in modules_of(model, Blocks)}
+        self._elastic = dict(modules_of(model, ElasticLinear))
+        self._blocks = dict(modules_of(model, Blocks))
         self._parents = {
             site: (model.get_submodule(site.rpartition(".")[0]), site.rpartition(".")[2])
             for site in (*self._elastic, *self._blocks)
@@ -147,6 +146,7 @@ class Sizes:
             try:
                 yield self.shared.model
             finally:
+                self.shared.enter(self)  # the block may have gone over to another task
                 self._put(before)
                 self.shared.enter(last)
 

@@ -69,6 +69,15 @@ def test_every_size_of_every_task_is_the_slice_of_that_name(folders, model):
     assert torch.equal(logits(model), before)
 
 
+def test_what_was_there_comes_back_whatever_the_block_did(model):
+    model.adapters["letters"].resize("full")
+    before = logits(model)
+    with model.adapters["letters"].at(model.adapters["letters"].names[-1]):
+        model.adapters["numbers"].resize("full")
+    assert model.sizes is model.adapters["letters"]
+    assert torch.equal(logits(model), before)
+
+
 def base_of(model) -> dict[str, torch.Tensor]:
     """The tensors that no task has brought, whichever of their layers run at sizes."""
     found = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
