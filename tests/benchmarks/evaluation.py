@@ -1,4 +1,5 @@
-"""What scoring by likelihood saves against generating answers one by one.
+"""What scoring by likelihood saves against generating answers one by one, and what it takes beside
+the forward passes alone.
 
     python -m tests.benchmarks.evaluation RUN QUESTIONS [--save]
 
@@ -6,7 +7,8 @@ QUESTIONS is a JSONL file of multiple-choice questions in LLM-Adapters' form, su
 test set; RUN was trained on such (an untrained model rambles on, which would flatter us). Its
 maximal sub-adapter scores questions of 1,000 in batches; the published protocol (four beams, up to
 32 new tokens, one question at a time) takes turns with it on a few of them, and both are compared
-per question.
+per question. Then 400 of the questions are scored, beside the very forward passes of that, the one
+over the common start included, called again with the same tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+
+import torch
 
 from elastic.data import llm_adapters
 from elastic.data.task import Example
@@ -23,10 +27,54 @@ from elastic.supernet.store import load_run
 from tests.benchmarks.common import report, sides
 
 EXAMPLES, TURNS, SLOW, FAST = 1000, 5, 4, 100
+BESIDE = 400
+"""Questions whose scoring is held against its forward passes."""
 
 
 def questions(file: str, count: int) -> list[Example]:
     return random.Random(0).sample(llm_adapters.read(file), count)
+
+
+class Passes:
+    """The forward passes of a module while this lasts, to be made again."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.calls: list[tuple[tuple, dict]] = []
+
+    def __enter__(self) -> Passes:
+        self._hook = self.module.register_forward_pre_hook(
+            lambda module, args, kwargs: self.calls.append((args, kwargs)), with_kwargs=True
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    @torch.inference_mode()
+    def again(self) -> None:
+        """The same calls with the same tensors."""
+        for args, kwargs in self.calls:
+            self.module(*args, **kwargs)
+
+
+def beside_passes(model, tokenizer, asked: list[Example]) -> dict[str, dict[str, float]]:
+    """Milliseconds per question of scoring and of its forward passes alone."""
+
+    def score() -> None:
+        evaluate(model, tokenizer, asked, quiet=True)
+
+    with Passes(model) as passes:
+        score()
+    found = sides(
+        {"forward passes alone": passes.again, "forward passes again (control)": passes.again,
+         f"scored, {len(asked)} questions": score},
+        TURNS, baseline="forward passes alone",
+    )  # fmt: skip
+    return {
+        name: {"ms_per_question": row["median_ms"] / len(asked), "ratio": row["ratio"]}
+        for name, row in found.items()
+    }
 
 
 def main() -> None:
@@ -78,6 +126,7 @@ def main() -> None:
             "ms_per_question": found["generated"]["median_ms"] / SLOW,
             "ratio": found["generated"]["ratio"] * FAST / SLOW,
         },
+        **beside_passes(model, tokenizer, asked[:BESIDE]),
     }  # fmt: skip
     scored = evaluate(model, tokenizer, answered, quiet=True).correct
     same = statistics.mean(a == b for a, (_, b) in zip(scored, generated, strict=True))
