@@ -4,7 +4,8 @@
 
 A step is forward, loss on the answer positions, backward and AdamW; the PEFT model is measured
 twice (A/A control), the candidates take turns. Beside each measured ratio stands the ratio of
-operations, counted while the steps run, and of peak memory. On CUDA: bfloat16, 8 x 512 tokens.
+operations, counted while the steps run, and of peak memory. On CUDA: bfloat16, 8 x 512 tokens, and
+beside each the same step replayed from a CUDA graph, which does not wait for Python to launch it.
 `--parts` measures some models and keeps the rest of an earlier result.
 """
 
@@ -37,6 +38,7 @@ RANK, ALPHA, ANSWER, DRAWS = 32, 64, 4, 6
 MADE_UP = "elastic, draws made up for"
 """compensation_in_training: solutions are found once, folded into the weights in every step. Its
 operations are those of the draws alone, so that the fold counts as overhead."""
+GRAPH = ", from a graph"
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -59,17 +61,40 @@ class Steps:
         self.draws = [self.net.space.random(generator) for _ in range(DRAWS)]
         self.batch = batch_of(model.config.vocab_size)
         self.optimizers = {
-            id(m): torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
+            id(m): torch.optim.AdamW(
+                [p for p in m.parameters() if p.requires_grad], lr=1e-4, capturable=CUDA
+            )
             for m in (self.plain, self.net.model)
         }
 
     def step(self, model: torch.nn.Module) -> None:
-        logits, labels = answer_logits(model, self.batch)
+        self.launch(model)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    def launch(self, model: torch.nn.Module) -> None:
+        logits, labels = answer_logits(model, self.batch, ANSWER)
         (answer_loss(logits, labels) / labels.numel()).backward()
         self.optimizers[id(model)].step()
         self.optimizers[id(model)].zero_grad()
-        if CUDA:
+
+    def captured(self, model: torch.nn.Module) -> Callable[[], None]:
+        """The step of a model as it is now, replayed from a CUDA graph."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.launch(model)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.launch(model)
+
+        def replay() -> None:
+            graph.replay()
             torch.cuda.synchronize()
+
+        return replay
 
     def peft(self) -> None:
         self.step(self.plain)
@@ -83,6 +108,7 @@ class Steps:
             self.net.activate(sub, 1.0)
         draws, again = itertools.cycle(self.draws), itertools.cycle(self.draws)
         return {
+            **(self.graphs() if CUDA else {}),
             "peft": self.peft,
             "peft again (control)": self.peft,
             "elastic, maximal": lambda: self.elastic(self.net.space.maximal()),
@@ -90,6 +116,14 @@ class Steps:
             MADE_UP: lambda: self.elastic(next(again), 1.0),
             "elastic, minimal": lambda: self.elastic(self.net.space.minimal()),
         }
+
+    def graphs(self) -> dict[str, Callable[[], None]]:
+        found = {f"peft{GRAPH}": self.captured(self.plain)}
+        space = self.net.space
+        for name, sub in (("maximal", space.maximal()), ("minimal", space.minimal())):
+            with self.net.active(sub):
+                found[f"elastic, {name}{GRAPH}"] = self.captured(self.net.model)
+        return found
 
     def metered(self) -> dict[str, Meter]:
         """Operations and peak memory of a step; of the draws, of the first and largest one."""
@@ -117,6 +151,7 @@ class Steps:
             drawn.append(meter.flops)
         found["elastic, uniform draws"].flops = statistics.mean(drawn)
         draws = found["elastic, uniform draws"]
+        found |= {f"{name}{GRAPH}": meter for name, meter in found.items()}
         return {**found, MADE_UP: draws, "peft again (control)": found["peft"]}
 
 
@@ -125,10 +160,9 @@ def batch_of(vocabulary: int) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[:, :-ANSWER] = IGNORED
     mask = torch.ones_like(ids)
-    batch = {
-        "input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1,
-        "labels": labels,
-    }  # fmt: skip
+    batch = {"input_ids": ids, "position_ids": mask.cumsum(1) - 1, "labels": labels}
+    if not CUDA:  # with a mask, what follows depends on its values, which no graph can wait for
+        batch["attention_mask"] = mask
     return {key: value.to(DEVICE) for key, value in batch.items()}
 
 
@@ -146,11 +180,13 @@ def busiest(step: Callable[[], None], rows: int = 8) -> dict[str, float]:
 
 
 def measured(steps: Steps, repetitions: int) -> dict[str, dict]:
-    """Seconds, and the ratios to PEFT of seconds, operations and peak memory beside the weights."""
+    """Seconds, and the ratios to PEFT of seconds, operations and peak memory beside the weights;
+    over the operations what is replayed from a graph is compared with PEFT from a graph."""
     found, meters = sides(steps.candidates(), repetitions, baseline="peft"), steps.metered()
     for name, row in found.items():
         row["operations"] = meters[name].flops / meters["peft"].flops
-        row["over_operations"] = row["ratio"] / row["operations"]
+        beside = found["peft" + GRAPH] if name.endswith(GRAPH) else found["peft"]
+        row["over_operations"] = row["ratio"] / beside["ratio"] / row["operations"]
         row["peak_memory"] = meters[name].peak / meters["peft"].peak
     return found
 
