@@ -65,9 +65,13 @@ class TableConfig:
     """Sub-adapters that the table is learnt from."""
     unseen: int = 4
     """Others, on which its error is measured."""
+    rounds: int = 5
+    """Rounds in which all take turns, on a busy machine too: what is amiss in the times of one
+    sub-adapter, those of the others make up for."""
 
     def __post_init__(self) -> None:
         require(self.seen >= 2, f"table.seen is {self.seen}; at least 2")
+        require(self.rounds >= 1, f"table.rounds is {self.rounds}; at least 1")
         require(self.unseen >= 0, f"table.unseen is {self.unseen}; at least 0")
         require(
             self.target is None or bool(self.file),

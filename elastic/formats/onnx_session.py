@@ -94,6 +94,8 @@ def at_the_end(logits: np.ndarray) -> np.ndarray:
 class CachingRunner:
     """Prefill and decode of a runtime that keeps the cache between calls."""
 
+    own_threads = True
+
     _length = 0
     """Tokens in the cache."""
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """A deployed model with its KV cache; a classifier only prefills."""
 
+    own_threads: bool
+    """Whether it computes on threads that are not the process's: they may go on spinning for work
+    while another runner's turn has begun."""
+
     def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         """(batch, prompt) int64 -> logits of the first token of an answer (batch, vocab), or of the
         classes (batch, classes); forgets the past. `types`, of the same shape, tell the sentences
@@ -31,6 +35,8 @@ class TorchRunner:
 
     Logits come back as float32 or wider; fetching them waits for the device.
     """
+
+    own_threads = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

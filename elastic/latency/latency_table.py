@@ -235,7 +235,8 @@ def record(
     asked = [maximal, *chosen] if mode else chosen  # as it is, the maximal one is the full model
     what = f" in {mode}" if mode else ""
     say(f"Timing {len(asked)} sub-adapters for the latency table{what}")
-    with Bench(net, timing, seed) as bench:
+    turns = replace(timing, rounds=table.rounds, max_rounds=table.rounds)
+    with Bench(net, turns, seed) as bench:
         timed = bench.together([Candidate(sub, mode) for sub in asked], "timing sub-adapters")
         found = list(zip(asked, timed, strict=True))
         memory = {sub: bench.memory_mb(Candidate(sub, mode)) for sub in (maximal, *chosen)}

@@ -103,8 +103,9 @@ def measure(
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
     last, until every IQR / median is below 0.1 and the control within the tolerance, at most
-    `max_rounds`: a busy machine takes more of them, and all count. A turn begins with a prefill
-    that is not timed: threads of the runner before it may still be spinning.
+    `max_rounds`: a busy machine takes more of them, and all count. Where runners have threads of
+    their own, a turn begins with a prefill that is not timed: those of the runner before it may
+    still be spinning.
     """
     turns = {**runners, CONTROL: runners[REFERENCE]}
     generator = np.random.default_rng(seed)
@@ -115,7 +116,8 @@ def measure(
     decode: dict[str, list[float]] = {name: [] for name in turns}
 
     def once(runner: Runner) -> tuple[float, float]:
-        runner.prefill(prompt)
+        if runner.own_threads:
+            runner.prefill(prompt)
         start = clock()
         runner.prefill(prompt)
         middle = clock()

@@ -18,9 +18,11 @@ class Machine:
 
 
 class FakeRunner:
-    """Takes `prefill` and `decode` seconds, both times what `slowdown` says of the turn, counted
-    over this runner's own turns (0 is the warm-up) and over everybody's. The first prefill of a
-    turn takes long, and is not to be counted."""
+    """With threads of its own. Takes `prefill` and `decode` seconds, both times what `slowdown`
+    says of the turn, counted over this runner's own turns (0 is the warm-up) and over everybody's.
+    The first prefill of a turn takes long, and is not to be counted."""
+
+    own_threads = True
 
     def __init__(self, machine, name, prefill, decode, slowdown=lambda own, all: 1.0):
         self.machine, self.name, self.slowdown = machine, name, slowdown

@@ -166,6 +166,23 @@ def test_latency_is_refused_on_a_busy_machine(
 # Unmerged, ranks cost.
 
 
+def test_all_take_turns_in_as_many_rounds_as_a_table_is_to_have(
+    trained, monkeypatch, nothing_known
+):
+    asked = []
+
+    def counting(runners, config, **kwargs):
+        asked.append((config.rounds, config.max_rounds))
+        return fake_measure(runners, config, **kwargs)
+
+    monkeypatch.setattr(bench, "measure", counting)
+    net, timing = load_run(trained)[2], TimingConfig(rounds=7, max_rounds=9)
+    record(net, Target.of(trained, timing), timing, TableConfig(seen=2, unseen=1, rounds=3), 0)
+    assert set(asked) == {(3, 3)}
+    with pytest.raises(ConfigError, match=r"table\.rounds is 0"):
+        TableConfig(rounds=0)
+
+
 def test_ranks_cost_only_unmerged(trained, nothing_known):
     net = load_run(trained)[2]
     full = net.space.indices(net.space.maximal())

@@ -281,3 +281,19 @@ def test_the_bounds_of_known_numbers_of_rounds():
     # From tables of the sign test: of 6 rounds all, of 9 without one at either end, of 20 five.
     for n, outside in ((3, 0), (6, 0), (9, 1), (20, 5)):
         assert between(range(n)) == (outside, n - 1 - outside)
+
+
+def test_runners_on_the_threads_of_the_process_are_timed_at_once():
+    class OnePool(FakeRunner):
+        own_threads = False
+
+        def prefill(self, input_ids):
+            self.warming = True  # so that this one is counted
+            super().prefill(input_ids)
+
+    machine = Machine()
+    runners = [OnePool(machine, "full", 0.010, 0.010), OnePool(machine, "half", 0.005, 0.010)]
+    found = run(machine, runners)
+    assert found.full.prefill_ms == pytest.approx(10)
+    assert found.ratios["half"].prefill_ms == pytest.approx(0.5)
+    assert len(runners[1].prompts) == 1 + found.rounds  # the warm-up, and one in every turn
