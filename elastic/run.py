@@ -114,6 +114,7 @@ class Run:
         return False
 
     def begin(self, config: TrainConfig) -> None:
+        """Keep the settings, before anything is trained."""
         if not self.config_file.is_file():
             write_text(self.config_file, yaml.safe_dump(_identity(config), sort_keys=False))
 

@@ -74,6 +74,7 @@ class SosLoraConfig:
     """SOS-LoRA (arXiv 2607.16252): experts in orthogonal subspaces at several scales, all on."""
 
     experts: int = 4
+    """How many experts a layer has."""
     rank_mode: Literal["total", "expert"] = "total"
     """Whether adapter.rank is shared by the experts or belongs to each."""
     elastic: Literal["rank", "experts"] = "rank"
@@ -95,6 +96,7 @@ class SosLoraConfig:
     gate_start: float = 2.0
     """Temperature of the gate at the start."""
     gate_end: float = 1.0
+    """Temperature of the gate at the end."""
     gate_anneal: float = 0.30
     """Fraction of training over which the temperature goes from start to end."""
     gate_prior: float = 2e-4
@@ -144,6 +146,7 @@ class AdapterConfig:
     """The scale of the update is alpha / rank at every active rank. Unset, the scale is the
     method's published one: lora 2, sorsa 1, prolora 2, olora 4, soslora 1."""
     dropout: float = 0.0
+    """Probability with which an input of the adapter is left out in training."""
     lr_ratio: float = 1.0
     """Learning rate of the output-side factors over the others' (LoRA+, arXiv 2402.12354)."""
     sorsa: SorsaConfig = field(default_factory=SorsaConfig)
@@ -178,10 +181,12 @@ class AdapterConfig:
 
     @property
     def resolved_method(self) -> Method:
+        """`method`, with auto decided."""
         return "lora" if self.method == "auto" else self.method
 
     @property
     def resolved_alpha(self) -> float:
+        """`alpha`, or the method's published one."""
         if self.alpha is not None:
             return self.alpha
         return _ALPHA_PER_RANK[self.resolved_method] * self.rank

@@ -28,11 +28,15 @@ class EvaluateConfig:
     tasks of lm-evaluation-harness or on a text."""
 
     run: str = "runs/default"
+    """The run directory of a trained super-adapter."""
     sub_adapter: str = "maximal"
+    """best (of the search), maximal, heuristic, minimal, uniform-FRACTION, a name of the front,
+    or a JSON file."""
     compensation: CompensationConfig = field(default_factory=CompensationConfig)
     """Of a sub-adapter that the search did not choose; what it chose is kept, or turned off by
     degrees of 0 alone."""
     split: Literal["validation", "test"] = "test"
+    """Of the run's own data."""
     tasks: list[str] = field(default_factory=list)
     """Published sets instead of the run's own: math, commonsense, or gsm8k, aqua, mawps, svamp,
     boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."""
@@ -42,12 +46,14 @@ class EvaluateConfig:
     """published: generate with beams and look for the answer in the text. likelihood: score the
     options of multiple choice, which takes one pass; other sets are generated greedily."""
     beams: int = 4
+    """Of published sets that are answered by text; 1 is greedy."""
     examples: int | None = None
     """At most so many of each set, or of the run's own split, drawn from all of it; of harness
     tasks the first ones."""
     batch: int = 8
     """Prompts that are answered together; the answers do not depend on it."""
     batch_tokens: int = 2048
+    """Padded tokens per evaluation batch; the score does not depend on it."""
     dtype: Dtype | None = None
     """Type to compute in; unset, the one of the training."""
     harness: list[str] = field(default_factory=list)

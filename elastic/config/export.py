@@ -24,6 +24,7 @@ class MergeAdapterConfig:
     path: str
     """A run of ours, a PEFT adapter's directory, or the hub name of either (owner/name)."""
     weight: float = 1.0
+    """What its update is multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class ExportConfig:
     loaded again and compared with the supernet."""
 
     run: str = "runs/default"
+    """The run directory of a trained super-adapter."""
     sub_adapter: str = "best"
     """best (of the search), maximal, heuristic, minimal, a name from the front, or a JSON file."""
     name: str | None = None
@@ -138,7 +140,9 @@ class ExportConfig:
     """Load every written model, and the full one, once more in a process of its own: how long that
     takes and how much memory."""
     batch_tokens: int = 2048
+    """Padded tokens per evaluation batch; the score does not depend on it."""
     seed: int = 0
+    """Of what is drawn: a random sub-adapter, the entries that DARE keeps, prompts to time."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -195,6 +199,7 @@ class ExportConfig:
 
     @property
     def has_graphs(self) -> bool:
+        """Whether onnx or openvino is written."""
         return bool(set(self.formats) & set(GRAPHS))
 
     @property

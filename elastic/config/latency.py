@@ -27,9 +27,11 @@ class TimingConfig:
     """Fold the factors into the weights first. Unmerged ones cost time, the more the larger their
     rank; torch only."""
     prompt_tokens: int = 64
+    """Length of every prompt that is timed."""
     new_tokens: int = 4
     """Decode steps per round; a classifier has none."""
     batch: int = 1
+    """Prompts that are timed together."""
     rounds: int = 5
     """At least this many rounds; more until IQR / median < 0.1 and the control is within the
     tolerance."""
@@ -94,7 +96,10 @@ class LatencyConfig:
     the latency table of this device instead."""
 
     run: str = "runs/default"
+    """The run directory of a trained super-adapter."""
     sub_adapter: str = "best"
+    """best (of the search), maximal, heuristic, minimal, uniform-FRACTION, a name of the front,
+    or a JSON file."""
     compress: Literal["chosen", "none", RoundedTo] = "chosen"
     """The sub-adapter's weights have so few bits, the full model's not. chosen: as the search chose
     for it."""
@@ -103,6 +108,7 @@ class LatencyConfig:
     timing: TimingConfig = field(default_factory=lambda: TimingConfig(rounds=10))
     table: TableConfig = field(default_factory=TableConfig)
     seed: int = 0
+    """Of the prompts that are timed and the sub-adapters that the table is learnt from."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -55,6 +55,7 @@ class BudgetConfig:
     memory_mb: float | str | None = None
     """Weights, and what a prefill of timing.batch prompts keeps beside them at its peak, MB."""
     params: float | str | None = None
+    """Parameters of the sliced and merged model."""
     macs: float | str | None = None
     """Multiply-accumulates of the linear layers per token."""
     min_accuracy: float | str | None = None
@@ -118,6 +119,7 @@ class SearchConfig:
     """Searches a trained super-adapter for its Pareto-optimal sub-adapters."""
 
     run: str = "runs/default"
+    """The run directory of a trained super-adapter."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     trials: int = 50
@@ -154,6 +156,7 @@ class SearchConfig:
     batch_tokens: int = 2048
     """Padded tokens per evaluation batch; the score does not depend on it."""
     seed: int = 0
+    """Of all that is drawn: starts, proposals, the examples of a race."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

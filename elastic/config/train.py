@@ -26,6 +26,7 @@ class StageConfig:
     train_dims: list[Dim] = field(default_factory=list)
     """Dimensions that shrink in this stage; the others stay maximal."""
     epochs: int = 1
+    """Passes over the training examples."""
     width_indicator: int | None = None
     """How many of the first choices of every open group are drawn; unset opens all."""
     init_lr: float | None = None
@@ -52,6 +53,7 @@ class ScheduleConfig:
     """One learning-rate schedule over all stages; exclusive with a stage's `init_lr`."""
 
     base_lr: float = 1e-3
+    """The highest learning rate, where warm-up ends."""
     warmup_lr: float = 0.0
     """Where the linear warm-up starts."""
     warmup_epochs: float = 0.0
@@ -167,7 +169,9 @@ class TrainConfig:
     of taking sequences of similar length together. Pays where answers are long and lengths differ
     much; decoders with a language head only."""
     weight_decay: float = 0.0
+    """Of AdamW, for all that is trained."""
     max_grad_norm: float = 1.0
+    """Gradients of a step are scaled down to this norm; 0 leaves them as they are."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again in the backward pass: the same
     gradients with less memory, for about half more time (frozen weights have no gradient)."""
@@ -179,6 +183,7 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)
     """Trackers of the Hugging Face Trainer, such as tensorboard, beside metrics.jsonl."""
     seed: int = 0
+    """Of all that is drawn: examples, how factors start, the order of batches, sub-adapters."""
     dry_run: bool = False
     """Only print the space, sizes, memory and compute that these settings lead to; reads no weights
     and writes nothing. A model folder with config.json alone will do."""
@@ -250,18 +255,21 @@ class TrainConfig:
 
     @property
     def resolved_order(self) -> Literal["activation", "norm", "none"]:
+        """`order`, with auto decided."""
         if self.order != "auto":
             return self.order
         return "none" if self.sampling == "lonas" else "activation"
 
     @property
     def draw_for(self) -> Literal["step", "micro_batch", "process"]:
+        """`sample_each`, with auto decided."""
         if self.sample_each != "auto":
             return self.sample_each
         return "micro_batch" if self.sampling == "lonas" else "step"
 
     @property
     def resolved_stages(self) -> list[StageConfig]:
+        """`stages`, or what unset means."""
         if self.stages:
             return self.stages
         everything = StageConfig(train_dims=self.progressivity, epochs=2)

@@ -40,6 +40,7 @@ class SubAdapter:
         return dict(self.choices)
 
     def as_dict(self) -> dict[str, int]:
+        """Group to choice, as files have it."""
         return dict(self.choices)
 
     @classmethod

@@ -86,6 +86,7 @@ class Supernet:
         return torch.device("cpu") if device.type == "meta" else device
 
     def layer(self, site: str) -> ElasticLinear:
+        """The layer with factors at this place in the model."""
         return self.model.get_submodule(site)
 
     def adapters(self) -> Iterator[tuple[str, Adapter]]:
