@@ -74,7 +74,8 @@ def leads_somewhere(parts: list[str]) -> bool:
 
 
 def readable() -> list[str]:
-    files = [*ROOT.glob("elastic/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("fragments/*.py")]
+    files = [*ROOT.glob("elastic/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py")]
+    files += [*ROOT.glob("fragments/*.py"), *ROOT.glob("docs/**/*.md")]
     files += [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("search_spaces/*.yaml")]
     named = (*PAGES, "CHANGELOG.md", "Makefile", "pyproject.toml", ".pre-commit-config.yaml")
     return [*named, *sorted(str(file.relative_to(ROOT)) for file in files)]
