@@ -23,8 +23,9 @@ def svg(width: int, height: int, what: str, parts: Sequence[str]) -> str:
     """A drawing that scales with the page."""
     inside = "\n".join(parts)
     return (
-        f'<svg class="drawn" viewBox="0 0 {width} {height}" role="img" aria-label="{what}" '
-        f'xmlns="http://www.w3.org/2000/svg">\n{inside}\n</svg>\n'
+        f'<div class="scroll"><svg class="drawn" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{what}" '
+        f'xmlns="http://www.w3.org/2000/svg">\n{inside}\n</svg></div>\n'
     )
 
 

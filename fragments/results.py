@@ -7,13 +7,15 @@ of their figures.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fragments import figures, training_figures
 
 RESULTS = Path("tests/benchmarks/results")
+DOCS = Path("docs")
+OTHERS = "others.md"
 Found = Mapping[str, Any]
 TABLES: dict[str, Callable[[Found], str]] = {
     "activation": figures.activation,
@@ -48,8 +50,16 @@ TABLES: dict[str, Callable[[Found], str]] = {
 
 
 def tables() -> dict[str, str]:
-    """File name to Markdown, for every result."""
-    return {f"{file.stem}.md": fragment(file) for file in sorted(RESULTS.glob("*.json"))}
+    """File name to Markdown, for every result; and for those that no page names."""
+    files = {file.stem: fragment(file) for file in sorted(RESULTS.glob("*.json"))}
+    return {f"{name}.md": text for name, text in files.items()} | {OTHERS: others(files)}
+
+
+def others(names: Iterable[str], docs: Path = DOCS) -> str:
+    """Includes of the results that no page below `docs` includes."""
+    text = "".join(page.read_text(encoding="utf-8") for page in docs.rglob("*.md"))
+    left = [name for name in names if f'"results/{name}.md"' not in text]
+    return "".join(f'## {name}\n\n--8<-- "results/{name}.md"\n' for name in left)
 
 
 def fragment(file: Path) -> str:
