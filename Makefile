@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 # Every process of the tests would compile torch and transformers anew, 20 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-EXTRAS := compress,datasets,eval,genai,gp,onnx,openvino,quantised,tensorboard,workers
+EXTRAS := compress,datasets,eval,genai,gguf,gp,onnx,openvino,plots,quantised,tensorboard,workers
 
 .PHONY: demo test test-slow test-oldest lint docs bench clean
 
@@ -30,7 +30,8 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet uv
 	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python \
-		--resolution lowest-direct -e '.[$(EXTRAS)]' 'hypothesis>=6.100' 'pytest>=8.3' 'pytest-xdist>=3.6'
+		--resolution lowest-direct -e '.[$(EXTRAS)]' 'hypothesis>=6.100' 'pytest>=8.3' 'pytest-xdist>=3.6' \
+		'build>=1.2' 'hatchling>=1.24'
 	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/ready
@@ -38,6 +39,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # The pages of docs/ as a site in build/site. A broken link or a setting that says nothing fails.
 docs: $(VENV)/docs-ready
@@ -77,7 +80,7 @@ $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python -m pip install --quiet --no-compile uv
 	$(call FASTER,$(TORCH))
-	$(call FASTER,-e '.[onnx$(comma)openvino]')
+	$(call FASTER,-e '.[gguf$(comma)onnx$(comma)openvino$(comma)plots]')
 	$(call FASTER,$(SMOLLM2))
 	@touch $@
 

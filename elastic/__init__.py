@@ -38,9 +38,23 @@ _WHERE = {
 }
 
 __all__ = list(_WHERE)
+__version__: str
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _WHERE:
         raise AttributeError(f"module 'elastic' has no attribute {name!r}")
     return getattr(importlib.import_module(f"elastic.{_WHERE[name]}"), name)
+
+
+def _version() -> str:
+    """Of the installed package, which has it from pyproject.toml; of a folder that is only on the
+    path nobody knows."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("elastic-adapters")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

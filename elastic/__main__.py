@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import elastic
 from elastic import config
 
 COMMANDS = {
@@ -30,9 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
         print(_usage(prog))
         return 0
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("elastic-adapters"))
+        print(elastic.__version__)
         return 0
     words = 2 if arguments[0] == "space" else 1
     command = " ".join(arguments[:words])

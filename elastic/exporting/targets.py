@@ -325,6 +325,9 @@ class Compressed(Format):
 class Gguf(Format):
     """For llama.cpp, in half precision; nothing here runs it, so what was written is read back."""
 
+    def require(self) -> None:
+        gguf.require()
+
     def why_not(self, source: Source) -> str | None:
         return gguf.why_not(source.models["compact"], source.base.tokenizer)
 

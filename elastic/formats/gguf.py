@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from elastic.errors import ExportError
+from elastic.errors import ExportError, MissingExtra
 from elastic.formats import gguf_tokenizer, llama_like
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ FAMILIES = {
 }
 
 
+def require() -> None:
+    """MissingExtra unless GGUF can be written here; asked before anything slow."""
+    if find_spec("gguf") is None:
+        raise MissingExtra("gguf", "gguf", "writing GGUF")
+
+
 def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
     """What llama.cpp lacks for this compact model or tokenizer; None if it has all."""
     name = type(model).__name__
@@ -92,6 +99,7 @@ def write(
     32 columns, so matrices of other widths stay f16. A tied head is not written a second time.
     ExportError if llama.cpp could not run it.
     """
+    require()
     from gguf import GGUFWriter
 
     if reason := why_not(model, tokenizer):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import ModelError
+from elastic.errors import MissingExtra, ModelError
 from elastic.files import new_directory
 from elastic.plain import one_line
 
@@ -20,7 +20,7 @@ SUFFIX, MAGIC = ".gguf", b"GGUF"
 def write_folder(file: Path, folder: Path) -> None:
     """The model and tokenizer of a GGUF file as a folder, with weights in float32, all of them in
     memory at once; ModelError, before any weight is read where that is possible, for what is no
-    such file, or what transformers would read only in part."""
+    such file, or what transformers would read only in part, MissingExtra without gguf."""
     _require_whole(file)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -49,9 +49,12 @@ def write_folder(file: Path, folder: Path) -> None:
 
 
 def _require_whole(file: Path) -> None:
-    """ModelError unless the file holds a model, and nothing that transformers would not read."""
-    from gguf import GGUFReader
-
+    """ModelError unless the file holds a model, and nothing that transformers would not read;
+    MissingExtra where nothing reads such files."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtra("gguf", "gguf", f"model.path {file}") from error
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"model.path {file}: not a GGUF file, whatever its name says")

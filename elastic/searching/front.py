@@ -189,7 +189,8 @@ class Front:
         return next(member for member in self.members if member.best)
 
     def save(self) -> None:
-        """Write front.json, trials.csv, front.png and sub_adapters/ below RUN/search."""
+        """Write front.json, trials.csv, sub_adapters/ and, where it can be drawn, front.png below
+        RUN/search."""
         directory = self.run.search
         with new_directory(self.run.sub_adapters) as building:
             for member in self.members:
@@ -197,7 +198,8 @@ class Front:
                 for name in names:
                     write_json(building / f"{name}.json", self._told(member))
         write_text(directory / "trials.csv", self._csv())
-        self._plot(directory / "front.png")
+        if plotting.draws(plot := directory / "front.png"):
+            self._plot(plot)
         write_json(self.run.front, [self._told(member) for member in self.members])
 
     def _told(self, member: Member) -> dict[str, Any]:
@@ -287,7 +289,8 @@ class Front:
                 f"model differed from itself by up to {max(e.control for e in noisy):.1%}",
                 style="bold red",
             )
-        console.print(f"Plot: {self.run.search / 'front.png'}; to choose from: {self.run.report}")
+        drawn = f"{self.run.search / 'front.png'}; to choose from: {self.run.report}"
+        console.print(plotting.where_drawn(drawn))
         console.print(f"Next: elastic export {self.run.path}")
         best = self.best.as_dict()
         long = ("sub_adapter", "recovery", CORRECT, "full_correct")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic import plotting
 from elastic.files import write_text
 from elastic.latency.cost_table import kinds
 from elastic.latency.target import LATENCIES
@@ -18,7 +19,10 @@ from elastic.searching.pareto import hypervolume
 
 
 def write_page(front: Front) -> None:
-    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost."""
+    """Draw the front, every sub-adapter's sizes, the hypervolume and what groups cost; nothing
+    where the extra `plots` is not installed."""
+    if not plotting.draws(front.run.report):
+        return
     from plotly.offline import get_plotlyjs
 
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -75,7 +75,7 @@ class Sequential:
         }
 
     def save(self) -> None:
-        """Write RUN/continual.json and RUN/continual.png."""
+        """Write RUN/continual.json and, where it can be drawn, RUN/continual.png."""
         config = self.run.begun()
         contents = {
             **self.as_dict(),
@@ -87,7 +87,8 @@ class Sequential:
             **provenance(config.model.device),
         }
         write_json(self.run.path / "continual.json", contents)
-        self._plot(self.run.path / "continual.png")
+        if plotting.draws(plot := self.run.path / "continual.png"):
+            self._plot(plot)
 
     def show(self) -> None:
         from rich.table import Table
@@ -103,7 +104,7 @@ class Sequential:
             f"Average {self.average:.1%}, backward transfer {self.backward_transfer:+.1%}, "
             f"forgetting {self.forgetting:.1%}; n = {[score.n for score in self.scores[-1]]}"
         )
-        console.print(f"Plot: {self.run.path / 'continual.png'}")
+        console.print(plotting.where_drawn(str(self.run.path / "continual.png")))
         last = stage_path(self.run, len(self.tasks) - 1, self.tasks[-1])
         console.print(f"Next: elastic search {last} --budget.prefill_ms 80%")
         print(json.dumps({"continual": str(self.run.path / "continual.json")}))

@@ -235,7 +235,7 @@ def untraceable(example, monkeypatch, forward):
 @pytest.mark.parametrize(
     ("kind", "package", "extra"),
     [("onnx", "onnx", "onnx"), ("onnx", "onnxruntime", "onnx"), ("openvino", "onnx", "onnx"),
-     ("openvino", "openvino", "openvino")],
+     ("openvino", "openvino", "openvino"), ("gguf", "gguf", "gguf")],
 )  # fmt: skip
 def test_a_missing_runtime_is_named_before_anything_slow(
     exported, monkeypatch, kind, package, extra

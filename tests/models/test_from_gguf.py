@@ -1,10 +1,12 @@
 """GGUF files as base models: read as what they were written from, or refused."""
 
+import sys
+
 import pytest
 import torch
 
 from elastic.config import ModelConfig
-from elastic.errors import ModelError
+from elastic.errors import MissingExtra, ModelError
 from elastic.formats import gguf
 from elastic.models import loading
 from elastic.models.packaged import cache_directory
@@ -39,6 +41,18 @@ def test_a_file_is_the_model_that_it_was_written_from(tmp_path, family):
     text = "Tom's 12 apples"
     assert base.tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     assert loading.skeleton(settings(file)).config.hidden_size == 96
+
+
+def test_without_the_library_a_file_is_refused_and_a_folder_made_before_serves(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "other").mkdir()
+    (_, made), (_, new) = (written(folder) for folder in (tmp_path, tmp_path / "other"))
+    digest = loading.load(settings(made)).digest
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert loading.load(settings(made)).digest == digest
+    with pytest.raises(MissingExtra, match=r"mine\.gguf needs gguf, .*elastic-adapters\[gguf\]"):
+        loading.locate(str(new))
 
 
 def test_a_file_becomes_a_folder_once_and_again_when_it_has_changed(tmp_path, capsys):

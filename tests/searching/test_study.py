@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from elastic.latency.target import Target
 from elastic.run import Run
 from elastic.searching import finalists, study
 from elastic.searching.objective import Objective
+from elastic.searching.page import write_page
 from elastic.searching.study import search
 from elastic.spaces.bound import Candidate
 from elastic.supernet.compact import compact
@@ -324,6 +326,26 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
         search(config(whole, starts=starts))
         assert trials_of(run) == trials_of(whole)
         assert front_of(run) == front_of(whole)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "plotly"])
+def test_without_the_libraries_that_draw_nothing_is_drawn_and_nothing_old_stays(
+    searched, tmp_path, monkeypatch, capsys, package
+):
+    run, front = searched
+    front = replace(front, run=copy_run(run, tmp_path / "run"))
+    monkeypatch.setitem(sys.modules, package, None)
+    front.save()
+    write_page(front)
+    left = {path.name for path in front.run.search.iterdir()}
+    drawn = {"front.png", "report.html"}
+    assert left == {path.name for path in run.search.iterdir()} - drawn
+    assert front_of(front.run) == front_of(run)
+    front.show()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"No plot was drawn: drawing needs {package}" in said
+    assert "pip install 'elastic-adapters[plots]', then run this again" in said
+    assert "Plot:" not in said
 
 
 def test_what_kills_left_in_a_search_goes_with_the_next_one(searched, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from elastic.training.command import train
 from elastic.training.sequence import Sequential, stage_config
 from elastic.training.trainer import ElasticTrainer
 from tests.helpers import tiny
-from tests.helpers.tiny_runs import snapshot, train_config
+from tests.helpers.tiny_runs import copy_run, snapshot, train_config
 
 TASKS = ["colours", "sizes", "tastes"]
 LABELS = {"colours": ["red", "blue"], "sizes": ["big", "tiny"], "tastes": ["sour", "sweet"]}
@@ -139,6 +140,19 @@ def test_files_of_a_sequence(finished):
     assert found["average_accuracy"] == finished.average
     assert found["name_in_prompt"] is False
     assert (finished.run.path / "continual.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sequence_without_the_libraries_that_draw_is_whole(
+    finished, tmp_path, monkeypatch, capsys
+):
+    copied = dataclasses.replace(finished, run=copy_run(finished.run, tmp_path / "run"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    copied.save()
+    assert snapshot(copied.run.path).keys() == snapshot(finished.run.path).keys() - {
+        "continual.png"
+    }
+    copied.show()
+    assert "elastic-adapters[plots]" in capsys.readouterr().out
 
 
 def test_the_past_is_frozen_and_the_order_kept(finished):
