@@ -74,6 +74,7 @@ class Run:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.data = self.path / "data.json"
+        self.rows = self.path / "rows"  # those that were given from Python
         self.super_adapter = self.path / "super_adapter"
         self.metrics = self.path / "train" / "metrics.jsonl"
         self.checkpoints = self.path / "train" / "checkpoints"
@@ -106,7 +107,8 @@ class Run:
                 )
             return self.super_adapter.is_dir()
         if self.path.exists() and (
-            not self.path.is_dir() or any(not is_leftover(each) for each in self.path.iterdir())
+            not self.path.is_dir()
+            or any(not is_leftover(each) and each != self.rows for each in self.path.iterdir())
         ):
             raise RunError(
                 f"{self.path} is not empty and not a run (no config.yaml); choose another --run"

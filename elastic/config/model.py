@@ -76,8 +76,8 @@ class TaskConfig:
     test_examples: int = 400
     """What only reports see."""
     train: str | None = None
-    """jsonl, llm_adapters: a file with one JSON object per line, a JSON list, .csv, .tsv or
-    Parquet, as it is or in gzip. datasets: a split, `train` unless it says otherwise."""
+    """jsonl, llm_adapters: a file with one JSON object per line, a JSON list, .csv, .tsv, Parquet
+    or Arrow (Feather), as it is or in gzip. datasets: a split, `train` unless it says otherwise."""
     validation: str | None = None
     """The same; unset, some of the training examples are held out."""
     test: str | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import TaskConfig
 from elastic.console import say
@@ -41,15 +41,13 @@ def _read(config: TaskConfig, name: str, split: Split, seed: int) -> tuple[Seque
     random.Random(f"{seed}/{split}").shuffle(order)
     # Enough of them even if every one of the other splits stands here too.
     order = order[: 2 * sum(limits(config).values())]
-    where, classes = f"{config.dataset}, split {name}: row", _classes(rows)
+    where, classes = f"{config.dataset}, split {name}: row", classes_of_columns(rows.features)
     examples, secret = [], 0
     for number, row in zip(order, rows.select(order), strict=True):
         if row.get(config.answer) == -1 and config.answer in classes:
             secret += 1
             continue
-        named = {column: names[row[column]] for column, names in classes.items()
-                 if row[column] is not None and row[column] >= 0}  # fmt: skip
-        examples.append(example_of({**row, **named}, config, f"{where} {number}"))
+        examples.append(example_of(named(row, classes), config, f"{where} {number}"))
     if not examples and secret:
         raise DataError(
             f"{config.dataset}, split {name}: no row has an answer (GLUE keeps those of its test "
@@ -85,8 +83,17 @@ def _open(config: TaskConfig, name: str) -> Dataset:
     return found[name]
 
 
-def _classes(rows: Dataset) -> dict[str, list[str]]:
-    """The names of classes, by column, where the set numbers them."""
-    from datasets import ClassLabel
+def classes_of_columns(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of classes, by column, where the set numbers them: what has a type of its own
+    (`datasets.ClassLabel`) knows them as `names`."""
+    return {c: f.names for c, f in features.items() if type(f).__name__ == "ClassLabel"}
 
-    return {c: f.names for c, f in rows.features.items() if isinstance(f, ClassLabel)}
+
+def named(row: Mapping[str, Any], classes: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The row with the names of its classes; a class that is not told (-1) stays a number."""
+    names = {
+        column: known[row[column]]
+        for column, known in classes.items()
+        if row.get(column) is not None and row[column] >= 0
+    }
+    return {**row, **names}

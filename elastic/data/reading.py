@@ -1,4 +1,5 @@
-"""Rows as files hold them: JSON Lines, a JSON list, CSV, TSV or Parquet, as they are or in gzip."""
+"""Rows as files hold them: JSON Lines, a JSON list, CSV, TSV, Parquet or Arrow, as they are or in
+gzip."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import DataError, DataMissing, MissingExtra
+from elastic.data import columnar
+from elastic.errors import DataError, DataMissing
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+GZIP = b"\x1f\x8b"
 OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 """What compressed files begin with."""
 MARKS = {
@@ -33,8 +35,10 @@ def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
     DataMissing a file that is not there."""
     content = _bytes(file)
     name = Path(file).name.removesuffix(".gz")
-    if content.startswith(PARQUET):
-        rows = _parquet(file, content)
+    rows: list[tuple[str, Mapping[str, Any]]]
+    if columnar.form_of(content):
+        read = columnar.rows_in(content, file)
+        rows = [(f"{file}: row {number}", row) for number, row in enumerate(read, 1)]
     else:
         text = _decoded(content, file)
         if Path(name).suffix in DELIMITERS:
@@ -48,7 +52,8 @@ def read_rows(file: Path | str) -> list[tuple[str, Mapping[str, Any]]]:
             rows = [(where, _json(line, where)) for where, line in places]
     if not rows:
         raise DataError(
-            f"{file}: no rows; expected a JSON list, one JSON object per line, CSV, TSV or Parquet"
+            f"{file}: no rows; expected a JSON list, one JSON object per line, CSV, TSV, Parquet "
+            "or Arrow"
         )
     for where, row in rows:
         if not isinstance(row, dict):
@@ -161,16 +166,3 @@ def _table(text: str, file: Path | str, delimiter: str) -> Iterator[tuple[str, M
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num}: {error}") from None
-
-
-def _parquet(file: Path | str, content: bytes) -> list[tuple[str, Mapping[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtra("pyarrow", "datasets", f"{file}, a Parquet file,") from error
-    try:
-        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: broken Parquet: {' '.join(str(error).split())[:200]}") from None
-    return [(f"{file}: row {number}", row) for number, row in enumerate(rows, 1)]

@@ -90,11 +90,15 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
 class Filling(Formatter):
     """Templates whose fields hold one text or number each, or a list of them: commas join it."""
 
-    def format_field(self, value: Any, format_spec: str) -> str:
-        """ValueError for what would be written as Python writes it."""
-        if isinstance(value, list):
-            value = ", ".join(str(_plain(part)) for part in value)
-        return super().format_field(_plain(value), format_spec)
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        """ValueError, which names the field, for what would be written as Python writes it."""
+        value, first = super().get_field(field_name, args, kwargs)
+        try:
+            if isinstance(value, list):
+                value = ", ".join(str(_plain(part)) for part in value)
+            return _plain(value), first
+        except ValueError as error:
+            raise ValueError(f"field {field_name!r} is {error}") from None
 
 
 FILLING = Filling()
@@ -102,8 +106,8 @@ FILLING = Filling()
 
 def _plain(value: Any) -> Any:
     """A value that one text can say; ValueError for others."""
-    several = isinstance(value, list | dict)
-    if several or (isinstance(value, float) and not math.isfinite(value)):
+    unwritten = isinstance(value, list | dict | bytes)
+    if unwritten or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{reprlib.repr(value)}; give one text, number, true or false")
     return value
 

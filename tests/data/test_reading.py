@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from elastic.config import TaskConfig
 from elastic.data.reading import read_json, read_rows, read_text
+from elastic.data.rows import example_of
 from elastic.errors import DataError, DataMissing
 
 ROWS = [{"prompt": f'q{n}, "said"\nhe', "answer": f"é{n}"} for n in range(3)]
@@ -23,10 +25,15 @@ def as_table(file, delimiter: str) -> None:
         table.writerows(ROWS)
 
 
-def as_parquet(file) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
-    parquet.write_table(table, file)
+def table():
+    return pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
+
+
+def as_arrow(file, form: str) -> None:
+    """`new_file` is Feather too, `new_stream` what `datasets` keeps."""
+    ipc = pytest.importorskip("pyarrow.ipc")
+    with getattr(ipc, form)(str(file), table().schema) as out:
+        out.write_table(table())
 
 
 WRITE = {
@@ -34,7 +41,10 @@ WRITE = {
     "json": lambda file: file.write_text(json.dumps(ROWS, indent=1)),
     "csv": lambda file: as_table(file, ","),
     "tsv": lambda file: as_table(file, "\t"),
-    "parquet": as_parquet,
+    "parquet": lambda file: pytest.importorskip("pyarrow.parquet").write_table(table(), file),
+    "feather": lambda file: pytest.importorskip("pyarrow.feather").write_feather(table(), file),
+    "arrow": lambda file: as_arrow(file, "new_file"),
+    "stream": lambda file: as_arrow(file, "new_stream"),
 }
 
 
@@ -73,6 +83,9 @@ def test_rows_of_a_table_stand_where_they_begin(tmp_path):
         (b"BZh91AY", "compressed with bzip2; unpack it"),
         (b"\x1f\x8b\x08nothing", "broken gzip"),
         (b"PAR1 and no more", "broken Parquet"),
+        (b"ARROW1 and no more", "broken Arrow"),
+        (b"\xff\xff\xff\xff\x10\0\0\0 and no more", "broken Arrow"),
+        (b"FEA1 and no more", "Feather of version 1; write it anew"),
     ],
 )
 def test_other_encodings_are_named(tmp_path, content, message):
@@ -127,3 +140,20 @@ def test_what_is_no_file_is_missing(tmp_path):
         for path in (tmp_path, tmp_path / "none", tmp_path / "none" / "deeper"):
             with pytest.raises(DataMissing, match="no such data file"):
                 read(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    twice = pyarrow.table([["x"], ["y"]], names=["a", "a"])
+    pytest.importorskip("pyarrow.feather").write_feather(twice, tmp_path / "rows.arrow")
+    with pytest.raises(DataError, match=r"rows\.arrow: two columns are called a"):
+        read_rows(tmp_path / "rows.arrow")
+
+
+def test_a_column_of_bytes_is_named_with_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = pyarrow.table({"prompt": [b"\x89PNG"], "answer": ["a"]})
+    pytest.importorskip("pyarrow.feather").write_feather(rows, tmp_path / "rows.arrow")
+    [(where, row)] = read_rows(tmp_path / "rows.arrow")
+    with pytest.raises(DataError, match=r"rows\.arrow: row 1: .*field 'prompt' is b'.*PNG'; give"):
+        example_of(row, TaskConfig(), where)
