@@ -31,7 +31,7 @@ def kept(config: TrainConfig, data: Mapping[Split, Rows]) -> TrainConfig:
             raise ConfigError(f"data: no {split} rows; give train and test, and perhaps validation")
     run = Run(config.run)
     files = {split: run.rows / f"{split}.jsonl" for split in SPLITS if split in data}
-    places = {split: str(file) for split, file in files.items()}
+    places: dict[str, Any] = {split: str(file) for split, file in files.items()}
     config = replace(config, task=replace(config.task, name="jsonl", **places))
     run.claim(config)
     texts = {split: _lines(rows, split) for split, rows in data.items()}
