@@ -73,7 +73,9 @@ def no_weighing():
 @pytest.fixture(scope="session", autouse=True)
 def fits_once():
     """That a space fits a model is found out once of each."""
-    modules = collected("elastic.training.one_task", "elastic.training.dry_run")
+    modules = collected(
+        "elastic.training.one_task", "elastic.training.dry_run", "elastic.attached.attach"
+    )
     with pytest.MonkeyPatch.context() as patch:
         fitting_once(patch, *modules)
         yield

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import TimingConfig
 from elastic.formats.graphs import PACKAGES
 from elastic.models import loading
 from elastic.provenance import provenance
 from elastic.run import Run
+from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import DEPTH
 from elastic.supernet.store import ORDER, read_factors, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LATENCIES = ("prefill_ms", "decode_ms")
 
@@ -38,23 +44,29 @@ class Target:
     def of(cls, run: Run, timing: TimingConfig, compress: str | None = None) -> Target:
         """Here, of this run's sub-adapters; reads no weights."""
         trained = run.config()
-        architecture = loading.architecture_of(trained.model).to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-            architecture.pop(name, None)
-        sizes = {
-            "architecture": architecture,
-            "space": run.space().as_dict(),
-            "rank": trained.adapter.rank,
-            "factors": None if timing.merged else _factors(run),
-        }
+        architecture, space = loading.architecture_of(trained.model), run.space()
+        sizes = sizes_of(architecture, space, trained.adapter.rank)
+        sizes["factors"] = None if timing.merged else _factors(run)
         if blocks := _depths(run):
             sizes["blocks"] = blocks
-        text = json.dumps(sizes, sort_keys=True, default=str)
         device, dtype = "cpu", "float32"  # where and how the other runtimes run
         if timing.runtime == "torch":
             here = loading.resolve_device(trained.model.device)
             device = str(here)
             dtype = str(loading.resolve_dtype(trained.model.dtype, here)).removeprefix("torch.")
+        return cls.described(sizes, device, dtype, timing, compress)
+
+    @classmethod
+    def described(
+        cls,
+        sizes: Mapping[str, Any],
+        device: str,
+        dtype: str,
+        timing: TimingConfig,
+        compress: str | None = None,
+    ) -> Target:
+        """Of sub-adapters of these `sizes_of` a model, in this type on this device of torch's."""
+        text = json.dumps(sizes, sort_keys=True, default=str)
         return cls(
             hashlib.sha256(text.encode()).hexdigest(),
             describe_device(device, timing.runtime),
@@ -71,6 +83,14 @@ class Target:
     def digest(self) -> str:
         said = {name: value for name, value in asdict(self).items() if value is not None}
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def sizes_of(architecture: PretrainedConfig, space: SearchSpace, rank: int) -> dict[str, Any]:
+    """What makes a difference to the speed of merged sub-adapters of a model."""
+    words = architecture.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        words.pop(name, None)
+    return {"architecture": words, "space": space.as_dict(), "rank": rank, "factors": None}
 
 
 def describe_device(device: str, runtime: str) -> str:

@@ -220,7 +220,7 @@ def _begun(study: optuna.Study, objective: Objective, config: SearchConfig) -> d
     """Figures of the full model; the first trials are lined up."""
     say("Scoring the full model")
     full = objective.figures(objective.space.maximal(), {}).as_dict()
-    _enqueue_starts(study, objective.space, config)
+    enqueue_starts(study, objective.space, config.starts, config.seed)
     return full
 
 
@@ -252,11 +252,7 @@ def _evaluate(
             try:
                 trial = study.ask()
                 worker.take(trial)
-                if isinstance(study.sampler, samplers.BaseGASampler):
-                    # Its population is of trials with a generation, which enqueued ones lack.
-                    asked = study.get_trials(deepcopy=False)[trial.number]
-                    study.sampler.get_trial_generation(study, asked)
-                candidate = _suggest(trial, space)
+                candidate = suggest(study, trial, space)
                 repeats = repeats + 1 if candidate in results else 0
                 if worker.gives_way(trial):
                     continue
@@ -318,8 +314,12 @@ def _sampler(
             return samplers.RandomSampler(seed=seed)
 
 
-def _suggest(trial: optuna.Trial, space: CandidateSpace) -> Candidate:
+def suggest(study: optuna.Study, trial: optuna.Trial, space: CandidateSpace) -> Candidate:
     """Indices into the descending choices: stable names, and an order NSGA-II can cross."""
+    if isinstance(study.sampler, samplers.BaseGASampler):
+        # Its population is of trials with a generation, which enqueued ones lack.
+        asked = study.get_trials(deepcopy=False)[trial.number]
+        study.sampler.get_trial_generation(study, asked)
     return space.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space})
 
 
@@ -351,13 +351,13 @@ def _seen(study: optuna.Study, space: CandidateSpace) -> dict[Candidate, Figures
     return results
 
 
-def _enqueue_starts(study: optuna.Study, space: CandidateSpace, config: SearchConfig) -> None:
-    """The two extremes, the ladder between them, then stratified sub-adapters."""
+def enqueue_starts(study: optuna.Study, space: CandidateSpace, count: int, seed: int) -> None:
+    """The two extremes, the ladder between them, then stratified sub-adapters: so many in all."""
     starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
-    generator = generator_for(config.seed, "starts")
-    for _ in range(20 * config.starts):
-        if len(starts) >= config.starts:
+    generator = generator_for(seed, "starts")
+    for _ in range(20 * count):
+        if len(starts) >= count:
             break
         starts[space.stratified(generator)] = None
-    for candidate in list(starts)[: config.starts]:
+    for candidate in list(starts)[:count]:
         study.enqueue_trial(space.indices(candidate), skip_if_exists=True)

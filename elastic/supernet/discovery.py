@@ -71,13 +71,20 @@ def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     none, the one discovered."""
     if config.space != AUTO:
         return SearchSpace.load(config.space)
-    found = loading.architecture_of(config.model).model_type
-    for name, types in KNOWN.items():
-        if found in types:
-            return SearchSpace.load(name)
-    space = discover(loading.skeleton(config.model))
+    model_type = loading.architecture_of(config.model).model_type
+    return shipped_for(model_type) or told(discover(loading.skeleton(config.model)), model_type)
+
+
+def shipped_for(model_type: str) -> SearchSpace | None:
+    """The shipped space that was tested with this type of model; None if there is none."""
+    name = next((name for name, types in KNOWN.items() if model_type in types), None)
+    return SearchSpace.load(name) if name else None
+
+
+def told(space: SearchSpace, model_type: str) -> SearchSpace:
+    """The space, of which is said what it cuts."""
     for line in describe(space):
-        say(f"Space of {found}: {line}")
+        say(f"Space of {model_type}: {line}")
     return space
 
 

@@ -53,6 +53,12 @@ def channel_order(
     }
 
 
+def _columns(layer: nn.Module) -> int:
+    """Of a linear layer, plain or elastic, at full size."""
+    found: int = getattr(layer, "base", layer).in_features
+    return found
+
+
 def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
     total = blank(group)
     for cut in group.cuts:
@@ -70,7 +76,7 @@ def _activation_scores(
 ) -> dict[str, Tensor]:
     reading = [(group, cut) for group in groups for cut in group.cuts if cut.axis == "in"]
     squares = {
-        cut.site: torch.zeros(model.get_submodule(cut.site).in_features, dtype=torch.float64)
+        cut.site: torch.zeros(_columns(model.get_submodule(cut.site)), dtype=torch.float64)
         for _, cut in reading
     }
     changes = {block: (0.0, 0) for group in groups for block in group.blocks}

@@ -218,14 +218,20 @@ def build(
     net = Supernet(model, space, config.adapter, **settings, start=known is None)
     if known is not None:
         adopted.load_(net, known)
-    change = float((_logits(net.model, batch) - before).norm() / before.norm())
+    require_unchanged(before, _logits(net.model, batch), space)
+    return net
+
+
+def require_unchanged(before: torch.Tensor, after: torch.Tensor, space: SearchSpace) -> None:
+    """ConfigError where logits before and after channels were put in order differ by more than
+    rounding."""
+    change = float((after - before).norm() / before.norm())
     if not change <= CHANGE:
         raise ConfigError(
             f"{space.source}: putting the important channels first changed what the model "
             f"computes, by {change:.0%}: some group does not name all layers that share its "
             "channels, or the model's code mixes them"
         )
-    return net
 
 
 @torch.no_grad()

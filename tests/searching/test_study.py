@@ -246,14 +246,14 @@ def test_another_seed_visits_others(trained, tmp_path):
 
 
 def test_a_repeated_sub_adapter_is_evaluated_once(trained, tmp_path, asked, monkeypatch):
-    enqueue = study._enqueue_starts
+    enqueue = study.enqueue_starts
 
-    def twice(found, space, config):
-        enqueue(found, space, config)
+    def twice(found, space, *how):
+        enqueue(found, space, *how)
         for sub in (space.minimal(), space.maximal(), space.minimal()):
             found.enqueue_trial(space.indices(sub))
 
-    monkeypatch.setattr(study, "_enqueue_starts", twice)
+    monkeypatch.setattr(study, "enqueue_starts", twice)
     run = copy_run(trained, tmp_path / "run")
     search(config(run))
     assert len(asked) == 8 == len(set(asked))
