@@ -55,8 +55,8 @@ def channel_order(
 
 def _columns(layer: nn.Module) -> int:
     """Of a linear layer, plain or elastic, at full size."""
-    found: int = getattr(layer, "base", layer).in_features
-    return found
+    linear: Any = getattr(layer, "base", layer)
+    return int(linear.in_features)
 
 
 def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
