@@ -16,12 +16,18 @@ from elastic.config.model import ModelConfig, TaskConfig
 from elastic.config.recovery import RecoveryConfig
 from elastic.config.search import BudgetConfig, SearchConfig, StudyConfig
 from elastic.config.space import SpaceImportConfig, SpaceShowConfig
-from elastic.config.train import ScheduleConfig, SequenceConfig, StageConfig, TrainConfig
+from elastic.config.train import (
+    ScheduleConfig,
+    SequenceConfig,
+    StageConfig,
+    TrainConfig,
+    VocabConfig,
+)
 
 __all__ = [
     "AdapterConfig", "BudgetConfig", "CompensationConfig", "EvaluateConfig", "ExportConfig",
     "HfConfig", "LatencyConfig", "MergeAdapterConfig", "MergeConfig", "ModelConfig", "OloraConfig",
     "ProloraConfig", "RecoveryConfig", "ScheduleConfig", "SearchConfig", "SequenceConfig",
     "SorsaConfig", "SosLoraConfig", "SpaceImportConfig", "SpaceShowConfig", "StageConfig",
-    "StudyConfig", "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig",
+    "StudyConfig", "TableConfig", "TaskConfig", "TimingConfig", "TrainConfig", "VocabConfig",
 ]  # fmt: skip

@@ -95,6 +95,16 @@ class SequenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabConfig:
+    """Which tokens a head may do without, of a space with a group of `dim: vocab`."""
+
+    text: str | None = None
+    """A file of text, UTF-8, whose tokens are kept longest, behind those of the training answers,
+    which always stay; unset, the task's own prompts and answers. Tasks whose answers are generated
+    and judged need one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Trains a super-adapter: one adapter that contains every sub-adapter of a search space."""
 
@@ -112,6 +122,7 @@ class TrainConfig:
     order: Literal["auto", "activation", "norm", "none"] = "auto"
     """What decides which channels come first, and are therefore kept longest. auto: activation,
     or none for `sampling: lonas`."""
+    vocab: VocabConfig = field(default_factory=VocabConfig)
     order_examples: int = 64
     """Training examples of the calibration pass behind `order: activation`."""
     compensation_examples: int = 512

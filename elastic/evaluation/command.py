@@ -12,6 +12,7 @@ from elastic.config import EvaluateConfig
 from elastic.console import say
 from elastic.data import llm_adapters
 from elastic.data.task import Example, some
+from elastic.data.vocabulary import Sayable
 from elastic.errors import ConfigError
 from elastic.evaluation import statistics
 from elastic.evaluation.evaluate import evaluate
@@ -26,6 +27,7 @@ from elastic.run import Run
 from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import Compensated, compensated
 from elastic.supernet.store import load_run
+from elastic.supernet.vocabulary import said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,8 @@ class Evaluation:
     file: Path
     """Of every example a line of JSON: prompt, expected, said (null where the likeliest tokens were
     not the answer), right."""
+    sayable: Sayable | None = None
+    """Of these answers; None where the head computes all tokens."""
 
     def show(self) -> None:
         print(f"{self.name} on {self.split}: {self.score}")
@@ -53,12 +57,15 @@ class Evaluation:
         elif self.metrics:
             each = ", ".join(f"{name} {value:.3f}" for name, value in self.metrics["f1"].items())
             print(f"Matthews correlation {self.metrics['matthews']:.3f}; F1 of {each}")
+        if self.sayable:
+            print(f"Its head knows {self.sayable}")
         if self.made_up != Compensated():
             print(f"Compensation: {self.made_up}")
         print(f"Example by example: {self.file}")
         about = {"sub_adapter": self.name, "split": self.split,
                  "compensation": self.made_up.as_dict()}  # fmt: skip
-        print(json.dumps({**about, **self.score.as_dict(), **self.metrics}))
+        known = {"vocabulary": self.sayable.as_dict()} if self.sayable else {}
+        print(json.dumps({**about, **self.score.as_dict(), **self.metrics, **known}))
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ def evaluate_run(
         score, examples = scores[config.split], sets[config.split]
         found = _metrics(net.model, examples, score) if net.head else {}
         write_json_lines(file, _predictions(examples, score))
-        return Evaluation(name, config.split, score, found, made_up, file)
+        told = said_by(net, base.tokenizer, sub, examples)
+        return Evaluation(name, config.split, score, found, made_up, file, told)
     about = {"sub_adapter": sub.as_dict(), "name": name, "compensation": made_up.as_dict(),
              "protocol": config.protocol, "beams": beams, "data": config.data,
              **provenance(str(base.model.device))}  # fmt: skip

@@ -48,6 +48,10 @@ class Verdict:
     """Of a generated text whether an answer was found in it."""
 
 
+NEVER = Verdict(-math.inf)
+"""On an example of which no option can be said: wrong."""
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,7 +130,7 @@ def _scored(
     prefix = read(model, sequences)
     if prefix:
         sequences = [prefix.without(sequence) for sequence in sequences]
-    found = [Verdict(-math.inf)] * len(examples)
+    found = [NEVER] * len(examples)
     classes = classes_of(model)
     batches = list(length_sorted(sequences, batch_tokens))
     for numbers, together in track(batches, label, quiet=quiet):

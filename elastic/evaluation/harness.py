@@ -99,7 +99,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
     file.parent.mkdir(exist_ok=True)
     write_json(file, {
         "name": name, "sub_adapter": sub, "exported": config.exported, "chat": config.chat,
-        "results": results, "n": counts, "task_versions": found["versions"],
+        "results": _plain(results), "n": counts, "task_versions": found["versions"],
         "task_configs": _plain(found["configs"]), "samples": _plain(found["samples"]),
         **provenance(device), "lm_eval": lm_eval.__version__,
     })  # fmt: skip
@@ -151,9 +151,10 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can say it; a function by its name."""
+    """As JSON can say it; a function by its name, and nothing for what is no finite number, such
+    as the likelihood of a token that a head does not know."""
     text = json.dumps(value, default=lambda other: getattr(other, "__name__", None) or str(other))
-    return json.loads(text)
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _exported(run: Run, config: EvaluateConfig) -> tuple[str, dict[str, int], LM]:

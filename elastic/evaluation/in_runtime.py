@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic.console import track
 from elastic.data.encoding import ends_of, prompt_ids
 from elastic.data.task import Example
-from elastic.evaluation.evaluate import is_generated, judged, rows_of, score_of, verdict
+from elastic.evaluation.evaluate import NEVER, is_generated, judged, rows_of, score_of, verdict
 from elastic.evaluation.statistics import Score
 from elastic.formats.runner import Runner
 from elastic.models.kinds import Kind, classes_of, kind_of
@@ -104,7 +104,8 @@ def _verdict(
         text = answer(runner, model, tokenizer, example, example.judge.new_tokens)
         return judged(example.judge, text)
     rows, classes = rows_of(tokenizer, model, 0, example), classes_of(model)
-    found = [verdict(row, example, classes, *_told(runner, row)) for row in rows]
+    # What no option is likelier than is wrong: a head may know the tokens of none.
+    found = [NEVER, *(verdict(row, example, classes, *_told(runner, row)) for row in rows)]
     return max(found, key=lambda each: each.value)
 
 

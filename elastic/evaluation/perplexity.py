@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic.config import EvaluateConfig
-from elastic.console import track
+from elastic.console import say, track
 from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.models import loading
 from elastic.run import Run
@@ -95,6 +95,10 @@ def perplexity_of(config: EvaluateConfig) -> Perplexity:
     if len(ids) < 2:
         raise DataError(f"text {config.text}: {len(ids)} tokens; at least 2 are needed")
     name, sub = chosen.name, chosen.at(net.space, trained.seed)
+    if net.space.cuts_vocabulary(sub):
+        say(f"{name} does without some tokens; of a text that has them its perplexity would be "
+            "infinite, so all are computed here")  # fmt: skip
+        sub = net.space.with_whole_vocabulary(sub)
     with compensated(run, net, base.tokenizer, chosen, sub, config.compensation) as (model, _):
         losses, counts = window_losses(model, ids, config.window, start, label=name)
     return Perplexity(name, config.text, losses, counts)

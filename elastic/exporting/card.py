@@ -103,6 +103,7 @@ def text(
     blocks = [
         f"# {_plain(report.model.name)}",
         _summary(report, "hf" in places, code),
+        *_known_tokens(report),
         *_quality(report.model.accuracy, proof),
         *(_latency(proof.latency, proof.timing) if proof else ()),
         "## How to load it",
@@ -118,6 +119,16 @@ def text(
     ]
     metadata = _metadata(report, auto, code or copied, places)
     return f"---\n{metadata}\n---\n\n" + "\n\n".join(blocks) + "\n"
+
+
+def _known_tokens(report: Report) -> Iterator[str]:
+    """What a head of some tokens cannot say."""
+    if report.model.sayable:
+        yield (
+            "This model answers one task. Its head computes the logits of some tokens, those of "
+            "the others are minus infinity, so that it never says them: it knows "
+            f"{report.model.sayable}."
+        )
 
 
 def is_hub_name(path: str) -> bool:

@@ -32,6 +32,7 @@ from elastic.latency.latency_table import read_timetable_of
 from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
+from elastic.models.modules import module_tree
 from elastic.plain import shaped
 from elastic.provenance import provenance
 from elastic.run import SCORES, Chosen, Run, waiting
@@ -51,6 +52,7 @@ from elastic.supernet.store import (
     read_super_adapter,
 )
 from elastic.supernet.streaming import Streamed, streamed, take_settings_
+from elastic.supernet.vocabulary import said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,33 +121,37 @@ def _export(config: ExportConfig) -> Report:
             net.load_factors(read_factors(run.super_adapter))
     name = f"{name}-merged" if others else name
     directory = run.export(config.name or name, sub, config.kinds)
+    # What some formats write; the others have their head cut behind it.
+    uncut = net.space.with_whole_vocabulary(sub)
 
     inputs = [proof.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
+    truth: dict[SubAdapter, list[proof.Probe]] = {}
     if others:
         # They are merged into what the supernet computes.
-        made_up = dataclasses.replace(held_out.chosen(of_whom, sub), sequential=False)
+        made_up = dataclasses.replace(held_out.chosen(of_whom, uncut), sequential=False)
         updates = [
             dataclasses.replace(
                 foreign.read(folder, wanted, digest, inputs), name=foreign.name_of(entry.path)
             )
             for folder, entry in zip(others, config.merge.adapters, strict=True)
         ]
-        model, merge = combine(
-            net, sub, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
+        whole, merge = combine(
+            net, uncut, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
         )
         if config.merge.strategy == "linear":
-            with carrying(net, sub, updates, config.merge, made_up.degree) as active:
-                probes = [proof.probe(active, ids) for ids in inputs]
-            as_merged = proof.agreement(runner_of(model), probes)
+            with carrying(net, uncut, updates, config.merge, made_up.degree) as active:
+                truth[uncut] = [proof.probe(active, ids) for ids in inputs]
+            as_merged = proof.agreement(runner_of(whole), truth[uncut])
             proof.require_agreement("merge", as_merged, foreign.ROUNDING)
-        else:  # they choose among the entries that cutting left
-            probes = [proof.probe(model, ids) for ids in inputs]
     else:
-        made_up, model = held_out.best(of_whom, sub)
-        with net.active(sub, made_up.degree) as active:
-            # What was fitted is in no supernet.
-            asked = model if made_up.sequential else active
-            probes = [proof.probe(asked, ids) for ids in inputs]
+        made_up, whole = held_out.best(of_whom, uncut)
+    model = whole if sub == uncut else net.cut_vocabulary_(module_tree(whole), sub)
+    for point, each in ((sub, model), (uncut, whole)):
+        if point not in truth:
+            with net.active(point, made_up.degree) as active:
+                # What was fitted, or merged, is in no supernet.
+                asked = each if made_up.sequential or others else active
+                truth[point] = [proof.probe(asked, ids) for ids in inputs]
     both: dict[Which, PreTrainedModel] = {"compact": model, "full": full}
     formats: dict[str, proof.Result] = {}
     with new_directory(directory) as building:
@@ -158,6 +164,11 @@ def _export(config: ExportConfig) -> Report:
                 config, net, sub, both, base, wanted, FORMATS, Path(scratch), every_size, name,
                 task.train,
             )  # fmt: skip
+            if sub != uncut:
+                all_tokens = {**both, "compact": whole}
+                source.uncut = dataclasses.replace(
+                    source, sub=uncut, models=all_tokens, folders={}, pipelines={}
+                )
             samples = proof.samples(source, task.test)
             reasons = _reasons(source)
             for kind in config.kinds:
@@ -165,31 +176,41 @@ def _export(config: ExportConfig) -> Report:
                     formats[kind] = proof.Skipped(reason)
                     continue
                 say(f"Writing and checking {kind}")
-                source.write(kind, "compact", building / kind)
-                formats[kind] = proof.prove(kind, source, building / kind, probes, task.test)
+                own = source.of(kind)
+                own.write(kind, "compact", building / kind)
+                found = proof.prove(kind, own, building / kind, truth[own.sub], task.test)
+                if own is not source:
+                    told = {"whole_vocabulary": FORMATS[kind].why_whole_vocabulary(source)}
+                    found = dataclasses.replace(found, about={**found.about, **told})
+                formats[kind] = found
         proved = {kind: found for kind, found in formats.items() if isinstance(found, proof.Proof)}
         as_torch = {kind: found for kind, found in proved.items() if found.as_torch}
         saved = _scored(chosen, sub) if name == chosen.name else {}
-        if as_torch and config.accuracy:
-            searched_as = loading.resolve_dtype(trained.model.dtype, model.device)
-            kept = _kept(saved, len(task.test)) if searched_as == model.dtype else None
-            mine, full = kept or (
-                evaluate(
-                    each, base.tokenizer, task.test, batch_tokens=config.batch_tokens,
-                    label=f"scoring the {which} model",
-                )
-                for which, each in both.items()
-            )  # fmt: skip
-            trade = proof.beside(full, mine)
-        else:
+        searched_as = loading.resolve_dtype(trained.model.dtype, model.device)
+        kept = _kept(saved, len(task.test)) if searched_as == model.dtype else None
+        scored = functools.cache(
+            lambda model: evaluate(
+                model, base.tokenizer, task.test, batch_tokens=config.batch_tokens,
+                label=f"scoring the {'full' if model is full else 'compact'} model",
+            )
+        )  # fmt: skip
+        trade: proof.Trade | None = None
+        for kind, found in as_torch.items() if config.accuracy else ():
+            own = source.of(kind).models["compact"]
+            same = kept if own is model else None
+            mine, theirs = same or (scored(own), scored(full))
+            beside = proof.beside(theirs, mine)
+            formats[kind] = dataclasses.replace(found, trade=beside)
+            trade = beside if own is model else trade
+        if trade is None:
             trade = proof.Trade(_accuracy(saved, config, model, base.tokenizer, task.test))
-        for kind, found in as_torch.items():
-            formats[kind] = dataclasses.replace(found, trade=trade)
+        # Without training examples those of the test are made up.
+        known = said_by(net, base.tokenizer, sub, task.test) if task.train else None
         return _described(
             building, run, config,
             directory=directory,
             base_digest=base.digest,
-            model=Model(name, sub, trade.compact, count(model), full_cost, made_up),
+            model=Model(name, sub, trade.compact, count(model), full_cost, made_up, known),
             formats=formats,
             provenance=provenance(str(model.device)),
             samples=samples,

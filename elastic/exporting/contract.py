@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Which = Literal["compact", "full"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """What is written, and where each of it is by now."""
 
@@ -55,6 +55,14 @@ class Source:
     """By folder, what a runtime's own pipeline cannot do with it."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Of the full model, by runtime."""
+    uncut: Source | None = None
+    """The same with a head that computes all tokens, where `sub` has one that does not: for formats
+    without a place for it."""
+
+    def of(self, kind: str) -> Source:
+        """What is written in this format."""
+        cannot = self.uncut and self.formats[kind].why_whole_vocabulary(self)
+        return self.uncut if self.uncut and cannot else self
 
     def folder(self, kind: str, which: Which) -> Path:
         """Where this model is written in this format; written now if it is not."""
@@ -85,6 +93,11 @@ class Format:
 
     def why_not(self, source: Source) -> str | None:
         """Why this sub-adapter is not written; None if it is."""
+
+    def why_whole_vocabulary(self, source: Source) -> str | None:
+        """Why a head that computes some tokens alone is written with all of them; None if it has a
+        place."""
+        return "this format has no place for a head of some tokens"
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         """A new folder with this model in it."""

@@ -102,16 +102,24 @@ def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
                 found = runner.prefill(probe.prompt)[0]
             else:
                 found = runner.decode(probe.tokens[:, step - 1 : step])[0]
-            gap = float(np.abs(found - expected).max())
+            gap = _gap(found, expected)
             # NaN compares false with everything; it must not pass as a small difference.
             difference = float("nan") if np.isnan(gap) else max(difference, gap)
-            largest = max(largest, float(np.abs(expected).max()))
+            largest = max(largest, float(np.abs(expected[np.isfinite(expected)]).max()))
             mine, theirs = int(found.argmax()), int(probe.tokens[0, step])
             equal += mine == theirs
             decided = decided or bool(expected[theirs] - expected[mine] > 2 * gap)
             if np.isnan(difference):
                 return Agreement(difference, largest, tokens, 0, True)
     return Agreement(difference, largest, tokens, equal, decided)
+
+
+def _gap(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of logits (vocabulary,); those of tokens that are cut are minus
+    infinity in both."""
+    apart = found != expected  # as NaN is of itself
+    off = np.subtract(found, expected, where=apart, out=np.zeros_like(expected))
+    return float(np.abs(off).max())
 
 
 def require_agreement(
@@ -265,7 +273,7 @@ class Proof:
                 "precision": self.precision,
                 "tokens": self.deployed.tokens,
                 "tokens_equal": self.deployed.equal,
-                "max_abs_diff": None if np.isnan(off) else off,
+                "max_abs_diff": off if np.isfinite(off) else None,
             },
             "prefill_ms": self.latency.prefill_ms,
             "decode_ms": self.latency.decode_ms,
@@ -297,15 +305,15 @@ def prove(
     """What was written into this folder, loaded again: compared with the supernet, and beside the
     full model in the same runtime. ExportError when it computes something else."""
     format, config = FORMATS[kind], source.config
+    about = format.about(source, directory)
     if format.runtime is None:
-        about = format.about(source, directory)
         return Unproved(size_of(directory), "read back, but nothing here runs it", about)
     runner = format.open(source, "compact", directory)
     exact = format.exact(source, directory, runner)
     found = agreement(exact, probes)
     require_agreement(kind, found, format.limit(source))
     return Proof(
-        about=format.about(source, directory),
+        about=about,
         bytes=size_of(directory),
         exact=found,
         deployed=found if exact is runner else agreement(runner, probes),

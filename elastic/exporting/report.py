@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic.config import ExportConfig, TimingConfig, TrainConfig
 from elastic.console import wide
+from elastic.data.vocabulary import Sayable
 from elastic.exporting.pieces import Said, Table
 from elastic.exporting.proof import Accuracy, Proof, Result, Sample, Skipped, Trade, Unproved
 from elastic.latency.measure import distrust
@@ -35,12 +36,15 @@ class Model:
     cost: Cost
     full_cost: Cost
     made_up: Compensated
+    sayable: Sayable | None = None
+    """Of the test answers; None where its head computes all tokens, or nobody asked."""
 
     def as_dict(self) -> dict[str, Any]:
         named = {"name": self.name, "sub_adapter": self.sub.as_dict(),
                  "compensation": self.made_up.as_dict()}  # fmt: skip
         full = {f"full_{name}": value for name, value in vars(self.full_cost).items()}
-        return {**named, **self.accuracy.as_dict(), **vars(self.cost), **full}
+        known = {"vocabulary": self.sayable.as_dict()} if self.sayable else {}
+        return {**named, **self.accuracy.as_dict(), **vars(self.cost), **full, **known}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,8 @@ class Report:
             f"{model.full_cost.params / 1e6:.1f} M parameters, "
             f"{model.cost.macs / model.full_cost.macs:.0%} of the operations per token"
         )
+        if model.sayable:
+            yield f"Its head knows {model.sayable}; what cannot be said is never right"
         if model.made_up != Compensated():
             yield _made_up(model.made_up)
         if self.recovery:
@@ -154,6 +160,12 @@ class Report:
             if isinstance(found, Unproved):
                 filled = _filled(found.about.get("padding", {}), model.cost.params)
                 yield f"{name}: {found.bytes / 1e6:.0f} MB, {found.unproved}{filled}"
+        whole: dict[str, list[str]] = {}
+        for name, found in self.formats.items():
+            if not isinstance(found, Skipped) and (reason := found.about.get("whole_vocabulary")):
+                whole.setdefault(reason, []).append(name)
+        for reason, names in whole.items():
+            yield f"{', '.join(names)}: its head computes all tokens, for {reason}"
         cannot: dict[tuple[str, str], list[str]] = {}
         for name, found in self.formats.items():
             about = {} if isinstance(found, Skipped) else found.about

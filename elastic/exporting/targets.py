@@ -83,7 +83,8 @@ class _AsStored(_Torch):
         that is not the same bit for bit."""
         found, stored = loaded.state_dict(), _stored(source)
         for name, tensor in model.state_dict().items():
-            if not torch.equal(found[name], tensor.to(stored).cpu()):
+            kind = stored if tensor.is_floating_point() else tensor.dtype
+            if not torch.equal(found[name], tensor.to(kind).cpu()):
                 raise ExportError(
                     f"{self.runtime}: {name} is not the same bit for bit after reloading"
                 )
@@ -99,6 +100,11 @@ class Hf(_AsStored):
         model = source.models["compact"]
         reason = None if source.config.hf.padded else hf.why_not(model)
         return reason or hf.why_not_untied(model)
+
+    def why_whole_vocabulary(self, source: Source) -> str | None:
+        if not source.config.hf.padded:
+            return None
+        return "hf.padded writes the family's own class, whose head has all of them"
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         tokenizer = source.base.tokenizer
@@ -183,6 +189,9 @@ class Elastic(_AsStored):
             return "its base is quantised, and the folder holds rows and columns of dense weights"
         return None
 
+    def why_whole_vocabulary(self, source: Source) -> str | None:
+        return None
+
     def write(self, source: Source, which: Which, directory: Path) -> None:
         every, refers = source.every_size, source.config.slices.base == "reference"
         with every.factors_of(None):
@@ -225,6 +234,9 @@ class _Graph(Format):
 
     def why_not(self, source: Source) -> str | None:
         return no_graph(kind_of(source.models["compact"]))
+
+    def why_whole_vocabulary(self, source: Source) -> str | None:
+        return None
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         return {"pipelines": source.pipelines[directory]}
@@ -288,6 +300,9 @@ class Compressed(Format):
         if paired and compression.MODES[self.mode].calibrated:
             return "activations are not computed for the two graphs of an encoder-decoder model"
         return self.whole.why_not(source)
+
+    def why_whole_vocabulary(self, source: Source) -> str | None:
+        return self.whole.why_whole_vocabulary(source)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
         examples = []

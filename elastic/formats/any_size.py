@@ -37,8 +37,9 @@ from .choosing import (
 )
 
 VERSION = 1
-INDEX, SIZES, BASE, FACTORS = (
-    "slices.json", "sizes.json", "base", "super_adapter/factors.safetensors"
+INDEX, SIZES, BASE, FACTORS, ORDER = (
+    "slices.json", "sizes.json", "base", "super_adapter/factors.safetensors",
+    "super_adapter/order.safetensors",
 )  # fmt: skip
 COPY = "copy"
 """Of a base that is in the folder."""
@@ -85,6 +86,8 @@ class AnySize:
                 base = family.from_pretrained(place / BASE, dtype=getattr(torch, index["dtype"]))
             with torch.no_grad():
                 state = _state(sizes, base, place / FACTORS, own)
+                if "head" in sizes:
+                    state |= _head(sizes["head"], base, place / ORDER)
             found = super(AnySize, cls).from_pretrained(  # type: ignore[misc]
                 None, *args, config=sized, state_dict=state, **kwargs
             )
@@ -177,6 +180,20 @@ def _state(
                     made = torch.addmm(made.to(wide), B.to(wide), A.to(wide))
             found[new] = (made.T if turned else made).to(tensor.dtype).contiguous()
     return found
+
+
+def _head(sizes: Mapping[str, Any], base: Any, order_in: Path) -> dict[str, Tensor]:
+    """The tensors of a head that computes the first tokens of an order alone: its rows, and where
+    every token has its own."""
+    site, kept = sizes["site"], sizes["tokens"]
+    with ExitStack() as files:
+        order = _tensors(files, order_in)[sizes["order"]]()
+    places = torch.full((len(order),), kept, dtype=torch.int32)
+    places[order[:kept]] = torch.arange(kept, dtype=torch.int32)
+    rows = base.get_submodule(site).state_dict().items()
+    return {f"{site}.{leaf}": tensor[order[:kept]].contiguous() for leaf, tensor in rows} | {
+        f"{site}.places": places
+    }
 
 
 def _leading(tensor: Tensor, axis: int, left: int | Sequence[Sequence[int]]) -> Tensor:

@@ -10,9 +10,11 @@ that transformers has since 5.15, `per_layer_config`, where they can say it. No 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +33,9 @@ from elastic.formats.config_sizes import (
     uniform_sizes,
 )
 from elastic.formats.shards import Tensors, tensors_of
-from elastic.models import compat
+from elastic.models import compat, cut_head
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
+from elastic.models.vocabulary import cut_head_of
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -91,7 +94,7 @@ class Elastic{base}({ahead}{base}):
         for name, (out_features, in_features) in config.linear_sizes.items():
             parent, _, leaf = name.rpartition(".")
             layer = self.get_submodule(name)
-            if isinstance(layer, Conv1D):
+{head}            if isinstance(layer, Conv1D):
                 linear = Conv1D(out_features, in_features)
             else:
                 linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
@@ -109,6 +112,19 @@ _LAYERS = {
 }
 """Around the code of the family, which builds layers of one size, where the config says
 `per_layer_config`: it then refuses to name one size for all."""
+_HEAD = """            if layer is self.get_output_embeddings():
+                tokens, has_bias = layer.out_features, layer.bias is not None
+                head = CutHead(in_features, out_features, tokens, has_bias)
+                setattr(self.get_submodule(parent), leaf, head)
+                tied = self._tied_weights_keys
+                if isinstance(tied, dict):  # it is no part of the embeddings any more
+                    pairs = tied.items()
+                    tied = {key: at for key, at in pairs if not (key + at).count(name + ".")}
+                    self._tied_weights_keys = tied
+                continue
+"""
+_IMPORT = f"from .{cut_head.__name__.rpartition('.')[2]} import {cut_head.CutHead.__name__}"
+"""Where the head computes some tokens alone."""
 
 
 def write(
@@ -145,7 +161,10 @@ def write(
     own = hasattr(config, "linear_sizes")
     by_layer = layer_words(model) if own else {}
     if own:
-        write_text(directory / CODE, code_of(model, by_layer=bool(by_layer)))
+        cuts = cut_head_of(model) is not None
+        write_text(directory / CODE, code_of(model, by_layer=bool(by_layer), cuts_head=cuts))
+        if cuts:
+            write_module(cut_head, directory)
     write_settings(model, config, directory, dtype or model.dtype, own=own, by_layer=by_layer)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
@@ -153,16 +172,30 @@ def write(
 
 
 def code_of(
-    model: PreTrainedModel, ahead: str = "", imports: str = "", *, by_layer: bool = False
+    model: PreTrainedModel,
+    ahead: str = "",
+    imports: str = "",
+    *,
+    by_layer: bool = False,
+    cuts_head: bool = False,
 ) -> str:
     """The two small classes for models of this class, one with another class ahead of it, which
-    this line imports; for a configuration with `per_layer_config` if `by_layer`."""
+    this line imports; for a configuration with `per_layer_config` if `by_layer`, for heads of some
+    tokens if `cuts_head` (`elastic.models.cut_head` then goes with it)."""
     base, kind = type(model).__name__, type(model.config).__name__
+    imports = "\n".join(filter(None, [imports, _IMPORT if cuts_head else ""]))
     return _CLASS.format(
         base=base, config=kind, model_type=PREFIX + model.config.model_type, auto=auto_of(base),
         ahead=ahead and f"{ahead}, ", imports=imports and f"\n{imports}\n",
+        head=_HEAD if cuts_head else "",
         **(_LAYERS if by_layer else dict.fromkeys(_LAYERS, "")),
     )  # fmt: skip
+
+
+def write_module(module: ModuleType, directory: Path) -> None:
+    """A module of ours that needs nothing of this package, for the classes beside it."""
+    name = module.__name__.rpartition(".")[2]
+    write_text(directory / f"{name}.py", inspect.getsource(module))
 
 
 def write_settings(

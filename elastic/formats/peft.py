@@ -24,6 +24,7 @@ from elastic.formats.peft_config import (
 from elastic.models.kinds import Kind, classes_of, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
+from elastic.spaces.dims import VOCABULARY
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def why_not(net: Supernet, sub: SubAdapter) -> str | None:
     cut = [
         group.name
         for group in net.space
-        if group.dim != "rank" and sub[group.name] not in (0, group.choices[0])
+        if group.dim not in ("rank", VOCABULARY) and sub[group.name] not in (0, group.choices[0])
     ]
     if not cut:
         return None

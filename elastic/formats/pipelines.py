@@ -19,6 +19,7 @@ from elastic.formats.onnx_session import cache_names, flattened
 from elastic.formats.tracing import ones, traceable
 from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
+from elastic.models.vocabulary import tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +107,7 @@ def described(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dic
     described = {
         "type": TYPE,
         "context_length": length,
-        "vocab_size": model.get_output_embeddings().weight.shape[0],
+        "vocab_size": tokens_of(model),
         "eos_token_id": list(dict.fromkeys(ends)),
         "pad_token_id": ends[0] if pad is None else pad,
         "decoder": {

@@ -3,7 +3,6 @@ the classes of `elastic.formats.any_size`, and the sizes of every slice as these
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.files import write_text
 from elastic.formats import any_size, choosing, hf
 from elastic.formats.any_size import SIZES, VERSION, AnySize
+from elastic.models import cut_head
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.supernet import Supernet
@@ -37,7 +37,8 @@ def sizes_of(
 ) -> dict[str, Any]:
     """Of a slice and its model, as `elastic.formats.any_size` reads it: what its configuration
     says, which blocks it runs, and by layer rows and columns (a number of the first ones, or of
-    several parts the start and length of each) and rank."""
+    several parts the start and length of each) and rank; of a head that knows some tokens alone
+    how many of which order."""
     with net.active(sub):
         gone = net.space.left_out(sub)
         layers = {
@@ -49,7 +50,11 @@ def sizes_of(
             for site, layer in modules_of(net.model, ElasticLinear)
             if not site.startswith(gone)
         }
-    return {"config": _words(model), "blocks": net.space.kept(sub), "layers": layers}
+    found = {"config": _words(model), "blocks": net.space.kept(sub), "layers": layers}
+    if net.vocabulary and net.space.cuts_vocabulary(sub):
+        group = net.vocabulary.group
+        found["head"] = {"site": group.head, "order": group.name, "tokens": sub[group.name]}
+    return found
 
 
 _IMPORTS = f"""from .any_size import {AnySize.__name__}
@@ -70,8 +75,9 @@ def write(
     for one in sizes.values():
         one["config"] = {k: v for k, v in one["config"].items() if v != whole.get(k)}
     write_text(directory / SIZES, json.dumps({"version": VERSION, "slices": sizes}) + "\n")
-    write_text(directory / hf.CODE, hf.code_of(base, AnySize.__name__, _IMPORTS))
-    for module in (any_size, choosing):
-        name = module.__name__.rpartition(".")[2]
-        write_text(directory / f"{name}.py", inspect.getsource(module))
+    cuts = any("head" in one for one in sizes.values())
+    code = hf.code_of(base, AnySize.__name__, _IMPORTS, cuts_head=cuts)
+    write_text(directory / hf.CODE, code)
+    for module in (any_size, choosing, *([cut_head] if cuts else [])):
+        hf.write_module(module, directory)
     return hf.auto_of(type(base).__name__)

@@ -226,7 +226,8 @@ def load(
     tied = model.all_tied_weights_keys
     for key, empty in model.state_dict(keep_vars=True).items():
         if key not in tied or tied[key] not in made:
-            tensor: Tensor = made[key]().to(device, dtype).contiguous()
+            kind = dtype if empty.is_floating_point() else empty.dtype
+            tensor: Tensor = made[key]().to(device, kind).contiguous()
             put_(model, key, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
     model.tie_weights()
     model.config = hf.described_config(model, code=False)

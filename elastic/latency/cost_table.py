@@ -11,7 +11,7 @@ import numpy as np
 
 from elastic.latency.additive import Additive
 from elastic.spaces.bound import WHOLE, Point, Space
-from elastic.spaces.dims import BITS
+from elastic.spaces.dims import BITS, VOCABULARY
 
 NOISE = 0.01
 """Standard deviation of one measured latency, in parts of it."""
@@ -74,7 +74,8 @@ class Table:
     full: float
     """Milliseconds of the full model, as fitted."""
     effects: np.ndarray
-    """(groups, choices): milliseconds, at most 0; 0 at full size, infinite where no choice is."""
+    """(groups, choices): milliseconds, at most 0 but of a vocabulary; 0 at full size, infinite
+    where no choice is."""
 
     @classmethod
     def fit(
@@ -90,7 +91,10 @@ class Table:
             sizes = [share for share, costs in zip(shares(space), costly, strict=True) if costs]
             noise = (NOISE * values.mean()) ** 2
             found = Additive(names, sizes).fit(at[:, costly], values, noise)
-            effects[costly, : found.effects.shape[1]] = np.minimum(found.effects, 0)
+            effects[costly, : found.effects.shape[1]] = found.effects
+            # A cut head takes memory of its own where the whole one is the embeddings.
+            saving = np.array([group.dim != VOCABULARY for group in space])
+            effects[saving] = np.minimum(effects[saving], 0)
             full = float(found.offset)
         for row, group in zip(effects, space, strict=True):
             row[len(group.choices) :] = np.inf

@@ -184,8 +184,11 @@ class _Judge:
         self, one: Asked, run: Run, made_up: Compensated, known: Mapping[str, Any]
     ) -> dict[str, Any]:
         self.net.load_factors(read_factors(run.super_adapter))
-        model = self.held_out.model(one.candidate.sub_adapter, made_up)
+        sub = one.candidate.sub_adapter
+        # As it was trained: an answer that a cut head cannot say has no finite loss.
+        model = self.held_out.model(self.net.space.with_whole_vocabulary(sub), made_up)
         loss = mean_loss(model, self.held_out.batches)
+        model = self.net.cut_vocabulary_(model, sub)
         if one.candidate.compress and self.config.timing.runtime != "torch":
             model = round_(model, one.candidate.compress, self.config.timing.runtime)
         scores: dict[str, Any] = {"held_out_loss": loss}

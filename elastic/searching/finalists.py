@@ -26,12 +26,13 @@ from elastic.searching.pareto import non_dominated, thin
 from elastic.searching.sampler import learn
 from elastic.spaces.bound import Candidate
 from elastic.supernet.held_out import Compensated
+from elastic.supernet.vocabulary import said_by
 
 if TYPE_CHECKING:
     import optuna
 
 
-COMPENSATION = "compensation"
+COMPENSATION, VOCABULARY = "compensation", "vocabulary"
 SCORES, TIMES = "test scores", "measured"
 """What a study keeps of its finalists, by candidate."""
 
@@ -150,6 +151,9 @@ def _scores(
             batch_tokens=objective.config.batch_tokens, quiet=True,
         )  # fmt: skip
         known[str(candidate)] = {**score.kept(), COMPENSATION: made_up.as_dict()}
+        told = said_by(objective.net, objective.tokenizer, candidate.sub_adapter, test)
+        if told:
+            known[str(candidate)][VOCABULARY] = told.as_dict()
     study.set_user_attr(SCORES, known)
     return [known[str(candidate)] for candidate in (*(one.candidate for one in chosen), full)]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from elastic import plotting
 from elastic.console import wide
+from elastic.data.vocabulary import Sayable
 from elastic.evaluation.statistics import CORRECT, Score, difference
 from elastic.files import new_directory, write_json, write_text
 from elastic.latency.bench import CANDIDATE
@@ -114,8 +115,8 @@ class Member(Evaluated):
 
     name: str
     test: Mapping[str, Any]
-    """accuracy, accuracy_n, accuracy_interval, the compensation it was scored with, and which
-    examples were right (`Score.marks`)."""
+    """accuracy, accuracy_n, accuracy_interval, the compensation it was scored with, which examples
+    were right (`Score.marks`) and, where its head knows some tokens alone, what it can say."""
     full_correct: str
     """Which the full model had right."""
     measured: Measured | None
@@ -128,6 +129,12 @@ class Member(Evaluated):
     def made_up(self) -> Compensated:
         """As it was scored on the test split."""
         return Compensated.of(self.test["compensation"])
+
+    @property
+    def sayable(self) -> Sayable | None:
+        """Of the test answers; None where its head computes all tokens."""
+        found = self.test.get("vocabulary")
+        return Sayable(**found) if found else None
 
     @property
     def full_test(self) -> Score:
@@ -276,6 +283,9 @@ class Front:
         )
         if recovery := self.members[0].recovery:
             console.print(_recovered(recovery))
+        for member in self.members:
+            if member.sayable:
+                console.print(f"The head of {member.name} knows {member.sayable}")
         for timetable in self.timetables.values():
             console.print(timetable.describe())
         if over := self._over_as_measured():

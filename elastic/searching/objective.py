@@ -142,9 +142,14 @@ class Objective:
 
     def smallest(self) -> list[dict[str, Any]]:
         """`costs` of everything at its smallest, at every precision: fewer bits are smaller, not
-        faster."""
+        faster. So is a head that computes all tokens where it is the embeddings, too."""
         least = self.space.minimal()
-        return [self.costs(replace(least, compress=mode)) for mode in self.space.modes]
+        sub = least.sub_adapter
+        return [
+            self.costs(replace(least, sub_adapter=each, compress=mode))
+            for each in dict.fromkeys([sub, self.space.with_whole_vocabulary(sub)])
+            for mode in self.space.modes
+        ]
 
     def table(self, cost: str) -> Table | Tables:
         """What every choice saves of a cost."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
-from elastic.spaces.dims import BITS, DEPTH, Cut, Ranges, common, numbers
+from elastic.spaces.dims import BITS, DEPTH, VOCABULARY, Cut, Ranges, common, numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,8 @@ class Group:
     """Of a depth: a choice of k runs the first k of these."""
     staying: int = 0
     """How many of the first blocks stay, whatever the order of the others."""
+    head: str = ""
+    """Of a vocabulary: the layer of which a choice of k computes the rows of the first k tokens."""
 
     def joined(self, before: Group, where: str) -> Group:
         """One choice for both; ConfigError if their sizes differ."""
@@ -151,6 +153,23 @@ class Space(Generic[Point]):
     @cached_property
     def depths(self) -> tuple[Group, ...]:
         return tuple(group for group in self.groups if group.dim == DEPTH)
+
+    @cached_property
+    def vocabulary(self) -> Group | None:
+        """The group that says how many tokens the head computes; None where it computes all."""
+        return next((group for group in self.groups if group.dim == VOCABULARY), None)
+
+    def cuts_vocabulary(self, sub: SubAdapter) -> bool:
+        """Whether the head of `sub` computes some tokens alone."""
+        group = self.vocabulary
+        return group is not None and sub[group.name] < group.choices[0]
+
+    def with_whole_vocabulary(self, sub: SubAdapter) -> SubAdapter:
+        """`sub` with a head that computes all tokens."""
+        if not self.cuts_vocabulary(sub):
+            return sub
+        whole = {group.name: group.choices[0] for group in self if group is self.vocabulary}
+        return SubAdapter(tuple((sub.as_dict() | whole).items()))
 
     def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
         """By the name of every list of blocks of which some can be left out, places of those that

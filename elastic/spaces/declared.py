@@ -15,7 +15,8 @@ from elastic.files import shipped
 from elastic.plain import read_yaml
 from elastic.spaces.blocks import require_alike
 from elastic.spaces.bound import BoundSpace, Group
-from elastic.spaces.dims import DEPTH, DIMS, GroupSpec
+from elastic.spaces.dims import DEPTH, DIMS, VOCABULARY, GroupSpec
+from elastic.spaces.vocabulary import vocabulary
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ def section_of(value: Any, source: str) -> Section:
     for name, spec in value["groups"].items():
         where = f"{source}: group {name!r}"
         dim = spec.get("dim") if isinstance(spec, Mapping) else None
-        if dim not in [*DIMS, DEPTH]:
-            raise ConfigError(f"{where}: {unknown('dim', str(dim), [*DIMS, DEPTH])}")
+        known = [*DIMS, DEPTH, VOCABULARY]
+        if dim not in known:
+            raise ConfigError(f"{where}: {unknown('dim', str(dim), known)}")
         lists, more = {"outputs", "inputs"}, {"align", "share", "fused"}
         if dim == "rank":
             lists, more = {"of"}, {"align", "share"}
         elif dim == DEPTH:
             lists, more = set(), {"drop_ends"}
+        elif dim == VOCABULARY:
+            lists, more = set(), {"align", "least"}
         _keys(spec, {"dim", "choices"} | more | lists, {"dim", "choices"} | lists, where)
         groups.append(_group_spec(name, spec, where))
     return Section(value["blocks"], tuple(adapt), tuple(groups))
@@ -105,9 +109,12 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
     ends = spec.get("drop_ends", False)
     if not isinstance(ends, bool):
         raise ConfigError(f"{where}: drop_ends is {ends!r}; give true or false")
+    least = spec.get("least", 1)
+    if type(least) is not int or least < 1:
+        raise ConfigError(f"{where}: least is {least!r}; give an integer from 1 up")
     return GroupSpec(
         name, spec["dim"], tuple(choices), align=align, fused=fused, share=share, drop_ends=ends,
-        **lists,
+        least=least, **lists,
     )  # fmt: skip
 
 
@@ -194,6 +201,31 @@ class SearchSpace:
         )
         return SearchSpace(tuple(sections), self.source)
 
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether the head may compute some tokens alone."""
+        return any(s.dim == VOCABULARY for section in self.sections for s in section.groups)
+
+    @property
+    def least(self) -> int:
+        """How many tokens stay in its vocabulary, whatever is chosen."""
+        specs = (spec for section in self.sections for spec in section.groups)
+        return max((spec.least for spec in specs if spec.dim == VOCABULARY), default=1)
+
+    def with_least(self, tokens: int) -> SearchSpace:
+        """The same where so many tokens stay in any vocabulary."""
+        sections = (
+            replace(
+                section,
+                groups=tuple(
+                    replace(spec, least=tokens) if spec.dim == VOCABULARY else spec
+                    for spec in section.groups
+                ),
+            )
+            for section in self.sections
+        )
+        return SearchSpace(tuple(sections), self.source)
+
     def as_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The declaration again; `from_dict` reads it back to an equal space."""
         declared = [section.as_dict() for section in self.sections]
@@ -206,6 +238,8 @@ class SearchSpace:
         """
         bound = [self._bind(section, model, max_rank) for section in self.sections]
         groups = [group for found, _ in bound for group in found]
+        if sum(group.dim == VOCABULARY for group in groups) > 1:
+            raise ConfigError(f"{self.source}: two groups cut the vocabulary; declare it once")
         taken: dict[tuple[str, str, bool], str] = {}
         for group in groups:
             places = [(cut.site, cut.axis, cut.apart) for cut in group.cuts]
@@ -236,11 +270,15 @@ class SearchSpace:
         groups: dict[str, Group] = {}
         specs = [part for whole in section.groups for part in whole.parted()]
         for spec in specs:
+            where = f"{self.source}: group {spec.name!r}"
             if spec.dim == DEPTH:
-                depth = _depth(model, section, blocks, spec, f"{self.source}: group {spec.name!r}")
+                depth = _depth(model, section, blocks, spec, where)
                 groups[depth.name] = depth
+            if spec.dim == VOCABULARY:
+                whole = vocabulary(model, spec, where)
+                groups[whole.name] = whole
         for block in blocks:
-            for spec in (spec for spec in specs if spec.dim != DEPTH):
+            for spec in (spec for spec in specs if spec.dim not in (DEPTH, VOCABULARY)):
                 where = f"{self.source}: group {spec.name!r}"
                 sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
                 _all_linear(sites, linears, where)

@@ -1,4 +1,5 @@
-"""Elastic dimensions: which axis of which linear layers each one cuts, and how many blocks run.
+"""Elastic dimensions: which axis of which linear layers each one cuts, how many blocks run, and how
+many tokens the head knows.
 
 A dimension is a function of a block of the model and a group's declaration. It answers with the
 full size and the cuts a choice makes. A choice k keeps the first `k * unit` rows (axis "out") or
@@ -96,6 +97,8 @@ class GroupSpec:
     every block."""
     drop_ends: bool = False
     """Of a depth: whether the first and the last block may go too."""
+    least: int = 1
+    """Of a vocabulary: tokens that the answers need, which stay whatever is chosen."""
 
     def parted(self) -> list[GroupSpec]:
         """One for each layer on its own, else itself."""
@@ -197,6 +200,8 @@ DIMS = {"rank": rank, "width": width, "heads": heads, "query_heads": query_heads
 """Those of one block."""
 DEPTH = "depth"
 """A choice counts the blocks that run."""
+VOCABULARY = "vocab"
+"""A choice counts the rows of the language-model head that are computed, one for each token."""
 BITS = "bits"
 """A choice is that of every weight of the model: it cuts nothing, and training knows none."""
 

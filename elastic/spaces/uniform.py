@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from elastic.spaces.bound import BoundSpace, Group, SubAdapter
-from elastic.spaces.dims import DEPTH, Cut
+from elastic.spaces.dims import DEPTH, VOCABULARY, Cut
 
 Kind = tuple[str, int]
 """Dimension and full size: what one entry of a model's configuration says for all layers."""
@@ -19,17 +19,19 @@ Kind = tuple[str, int]
 
 def kinds(space: BoundSpace) -> dict[Kind, list[Group]]:
     """Groups of one size that a configuration says once: a T5's MLPs in encoder and decoder are of
-    one kind. Ranks are of none, since merging leaves nothing of them, nor is depth."""
+    one kind. Ranks are of none, since merging leaves nothing of them, nor is depth, nor the
+    vocabulary, which no family's own class cuts."""
     found: dict[Kind, list[Group]] = {}
     for group in space:
-        if group.dim not in ("rank", DEPTH):
+        if group.dim not in ("rank", DEPTH, VOCABULARY):
             found.setdefault((group.dim, group.choices[0]), []).append(group)
     return found
 
 
 def with_sizes(space: BoundSpace, sub: SubAdapter, sizes: dict[Kind, int]) -> SubAdapter:
-    """`sub` with these sizes in every layer that runs; its ranks and its depth stay."""
-    chosen = sub.as_dict()
+    """`sub` with these sizes in every layer that runs, and all tokens; its ranks and its depth
+    stay."""
+    chosen = space.with_whole_vocabulary(sub).as_dict()
     for kind, groups in kinds(space).items():
         for group in groups:
             if chosen[group.name]:

@@ -29,7 +29,7 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
     """
     sub = net.space.check(sub)
     left_out = net.space.left_out(sub)
-    with net.active(sub, degree):
+    with net.active(net.space.with_whole_vocabulary(sub), degree):
         model = module_tree(net.model)
         for site, layer in modules_of(net.model, ElasticLinear):
             if site.startswith(left_out):
@@ -43,7 +43,7 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             model.set_submodule(site, small)
-    return dequantise_(settle_(model)).eval()
+    return net.cut_vocabulary_(dequantise_(settle_(model)), sub).eval()
 
 
 @torch.no_grad()

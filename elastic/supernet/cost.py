@@ -10,6 +10,7 @@ from torch import nn
 from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
+from elastic.models.ties import ends_of
 from elastic.spaces.bound import BoundSpace, SubAdapter
 
 
@@ -53,6 +54,12 @@ class Counter:
             layer: Any = model.get_submodule(site)
             layer = layer.base if isinstance(layer, ElasticLinear) else layer
             self.shapes[site] = (layer.out_features, layer.in_features, layer.bias is not None)
+        self.head: tuple[int, int, bool] | None = None
+        """Columns and biases of a head that may be cut, and whether it is the embeddings too."""
+        if group := space.vocabulary:
+            layer = model.get_submodule(group.head)
+            tied = len(ends_of(model)[f"{group.head}.weight"]) > 1
+            self.head = layer.in_features, int(layer.bias is not None), tied
 
     def __call__(self, sub: SubAdapter) -> Cost:
         kept = {site: [rows, columns] for site, (rows, columns, _) in self.shapes.items()}
@@ -65,6 +72,13 @@ class Counter:
             if not site.startswith(gone):
                 weights += rows * columns - kept[site][0] * kept[site][1]
                 biases += has_bias * (rows - kept[site][0])
+        if self.head and (group := self.space.vocabulary) and self.space.cuts_vocabulary(sub):
+            columns, with_bias, tied = self.head
+            gone_rows = group.choices[0] - sub[group.name]
+            weights += gone_rows * columns
+            biases += gone_rows * with_bias
+            if tied:  # the embeddings stay, and what is kept of the head stands beside them
+                biases -= group.choices[0] * columns
         params = sum(self.blocks[block].params for block in gone)
         macs = sum(self.blocks[block].macs for block in gone)
         return Cost(self.full.params - params - weights - biases, self.full.macs - macs - weights)

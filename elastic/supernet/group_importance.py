@@ -59,7 +59,10 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / examples) ** 0.5 for name, total in squares.items()}
+    found = {name: (total / examples) ** 0.5 for name, total in squares.items()}
+    if net.space.vocabulary:  # of its kind the only one, with which it is compared
+        found[net.space.vocabulary.name] = 1.0
+    return found
 
 
 def _watched(

@@ -144,7 +144,7 @@ class HeldOut:
     def model(self, sub: SubAdapter, made_up: Compensated) -> PreTrainedModel:
         """The sub-adapter as a model of its own, sliced and merged."""
         small = compact(self.net, sub, made_up.degree)
-        if made_up.sequential:
+        if made_up.sequential:  # which does not look at the head
             fit_(small, self.net, sub, self.examples())
         return small
 
@@ -153,7 +153,11 @@ class HeldOut:
         model that is then; asked once."""
         if SEQUENTIAL in made_up.losses:
             return made_up, self.model(sub, made_up)
-        net, small = self.net, compact(self.net, sub, made_up.degree)
+        net, whole = self.net, self.net.space.with_whole_vocabulary(sub)
+        if sub != whole:
+            made_up, small = self.refined(whole, made_up)
+            return made_up, net.cut_vocabulary_(small, sub)
+        small = compact(net, sub, made_up.degree)
         tried = self.config.sequential and can_fit(net.model)
         if not tried or net.compensation is None or not net.cuts(sub):
             return made_up, small
@@ -168,7 +172,9 @@ class HeldOut:
         return decided, small if better else compact(net, sub, made_up.degree)
 
     def __call__(self, sub: SubAdapter) -> Compensated:
-        """How much is best for a sub-adapter, decided once."""
+        """How much is best for a sub-adapter, decided once, by a head that knows all tokens: to
+        one that lacks some, minus infinity would be all that counts."""
+        sub = self.net.space.with_whole_vocabulary(sub)
         if sub not in self._decided:
             self._decided[sub] = decide(self.net, sub, self.config.degrees, self.divergence)
         return self._decided[sub]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
-from elastic.spaces.dims import Cut, numbers
+from elastic.spaces.dims import VOCABULARY, Cut, numbers
 from elastic.supernet.depth import states
 from elastic.supernet.watching import Watching
 
@@ -30,7 +30,8 @@ def channel_order(
     model: nn.Module, space: BoundSpace, mode: str, batches: Iterable[dict[str, Tensor]] = ()
 ) -> dict[str, Tensor]:
     """Per group with cut channels, a permutation (full size,) of int64, most important first; one
-    each, (parts, full size), where the parts of an axis have orders of their own.
+    each, (parts, full size), where the parts of an axis have orders of their own. The order of a
+    vocabulary is no question of the model's (`elastic.data.vocabulary`).
 
     activation: the importance of input channel c of a layer W is ‖x_c‖₂ · ‖W[:, c]‖₂, the size of
     its contribution to the output over the calibration batches (the score of Wanda, Sun et al.
@@ -39,7 +40,7 @@ def channel_order(
     the rows that make the channel, as NNCF reorders, or of all linear layers of a block. none: as
     they come. Blocks that stay are first. `batches` are keyword arguments of the model.
     """
-    groups = [group for group in space if group.dim != "rank"]
+    groups = [group for group in space if group.dim not in ("rank", VOCABULARY)]
     if mode == "none":
         scores = {group.name: blank(group) - torch.arange(group.choices[0]) for group in groups}
     elif mode == "norm":

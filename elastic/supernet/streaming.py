@@ -121,10 +121,16 @@ def streamed(
         bias = None if layer.bias is None else layer.bias.data
         model.set_submodule(site, plain_linear(layer.weight.data, bias))
     left, kept = _left(net, sub, degree, is_ordered), net.space.kept(sub)
+    if net.vocabulary and net.space.cuts_vocabulary(sub):
+        group = net.vocabulary.group
+        # The head is never permuted: it may be the embeddings.
+        left[group.head] = _Kept(net.vocabulary.tokens(sub[group.name]))
 
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")
         source = original(kept, site)
+        if leaf == "places":  # of the head, which no file has
+            return model.get_buffer(name)
         tensor = head.get(name)
         if tensor is None:
             tensor = getattr(base.get_submodule(source), leaf)
@@ -171,7 +177,19 @@ class _Cut:
         return tensor[:, size.leading_columns(columns[None])[0]]
 
 
-def _left(net: Supernet, sub: SubAdapter, degree: float, is_ordered: bool) -> dict[str, _Cut]:
+@dataclass(frozen=True)
+class _Kept:
+    """What is left of a head."""
+
+    tokens: Tensor
+
+    def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
+        return tensor[self.tokens]
+
+
+def _left(
+    net: Supernet, sub: SubAdapter, degree: float, is_ordered: bool
+) -> dict[str, Callable[[Tensor, str], Tensor]]:
     """By elastic layer."""
     moved = {} if is_ordered else net.permutations()
     with net.active(sub, degree):

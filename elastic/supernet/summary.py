@@ -92,3 +92,14 @@ def sizes_table(model: PreTrainedModel, space: BoundSpace) -> SpaceTable:
     kinds = Tally((g.name.rpartition(".")[2], g.dim, g.choices) for g in space)
     rows = [Choices(name, dim, n, choices) for (name, dim, choices), n in kinds.items()]
     return SpaceTable(type(model).__name__, rows, space.size, costs)
+
+
+def vocabulary_told(bound: BoundSpace, least: int) -> str:
+    """What is said of a vocabulary that may be cut."""
+    assert bound.vocabulary is not None
+    full, *fewer = bound.vocabulary.choices
+    sizes = ", ".join(f"{choice:,}" for choice in fewer)
+    return (
+        f"Vocabulary: {least:,} of {full:,} tokens stay at every size, those of the training "
+        f"answers and what ends them; to choose from: {sizes or 'nothing fewer'}"
+    )

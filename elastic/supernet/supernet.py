@@ -20,6 +20,7 @@ from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import channel_index, numbers
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
+from elastic.supernet.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +62,8 @@ class Supernet:
         if head := model.get_output_embeddings():
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.order: dict[str, Tensor] = {}
+        self.vocabulary = Vocabulary(model, group) if (group := self.space.vocabulary) else None
+        """Which tokens the head knows; None where it knows all of them at every size."""
         if order is not None:
             self.reorder(order, is_ordered=is_ordered)
         self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
@@ -125,6 +128,8 @@ class Supernet:
                 reorder_linear(layer.base, axis, index)
             if layer.adapter is not None:
                 layer.adapter.reorder(axis, index)
+        if self.vocabulary and self.vocabulary.group.name in order:
+            self.vocabulary.order = order[self.vocabulary.group.name].cpu()
         self.space = self.space.ordered(order)
 
     def permutations(self) -> dict[tuple[str, str], Tensor]:
@@ -156,6 +161,8 @@ class Supernet:
                 continue
             if name in self._stacks:
                 self._stacks[name].run(self._blocks(name, choice))
+            if self.vocabulary and name == self.vocabulary.group.name:
+                self.vocabulary.run(choice)
             for size, cut, leading in self._actions[name]:
                 if cut.axis == "rank":
                     size.rank = choice
@@ -177,6 +184,12 @@ class Supernet:
             0 < sub[group.name] < group.choices[0] and any(cut.axis == "in" for cut in group.cuts)
             for group in self.space
         )
+
+    def cut_vocabulary_(self, compact: PreTrainedModel, sub: SubAdapter) -> PreTrainedModel:
+        """A compact model that computes all tokens with those of `sub` alone, in place."""
+        if self.vocabulary is None:
+            return compact
+        return self.vocabulary.cut_(compact, sub[self.vocabulary.group.name])
 
     def _make_up(self, degree: float) -> None:
         """Let the layers whose columns are cut make up for so much of it."""

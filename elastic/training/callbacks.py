@@ -41,11 +41,13 @@ class Probe:
         """`batch` as `collate` makes it; taken after every `every` optimiser steps. A part `degree`
         of what is cut is made up for."""
         self.net, self.batch, self.every, self.degree = net, dict(batch), every, degree
-        self.subs = {
+        subs = {
             "maximal": net.space.maximal(),
             "random": net.space.random(generator_for(seed, "probe")),
             "minimal": net.space.minimal(),
         }
+        # As they are trained: an answer that a head cannot say has no finite loss.
+        self.subs = {name: net.space.with_whole_vocabulary(sub) for name, sub in subs.items()}
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> dict[str, float]:

@@ -21,11 +21,13 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.kinds import Kind
 from elastic.run import Run
-from elastic.spaces.bound import BoundSpace
+from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.supernet.discovery import space_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from elastic.supernet.supernet import Supernet
 
 
 def refuse_sharded(config: TrainConfig) -> None:
@@ -121,12 +123,36 @@ def predecessor(config: TrainConfig) -> Run:
         )
     taken = theirs.adapter.taken_from  # then the space is of the layers that it has
     spaces = (space_for(config), before.space())
-    if taken is None and len({space.with_whole_ranks().sections for space in spaces}) > 1:
+    # Which tokens stay is a question of the answers.
+    if taken is None and len({s.with_whole_ranks().with_least(1).sections for s in spaces}) > 1:
         raise ConfigError(
             f"start_from: {before.path} was trained in another search space than {config.space}; "
             f"a sequence keeps one"
         )
     return before
+
+
+@torch.no_grad()
+def require_cut_head(net: Supernet, batch: dict[str, torch.Tensor]) -> None:
+    """ConfigError for a vocabulary that cannot be cut, since the model's code computes something
+    else behind its head."""
+    if net.vocabulary is None or len(net.vocabulary.group.choices) < 2:
+        return
+    group, whole = net.vocabulary.group, net.space.maximal()
+    cut = SubAdapter(tuple((whole.as_dict() | {group.name: group.choices[-1]}).items()))
+    with net.active(whole):
+        full = answer_logits(net.model, batch)[0]
+    with net.active(cut):
+        found = answer_logits(net.model, batch)[0]
+    kept = net.vocabulary.tokens(group.choices[-1]).to(full.device)
+    gone = torch.ones(full.shape[-1], dtype=torch.bool, device=full.device)
+    gone[kept] = False
+    change = float((found[..., kept] - full[..., kept]).norm() / full[..., kept].norm())
+    if not change <= DIFFERENCE or not (found[..., gone] == -torch.inf).all():
+        raise ConfigError(
+            f"group {group.name!r}: {type(net.model).__name__} computes something behind its head, "
+            "so that a cut one changes more than the tokens that are cut; leave the group out"
+        )
 
 
 @torch.no_grad()

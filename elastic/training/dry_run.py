@@ -21,6 +21,7 @@ from elastic.adapters import METHODS
 from elastic.config import StageConfig, TrainConfig
 from elastic.data import load_task
 from elastic.data.encoding import encode_all, padded
+from elastic.data.vocabulary import token_order
 from elastic.errors import ConfigError, DataMissing
 from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of
@@ -30,7 +31,7 @@ from elastic.supernet.compensation import footprint
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.moments import ROOM
 from elastic.supernet.store import read_factors
-from elastic.supernet.summary import sizes_table
+from elastic.supernet.summary import sizes_table, vocabulary_told
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import predecessor, with_classes
 from elastic.training.estimate import Batch, Compute, Estimate, Memory, Plan
@@ -58,6 +59,8 @@ def estimate(*runs: TrainConfig) -> Estimate:
     if runs[0].start_from:
         before = predecessor(runs[0])
     space = space_for(config)
+    if space.cuts_vocabulary:
+        space = space.with_least(_tokens_that_stay(runs))
     device = loading.resolve_device(config.model.device)
     dtype = loading.resolve_dtype(config.model.dtype, device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
@@ -84,6 +87,8 @@ def estimate(*runs: TrainConfig) -> Estimate:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
+    if net.space.vocabulary:
+        notes.append(vocabulary_told(net.space, space.least))
     batch, examples = _data(runs, model)
     schedules = [Schedule.of(run, n) for run, n in zip(runs, examples, strict=bool(examples))]
     steps = sum(schedule.steps for schedule in schedules)
@@ -113,6 +118,28 @@ def estimate(*runs: TrainConfig) -> Estimate:
     )
 
 
+def _tokens_that_stay(runs: Sequence[TrainConfig]) -> int:
+    """How many a vocabulary keeps for the answers of all runs; 1 if they cannot be read."""
+    config = runs[-1]
+    skeleton, folder = loading.skeleton(config.model), loading.locate(config.model.path)
+    if not _has_tokenizer(folder):
+        return 1
+    try:
+        examples = [each for run in runs for each in load_task(run.task, run.seed).train]
+    except DataMissing:
+        return 1
+    tokenizer = loading.load_tokenizer(config.model)
+    encoded = encode_all(tokenizer, examples, skeleton)
+    size = skeleton.config.get_text_config().vocab_size
+    text = config.vocab.text
+    return token_order(tokenizer, skeleton, examples, encoded, size, text=text).least
+
+
+def _has_tokenizer(folder: str) -> bool:
+    """transformers would make an empty one from the configuration alone."""
+    return any(file for name in VOCABULARIES for file in Path(folder).glob(name))
+
+
 def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, list[int]]:
     """The largest micro-batch, and the examples of every run (none if the data is not there)."""
     config = runs[-1]
@@ -125,8 +152,7 @@ def _data(runs: Sequence[TrainConfig], model: PreTrainedModel) -> tuple[Batch, l
     counts = [len(examples) for examples in tasks]
     sequences = min(config.batch_size, max(counts))
     folder = loading.locate(config.model.path, ["config.json"])
-    # transformers would make an empty tokenizer from the configuration alone.
-    if not any(file for name in VOCABULARIES for file in Path(folder).glob(name)):
+    if not _has_tokenizer(folder):
         return replace(assumed, sequences=sequences, assumed=f"{folder} has no tokenizer"), counts
     tokenizer = loading.load_tokenizer(replace(config.model, path=folder))
     encoded = encode_all(tokenizer, itertools.chain(*tasks), model)
@@ -143,7 +169,8 @@ def _measure(
 ) -> tuple[Memory, Compute]:
     """Memory and compute by running micro-batches of the maximal and the minimal sub-adapter."""
     largest = rehearse(net, net.space.maximal(), batch)
-    smallest = rehearse(net, net.space.minimal(), batch)
+    # Training uses the whole head.
+    smallest = rehearse(net, net.space.with_whole_vocabulary(net.space.minimal()), batch)
     # Nearly the maximal sub-adapter, which has no teacher, but taught by it.
     taught = largest
     if config.distill:

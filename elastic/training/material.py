@@ -4,7 +4,7 @@ run began with."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from elastic.data.encoding import (
 )
 from elastic.data.labels import check_classes, untrained
 from elastic.data.task import SPLITS, Split, Task
+from elastic.data.vocabulary import TokenOrder, token_order
 from elastic.errors import BaseMismatch, ModelError
 from elastic.files import read_json, write_json
 from elastic.models import loading
@@ -69,6 +70,15 @@ class Material:
                     longest = max(example.options, key=len)
                     limits.require(encode_example(tokenizer, skeleton, example, longest).ids)
         return cls(task, tokenizer, encoded)
+
+    def token_order(
+        self, config: TrainConfig, skeleton: PreTrainedModel, vocabulary: int, first: Iterable[int]
+    ) -> TokenOrder:
+        """Of what the head may do without; `first` always stay."""
+        return token_order(
+            self.tokenizer, skeleton, self.task.train, self.encoded["train"], vocabulary,
+            text=config.vocab.text, first=first,
+        )  # fmt: skip
 
     @functools.cached_property
     def digests(self) -> dict[str, Any]:

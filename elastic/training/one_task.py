@@ -15,11 +15,12 @@ from elastic.console import say
 from elastic.data.answers import answer_logits
 from elastic.data.collating import collated
 from elastic.data.encoding import Encoded
-from elastic.errors import ConfigError, DataMissing
+from elastic.data.vocabulary import TokenOrder
+from elastic.errors import ConfigError, DataMissing, require
 from elastic.files import named_failure, write_json
 from elastic.models import loading, requirements
 from elastic.run import Run
-from elastic.spaces.bound import power_of_ten
+from elastic.spaces.bound import BoundSpace, power_of_ten
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.discovery import require_fits, space_for
@@ -33,6 +34,7 @@ from elastic.supernet.store import (
     save_super_adapter,
     saved_compensation,
 )
+from elastic.supernet.summary import vocabulary_told
 from elastic.supernet.supernet import Supernet
 from elastic.training import adopted
 from elastic.training.callbacks import check_trackers
@@ -42,6 +44,7 @@ from elastic.training.checks import (
     refuse_differing_depths,
     refuse_sharded,
     require_apart,
+    require_cut_head,
     with_classes,
 )
 from elastic.training.material import Material, require_unmoved
@@ -93,6 +96,11 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     refuse_sharded(config)
     before = predecessor(config) if config.start_from else None
     space = before.space() if before else adopted.adapted(space_for(config), config)
+    require(
+        config.vocab.text is None or space.cuts_vocabulary,
+        f"vocab.text: {space.source} has no group of dim vocab; leave it out, or choose another "
+        "space",
+    )
     requirements.require_training(config.model)
     if config.packing:
         requirements.require_packing(config.model)
@@ -109,6 +117,12 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     material = Material.of(config, skeleton)
     material.require_same(run)
     task, encoded = material.task, material.encoded
+    tokens = None
+    if bound.vocabulary and not only:
+        stay = kept_before(before, bound)
+        tokens = material.token_order(config, skeleton, bound.vocabulary.choices[0], stay)
+        space = space.with_least(tokens.least)
+        say(vocabulary_told(space.bind(skeleton, config.adapter.rank), tokens.least))
     with distributed.main_first():
         run.begin(config)
     material.tell(skeleton)
@@ -125,10 +139,12 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     if config.packing:
         require_apart(base.model, examples, pad)
     if before:
-        net = continued(base, space, config, before)
+        net = continued(base, space, config, before, tokens)
     else:
         known = adopted.factors_of(base, config) if taken else None
-        net = build(base.model, space, config, calibration=examples, pad=pad, known=known)
+        net = build(
+            base.model, space, config, calibration=examples, pad=pad, known=known, tokens=tokens
+        )
     made_up, teacher = Compensated(), None
     if before and only and chosen:
         teacher = frozen(net) if config.distill else None
@@ -158,8 +174,9 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
         )
         with named_failure(run.checkpoints):
             trainer = fit(
-                net, config, schedule, examples, run,
-                pad=pad, only=only, teacher=teacher, degree=made_up.degree, watched=watched,
+                net, config, schedule, examples, run, pad=pad,
+                only=only and net.space.with_whole_vocabulary(only),
+                teacher=teacher, degree=made_up.degree, watched=watched,
             )  # fmt: skip
         factors, sharded = trainer.factors(), trainer.is_sharded
         rate = schedule.learning_rate(schedule.steps - 1)
@@ -199,9 +216,10 @@ def build(
     calibration: list[Encoded],
     pad: int,
     known: adopted.Factors | None = None,
+    tokens: TokenOrder | None = None,
 ) -> Supernet:
     """The supernet at the start of training, its channels ordered, or with factors that are known;
-    ConfigError for a space or a method that does not fit the model."""
+    its tokens as given. ConfigError for a space or a method that does not fit the model."""
     bound = space.bind(model, config.adapter.rank)
     examples = calibration[: config.order_examples]
     batches = collated(examples, config.batch_size, pad, model.device)
@@ -210,15 +228,20 @@ def build(
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
     order = distributed.shared(lambda: channel_order(whole, bound, config.resolved_order, batches))
+    if bound.vocabulary and tokens:
+        order |= {bound.vocabulary.name: tokens.tokens}
     settings: dict[str, Any] = {"order": order, "seed": config.seed}
-    if known is None and config.resolved_order == "none":
-        return Supernet(model, space, config.adapter, **settings)
     batch = next(collated(calibration[:PROBE], PROBE, pad, model.device))
+    if known is None and config.resolved_order == "none":
+        net = Supernet(model, space, config.adapter, **settings)
+        require_cut_head(net, batch)
+        return net
     before = _logits(whole, batch)
     net = Supernet(model, space, config.adapter, **settings, start=known is None)
     if known is not None:
         adopted.load_(net, known)
     require_unchanged(before, _logits(net.model, batch), space)
+    require_cut_head(net, batch)
     return net
 
 
@@ -240,12 +263,28 @@ def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Ten
     return answer_logits(model, batch)[0].float()
 
 
-def continued(base: loading.Base, space: SearchSpace, config: TrainConfig, before: Run) -> Supernet:
-    """The supernet in which the next task begins, or in which one sub-adapter goes on with its
-    own; BaseMismatch on another base model."""
+def kept_before(before: Run | None, bound: BoundSpace) -> list[int]:
+    """Tokens that the answers of the run to go on from need."""
+    if before is None or bound.vocabulary is None:
+        return []
+    order = read_order(before.super_adapter, bound)[bound.vocabulary.name]
+    return [int(token) for token in order[: before.space().least]]
+
+
+def continued(
+    base: loading.Base,
+    space: SearchSpace,
+    config: TrainConfig,
+    before: Run,
+    tokens: TokenOrder | None = None,
+) -> Supernet:
+    """The supernet in which the next task begins, with the order of its tokens, or in which one
+    sub-adapter goes on with its own; BaseMismatch on another base model."""
     read_super_adapter(before.super_adapter, base.digest)
     bound = space.bind(base.model, config.adapter.rank)
     order, factors = read_order(before.super_adapter, bound), read_factors(before.super_adapter)
+    if bound.vocabulary and tokens:
+        order[bound.vocabulary.name] = tokens.tokens
     net = Supernet(base.model, space, config.adapter, order=order, start=False)
     if config.sub_adapter:
         net.load_factors(factors)

@@ -26,7 +26,7 @@ def test_shipped_spaces_load_bind_and_survive(path):
     assert bound.size == math.prod(len(group.choices) for group in bound)
     layers = {section.blocks: _blocks(model, section.blocks) for section in space.sections}
     assert len(bound.targets) == sum(layers[s.blocks] * len(s.adapt) for s in space.sections)
-    count = {s: sum(1 if g.dim == "depth" else layers[s.blocks] for g in s.groups)
+    count = {s: sum(1 if g.dim in ("depth", "vocab") else layers[s.blocks] for g in s.groups)
              for s in space.sections}  # fmt: skip
     assert len(bound.groups) == sum(count.values())
 

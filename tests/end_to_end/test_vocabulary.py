@@ -1,0 +1,163 @@
+"""A run whose head may know some tokens alone: trained, searched, and written in every format."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import elastic
+from elastic.config import VocabConfig
+from elastic.data.vocabulary import Sayable
+from elastic.errors import ConfigError
+from elastic.exporting.command import export
+from elastic.exporting.targets import FORMATS
+from elastic.formats import onnx, openvino
+from elastic.run import Run
+from elastic.searching.study import search
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet.store import load_run
+from elastic.training.dry_run import estimate
+from elastic.training.one_task import train_one
+from tests.helpers import exports, searches, tiny
+from tests.helpers.tiny_runs import randomize_factors, space_file, train_config
+
+GROUP = "lm_head.vocab"
+ANSWERS = 12
+"""Digits, the blank before them and the end of the sequence."""
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    declared = tiny.space_dict()
+    declared["groups"]["vocab"] = {"dim": "vocab", "choices": [1.0, 0.5, 1]}
+    return train_config(tiny_folder, folder / "run", space=space_file(folder, declared))
+
+
+@pytest.fixture(scope="module")
+def run(settings):
+    found = train_one(settings)
+    randomize_factors(found)
+    return found
+
+
+def sub_of(net, tokens: int) -> SubAdapter:
+    return SubAdapter(tuple((net.space.maximal().as_dict() | {GROUP: tokens}).items()))
+
+
+def test_the_super_adapter_keeps_the_order_and_what_has_to_stay(run, settings):
+    _, base, net = load_run(run)
+    assert net.space.vocabulary.choices == (tiny.VOCABULARY, 49, ANSWERS)
+    kept = net.vocabulary.tokens(ANSWERS).tolist()
+    assert base.tokenizer.decode(sorted(kept), skip_special_tokens=True) == " 0123456789"
+    saved = yaml.safe_load((run.super_adapter / "space.yaml").read_text())
+    assert saved["groups"]["vocab"]["least"] == ANSWERS
+    assert train_one(settings).path == run.path  # finished
+
+
+def test_a_dry_run_shows_it(settings, capsys):
+    found = estimate(settings)
+    [row] = [each for each in found.space if each.dim == "vocab"]
+    assert row.choices == (tiny.VOCABULARY, 49, ANSWERS)
+    hidden, macs = 32, found.costs
+    spared = (tiny.VOCABULARY - ANSWERS) * hidden
+    assert macs["maximal"].macs - macs["minimal"].macs > spared
+    assert any("12 of 98 tokens stay" in note for note in found.notes)
+
+
+def test_a_text_without_a_vocabulary_to_order_is_refused(tiny_folder, tmp_path):
+    config = train_config(tiny_folder, tmp_path / "run", vocab=VocabConfig(text="any"))
+    with pytest.raises(ConfigError, match="no group of dim vocab"):
+        train_one(config)
+
+
+def test_a_search_says_what_of_the_answers_can_be_said(run, capsys):
+    config = searches.config(run, trials=4)
+    search(config).show()
+    shown = capsys.readouterr().out
+    cut = [each for each in searches.front_of(run) if each["sub_adapter"][GROUP] < 98]
+    assert cut, "a head of some tokens is smaller and no worse"
+    for each in cut:
+        found = Sayable(**each["vocabulary"])
+        assert (found.tokens_known, found.vocabulary) == (each["sub_adapter"][GROUP], 98)
+        assert (found.answers, found.unsayable) == (8, 0)
+        assert f"The head of {each['name']} knows {found}" in " ".join(shown.split())
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    """The head cut alone, in all formats but those that the tiny tokenizer has no place in."""
+    _, _, net = load_run(run)
+    file = tmp_path_factory.mktemp("sub") / "head.json"
+    kinds = [kind for kind in ("hf", "peft", "onnx", "openvino", "elastic") if kind in FORMATS]
+    asked = exports.write_sub(sub_of(net, ANSWERS), file)
+    config = exports.config(run, formats=kinds, sub_adapter=asked, compress=["int8"], weigh=False)
+    return net, export(config)
+
+
+def test_every_format_with_a_place_for_it_has_the_logits_of_the_full_head(written):
+    net, report = written
+    ids, kept = tiny.tokens(1), net.vocabulary.tokens(ANSWERS)
+    full = tiny.logits(net.model, ids)[0, -1].numpy()
+    rest = np.ones(tiny.VOCABULARY, bool)
+    rest[kept] = False
+    folder = report.directory
+    opened = {
+        "onnx": onnx.open_runner(folder / "onnx"),
+        "onnx-int8": onnx.open_runner(folder / "onnx-int8"),
+        "openvino": openvino.open_runner(folder / "openvino"),
+        "openvino-int8": openvino.open_runner(folder / "openvino-int8"),
+    }
+    found = {name: runner.prefill(ids.numpy())[0] for name, runner in opened.items()}
+    for name in ("hf", "elastic"):
+        more = {"slice": "head"} if name == "elastic" else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / name, trust_remote_code=True, dtype=torch.float32, **more
+        )
+        found[name] = tiny.logits(model, ids)[0, -1].numpy()
+    sliced = elastic.load(folder / "elastic", slice="head")
+    found["elastic.load"] = tiny.logits(sliced, ids)[0, -1].numpy()
+    for name, logits in found.items():
+        assert (logits[rest] == -np.inf).all(), name
+        limit = 0.1 if "int8" in name else 1e-4
+        off = np.abs(logits[~rest] - full[~rest]).max()
+        assert off < limit * np.abs(full).max(), name
+
+
+def test_formats_without_a_place_for_it_say_that_they_have_all_tokens(written):
+    _, report = written
+    told = json.loads((report.directory / "report.json").read_text())
+    assert "no place" in told["formats"]["peft"]["whole_vocabulary"]
+    assert not any("whole_vocabulary" in told["formats"][name] for name in ("hf", "onnx"))
+    assert Sayable(**told["vocabulary"]).unsayable == 0
+    text = " ".join((report.directory / "report.md").read_text().split())
+    assert "peft: its head computes all tokens" in text
+    assert "Its head knows 12 of 98 tokens" in text
+
+
+def test_every_size_is_changed_while_it_runs(written):
+    _, report = written
+    model = elastic.load(report.directory / "elastic", slice="full", resizable=True)
+    ids = tiny.tokens(1)
+    full = tiny.logits(model, ids)
+    model.resize("head")
+    cut = tiny.logits(model, ids)
+    assert int(cut.isfinite()[0, -1].sum()) == ANSWERS
+    model.resize("full")
+    assert torch.equal(tiny.logits(model, ids), full)
+
+
+def test_what_goes_on_from_it_keeps_what_it_needs(run, tiny_folder, tmp_path):
+    config = train_config(
+        tiny_folder, tmp_path / "next", start_from=str(run.path), max_steps=1,
+        space=str(run.path.parent / "tiny-space.yaml"), task=searches.choices_task(tmp_path),
+    )  # fmt: skip
+    _, _, net = load_run(train_one(config))
+    kept = set(net.vocabulary.tokens(net.space.vocabulary.choices[-1]).tolist())
+    before = load_run(Run(run.path))[2].vocabulary.tokens(ANSWERS).tolist()
+    assert set(before) < kept, "and the letters of this task"
