@@ -205,12 +205,12 @@ def _export(config: ExportConfig) -> Report:
         if trade is None:
             trade = proof.Trade(_accuracy(saved, config, model, base.tokenizer, task.test))
         # Without training examples those of the test are made up.
-        known = said_by(net, base.tokenizer, sub, task.test) if task.train else None
+        can_say = said_by(net, base.tokenizer, sub, task.test) if task.train else None
         return _described(
             building, run, config,
             directory=directory,
             base_digest=base.digest,
-            model=Model(name, sub, trade.compact, count(model), full_cost, made_up, known),
+            model=Model(name, sub, trade.compact, count(model), full_cost, made_up, can_say),
             formats=formats,
             provenance=provenance(str(model.device)),
             samples=samples,
