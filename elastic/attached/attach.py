@@ -60,6 +60,11 @@ def attach(
     _require_bare(model)
     model = exact_(linear_(as_cut_(model))).eval()
     declared = _space(space, model)
+    if declared.cuts_vocabulary:
+        raise ConfigError(
+            f"attach: {declared.source} cuts the vocabulary, and which tokens a task needs is known "
+            "to elastic train alone; leave the group of dim vocab out"
+        )
     settings = TrainConfig(ranks=ranks, adapter=adapter)
     if settings.has_whole_ranks:
         if ranks == "whole" and declared.has_ranks_alone:

@@ -21,7 +21,8 @@ def form_of(content: bytes) -> str | None:
 
 
 def rows_in(content: bytes, file: Path | str) -> list[dict[str, Any]]:
-    """All rows of one; DataError for one that is broken, or has two columns of one name."""
+    """All rows of one; DataError for one that is broken, or has two columns of one name,
+    MissingExtra without pyarrow."""
     name = form_of(content)
     if content.startswith(FEATHER):
         raise DataError(

@@ -83,17 +83,20 @@ class ElasticCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Open what the first micro-batch of the step trains."""
         self.net.advance(state.global_step, state.max_steps)
         self._open(state, 0)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Open what the next micro-batch trains."""
         self._open(state, self._number + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Add the gradient of the method's regulariser, if it has one."""
         penalty = self.net.penalty(args.learning_rate)
         if penalty is None or not penalty.requires_grad:
             return
@@ -107,6 +110,7 @@ class ElasticCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """The maximal sub-adapter is active between steps."""
         self.net.activate(self.net.space.maximal())
 
     def _open(self, state: TrainerState, number: int) -> None:

@@ -203,6 +203,7 @@ def test_settings_of_a_run_are_refused(net, settings, message):
         ({"adapter": AdapterConfig(), "max_rank": 8}, "leave out method and max_rank"),
         ({"space": {"blocks": "model.layers.*", "groups": {}}}, "no layer carries factors"),
         ({"space": "nowhere"}, "nowhere"),
+        ({"space": "llama-vocab"}, "cuts the vocabulary, .* elastic train alone"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):
