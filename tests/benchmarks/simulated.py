@@ -44,6 +44,13 @@ KINDS = {  # name: choices, share of the latency, points of accuracy that the sm
 }
 SPREAD = {"lonas": 0.7, "richer": 0.9}
 """Of the logarithm of what a layer is worth."""
+ALIKE = 0.7
+"""Correlation, within a kind, of the logarithms of what a group costs in accuracy and what it adds
+to the divergence from the full model."""
+DIVERGED = 2.0
+"""Nats at everything's smallest."""
+CONVEX = 1.3
+"""Power of the sum of what groups add."""
 
 
 class Simulated:
@@ -53,24 +60,31 @@ class Simulated:
         generator = np.random.default_rng(seed)
         depth = np.linspace(0, 1, layers)
         ends = 1 + 1.5 * np.exp(-8 * depth) + 0.8 * np.exp(-8 * (1 - depth))
-        groups, self.loss, self.cost, worth = [], [], [], []
+        apart = np.random.default_rng([seed, 1])
+        groups, self.loss, self.cost, worth, self.added = [], [], [], [], []
         for name, (choices, share, points) in KINDS[kind].items():
             weights = ends * np.exp(generator.normal(0, SPREAD[kind], layers))
             weights *= points / weights.sum()
             shares = share / layers * generator.uniform(0.85, 1.15, layers)
             power = generator.uniform(1.1, 1.8)
             sizes = np.array(choices) / choices[0]
-            curve = ((1 - sizes) / (1 - sizes[-1])) ** power
+            cut = (1 - sizes) / (1 - sizes[-1])
+            curve = cut**power
+            adding = _like(weights, apart)
+            bent = cut ** apart.uniform(1.1, 1.8)
             for layer in range(layers):
                 cuts = (Cut("layer", "out"),)
                 groups.append(Group(f"layers.{layer}.{name}", "width", choices, cuts))
                 self.loss.append(weights[layer] * curve)
+                self.added.append(adding[layer] * bent)
                 self.cost.append(shares[layer] * sizes)
             worth.append(weights)
         self.space = BoundSpace(tuple(groups), ())
         self.layers = layers
         self.fixed = 1 - sum(KINDS[kind][name][1] for name in KINDS[kind])
         self.importance = self._importance(worth, generator)
+        least = np.array([len(loss) - 1 for loss in self.loss])
+        self.most = self._together(self.added, least)
 
     def _importance(self, worth, generator: np.random.Generator) -> dict[str, float]:
         """Correlated by 0.6 with the logarithm of the truth, in every kind."""
@@ -85,10 +99,20 @@ class Simulated:
         return self.fixed + float(sum(cost[i] for cost, i in zip(self.cost, at, strict=True)))
 
     def accuracy(self, at: np.ndarray) -> float:
-        lost = np.array([loss[i] for loss, i in zip(self.loss, at, strict=True)])
+        return 80 - self._together(self.loss, at)
+
+    def divergence(self, at: np.ndarray) -> float:
+        """From the full model, in nats: a sum like that of the accuracy, of other weights and
+        curves, which grows faster than it."""
+        return float(DIVERGED * (self._together(self.added, at) / self.most) ** CONVEX)
+
+    def _together(self, parts: list[np.ndarray], at: np.ndarray) -> float:
+        """The sum over groups of what each choice adds, and what neighbours and the groups of one
+        layer add to each other."""
+        lost = np.array([loss[i] for loss, i in zip(parts, at, strict=True)])
         lost = lost.reshape(-1, self.layers)
         neighbours = np.sqrt(lost[:, 1:] * lost[:, :-1]).sum()
-        return 80 - lost.sum() - 0.3 * neighbours - 0.5 * (lost.sum(0) ** 2).sum()
+        return float(lost.sum() + 0.3 * neighbours + 0.5 * (lost.sum(0) ** 2).sum())
 
     def near_ideal(self) -> list[tuple[float, float]]:
         """Latency and accuracy of local optima at 24 exchange rates, from one to the next."""
@@ -115,6 +139,16 @@ class Simulated:
         full, least = places(space, [space.maximal(), space.minimal()])
         latency, accuracy = self.latency(full), self.accuracy(least)
         return hypervolume([(ms, -right) for ms, right in points], (latency, -accuracy))
+
+
+def _like(weights: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Others of the same sum whose logarithms are correlated with theirs by `ALIKE`."""
+    logs = np.log(weights)
+    spread = logs.std()
+    noise = generator.normal(0, spread, len(weights))
+    mixed = ALIKE * (logs - logs.mean()) + np.sqrt(1 - ALIKE**2) * noise
+    found: np.ndarray = np.exp(mixed)
+    return found * weights.sum() / found.sum()
 
 
 Make = Callable[[Simulated, int], samplers.BaseSampler]
