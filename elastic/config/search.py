@@ -130,10 +130,16 @@ class SearchConfig:
     population: int = 20
     """Of nsga2 and nsga3."""
     starts: int = 12
-    """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters."""
+    """Trials given to the ladder (all groups at one fraction) and stratified sub-adapters; two, the
+    extremes, where every choice has been tried alone."""
+    screen: int = 32
+    """Validation examples on which every choice of every group is first tried alone, for `sampler:
+    additive`: how far its answers are from the full model's says what matters. At most
+    compensation.examples, and fewer where the choices are so many that this would take longer than
+    half of the trials. 0: no choice is tried."""
     importance_examples: int = 64
-    """Training examples whose gradients say what matters, for `sampler: additive`; 0: none are
-    asked, which spares some seconds of a short search."""
+    """Training examples whose gradients say what matters, for `sampler: additive`, where no choice
+    is tried alone; 0: none are asked, which spares some seconds of a short search."""
     objectives: list[Objective] = field(default_factory=list)
     """accuracy and the costs to trade it against, the first of which is drawn; accuracy alone looks
     for the most accurate one within the budget. Unset: the study's own, in a new study accuracy and
@@ -162,6 +168,7 @@ class SearchConfig:
         require_numbers(self)
         require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
         require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
+        require(self.screen >= 0, f"screen is {self.screen}; at least 0")
         least = self.importance_examples
         require(least >= 0, f"importance_examples is {least}; at least 0")
         require(self.population >= 2, f"population is {self.population}; at least 2")

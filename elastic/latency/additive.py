@@ -48,6 +48,11 @@ class Posterior:
     _spread: np.ndarray
     _noise: float
 
+    def predict(self, choices: np.ndarray) -> np.ndarray:
+        """(points,) values at (points, groups) indices."""
+        added: np.ndarray = np.take_along_axis(self.effects, choices.T, 1).sum(0)
+        return self.offset + added
+
     def sample(self, generator: np.random.Generator) -> np.ndarray:
         """Effects drawn from the belief, (groups, choices): Matheron's rule."""
         weights = generator.normal(size=len(self._spread)) * self._spread
@@ -88,7 +93,7 @@ class Additive:
         evaluation."""
         mean = values.mean()
         residual = values - mean
-        known = _milestone(len(values))
+        known = milestone(len(values))
         if known not in self._tuned:
             self._tuned[known] = self._tune(choices[:known], values[:known], noise)
         trust, departure, size, left = self._tuned[known]
@@ -179,7 +184,7 @@ class Additive:
         return chosen
 
 
-def _milestone(count: int) -> int:
+def milestone(count: int) -> int:
     """The numbers of evaluations at which penalties are chosen anew, an eighth apart: a function
     of the evaluations alone, so a resumed search believes the same."""
     known = min(count, 8)

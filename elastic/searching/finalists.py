@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from elastic.config import SearchConfig
 from elastic.config.search import limits_accuracy_alone, without_password
 from elastic.console import say, track
@@ -23,7 +25,7 @@ from elastic.searching.front import Evaluated, Front, Measured, Member
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.page import write_page
 from elastic.searching.pareto import non_dominated, thin
-from elastic.searching.sampler import learn
+from elastic.searching.sampler import foresight, learn
 from elastic.spaces.bound import Candidate
 from elastic.supernet.held_out import Compensated
 from elastic.supernet.vocabulary import said_by
@@ -47,6 +49,7 @@ def finish(
     test: Sequence[Example],
     here: Target,
     importance: Mapping[str, float] | None = None,
+    parts: np.ndarray | None = None,
 ) -> Front:
     """Non-dominated sub-adapters within the budget, scored on the test split, timed for real where
     this is the target, and saved; BudgetError if none is within. The study keeps scores and times,
@@ -54,7 +57,8 @@ def finish(
     assert objective.full is not None
     space, timetables = objective.space, objective.timetables
     accuracies = {one: figures.accuracy for one, figures in results.items()}
-    belief = learn(space, accuracies, len(objective.examples), importance)
+    learnt = space, accuracies, len(objective.examples), importance, parts
+    belief, foreseen = learn(*learnt), foresight(*learnt)
     estimated = {
         one: replace(figures, accuracy=estimate)
         for (one, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
@@ -92,13 +96,14 @@ def finish(
     cut = objective.net.space
     front = Front(
         run, members, objective.full, trials, config.costs, limits, timetables, cut,
-        belief.effects[: len(cut.groups)],
+        belief.effects[: len(cut.groups)], foreseen,
     )  # fmt: skip
     device = str(objective.net.model.device)
     settings = as_plain(config)
     if config.study.storage:
         settings["study"]["storage"] = without_password(config.study.storage)
     about = {"settings": settings, "importance_trust": belief.trust, **provenance(device)}
+    about["foresight"] = foreseen and asdict(foreseen)
     with waiting(run.search, "writes its front"):
         front.save()
         write_page(front)

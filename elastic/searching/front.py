@@ -23,6 +23,7 @@ from elastic.latency.measure import Measurement
 from elastic.run import Run
 from elastic.searching.budget import violations
 from elastic.searching.objective import Figures
+from elastic.searching.sampler import Foresight
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.held_out import Compensated
 
@@ -190,6 +191,8 @@ class Front:
     space: BoundSpace
     effects: np.ndarray
     """(groups, choices) what every choice is believed to add to the accuracy."""
+    foresight: Foresight | None = None
+    """How well accuracies were predicted before they were measured."""
 
     @property
     def best(self) -> Member:
@@ -286,6 +289,11 @@ class Front:
         for member in self.members:
             if member.sayable:
                 console.print(f"The head of {member.name} knows {member.sayable}")
+        if told := self.foresight:
+            console.print(
+                f"Model of the accuracy: of {told.n} sub-adapters, predicted before they were "
+                f"evaluated, {told}"
+            )
         for timetable in self.timetables.values():
             console.print(timetable.describe())
         if over := self._over_as_measured():

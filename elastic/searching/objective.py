@@ -128,6 +128,16 @@ class Objective:
         """What it is scored as: sliced, merged, that much made up for, and rounded."""
         return self.rounded(self.held_out.model(candidate.sub_adapter, made_up), candidate)
 
+    def divergence(self, candidate: Candidate, rows: int) -> float:
+        """From the full model, on the first held-out examples, at least so many; a middling part of
+        what is cut is made up for."""
+        degrees = sorted(self.config.compensation.degrees)
+        made_up = Compensated(degrees[len(degrees) // 2])
+        if candidate.compress:
+            return self.held_out.divergence(self.model(candidate, made_up), rows)
+        with self.net.active(candidate.sub_adapter, made_up.degree) as model:
+            return self.held_out.divergence(model, rows)
+
     def rounded(self, model: PreTrainedModel, candidate: Candidate) -> PreTrainedModel:
         """In the candidate's precision."""
         mode = candidate.compress

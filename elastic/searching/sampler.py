@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from elastic.latency.additive import Additive, Posterior, cheapest
 from elastic.latency.cost_table import Table, Tables, kinds, least, places, shares
+from elastic.latency.latency_table import spearman
+from elastic.searching.joint import Belief, Joint
 from elastic.spaces.bound import CandidateSpace, Point, Space, generator_for
 
 BOLDNESS = 0.25
@@ -21,6 +24,8 @@ fifty evaluations of ninety-six groups leave the belief too wide; at 0 two worke
 same."""
 ATTEMPTS = 8
 """Proposals of one trial that were all known before a neighbour of the last will do."""
+BEGIN, FORESEEN = 6, 4
+"""Evaluations before the first that is predicted, and the fewest that say how well."""
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill [0, 1] evenly however many there are."""
 
@@ -45,19 +50,20 @@ class AdditiveSampler(BaseSampler):
         tables: Sequence[Table | Tables] = (),
         tradeoff: bool = True,
         importance: Mapping[str, float] | None = None,
+        parts: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
         """`examples` that an accuracy is the share of; `room` that a limit on the costs leaves, in
         parts of the way from the minimal to the full one; `tables` of the costs; without
         `tradeoff`, cheaper ones than the limit allows are not looked for; `importance` of groups,
-        by name."""
+        by name; `parts` of `elastic.searching.screening`, with which importances are not asked."""
         self.space = space
         self.examples = examples
         self.room = room
         self.tables = tables
         self.tradeoff = tradeoff
         self.seed = seed
-        self._model = _model(space, importance)
+        self._model = _model(space, importance, parts)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -200,14 +206,59 @@ def learn(
     measured: Mapping[Point, float],
     examples: int,
     importance: Mapping[str, float] | None = None,
-) -> Posterior:
+    parts: np.ndarray | None = None,
+) -> Posterior | Belief:
     """What these accuracies, shares of so many examples, say of every choice, and (`fitted`) what
     they are less their noise: a front chosen by raw accuracies is a front of lucky ones."""
     values = np.array(list(measured.values()))
-    model = _model(space, importance)
+    model = _model(space, importance, parts)
     return model.fit(places(space, list(measured)), values, sampling_variance(values, examples))
 
 
-def _model(space: Space[Any], importance: Mapping[str, float] | None) -> Additive:
+@dataclass(frozen=True)
+class Foresight:
+    """How good a model's predictions were, of sub-adapters not evaluated yet."""
+
+    r2: float
+    """Of the variance the part that was predicted; negative where the mean is better."""
+    rank_correlation: float | None
+    n: int
+
+    def __str__(self) -> str:
+        ranks = self.rank_correlation
+        order = "" if ranks is None else f", rank correlation {ranks:.2f}"
+        return f"R² {self.r2:.2f}{order}"
+
+
+def foresight(
+    space: Space[Point],
+    measured: Mapping[Point, float],
+    examples: int,
+    importance: Mapping[str, float] | None = None,
+    parts: np.ndarray | None = None,
+) -> Foresight | None:
+    """Of the accuracies, in the order in which they were measured: each is predicted from those
+    before the last `milestone`. None of fewer than `FORESEEN`."""
+    at, values = places(space, list(measured)), np.array(list(measured.values()))
+    predicted: list[float] = []
+    known = BEGIN
+    while known < len(values):
+        model = _model(space, importance, parts)
+        belief = model.fit(at[:known], values[:known], sampling_variance(values[:known], examples))
+        end = min(len(values), known + max(1, known // 8))
+        predicted += belief.predict(at[known:end]).tolist()
+        known = end
+    seen = values[BEGIN:]
+    if len(seen) < FORESEEN or np.ptp(seen) == 0:
+        return None
+    r2 = 1 - np.square(seen - predicted).sum() / np.square(seen - seen.mean()).sum()
+    return Foresight(float(r2), spearman(np.array(predicted), seen), len(seen))
+
+
+def _model(
+    space: Space[Any], importance: Mapping[str, float] | None, parts: np.ndarray | None
+) -> Additive | Joint:
+    if parts is not None:
+        return Joint(kinds(space), parts)
     weights = [max(importance[group.name], 1e-12) for group in space] if importance else None
     return Additive(kinds(space), shares(space), weights)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 from optuna import samplers
 from optuna.exceptions import UpdateFinishedTrialError
@@ -29,6 +30,7 @@ from elastic.formats import compression
 from elastic.latency.runtime import require_runtime, timing_of
 from elastic.latency.target import Target
 from elastic.run import MOVABLE, Run, as_plain, differences
+from elastic.searching import screening
 from elastic.searching.budget import (
     refuse_by_counting,
     refuse_by_extremes,
@@ -60,6 +62,8 @@ UNRELATED = (
     "table", "recover",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
+SHARE, FEWEST = 0.5, 4
+"""Of what all trials take, at most for screening, and on how many examples it is worth it."""
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -106,19 +110,23 @@ def search(config: SearchConfig) -> Front:
         timetables = tables_of(worker, net, targets, given, config)
         held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
         objective = Objective(net, base.tokenizer, task.validation, config, timetables, held_out)
-        importance = None
-        if config.sampler == "additive" and config.importance_examples:
+        importance = parts = None
+        if rows := _screened_rows(config, objective):
+            screened = worker.once("screened", functools.partial(_screened, objective, rows))
+            parts = screening.parts(screened)
+        if config.sampler == "additive" and config.importance_examples and parts is None:
             asked = task.train[: config.importance_examples]
             measured = functools.partial(_importance, net, base.tokenizer, asked)
             importance = {BITS: 1.0, **worker.once("importance", measured)}
-        begin = functools.partial(_begun, study, objective, config)
+        starts = 2 if parts is not None else config.starts
+        begin = functools.partial(_begun, study, objective, config, starts)
         objective.full = Figures(**worker.once("full", begin))
         limits = config.budget.resolved(objective.full.budget_values())
         done = len(study.get_trials(deepcopy=False))
-        study.sampler = _sampler(config, objective, limits, importance, done)
+        study.sampler = _sampler(config, objective, limits, importance, parts, done)
         write = functools.partial(
             finish, run, config, objective, study, test=task.test, here=targets[None],
-            importance=importance,
+            importance=importance, parts=parts,
         )  # fmt: skip
         try:
             results = _evaluate(study, worker, objective, limits, config)
@@ -158,6 +166,9 @@ def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchCon
     if "compensation" not in before:  # of an earlier version, which made up for nothing
         settings.pop("compensation")
         config = replace(config, compensation=CompensationConfig(degrees=[0.0]))
+    if "screen" not in before:  # of an earlier version, which tried nothing alone
+        settings.pop("screen")
+        config = replace(config, screen=0)
     mine = {"settings": settings, **_subject(run)}
     # Where rows are does not matter once it is known which they are.
     places = MOVABLE if "rows" in study.user_attrs else ()
@@ -216,11 +227,29 @@ def _importance(
     return group_importance(net, track(batches, "gradients"))
 
 
-def _begun(study: optuna.Study, objective: Objective, config: SearchConfig) -> dict[str, Any]:
+def _screened_rows(config: SearchConfig, objective: Objective) -> int:
+    """Of every divergence; 0 where nothing is tried alone, or would take too long."""
+    if config.sampler != "additive":
+        return 0
+    room = SHARE * config.trials * len(objective.examples)
+    rows = min(config.screen, int(room / screening.count(objective.space)))
+    return rows if rows >= min(config.screen, FEWEST) else 0
+
+
+def _screened(objective: Objective, rows: int) -> dict[str, Any]:
+    """What every choice alone makes of the answers."""
+    space = objective.space
+    say(f"Trying {screening.count(space)} choices alone, on {rows} validation examples each")
+    return screening.screen(space, lambda candidate: objective.divergence(candidate, rows))
+
+
+def _begun(
+    study: optuna.Study, objective: Objective, config: SearchConfig, starts: int
+) -> dict[str, Any]:
     """Figures of the full model; the first trials are lined up."""
     say("Scoring the full model")
     full = objective.figures(objective.space.maximal(), {}).as_dict()
-    enqueue_starts(study, objective.space, config.starts, config.seed)
+    enqueue_starts(study, objective.space, starts, config.seed)
     return full
 
 
@@ -286,6 +315,7 @@ def _sampler(
     objective: Objective,
     limits: Mapping[str, float],
     importance: Mapping[str, float] | None,
+    parts: np.ndarray | None,
     done: int,
 ) -> optuna.samplers.BaseSampler:
     # A resumed study must not draw the numbers of its first trials again.
@@ -299,6 +329,7 @@ def _sampler(
                 tables=[objective.table(cost) for cost in config.costs],
                 tradeoff=config.objectives != [ACCURACY] or limits_accuracy_alone(limits),
                 importance=importance,
+                parts=parts,
                 seed=config.seed,
             )
         case "nsga2":

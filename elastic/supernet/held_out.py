@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,9 +180,14 @@ class HeldOut:
             self._decided[sub] = decide(self.net, sub, self.config.degrees, self.divergence)
         return self._decided[sub]
 
-    def divergence(self, model: PreTrainedModel) -> float:
-        """From the full model, on the held-out examples."""
-        return divergence(model, self.batches, self._full)
+    def divergence(self, model: PreTrainedModel, rows: int | None = None) -> float:
+        """From the full model, on the held-out examples, or on the first batches that have so many
+        of them."""
+        full = self._full
+        if rows is not None:
+            ends = itertools.accumulate(len(batch["labels"]) for batch in self.batches)
+            full = full[: sum(end < rows for end in ends) + 1]
+        return divergence(model, self.batches, full)
 
     @functools.cached_property
     def _full(self) -> list[Tensor]:

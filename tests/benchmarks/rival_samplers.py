@@ -3,6 +3,8 @@ eight, chosen by raw accuracies), TPE, and our additive model without a second m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import optuna
 from optuna import samplers
 
@@ -12,12 +14,12 @@ from tests.benchmarks.worlds import Row, Spent, World, selected
 
 def nsga2(world: World, seed: int) -> list[Row]:
     sampler = samplers.NSGAIISampler(population_size=8, seed=seed)
-    return selected(world, _searched(world, f"nsga2 {seed}", sampler))
+    return selected(world, measured_by(world, f"nsga2 {seed}", sampler, world.ladder()))
 
 
 def tpe(world: World, seed: int) -> list[Row]:
     sampler = samplers.TPESampler(seed=seed, n_startup_trials=12)
-    return selected(world, _searched(world, f"tpe {seed}", sampler))
+    return selected(world, measured_by(world, f"tpe {seed}", sampler, world.ladder()))
 
 
 def additive(world: World, seed: int) -> list[Row]:
@@ -26,7 +28,7 @@ def additive(world: World, seed: int) -> list[Row]:
     sampler = AdditiveSampler(
         world.space, examples=world.examples, tables=[world.table], importance=importance, seed=seed
     )
-    measured = _searched(world, f"additive {seed}", sampler)
+    measured = measured_by(world, f"additive {seed}", sampler, world.ladder())
     names = [group.name for group in world.space]
     shares = {
         world.space.at(dict(zip(names, row, strict=True))): share for row, share in measured.items()
@@ -35,11 +37,13 @@ def additive(world: World, seed: int) -> list[Row]:
     return selected(world, dict(zip(measured, belief.fitted.tolist(), strict=True)))
 
 
-def _searched(world: World, name: str, sampler: samplers.BaseSampler) -> dict[Row, float]:
+def measured_by(
+    world: World, name: str, sampler: samplers.BaseSampler, starts: Sequence[Row]
+) -> dict[Row, float]:
     """Accuracies until nothing is left to spend, in order; one of a smaller budget goes on."""
     if name not in world.kept:
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        for row in world.ladder():
+        for row in starts:
             study.enqueue_trial({g.name: at for g, at in zip(world.space, row, strict=True)})
         world.kept[name] = study, {}, []
     study, found, waiting = world.kept[name]

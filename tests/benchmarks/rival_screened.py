@@ -1,32 +1,34 @@
-"""Ours with a second measure: what every choice alone diverges, made a sum that holds."""
+"""Ours as it is: what every choice alone diverges, then accuracies of what is believed best."""
 
 from __future__ import annotations
 
-import numpy as np
+from elastic.searching import screening
+from elastic.searching.sampler import AdditiveSampler, learn
+from tests.benchmarks.rival_samplers import measured_by
+from tests.benchmarks.worlds import Row, World, selected
 
-from elastic.latency.additive import cheapest
-from tests.benchmarks.rival_puzzle import singles
-from tests.benchmarks.worlds import Row, World
-
-POWERS = np.linspace(0.3, 1.5, 25)
+SHARE = 0.5
+"""Of what may be spent, for divergences at most."""
+KEPT = 10
+"""Accuracies that are left in any case."""
 
 
 def screened(world: World, seed: int) -> list[Row]:
-    """Divergences do not add up, powers of them do: the power is the one with which those of
-    single groups sum to those of the ladder's rungs."""
-    rungs = [row for row in world.ladder() if any(row)]
-    together = np.array([world.divergence(row) for row in rungs])
-    alone = np.maximum.accumulate(singles(world), 1)
-    at = np.array(rungs)
-    parts = np.take_along_axis(alone, at.T, 1).T  # (rungs, groups)
-    wrong = [
-        np.square(np.log((parts**power).sum(1)) / power - np.log(together)).mean()
-        for power in POWERS
-    ]
-    lost = alone ** POWERS[int(np.argmin(wrong))]
-    gains = -np.where(np.isfinite(lost), lost, 0)
-    costs = world.table.effects
-    return [
-        tuple(map(int, cheapest(gains, costs, budget - world.table.full)))
-        for budget in world.budgets(world.members)
-    ]
+    """`sampler: additive` with as many rows to screen as half of the budget has."""
+    space = world.space
+    room = min(SHARE * world.left, world.left - KEPT * world.examples)
+    rows = max(1, min(world.most_rows, int(room / world.passes / screening.count(space))))
+    found = screening.screen(
+        space, lambda sub: world.divergence(space.indices(sub).values(), rows), quiet=True
+    )
+    parts = screening.parts(found)
+    sampler = AdditiveSampler(
+        space, examples=world.examples, tables=[world.table], parts=parts, seed=seed
+    )
+    starts = [world.maximal, world.minimal]
+    measured = measured_by(world, f"screened {seed} {rows}", sampler, starts)
+    names = [group.name for group in space]
+    shares = {space.at(dict(zip(names, row, strict=True))): y for row, y in measured.items()}
+    belief = learn(space, shares, world.examples, parts=parts)
+    values = dict(zip(measured, belief.fitted.tolist(), strict=True))
+    return selected(world, values)

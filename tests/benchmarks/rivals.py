@@ -38,7 +38,7 @@ RIVALS: dict[str, Rival] = {
 }
 UNIT = 50
 """Accuracies."""
-SHAKEN = 0.6
+SHAKEN = 1.8
 """Standard deviation of the logarithm of a divergence on one row, as far as it differs from one
 sub-adapter to the next on the same rows."""
 

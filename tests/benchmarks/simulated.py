@@ -44,12 +44,12 @@ KINDS = {  # name: choices, share of the latency, points of accuracy that the sm
 }
 SPREAD = {"lonas": 0.7, "richer": 0.9}
 """Of the logarithm of what a layer is worth."""
-ALIKE = 0.7
+ALIKE = 0.85
 """Correlation, within a kind, of the logarithms of what a group costs in accuracy and what it adds
 to the divergence from the full model."""
 DIVERGED = 2.0
 """Nats at everything's smallest."""
-CONVEX = 1.3
+CONVEX = 1.15
 """Power of the sum of what groups add."""
 
 

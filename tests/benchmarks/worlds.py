@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from elastic.latency.cost_table import Table
-from elastic.searching.pareto import non_dominated, thin
+from elastic.searching.pareto import non_dominated
 from elastic.spaces.bound import BoundSpace
 
 Row = tuple[int, ...]
@@ -114,16 +114,31 @@ class World(ABC):
         return list(dict.fromkeys(tuple(self.space.indices(sub).values()) for sub in points))
 
     def budgets(self, count: int) -> list[float]:
-        """Costs, evenly over the range: of the minimal one first, of the maximal one not."""
+        """Costs, evenly between the minimal one's and the full one's."""
         low, high = self.cost(self.minimal), self.cost(self.maximal)
-        return [low + (high - low) * i / count for i in range(count)]
+        return [low + (high - low) * i / (count + 1) for i in range(1, count + 1)]
 
 
 def selected(world: World, values: Mapping[Row, float]) -> list[Row]:
-    """What a user chooses from who believes these values."""
+    """What a user chooses from who believes these values: the `world.members` of the front whose
+    believed hypervolume is the largest. The two extremes are known to everybody, and add none."""
     rows = list(values)
-    front = non_dominated([(world.cost(row), -values[row]) for row in rows])
-    return [rows[i] for i in thin(front, world.members, keep=front[-1])]
+    points = [(world.cost(row), -values[row]) for row in rows]
+    front = non_dominated(points)
+    cost, value = np.array([points[i] for i in front]).T
+    end = world.cost(world.maximal)
+    least = max(value.max(), -values.get(world.minimal, np.inf))
+    gain = np.maximum(least - value, 0)
+    # best[k][i]: of k members the cheapest of which is i, up to the full cost.
+    best, chosen = gain * np.maximum(end - cost, 0), [[i] for i in range(len(front))]
+    for _ in range(world.members - 1):
+        after = best + gain[:, None] * np.maximum(cost - cost[:, None], 0)
+        after[np.tril_indices(len(front))] = -np.inf
+        following = after.argmax(1)
+        more = after[np.arange(len(front)), following] > best
+        chosen = [[i, *chosen[following[i]]] if more[i] else chosen[i] for i in range(len(front))]
+        best = np.where(more, after.max(1), best)
+    return [rows[front[i]] for i in chosen[int(best.argmax())]]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
