@@ -62,8 +62,8 @@ def attach(
     declared = _space(space, model)
     if declared.cuts_vocabulary:
         raise ConfigError(
-            f"attach: {declared.source} cuts the vocabulary, and which tokens a task needs is known "
-            "to elastic train alone; leave the group of dim vocab out"
+            f"attach: {declared.source} cuts the vocabulary, and which tokens a task needs is "
+            "known to elastic train alone; leave the group of dim vocab out"
         )
     settings = TrainConfig(ranks=ranks, adapter=adapter)
     if settings.has_whole_ranks:

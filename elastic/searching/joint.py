@@ -105,7 +105,8 @@ class Joint:
         """(groups, choices) of parts that δ moves further."""
         _, b, power = at
         scale = -b * float(parts.max(1).sum()) ** (power - 1)
-        return scale * self._moved(parts, delta)
+        effects: np.ndarray = scale * self._moved(parts, delta)
+        return effects
 
     def _moved(self, parts: np.ndarray, delta: np.ndarray) -> np.ndarray:
         groups = len(parts)
