@@ -12,7 +12,7 @@ from pathlib import Path
 import elastic
 from elastic import errors
 from elastic.__main__ import COMMANDS
-from fragments.settings import Silent, sentence
+from fragments.settings import Silent, anchor, groups, sentence
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -23,14 +23,31 @@ def pages() -> dict[str, str]:
 
 
 def python() -> str:
-    """What mkdocstrings explains: every public name, where it is defined."""
-    places = []
+    """A table of the dataclasses of settings, then what mkdocstrings explains: every other public
+    name, where it is defined."""
+    rows, places = ["| settings | of |", "| --- | --- |"], []
     for name in elastic.__all__:
         where, node = defined(f"elastic.{elastic._WHERE[name]}", name)
         if silent := [f"{where}.{one}" for one in without_docstring(node)]:
             raise Silent(f"{', '.join(silent)}: no docstring")
-        places.append(f"::: {where}.{name}")
-    return "\n\n".join(places) + "\n"
+        if links := pages_of(name):
+            rows.append(f"| `elastic.{name}` | {', '.join(links)} |")
+        else:
+            options = f"    options: {{heading: elastic.{name}, toc_label: {name}}}"
+            places.append(f"::: {where}.{name}\n{options}")
+    return "\n".join(rows) + "\n\n" + "\n\n".join(places) + "\n"
+
+
+def pages_of(name: str) -> list[str]:
+    """Links to where the settings of this dataclass are explained; none of anything else."""
+    links = []
+    for command, (kind, *_) in COMMANDS.items():
+        page = f"settings/{command.replace(' ', '-')}.md"
+        for prefix, group, _why in groups(kind):
+            if group.__name__ == name:
+                shown = f"{command}: `{prefix}`" if prefix else command
+                links.append(f"[{shown}]({page}#{anchor(prefix) or 'itself'})")
+    return links
 
 
 def defined(module: str, name: str) -> tuple[str, Definition]:

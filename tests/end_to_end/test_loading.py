@@ -1,5 +1,5 @@
-"""Written folders load in the versions of transformers that the README claims. Slow: pip makes an
-environment for each, a gigabyte and minutes."""
+"""Written folders load in the versions of transformers that docs/guides/export.md
+claims. Slow: pip makes an environment for each, a gigabyte and minutes."""
 
 import pytest
 

@@ -174,7 +174,7 @@ def test_sizes_by_layer_stand_in_the_words_of_transformers_too(family, heads, wo
 
 
 def test_a_class_of_transformers_does_not_build_layers_from_them_yet(tmp_path):
-    """As README says; when it does, folders need no class of their own."""
+    """As docs/guides/export.md says; when it does, folders need no class of their own."""
     hf.write(cut(wide_net_of("llama"), mlp_width=[768, 300, 100]), None, tmp_path)
     file = tmp_path / "config.json"
     words = json.loads(file.read_text()) | {"model_type": "llama"}

@@ -118,7 +118,8 @@ def test_the_table_says_sizes_as_mistral_rs_reads_them(tmp_path):
 
 @pytest.mark.slow
 def test_mistral_rs_reads_the_table_and_slices_no_llama_by_it(tmp_path):
-    """As README says: what it answers is the full size's, whatever slice it is asked for."""
+    """As docs/guides/any-budget.md says: what it answers is the full size's, whatever slice is
+    asked for."""
     mistralrs = pytest.importorskip("mistralrs")
     from tokenizers import decoders
 
