@@ -39,20 +39,19 @@ def demo(found: Found) -> str:
     for one in found["front"]:
         low, high = one["difference_interval"]
         name = f"**{one['name']}** (best)" if one["best"] else one["name"]
-        cells = [
-            name,
-            scored(one),
-            f"{points(one['difference'])} ({points(low)} to {points(high)})",
+        less = f"{points(one['difference'])} ({points(low)} to {points(high)})"
+        times = [
+            f"{one[part]:.0f}, {one['measured'][part]:.0f} ms, "
+            + percent(one["measured"][part] / one[f"full_{part}"], 0)
+            for part in ("prefill_ms", "decode_ms")
         ]
-        for part in ("prefill_ms", "decode_ms"):
-            cells.append(f"{one[part]:.0f}, {one['measured'][part]:.0f} ms")
-        cells.append(
-            f"{one['params'] / 1e6:.1f} M, {percent(one['params'] / one['full_params'], 0)}"
-        )
-        rows.append(cells)
+        made_up = percent(one["compensation"]["degree"], 0)
+        size = f"{one['params'] / 1e6:.1f} M, {percent(one['params'] / one['full_params'], 0)}"
+        rows.append([name, scored(one), less, made_up, *times, size])
     front = table(
         ["sub-adapter", "test accuracy (95 % interval)", "points from the full model, paired",
-         "prefill: predicted, measured", "decode: predicted, measured", "parameters"], rows,
+         "of what is cut, made up for", "prefill: predicted, measured",
+         "decode: predicted, measured", "parameters"], rows,
     )  # fmt: skip
     rows = [
         [

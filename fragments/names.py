@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +16,18 @@ from elastic.__main__ import COMMANDS
 from fragments.settings import Silent, anchor, groups, sentence
 
 Definition = ast.ClassDef | ast.FunctionDef
+OURS = {"dev", "docs"}
+"""Extras for those who work on the package."""
 
 
 def pages() -> dict[str, str]:
     """File name to Markdown; Silent names what has no docstring."""
-    return {"python.md": python(), "commands.md": commands(), "errors.md": tree()}
+    return {
+        "python.md": python(),
+        "commands.md": commands(),
+        "errors.md": tree(),
+        "extras.md": extras(),
+    }
 
 
 def python() -> str:
@@ -79,6 +87,16 @@ def commands() -> str:
     for name, (kind, *_) in COMMANDS.items():
         page = f"settings/{name.replace(' ', '-')}.md"
         rows.append(f"| [`elastic {name}`]({page}) | {sentence(kind.__doc__)} |")
+    return "\n".join(rows) + "\n"
+
+
+def extras() -> str:
+    """What can be installed beside the base, and which packages that brings."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    rows = ["| extra | brings |", "| --- | --- |"]
+    for name, packages in sorted(project["optional-dependencies"].items()):
+        if name not in OURS:
+            rows.append(f"| `{name}` | {', '.join(f'`{one}`' for one in packages)} |")
     return "\n".join(rows) + "\n"
 
 

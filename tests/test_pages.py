@@ -207,6 +207,19 @@ def test_readme_measured_what_the_results_say():
     assert [figure for figure in expected if figure not in text] == []
 
 
+def test_readme_shows_the_front_of_the_demo():
+    """Its table, which a release writes anew, has the JSON's figures."""
+    text = README.read_text(encoding="utf-8")
+    shown = text[text.index("<!-- demo:begin -->") : text.index("<!-- demo:end -->")]
+    found = json.loads((results.RESULTS / "demo.json").read_text())
+    expected = [figures.scored(one) for one in found["front"]]
+    expected += [figures.points(one["difference"]) for one in found["front"]]
+    formats = found["report"]["formats"].values()
+    expected += [figures.faster(one, "prefill") for one in formats if "skipped" not in one]
+    assert len(expected) > 8
+    assert [figure for figure in expected if figure not in shown] == []
+
+
 def test_every_result_is_on_a_page():
     """On one of its subject, or among the others."""
     made = results.tables()
@@ -228,7 +241,28 @@ def test_every_setting_is_explained():
         "`--task.cutoff`{ #task-cutoff }\n:   *integer or unset, default unset*  \n    Tokens of"
     ) in train
     assert "`--adapter.from`{ #adapter-taken_from }" in train
-    names.pages()
+
+
+def test_every_public_name_is_explained():
+    """Settings by a link to where they are, everything else by its docstring."""
+    python = names.pages()["python.md"]
+    assert "| `elastic.BudgetConfig` | [search: `budget`](settings/search.md#budget) |" in python
+    assert [name for name in elastic.__all__ if f"elastic.{name}" not in python] == []
+
+
+def test_a_public_name_without_a_docstring_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "silent_names.py").write_text("class Silent:\n    'It.'\n    def f(self): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    _, node = names.defined("silent_names", "Silent")
+    assert list(names.without_docstring(node)) == ["Silent.f"]
+    with pytest.raises(settings.Silent, match=r"silent_names\.nowhere"):
+        names.defined("silent_names", "nowhere")
+
+
+def test_every_extra_is_listed():
+    listed = names.pages()["extras.md"]
+    users = PROJECT["optional-dependencies"].keys() - names.OURS
+    assert [extra for extra in users if f"| `{extra}` |" not in listed] == []
 
 
 def test_a_setting_without_a_docstring_is_refused(monkeypatch):
