@@ -6,7 +6,7 @@ layer, the loader of `llama` refuses: it creates every layer with the sizes of t
 MLP layer by layer and computes what Llama does, so those files say `deci`.
 
 Keys are of the GGUF specification; what the loaders read is in llama.cpp's src/models/llama.cpp,
-deci.cpp, qwen2.cpp and qwen3.cpp, and llama-model.cpp for what all share.
+deci.cpp, qwen2.cpp, qwen3.cpp and gemma3.cpp, and llama-model.cpp for what all share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from elastic.errors import ExportError, MissingExtra
-from elastic.formats import gguf_tokenizer, llama_like
+from elastic.formats import gemma_like, gguf_tokenizer, llama_like
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,7 @@ FAMILIES = {
     "MistralForCausalLM": Family("llama", "deci", True),
     "Qwen2ForCausalLM": Family("qwen2", "deci", False),
     "Qwen3ForCausalLM": Family("qwen3", None, False),
+    "Gemma3ForCausalLM": Family("gemma3", None, False),
 }
 
 
@@ -70,7 +71,8 @@ def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
     family = FAMILIES.get(name)
     if family is None:
         return f"{name} is not written as GGUF; of {', '.join(FAMILIES)} it is"
-    if reason := llama_like.why_not(model):
+    like = gemma_like if gemma_like.is_one(model) else llama_like
+    if reason := like.why_not(model):
         return reason
     mixed = not llama_like.sizes_of(model).uniform
     if mixed and family.mixed is None:
@@ -79,7 +81,7 @@ def why_not(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
             f"({family.uniform} has one for all); choose --hf.uniform, or let llama.cpp's own "
             "converter read a folder that --hf.padded wrote"
         )
-    kind = model.config.rope_parameters.get("rope_type")
+    kind = gemma_like.positions(model.config)["rope_type"]
     if kind == "llama3" and _architecture(model)[0] not in ("llama", "deci"):
         return f"{_architecture(model)[0]} has no rotary embeddings of type 'llama3'"
     return None if tokenizer is None else gguf_tokenizer.why_not(tokenizer)
@@ -170,10 +172,13 @@ def _settings(writer: GGUFWriter, model: PreTrainedModel, type: Type, name: str 
     writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.rope_parameters.get("rope_type") == "linear":
+    rope = gemma_like.positions(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if gemma_like.is_one(model):
+        writer.add_sliding_window(config.sliding_window)
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -195,6 +200,8 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if interleaved and parts[-2] in ("q_proj", "k_proj"):
             heads = sizes.heads if parts[-2] == "q_proj" else sizes.key_heads
             tensor = _neighbours(tensor, heads[int(parts[2])])
+        if gemma_like.is_one(model) and tensor.dim() == 1:  # norms, which it writes less 1
+            tensor = tensor.float() + 1
         yield short, tensor
     if model.config.rope_parameters.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _frequency_factors(model)

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers in GGUF.
+"""Byte-level BPE tokenizers in GGUF, and Gemma's, which is one of SentencePiece's.
 
 llama.cpp splits text by code of its own, one variant per family of tokenizers, and a file names the
 variant. Which one a tokenizer is, its own description in tokenizer.json says: how it splits before
@@ -8,7 +8,8 @@ pairs are merged.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ def why_not(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if backend is None:
         return "a tokenizer without tokenizer.json; byte-level BPE ones are written"
     described = json.loads(backend.to_str())
+    if _is_gemmas(described):
+        return None
     if described["model"]["type"] != "BPE" or described["model"].get("byte_fallback"):
         kind = described["model"]["type"]
         return (
-            f"a tokenizer of type {kind} as SentencePiece makes them; byte-level BPE ones are "
-            "written. llama.cpp's convert_hf_to_gguf.py reads those from a uniform or padded hf "
-            "folder with the base model's tokenizer.model beside it"
+            f"a tokenizer of type {kind} as SentencePiece makes them; byte-level BPE ones, and "
+            "Gemma's, are written. llama.cpp's convert_hf_to_gguf.py reads those from a uniform "
+            "or padded hf folder with the base model's tokenizer.model beside it"
         )
     if _variant(described) is None:
         splitter = json.dumps(described["pre_tokenizer"])
@@ -52,6 +55,7 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry["special"] for entry in described["added_tokens"]}
+    pieces = _is_gemmas(described)
     tokens, types = [], []
     for number in range(size):
         tokens.append(names.get(number, f"[PAD{number}]"))
@@ -59,17 +63,27 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
             types.append(TokenType.UNUSED)
         elif number in added:
             types.append(TokenType.CONTROL if added[number] else TokenType.USER_DEFINED)
+        elif pieces and _BYTE.fullmatch(tokens[-1]):
+            types.append(TokenType.BYTE)
         else:
             types.append(TokenType.NORMAL)
-    writer.add_tokenizer_model("gpt2")
-    variant = _variant(described)
-    assert variant is not None  # says `why_not`
-    writer.add_tokenizer_pre(variant)
+        if pieces and types[-1] == TokenType.USER_DEFINED:  # found in the text as it is
+            tokens[-1] = tokens[-1].replace(_BLANK, " ")
+    merges = described["model"]["merges"]
+    if pieces:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(merges, names, size))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        variant = _variant(described)
+        assert variant is not None  # says `why_not`
+        writer.add_tokenizer_pre(variant)
+        # Pairs with a space between; tokenizer.json has both forms.
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        writer.add_token_merges(pairs)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # Pairs with a space between; tokenizer.json has both forms.
-    merges = described["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     for kind in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None:
@@ -80,6 +94,27 @@ def write(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+_BLANK, _BYTE = "\u2581", re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _is_gemmas(described: Mapping[str, Any]) -> bool:
+    """Whether pieces of words are merged by rank, blanks as a sign of their own, with bytes for
+    what is in no piece, and nothing is put before the text."""
+    model, normalizer = described["model"], described["normalizer"] or {}
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+    return model["type"] == "BPE" and bool(model.get("byte_fallback")) and normalizer == blanks
+
+
+def _scores(merges: Sequence[Any], names: Mapping[int, str], size: int) -> list[float]:
+    """Of every token: two neighbours become the one with the highest, which is the one that the
+    first pair in `merges` makes."""
+    rank: dict[str, int] = {}
+    for place, pair in enumerate(merges):
+        first, second = pair.split(" ") if isinstance(pair, str) else pair
+        rank.setdefault(first + second, place)
+    return [-float(rank.get(names.get(number, ""), 0)) for number in range(size)]
 
 
 def _variant(described: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,13 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedTokenizerFast,
+)
 
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
@@ -168,6 +174,78 @@ def test_transformers_reads_uniform_files(family, tmp_path):
     expected = tiny.logits(model, ids)
     gap = (tiny.logits(again, ids) - expected).abs().max() / expected.abs().max()
     assert gap < 1e-5
+
+
+# Gemma 3.
+
+
+def pieces() -> PreTrainedTokenizerFast:
+    """As SentencePiece makes Gemma's: blanks have a sign, and bytes are for what is in no piece."""
+    special, bytes_ = ["<pad>", "<eos>", "<bos>", "<unk>"], [f"<0x{n:02X}>" for n in range(256)]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("a", "t"), ("\u2581", "at"), ("c", "at")]
+    letters = ["\u2581", *"thecas.", *("".join(pair) for pair in merges)]
+    vocab = {token: number for number, token in enumerate([*special, *bytes_, *letters])}
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        unk_token="<unk>",
+    )  # fmt: skip
+
+
+GEMMA = {
+    "vocab_size": 280, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "sliding_window": 4,
+    "query_pre_attn_scalar": 256, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def gemma3(**overrides) -> Gemma3ForCausalLM:
+    """With a layer that sees all tokens, and norms away from where they start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**(GEMMA | overrides)))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def test_gemma_is_read_again_as_it_was(tmp_path):
+    net = Supernet(gemma3(), SearchSpace.load("llama"), tiny.ADAPTERS["lora"])
+    tiny.randomize_(net)
+    model = compact(net, net.space.minimal())
+    file = gguf.write(model, pieces(), tmp_path, type="f32")
+    gguf.check(file, model)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=gguf.FILE, dtype=torch.float32
+    ).eval()
+    ids = torch.arange(3, 24)[None]  # past the window
+    expected = tiny.logits(model, ids)
+    assert (tiny.logits(again, ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_pieces_of_gemma_are_in_the_file(tmp_path):
+    tokenizer = pieces()
+    reader = GGUFReader(gguf.write(gemma3(), tokenizer, tmp_path))
+    assert field(reader, "tokenizer.ggml.model") == "llama"
+    types = field(reader, "tokenizer.ggml.token_type")
+    assert types[:3] == [3, 3, 3] and set(types[4:260]) == {6} and types[-1] == 5  # bytes, unused
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=gguf.FILE)
+    for text in ("the cat at the", "that \u00e9 sat"):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert again(text, add_special_tokens=False)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("overrides, reason", [
+    ({"layer_types": ["full_attention"] * 7}, "other layers than every 6th"),
+    ({"final_logit_softcapping": 30.0}, "bent"),
+    ({"query_pre_attn_scalar": 32}, "queries scaled"),
+])  # fmt: skip
+def test_what_llama_cpp_computes_otherwise_for_gemma_is_said(overrides, reason):
+    assert reason in gguf.why_not(gemma3(**overrides))
 
 
 # What is refused.
