@@ -4,9 +4,11 @@ tokens are the full head's, those of the others minus infinity."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from elastic.errors import ConfigError
 from elastic.formats import hf
@@ -19,9 +21,10 @@ from elastic.supernet.compact import compact, sliced
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
+from elastic.training.checks import require_cut_head
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of, output
-from tests.helpers.laws import close, without_data
+from tests.helpers.laws import batch_of, close, without_data
 
 LEAST = 12
 HEADED = [
@@ -160,3 +163,20 @@ def test_two_vocabularies_are_refused():
         section["groups"][name] = {"dim": VOCABULARY, "choices": [1.0, 0.5]}
     with pytest.raises(ConfigError, match="declare it once"):
         SearchSpace.from_dict(declared).bind(model_of("t5"), tiny.RANK)
+
+
+class Bent(LlamaForCausalLM):
+    """Its logits end at 30, as no setting of its says."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = 30 * torch.tanh(found.logits / 30)
+        return found
+
+
+@pytest.mark.parametrize("kind, refused", [(LlamaForCausalLM, False), (Bent, True)])
+def test_code_behind_the_head_is_noticed(kind, refused):
+    model = kind(tiny.config()).eval()
+    net = Supernet(model, space_of("llama"), tiny.ADAPTERS["lora"])
+    with pytest.raises(ConfigError, match="behind its head") if refused else nullcontext():
+        require_cut_head(net, batch_of("ab", "c"))
