@@ -136,9 +136,12 @@ class Run:
 
     def move(self, config: TrainConfig) -> None:
         """Keep where base and data are now; they are known to be the same."""
-        before, now = self.begun(), _identity(config)
-        if any(d.split()[0] in MOVABLE for d in differences(now, _identity(before))):
-            write_text(self.config_file, yaml.safe_dump(now, sort_keys=False))
+        now = _identity(config)
+        text = yaml.safe_dump(now, sort_keys=False)
+        if read_text(self.config_file) == text:  # which spares checking it
+            return
+        if any(d.split()[0] in MOVABLE for d in differences(now, _identity(self.begun()))):
+            write_text(self.config_file, text)
 
     def begun(self) -> TrainConfig:
         """config.yaml through the dataclass: a setting that did not exist then has its default."""
