@@ -19,13 +19,13 @@ from elastic.training.checks import refuse_sharded
 from elastic.training.command import train
 from tests.helpers import tiny
 from tests.helpers.steps import step_gradients
-from tests.helpers.tiny_runs import logged, train_config
-from tests.programs.several import REGULARISED, RUNS, config_of, gradients, write_tasks
+from tests.helpers.tiny_runs import assert_same_factors, logged, train_config
+from tests.programs.several import REGULARISED, RUNS, config_of, gradients, together, write_tasks
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
-def launch(model: Path, folder: Path, *names: str) -> None:
+def launched(model: Path, folder: Path, *names: str) -> None:
     script = Path(__file__).parents[1] / "programs" / "several.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -39,11 +39,17 @@ def launch(model: Path, folder: Path, *names: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tiny_folder, tmp_path_factory):
-    """One launch of two processes for everything."""
+    """Two processes for everything."""
     folder = tmp_path_factory.mktemp("two")
     write_tasks(folder)
-    launch(tiny_folder, folder, *RUNS)
+    assert together(tiny_folder, folder, *RUNS) == [0, 0]
     return folder
+
+
+@pytest.mark.slow  # each process imports everything anew
+def test_torchrun_starts_such_processes(tiny_folder, tmp_path, two):
+    launched(tiny_folder, tmp_path, "staged")
+    assert_same_factors(Run(tmp_path / "staged"), Run(two / "staged"))
 
 
 @pytest.mark.parametrize("name", RUNS)

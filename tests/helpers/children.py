@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable
 
@@ -30,3 +32,19 @@ def forked(act: Callable[[], object]) -> int:
 def ended(child: int) -> int:
     """Its exit code; less than 0: the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def all_ended(children: list[int]) -> list[int]:
+    """Exit codes of children that wait for one another: one that fails ends the others."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            number, status = os.waitpid(child, os.WNOHANG)
+            if number:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+                codes[child] = ended(child)
+        time.sleep(0.02)
+    return [codes[child] for child in children]

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from elastic.config import SearchConfig, StudyConfig
+from elastic.config import CompensationConfig, SearchConfig, StudyConfig
 from elastic.latency import bench
 from elastic.searching.front import Front
 from elastic.searching.objective import Objective
@@ -52,14 +52,22 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
     search(config)
 
 
+def together(config: SearchConfig, workers: int) -> list[int]:
+    """Exit codes of so many processes at one search, which begin as this one is."""
+    tasks = [functools.partial(work, config, doomed=number == 0) for number in range(workers)]
+    return [ended(child) for child in [forked(task) for task in tasks]]
+
+
+def config_of(run: Path | str, storage: str, trials: int) -> SearchConfig:
+    study = StudyConfig(storage=storage or None, name="shared")
+    nothing = CompensationConfig(degrees=[0.0])
+    return SearchConfig(
+        run=str(run), study=study, trials=trials, starts=6, timing=ONE_ROUND, test_front=2,
+        compensation=nothing,
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     run, storage, workers, trials = sys.argv[1:]
-    config = SearchConfig(
-        run=run, study=StudyConfig(storage=storage or None, name="shared"), trials=int(trials),
-        starts=6, timing=ONE_ROUND, test_front=2,
-    )  # fmt: skip
-    children = [
-        forked(functools.partial(work, config, doomed=number == 0))
-        for number in range(int(workers))
-    ]
-    print(json.dumps([ended(child) for child in children]))
+    config = config_of(run, storage, int(trials))
+    print(json.dumps(together(config, int(workers))))

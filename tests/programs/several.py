@@ -2,18 +2,23 @@
 
     torchrun --nproc_per_node 2 tests/programs/several.py TINY_MODEL FOLDER NAME ...
 
-NAME is a key of RUNS; `resumed` is stopped after a checkpoint and begun again. What FSDP2 computes
-is written to FOLDER/sharded.safetensors.
+The tests fork instead, which spares importing everything in every process. NAME is a key of RUNS;
+`resumed` is stopped after a checkpoint and begun again. What FSDP2 computes is written to
+FOLDER/sharded.safetensors.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from pytest import MonkeyPatch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +33,7 @@ from elastic.supernet.supernet import Supernet
 from elastic.training import one_task
 from elastic.training.command import train
 from tests.helpers import tiny
+from tests.helpers.children import all_ended, forked
 from tests.helpers.once import fitting_once
 from tests.helpers.steps import step_gradients
 from tests.helpers.tiny_runs import interrupted, space_file, train_config
@@ -108,12 +114,11 @@ def shard(folder: Path) -> None:
         save_file(found, folder / "sharded.safetensors")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def work(model: Path, folder: Path, *names: str) -> None:
+    """What one of the processes does."""
     fitting_once(MonkeyPatch(), one_task)
-    model, folder, *names = sys.argv[1:]
     for name in names:
-        config = config_of(Path(model), Path(folder), name, alone=False)
+        config = config_of(model, folder, name, alone=False)
         if name == "resumed":
             with MonkeyPatch.context() as patch:  # every process, after the checkpoint of step 4
                 stopped = interrupted(config, patch, 5)
@@ -121,10 +126,36 @@ if __name__ == "__main__":
         train(config)
     rank = int(os.environ["RANK"])
     for method in REGULARISED:
-        work = Path(folder) / f"process-{rank}"
+        own = folder / f"process-{rank}"
         for place, in_loss in ((method, False), (f"{method}-in-loss", True)):
             _, seen = step_gradients(
-                model, work / place, method, batch_size=8, accumulation=1, in_loss=in_loss
+                model, own / place, method, batch_size=8, accumulation=1, in_loss=in_loss
             )
-            save_file(seen, Path(folder) / f"{place}-{rank}.safetensors")
-    shard(Path(folder))
+            save_file(seen, folder / f"{place}-{rank}.safetensors")
+    shard(folder)
+
+
+def as_torchrun(rank: int, port: int, act: Callable[[], None]) -> None:
+    """In a forked process: `act` as one of two that torchrun has started."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    for state in (AcceleratorState, GradientState):  # of the process before it was forked
+        state._reset_state()
+    PartialState._reset_state()
+    act()
+
+
+def together(model: Path, folder: Path, *names: str) -> list[int]:
+    """Exit codes of two processes at `work`, forked from this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    act = functools.partial(work, model, folder, *names)
+    return all_ended([forked(functools.partial(as_torchrun, n, port, act)) for n in range(2)])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
