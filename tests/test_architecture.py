@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import io
+import functools
 import re
-import tokenize
 import tomllib
 from pathlib import Path
 
@@ -22,7 +21,8 @@ FOLDERS = "elastic|tests|docs|fragments|configs|search_spaces"
 
 
 def spoken(file: Path) -> str:
-    """What a file says to people: of Python its docstrings and comments, of settings comments."""
+    """What a file says to people: of Python its docstrings and comments (and what follows
+    a # in a text of the program), of settings comments."""
     text = file.read_text(encoding="utf-8")
     if file.suffix in (".toml", ".yaml") or file.name == "Makefile":
         return "\n".join(re.findall(r"#.*", text))
@@ -35,10 +35,10 @@ def spoken(file: Path) -> str:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     ]
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return "\n".join([*words, *(part.string for part in tokens if part.type == tokenize.COMMENT)])
+    return "\n".join([*words, *re.findall(r"#.*", text)])
 
 
+@functools.cache
 def defines(file: Path, name: str) -> bool:
     """Whether the file has a function, class, attribute or constant of this name."""
     pattern = rf'^ *(def|class) {name}\b|^ *{name}\b.*=|import .*\b{name}\b|^ *"{name}"'
