@@ -74,7 +74,7 @@ BIG = {
 }
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", ["llama-7b", pytest.param("bloomz-7b", marks=pytest.mark.slow)])
 def test_models_of_billions_are_counted_from_config_json_alone(name, tmp_path, capsys):
     architecture, space, parameters, (trained, macs, cut) = BIG[name]
     architecture.save_pretrained(tmp_path / "base")
@@ -160,7 +160,7 @@ KINDS = {
     ("kind", "dtype", "method", "dropout", "distill"),
     [
         ("llama", "float32", "lora", 0.0, 0.0),
-        ("llama", "bfloat16", "sorsa", 0.1, 0.0),
+        ("llama-grouped", "bfloat16", "sorsa", 0.1, 0.0),
         ("bloom", "bfloat16", "lora", 0.0, 0.0),
         ("t5", "float32", "lora", 0.0, 0.5),
     ],
@@ -231,7 +231,10 @@ def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, di
         return train(net, *arguments, **settings)
 
     def twice(*arguments):
+        compared.append(arguments)
         few = rehearse(*arguments)
+        if len(compared) == 1 and distill:  # the third is the maximal one too, with a teacher
+            return few
         assert min(trained) > 0  # blocks were left out in every measurement
         trained.clear()
         with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +242,6 @@ def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, di
             assert rehearse(*arguments) == few
         assert trained == [0]
         trained.clear()
-        compared.append(arguments)
         return few
 
     compared = []
