@@ -12,7 +12,7 @@ from tests.helpers import tiny
 from tests.helpers.learnt import LEARNT, PROMPTS, TOKENIZER
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model():
     """A tiny model that has learnt six answers by heart, so that it can be right at all."""
     model = tiny.llama(initializer_range=0.1)

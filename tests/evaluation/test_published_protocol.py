@@ -1,6 +1,7 @@
 """Published answers are found in texts as published, the same in every batch; what is not found is
 counted."""
 
+import functools
 import json
 from importlib import metadata
 
@@ -198,10 +199,15 @@ def test_generated_answers_are_judged(model, beams):
     assert evaluate(model, TOKENIZER, wrong, beams=beams, quiet=True).accuracy == 0
 
 
+@functools.cache
+def in_pairs(model, beams):
+    return evaluate(model, TOKENIZER, judged(), beams=beams, batch=2, quiet=True)
+
+
 @pytest.mark.parametrize("beams", [None, 3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_no_batch_changes_an_answer(model, beams, batch):
-    alone = evaluate(model, TOKENIZER, judged(), beams=beams, batch=2, quiet=True)
+    alone = in_pairs(model, beams)
     again = evaluate(model, TOKENIZER, judged()[::-1], beams=beams, batch=batch, quiet=True)
     assert again.said[::-1] == alone.said and again.correct[::-1] == alone.correct
 
