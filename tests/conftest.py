@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers.once import fitting_once
+from tests.helpers.once import fitting_once, reading_once
 
 # Tiny models spend longer waiting for a second thread than computing.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -71,6 +71,24 @@ def no_weighing():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk():
+    """A process that is killed loses nothing that it wrote; a search waits a hundred times for what
+    only a power cut would lose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_words():
+    """Exports note what every model answers to three prompts: a few tokens tell as much."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in collected("elastic.exporting.proof"):
+            patch.setattr(module, "TEXT_TOKENS", 4)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def fits_once():
     """That a space fits a model is found out once of each."""
     modules = collected(
@@ -78,6 +96,14 @@ def fits_once():
     )
     with pytest.MonkeyPatch.context() as patch:
         fitting_once(patch, *modules)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reads_once():
+    """That the settings of a run make sense is found out once of all its copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        reading_once(patch)
         yield
 
 
@@ -94,12 +120,20 @@ def tiny_llama():
     return llama()
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_folder, tmp_path_factory):
-    """A trained run; searches use copies of it."""
+@pytest.fixture(scope="session")
+def trained_once(tiny_folder, tmp_path_factory):
+    """What `trained` is a copy of."""
     from tests.helpers.searches import trained_run
 
-    return trained_run(tiny_folder, tmp_path_factory.mktemp("study"))
+    return trained_run(tiny_folder, tmp_path_factory.mktemp("once"))
+
+
+@pytest.fixture(scope="module")
+def trained(trained_once, tmp_path_factory):
+    """A trained run; searches use copies of it."""
+    from tests.helpers.tiny_runs import copy_run
+
+    return copy_run(trained_once, tmp_path_factory.mktemp("study") / "run")
 
 
 @pytest.fixture(scope="module")

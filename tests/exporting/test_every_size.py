@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from elastic import export, search
-from elastic.config import RecoveryConfig, TableConfig
+from elastic.config import CompensationConfig, RecoveryConfig, TableConfig
 from elastic.config.export import SlicesConfig
 from elastic.errors import ConfigError, RunError
 from elastic.exporting import command
@@ -23,25 +23,24 @@ from elastic.run import Run
 from elastic.supernet.store import load_run
 from tests.helpers import searches
 from tests.helpers.exports import config
-from tests.helpers.tiny_runs import ONE_ROUND
+from tests.helpers.tiny_runs import ONE_ROUND, copy_run
 
 pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
 @pytest.fixture(scope="module", params=["as trained", "recovered"])
-def run(request, tiny_folder, fake_latency, tmp_path_factory) -> Run:
+def run(request, trained, fake_latency, tmp_path_factory) -> Run:
     """Of a recovered front every member may have factors of its own."""
-    trained = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("every"))
+    run = copy_run(trained, tmp_path_factory.mktemp("every") / "run")
     steps = RecoveryConfig(steps=3 * (request.param == "recovered"), base_lr=5e-3)
-    search(searches.config(trained, recover=steps, test_front=3))
-    return trained
+    made_up = CompensationConfig()
+    search(searches.config(run, recover=steps, test_front=3, compensation=made_up))
+    return run
 
 
 @pytest.fixture(scope="module")
 def folder(run):
-    report = export(
-        config(run, formats=["elastic"], compensation=searches.config(run).compensation)
-    )
+    report = export(config(run, formats=["elastic"], compensation=CompensationConfig()))
     return report.directory / "elastic"
 
 
@@ -110,7 +109,7 @@ def test_every_slice_is_the_one_that_is_written_alone(run, folder):
                     run,
                     sub_adapter=of_run,
                     name=f"alone-{name}",
-                    compensation=searches.config(run).compensation,
+                    compensation=CompensationConfig(),
                 )
             ).directory
             / "hf"
@@ -129,7 +128,7 @@ def test_a_base_that_is_referred_to_gives_the_same_slices(run, folder):
     with pytest.raises(ConfigError, match="add elastic to formats"):
         config(run, slices=SlicesConfig(base="reference"))
     settings = dict(slices=SlicesConfig(base="reference"), name="referring",
-                    compensation=searches.config(run).compensation)  # fmt: skip
+                    compensation=CompensationConfig())  # fmt: skip
     referring = export(config(run, formats=["elastic"], **settings)).directory / "elastic"
     assert not (referring / "base").exists()
     for name in slices.read(folder)["slices"]:
@@ -143,7 +142,7 @@ def test_a_base_that_is_referred_to_gives_the_same_slices(run, folder):
 def test_what_is_only_written_is_the_same_folder(run, folder, base):
     """To the byte, from a base that is mapped, not loaded; what is fitted block by block rounds
     otherwise."""
-    settings = dict(compensation=searches.config(run).compensation, slices=SlicesConfig(base=base))
+    settings = dict(compensation=CompensationConfig(), slices=SlicesConfig(base=base))
     report = export(config(run, formats=["elastic"], prove=False, name=f"only-{base}", **settings))
     only = report.directory / "elastic"
     assert "neither loaded again" in (report.directory / "report.md").read_text()

@@ -29,10 +29,9 @@ from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
-from elastic.training.one_task import train_one
 from tests.helpers import tiny
 from tests.helpers.exports import config, hidden, small_files, write_sub
-from tests.helpers.tiny_runs import copy_run, randomize_factors, snapshot, train_config
+from tests.helpers.tiny_runs import copy_run, snapshot
 
 
 def wrong_frequencies(write):
@@ -102,11 +101,8 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_folder, tmp_path_factory):
+def exported(run):
     """A run with an export called "kept"."""
-    folder = tmp_path_factory.mktemp("exported")
-    run = train_one(train_config(tiny_folder, folder / "run"))
-    randomize_factors(run)
     export(config(run, sub_adapter="maximal", name="kept"))
     return run
 
@@ -118,7 +114,7 @@ def test_a_wrong_file_is_found_and_nothing_is_kept(exported, tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(module, "write", corrupt(module.write))
     before = snapshot(exported.path)
-    for name in ("kept", "new"):
+    for name in ("kept", "new") if fault == "hf weight" else ("kept",):
         with pytest.raises(ExportError, match=message):
             export(config(exported, sub_adapter="maximal", name=name, formats=["hf", kind]))
     assert snapshot(exported.path) == before

@@ -77,6 +77,7 @@ class Pushed:
         """Files on the hub in which a folder of this machine is named."""
         trained = self.report.trained
         folders = [
+            str(self.report.directory.parents[2]),
             trained.model.path,
             str(Path(trained.space).parent),
             str(Path(trained.run).parent),

@@ -15,16 +15,8 @@ from elastic.formats import hf, nemotron_nas
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
-from elastic.training.one_task import train_one
 from tests.helpers import tiny
-from tests.helpers.tiny_runs import ONE_ROUND, randomize_factors, train_config
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_folder) -> Run:
-    made = train_one(train_config(tiny_folder, tmp_path_factory.mktemp("writers") / "run"))
-    randomize_factors(made)
-    return made
+from tests.helpers.tiny_runs import ONE_ROUND
 
 
 def config(run: Run, **overrides) -> ExportConfig:

@@ -6,6 +6,9 @@ from types import ModuleType
 
 import pytest
 
+from elastic import run
+from elastic.config import TrainConfig
+
 
 def fitting_once(patch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
     """Let these modules try once of each model and space whether they fit: it takes a third of a
@@ -24,3 +27,16 @@ def fitting_once(patch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
 
     for module in modules:
         patch.setattr(module, "require_fits", once(module.require_fits))
+
+
+def reading_once(patch: pytest.MonkeyPatch) -> None:
+    """Let the settings of a run and of all its copies be checked once: their text is the same, and
+    it takes a tenth of a tiny training."""
+    known, read = {}, run._settings
+
+    def settings(text: str, where: str) -> TrainConfig:
+        if text not in known:
+            known[text] = read(text, where)
+        return known[text]
+
+    patch.setattr(run, "_settings", settings)

@@ -15,14 +15,15 @@ from elastic.formats import slices
 from elastic.serving import load as loading
 from tests.helpers import searches, tiny
 from tests.helpers.exports import config
+from tests.helpers.tiny_runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("fake_latency")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder, fake_latency, tmp_path_factory):
+def folder(trained, fake_latency, tmp_path_factory):
     """Of a searched run; the table says that every slice is measured."""
-    run = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("served"))
+    run = copy_run(trained, tmp_path_factory.mktemp("served") / "run")
     elastic.search(searches.config(run))
     return elastic.export(config(run, formats=["elastic"])).directory / "elastic"
 
