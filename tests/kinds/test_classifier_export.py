@@ -20,6 +20,7 @@ from elastic.config import (
     MergeAdapterConfig,
     MergeConfig,
     SearchConfig,
+    TableConfig,
     TimingConfig,
 )
 from elastic.data import load_task
@@ -156,6 +157,7 @@ def test_a_search_trades_accuracy_for_the_time_of_a_batch(run, monkeypatch, caps
     monkeypatch.setattr(bench, "measure", fake_measure)
     front = search(SearchConfig(
         run=str(run.path), trials=6, starts=3, timing=ONE_ROUND, test_front=2,
+        table=TableConfig(seen=4, unseen=0),
         budget=BudgetConfig(prefill_ms="80%"),
     ))  # fmt: skip
     assert front.best.figures.prefill_ms <= 0.8 * front.full.prefill_ms

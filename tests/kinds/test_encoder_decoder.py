@@ -13,11 +13,13 @@ from transformers import AutoTokenizer
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
+    CompensationConfig,
     ExportConfig,
     LatencyConfig,
     ModelConfig,
     SearchConfig,
     StageConfig,
+    TableConfig,
     TimingConfig,
 )
 from elastic.data.collating import IGNORED, collate
@@ -38,6 +40,10 @@ from tests.helpers import tiny
 from tests.helpers.laws import close, several
 from tests.helpers.seq2seq import SPACE, drive, net_of
 from tests.helpers.tiny_runs import ONE_ROUND, fake_measure, train_config
+
+NOTHING = CompensationConfig(degrees=[0.0])
+"""What is made up for has laws of its own."""
+FEW = TableConfig(seen=4, unseen=0)
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +165,12 @@ def test_a_runner_decodes_what_a_forward_pass_says(folder):
 
 def test_searched_and_written(run, monkeypatch):
     monkeypatch.setattr(bench, "measure", fake_measure)
-    front = search(SearchConfig(run=str(run.path), trials=5, starts=3, timing=ONE_ROUND,
-                                test_front=2, budget=BudgetConfig(prefill_ms="90%")))  # fmt: skip
+    front = search(SearchConfig(run=str(run.path), trials=5, starts=3, timing=ONE_ROUND, table=FEW,
+                                test_front=2, budget=BudgetConfig(prefill_ms="90%"),
+                                compensation=NOTHING))  # fmt: skip
     assert front.best.figures.prefill_ms <= 0.9 * front.full.prefill_ms
-    report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND, runtime_examples=4,
+    report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND, runtime_examples=2,
+                                 compensation=NOTHING,
                                  compress=["int8", "int4_awq"]))  # fmt: skip
     written = report.contents["formats"]
     assert "activations are not computed" in written["openvino-int4_awq"]["skipped"]
@@ -173,7 +181,7 @@ def test_searched_and_written(run, monkeypatch):
         assert small["decode_ms"] > 0 and small["bytes"] < written[kind]["bytes"]
         assert small["compression"]["layers"].keys() == {"int8"}
     whole = export(ExportConfig(run=str(run.path), sub_adapter="maximal", formats=["peft"],
-                                timing=ONE_ROUND))  # fmt: skip
+                                timing=ONE_ROUND, accuracy=False, runtime_examples=0))  # fmt: skip
     assert whole.contents["formats"]["peft"]["greedy_tokens_equal"]
     config = json.loads((whole.directory / "peft" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"

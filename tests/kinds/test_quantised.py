@@ -16,6 +16,7 @@ from elastic.config import (
     MergeConfig,
     ModelConfig,
     SearchConfig,
+    TableConfig,
 )
 from elastic.errors import ConfigError, MissingExtra, ModelError
 from elastic.exporting import foreign
@@ -426,7 +427,8 @@ def test_an_exported_lora_is_for_the_quantised_base(run):
 
 
 def test_a_search_scores_the_dequantised_model(run):
-    front = search(SearchConfig(run=str(run.path), trials=3, starts=2, timing=ONE_ROUND))
+    front = search(SearchConfig(run=str(run.path), trials=3, starts=2, timing=ONE_ROUND,
+                                table=TableConfig(seen=4, unseen=0)))  # fmt: skip
     config, _, net = load_run(run)
     full = compact(net, net.space.maximal())
     assert front.full.params == count(full).params

@@ -8,10 +8,12 @@ import yaml
 from elastic.config import (
     AdapterConfig,
     BudgetConfig,
+    CompensationConfig,
     ExportConfig,
     ModelConfig,
     SearchConfig,
     StageConfig,
+    TableConfig,
     TimingConfig,
 )
 from elastic.data.answers import answer_logits, padded_behind
@@ -43,11 +45,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of eight blocks, whose weights and states transformers halves every second block."""
+    """Of four blocks, whose weights and states transformers halves every second block."""
     folder = tmp_path_factory.mktemp("rwkv")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = model_of("rwkv", torch.float32, layers=8)
+        model = model_of("rwkv", torch.float32, layers=4)
     model.config.update({"rescale_every": 2, "use_cache": True})
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -58,7 +60,7 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
     space = SearchSpace.load("rwkv").as_dict()
-    space["groups"]["depth"] = {"dim": "depth", "choices": [8, 6, 4]}
+    space["groups"]["depth"] = {"dim": "depth", "choices": [4, 3, 2]}
     (place / "space.yaml").write_text(yaml.safe_dump(space))
     dims = ["rank", "width", "depth"]
     return train_one(
@@ -144,14 +146,16 @@ def test_nothing_is_halved_and_the_function_is_the_same(folder):
         # Norms add a small number to what was halved or not.
         torch.testing.assert_close(theirs.eval()(ids).logits, expected, rtol=0, atol=5e-3)
     assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
-    halved = theirs.state_dict()["rwkv.blocks.7.feed_forward.value.weight"]
-    assert torch.equal(halved * 8, before["rwkv.blocks.7.feed_forward.value.weight"])
+    halved = theirs.state_dict()["rwkv.blocks.3.feed_forward.value.weight"]
+    assert torch.equal(halved * 2, before["rwkv.blocks.3.feed_forward.value.weight"])
 
 
 def test_trained_searched_and_written(run, monkeypatch):
     monkeypatch.setattr(bench, "measure", fake_measure)
     front = search(SearchConfig(run=str(run.path), trials=6, starts=4, timing=ONE_ROUND,
-                                test_front=2, budget=BudgetConfig(prefill_ms="80%")))  # fmt: skip
+                                test_front=2, budget=BudgetConfig(prefill_ms="80%"),
+                                compensation=CompensationConfig(degrees=[0.0]),
+                                table=TableConfig(seen=4, unseen=0)))  # fmt: skip
     assert front.best.figures.prefill_ms <= 0.8 * front.full.prefill_ms
     report = export(ExportConfig(run=str(run.path), timing=ONE_ROUND))
     written = report.contents["formats"]

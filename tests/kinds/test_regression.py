@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from elastic.config import EvaluateConfig, ExportConfig, ModelConfig, SearchConfig, TrainConfig
+from elastic.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    SearchConfig,
+    TableConfig,
+    TrainConfig,
+)
 from elastic.data import load_task
 from elastic.data.answers import answer_loss
 from elastic.data.encoding import encode_example
@@ -125,7 +132,8 @@ def test_ranks_of_equal_numbers_are_their_mean():
 
 def test_searched_and_written(run, monkeypatch):
     monkeypatch.setattr(bench, "measure", fake_measure)
-    search(SearchConfig(run=str(run.path), trials=4, starts=3, timing=ONE_ROUND, test_front=2))
+    search(SearchConfig(run=str(run.path), trials=4, starts=3, timing=ONE_ROUND, test_front=2,
+                        table=TableConfig(seen=4, unseen=0)))  # fmt: skip
     report = export(ExportConfig(run=str(run.path), sub_adapter="minimal", timing=ONE_ROUND,
                                  formats=["hf", "onnx", "openvino"]))  # fmt: skip
     for kind in ("hf", "onnx", "openvino"):

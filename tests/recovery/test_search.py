@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.config import EvaluateConfig, RecoveryConfig
+from elastic.config import CompensationConfig, EvaluateConfig, RecoveryConfig
 from elastic.errors import TrainingError
 from elastic.evaluation.command import evaluate_run
 from elastic.files import lock, read_json
@@ -28,15 +28,23 @@ STEPS = RecoveryConfig(steps=3, base_lr=5e-3)
 
 
 def wanted(run, recovery=STEPS, **overrides):
-    return searches.config(run, trials=6, test_front=2, recover=recovery, **overrides)
+    made_up = CompensationConfig(sequential=False)  # fitted ones: test_export.py
+    settings = dict(trials=6, test_front=2, recover=recovery, compensation=made_up)
+    return searches.config(run, **(settings | overrides))
 
 
 @pytest.fixture(scope="module")
-def recovered(trained, fake_latency, tmp_path_factory):
+def searched(trained, fake_latency, tmp_path_factory):
+    """(run, its front): what the same command without --recover leaves."""
+    run = copy_run(trained, tmp_path_factory.mktemp("searched") / "run")
+    return run, plain_search(replace(wanted(run), recover=RecoveryConfig()))
+
+
+@pytest.fixture(scope="module")
+def recovered(searched, tmp_path_factory):
     """(run, its front before, its front after)."""
-    run = copy_run(trained, tmp_path_factory.mktemp("recovered") / "run")
-    before = plain_search(replace(wanted(run), recover=RecoveryConfig()))
-    return run, before, search(wanted(run))
+    run = copy_run(searched[0], tmp_path_factory.mktemp("recovered") / "run")
+    return run, searched[1], search(wanted(run))
 
 
 def test_each_is_shown_before_and_after(recovered):
@@ -139,8 +147,8 @@ def test_an_interrupted_recovery_goes_on(recovered, trained, tmp_path, monkeypat
     assert searches.front_of(run) == whole
 
 
-def test_small_ones_are_taught_and_the_maximal_one_is_not(trained, tmp_path, monkeypatch):
-    run = copy_run(trained, tmp_path / "run")
+def test_small_ones_are_taught_and_the_maximal_one_is_not(searched, tmp_path, monkeypatch):
+    run = copy_run(searched[0], tmp_path / "run")
     seen = {}
     compute_loss = ElasticTrainer.compute_loss
 
@@ -158,8 +166,8 @@ def test_small_ones_are_taught_and_the_maximal_one_is_not(trained, tmp_path, mon
     }
 
 
-def test_what_fails_is_named_and_cleared_away_later(recovered, trained, tmp_path):
-    run = copy_run(trained, tmp_path / "run")
+def test_what_fails_is_named_and_cleared_away_later(recovered, searched, tmp_path):
+    run = copy_run(searched[0], tmp_path / "run")
     with pytest.raises(TrainingError, match=r"front-1: step 2, .*recover\.base_lr"):
         search(wanted(run, RecoveryConfig(steps=2, base_lr=1e30)))
     assert "recovery" not in searches.front_of(run)[0]
@@ -168,9 +176,9 @@ def test_what_fails_is_named_and_cleared_away_later(recovered, trained, tmp_path
     assert kept == {path.name.partition(".")[0] for path in recovered[0].recovered.iterdir()}
 
 
-def test_what_gets_worse_is_left_as_it_was(trained, tmp_path, rising_losses):
-    run = copy_run(trained, tmp_path / "run")
-    plain = plain_search(replace(wanted(run), recover=RecoveryConfig()))
+def test_what_gets_worse_is_left_as_it_was(searched, tmp_path, rising_losses):
+    run = copy_run(searched[0], tmp_path / "run")
+    plain = searched[1]
     scores = [{k: v for k, v in one.as_dict().items() if k != "best"} for one in plain.members]
     front = search(wanted(run))
     assert not any(one.recovery["taken"] for one in front.members)

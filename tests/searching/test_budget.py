@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from elastic import __main__
-from elastic.config import BudgetConfig, SearchConfig
+from elastic.config import BudgetConfig, CompensationConfig, SearchConfig
 from elastic.errors import BudgetError
 from elastic.models import loading
 from elastic.searching.budget import room
@@ -159,12 +159,13 @@ def test_accuracy_alone_under_a_budget(trained, tmp_path):
     """Nearly everything proposed is at the limit, and the front still shows what costs less."""
     run = copy_run(trained, tmp_path / "run")
     budget = BudgetConfig(params="85%")
-    front = search(config(run, trials=14, objectives=["accuracy"], budget=budget))
+    settings = dict(trials=14, budget=budget, compensation=CompensationConfig())
+    front = search(config(run, objectives=["accuracy"], **settings))
     limit = 0.85 * front.full.params
     assert front.costs == ["params"] and front.limits == {"params": pytest.approx(limit)}
     proposed = [one.figures.params for one in front.trials[4:]]
     other = copy_run(trained, tmp_path / "other")
-    traded = search(config(other, trials=14, objectives=["accuracy", "params"], budget=budget))
+    traded = search(config(other, objectives=["accuracy", "params"], **settings))
     lower = [one.figures.params for one in traded.trials[4:]]
     assert max(proposed) <= limit and statistics.mean(proposed) > statistics.mean(lower)
     assert front.best.estimate == max(one.estimate for one in front.trials if one.feasible)

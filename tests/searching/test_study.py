@@ -154,8 +154,10 @@ def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monke
     assert search(settings).members[0].measured.trusted and len(timed) == 1
 
 
-def test_figures_are_those_of_the_sub_adapter(searched):
-    run, front = searched
+def test_figures_are_those_of_the_sub_adapter(trained, tmp_path):
+    """Of what it makes up for, too."""
+    run = copy_run(trained, tmp_path / "run")
+    front = search(config(run, trials=10, starts=6, compensation=CompensationConfig()))
     trained, base, net = load_run(run)
     task = load_task(trained.task, trained.seed)
     assert len({one.figures.accuracy for one in front.trials}) > 2  # or this shows nothing
@@ -240,7 +242,7 @@ def test_another_seed_visits_others(trained, tmp_path):
     visited = []
     for seed in (5, 6):
         run = copy_run(trained, tmp_path / str(seed))
-        search(config(run, trials=7, starts=2, sampler="random", seed=seed))
+        search(config(run, trials=4, starts=2, sampler="random", seed=seed))
         visited.append([row["sub_adapter"] for row in trials_of(run)])
     assert visited[0] != visited[1]
 
@@ -360,7 +362,7 @@ def test_what_kills_left_in_a_search_goes_with_the_next_one(searched, tmp_path):
 
 def test_a_run_whose_name_reads_like_markup_is_searched(trained, tmp_path, capsys):
     run = copy_run(trained, tmp_path / "a[" / "b]")
-    search(config(run)).show()
+    search(config(run, trials=2)).show()
     assert f"{run.path}/search/front.png" in capsys.readouterr().out.replace("\n", "")
 
 
@@ -369,7 +371,7 @@ def test_the_password_of_a_storage_is_not_kept(trained, tmp_path, monkeypatch):
     opened = study.open_storage
     monkeypatch.setattr(study, "open_storage", lambda _, folder: opened(None, folder))
     url = "postgresql+psycopg://me:secret@host/database"
-    search(config(run, study=StudyConfig(storage=url)))
+    search(config(run, trials=2, study=StudyConfig(storage=url)))
     kept = json.loads((run.search / "about.json").read_text())["settings"]["study"]["storage"]
     assert kept == "postgresql+psycopg://me:***@host/database"
     for path in filter(Path.is_file, run.path.rglob("*")):

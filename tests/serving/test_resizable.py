@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import elastic
+from elastic.config import CompensationConfig
 from elastic.errors import BudgetError, RunError
 from elastic.formats import slices
 from tests.helpers import searches, tiny
@@ -28,7 +29,7 @@ def folder(request, tiny_folder, fake_latency, tmp_path_factory):
         groups = declared["groups"]
         declared["groups"] = {name: one for name, one in groups.items() if one["dim"] != "rank"}
     run = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("resized"), declared)
-    elastic.search(searches.config(run))
+    elastic.search(searches.config(run, compensation=CompensationConfig()))
     return elastic.export(config(run, formats=["elastic"])).directory / "elastic"
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 import elastic
+from elastic.config import CompensationConfig
 from elastic.config.export import SlicesConfig
 from elastic.errors import BaseMismatch, ConfigError, RunError
 from elastic.formats import slices
@@ -24,7 +25,7 @@ ROUNDED = 1e-5
 
 
 def exported(run, base: str = "reference"):
-    elastic.search(searches.config(run))
+    elastic.search(searches.config(run, compensation=CompensationConfig()))
     asked = config(run, formats=["elastic"], slices=SlicesConfig(base=base))
     return elastic.export(asked).directory / "elastic"
 
