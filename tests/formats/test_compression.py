@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 
@@ -58,6 +59,17 @@ def samples():
     return calibration_inputs(tiny.tokenizer(), sliced_llama(tied=True), EXAMPLES)
 
 
+@pytest.fixture(scope="module")
+def small(tied, samples, tmp_path_factory):
+    """`tied` of a kind in a mode, compressed once for all who look at it."""
+
+    @functools.cache
+    def compressed(kind: str, mode: str) -> compression.Compressed:
+        return compress(tied.paths[kind], tmp_path_factory.mktemp(mode), mode, samples)
+
+    return compressed
+
+
 @torch.no_grad()
 def simulated(written: Written, found: compression.Compressed):
     """The logits of torch with the weights rounded as `found` says."""
@@ -98,21 +110,20 @@ def test_it_computes_with_the_weights_it_says_it_has(
 
 
 @pytest.mark.parametrize(("kind", "mode"), PAIRS)
-def test_every_mode_stays_near_the_float_model(tied, samples, kind, mode, tmp_path):
+def test_every_mode_stays_near_the_float_model(tied, small, kind, mode):
     """As it is deployed, activations rounded too. Random weights of two layers are the worst case
     for 4 bits: nothing about them is redundant."""
-    found = compress(tied.paths[kind], tmp_path, mode, samples)
+    found = small(kind, mode)
     expected = tied.logits(runner_of(tied.model))
     logits = tied.logits(graph_runner(found.path))
     correlation = np.corrcoef(logits.ravel(), expected.ravel())[0, 1]
     assert correlation > (0.998 if MODES[mode].bits == 8 else 0.88)
     assert correlation < 0.99999
-    assert found.path == tmp_path / tied.paths[kind].name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_fit_the_width_and_what_has_none_gets_eight_bits(tied, kind, tmp_path):
-    found = compress(tied.paths[kind], tmp_path, "int4")
+def test_groups_fit_the_width_and_what_has_none_gets_eight_bits(small, kind):
+    found = small(kind, "int4")
     down = "model.layers.{}.mlp.down_proj"
     groups = {name: weight.group for name, weight in found.weights.items() if weight.bits == 4}
     assert groups.pop(down.format(0)) == 32
@@ -129,8 +140,8 @@ def test_groups_fit_the_width_and_what_has_none_gets_eight_bits(tied, kind, tmp_
 
 
 @pytest.mark.parametrize(("kind", "mode"), UNIFORM)
-def test_the_size_is_that_of_codes_and_scales(tied, kind, mode, tmp_path):
-    found = compress(tied.paths[kind], tmp_path, mode)
+def test_the_size_is_that_of_codes_and_scales(tied, small, kind, mode):
+    found = small(kind, mode)
     expected = floats = 0
     for weight in found.weights.values():
         rows, columns = weight.shape
@@ -149,18 +160,17 @@ def test_the_size_is_that_of_codes_and_scales(tied, kind, mode, tmp_path):
     assert found.bytes < found.bytes_before
 
 
-def test_openvino_stays_stateful(tied, tmp_path):
-    found = compress(tied.paths["openvino"], tmp_path, "int8")
-    model = openvino_library.Core().read_model(found.path)
+def test_openvino_stays_stateful(small):
+    model = openvino_library.Core().read_model(small("openvino", "int8").path)
     assert len(model.get_variables()) == 4
     names = {port.any_name for port in model.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
 
 
-def test_onnx_products_run_on_codes(tied, tmp_path):
+def test_onnx_products_run_on_codes(small):
     """None is dequantised whole, and what remains of MatMul has no weight: attention and rotary
     angles."""
-    graph = onnx_library.load(compress(tied.paths["onnx"], tmp_path, "int4").path)
+    graph = onnx_library.load(small("onnx", "int4").path)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("MatMulNBits") == 15 and "DequantizeLinear" not in kinds
     constant = {tensor.name for tensor in graph.graph.initializer}
@@ -169,13 +179,15 @@ def test_onnx_products_run_on_codes(tied, tmp_path):
     assert {item.domain for item in graph.opset_import} == {"", "com.microsoft"}
 
 
-def test_scale_estimation_uses_the_examples(tied, samples, tmp_path):
+def test_scale_estimation_uses_the_examples(tied, small, samples, tmp_path):
     """Nearer on what it was shown than rounding to the nearest; shown something else, different."""
+    graph = tied.paths["openvino"]
     written = {
-        name: compress(tied.paths["openvino"], tmp_path / name, mode, shown)
-        for name, mode, shown in [("nearest", "int4", ()), ("shown", "int4_scale", samples),
-                                  ("other", "int4_scale", samples[:1])]
-    }  # fmt: skip
+        "nearest": small("openvino", "int4"),
+        "shown": small("openvino", "int4_scale"),
+        "other": compress(graph, tmp_path / "other", "int4_scale", samples[:1]),
+    }
+    assert written["other"].path == tmp_path / "other" / graph.name
     exact, errors = runner_of(tied.model), {}
     for name, found in written.items():
         runner = graph_runner(found.path, exact=True)
@@ -221,9 +233,11 @@ def test_it_may_take_the_place_of_what_it_read(tied, kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4_scale"])
-def test_large_graphs_keep_their_weights_beside_them(tied, samples, mode, tmp_path, monkeypatch):
+def test_large_graphs_keep_their_weights_beside_them(
+    tied, small, samples, mode, tmp_path, monkeypatch
+):
     """Read and written: the same codes as from a graph in one file."""
-    whole = compress(tied.paths["onnx"], tmp_path / "whole", mode, samples)
+    whole = small("onnx", mode)
     monkeypatch.setattr(tracing, "SINGLE_FILE_BYTES", 0)
     large = tmp_path / "large"
     model = onnx_library.load(tied.paths["onnx"])
