@@ -1,7 +1,6 @@
 """Training changes the factors and nothing else, and a run that was killed ends up the same."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
@@ -10,16 +9,12 @@ from transformers import TrainingArguments
 from elastic import data
 from elastic.adapters.layers import ElasticLinear
 from elastic.config import (
-    AdapterConfig,
     ModelConfig,
-    OloraConfig,
-    ProloraConfig,
     ScheduleConfig,
     StageConfig,
     TaskConfig,
 )
 from elastic.data.encoding import encode_all
-from elastic.errors import ConfigError, DataError, ModelError, RunError
 from elastic.files import read_json
 from elastic.models import loading
 from elastic.models.modules import modules_of
@@ -32,30 +27,15 @@ from elastic.training.one_task import train_one
 from elastic.training.schedule import Schedule
 from elastic.training.trainer import ElasticTrainer
 from tests.helpers import tiny
-from tests.helpers.steps import step_gradients
 from tests.helpers.tiny_runs import (
     assert_same_factors,
     factors,
     interrupted,
-    logged,
     metrics,
-    snapshot,
-    space_file,
     train_config,
 )
 
 OPEN = StageConfig(train_dims=["rank", "width", "heads"], epochs=2)
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch):
-    """Loading weights fails the test."""
-
-    def load(*_, **__):
-        pytest.fail("weights were loaded")
-
-    monkeypatch.setattr(loading, "load", load)
-    monkeypatch.setattr(loading, "load_model", load)
 
 
 @pytest.fixture
@@ -236,103 +216,6 @@ def test_accumulated_batches_are_one_large_batch(tiny_folder, tmp_path, monkeypa
         assert again == pytest.approx(loss, rel=1e-5)
 
 
-# What is refused, and what is not done twice.
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
-    config = train_config(tiny_folder, tmp_path_factory.mktemp("finished") / "run")
-    train_one(config)
-    return config
-
-
-def test_a_finished_run_is_not_trained_again(finished, forbid_weights):
-    before = snapshot(Run(finished.run).path)
-    assert train_one(finished).path == Run(finished.run).path
-    assert snapshot(Run(finished.run).path) == before
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"seed": 1}, "seed"),
-        ({"adapter": AdapterConfig(rank=8, alpha=1.0)}, "adapter.alpha"),
-        ({"stages": [StageConfig()]}, "stages"),
-    ],
-)
-def test_another_configuration_is_refused(finished, forbid_weights, change, named):
-    before = snapshot(Run(finished.run).path)
-    with pytest.raises(RunError, match=f"another run.*{named}"):
-        train_one(dataclasses.replace(finished, **change))
-    assert snapshot(Run(finished.run).path) == before
-
-
-def test_a_moved_run_is_still_the_same(finished, forbid_weights, tmp_path):
-    shutil.copytree(finished.run, tmp_path / "moved")
-    train_one(dataclasses.replace(finished, run=str(tmp_path / "moved")))
-
-
-def test_a_directory_of_other_things_is_refused(tiny_folder, tmp_path, forbid_weights):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "letter.txt").write_text("mine")
-    with pytest.raises(RunError, match="not empty"):
-        train_one(train_config(tiny_folder, tmp_path / "run"))
-    assert list(snapshot(tmp_path / "run")) == ["letter.txt"]
-
-
-def _strange_block(space: dict) -> None:
-    space["blocks"] = "transformer.h.*"
-
-
-def _rank_too_large(space: dict) -> None:
-    space["groups"]["mlp_rank"]["choices"] = [9]
-
-
-@pytest.mark.parametrize("spoil", [_strange_block, _rank_too_large])
-def test_a_bad_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights, spoil):
-    declared = tiny.space_dict()
-    spoil(declared)
-    space = space_file(tmp_path / "spaces", declared)
-    with pytest.raises(ConfigError, match=r"tiny-space\.yaml"):
-        train_one(train_config(tiny_folder, tmp_path / "run", space=space))
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_unknown_space_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights):
-    with pytest.raises(ConfigError, match=r"lama.*did you mean 'llama'"):
-        train_one(train_config(tiny_folder, tmp_path / "run", space="lama"))
-
-
-def test_an_order_that_changes_the_model_is_refused(tiny_folder, tmp_path, monkeypatch):
-    """Moving the channels of gate and down, but not those of up: where shapes tell nothing, because
-    the model needs values, numbers do."""
-    monkeypatch.setattr(one_task, "require_fits", lambda *_: None)
-    declared = tiny.space_dict()
-    declared["groups"]["mlp_width"]["outputs"] = ["mlp.gate_proj"]
-    space = space_file(tmp_path, declared)
-    with pytest.raises(ConfigError, match="does not name all layers that share its channels"):
-        train_one(train_config(tiny_folder, tmp_path / "run", space=space))
-
-
-@pytest.mark.parametrize("content", [None, "", "\n\n", "{broken"])
-def test_bad_data_is_refused_before_weights(tiny_folder, tmp_path, forbid_weights, content):
-    file = tmp_path / "train.jsonl"
-    if content is not None:
-        file.write_text(content)
-    task = TaskConfig(name="jsonl", train=str(file), test=str(file))
-    with pytest.raises(DataError, match=r"train\.jsonl"):
-        train_one(train_config(tiny_folder, tmp_path / "run", task=task))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_model_is_refused_before_weights(tmp_path, forbid_weights):
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
-        with pytest.raises(ModelError, match=folder.name):
-            train_one(train_config(folder, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_every_adapted_layer_is_trained(tiny_folder, tmp_path, built):
     train_one(train_config(tiny_folder, tmp_path / "run"))
     [(net, before)] = built
@@ -360,114 +243,7 @@ def test_what_is_loaded_again_is_what_was_trained(tiny_folder, tmp_path, built):
             assert torch.equal(tiny.logits(again, ids), tiny.logits(model, ids))
 
 
-@pytest.mark.parametrize(
-    ("adapter", "match"),
-    [
-        (AdapterConfig(method="sorsa", rank=17), "exceeds the 16 singular values"),
-        (
-            AdapterConfig(method="prolora", rank=8, prolora=ProloraConfig(unshared_rank=4)),
-            "below the 4 unshared ranks",
-        ),
-        (AdapterConfig(method="soslora", rank=8), "would leave the experts uneven"),
-    ],
-)
-def test_a_rank_the_method_cannot_have_is_refused_before_weights(
-    tiny_folder, tmp_path, forbid_weights, adapter, match
-):
-    config = train_config(
-        tiny_folder, tmp_path / "run", adapter=adapter, space=wide_space(tmp_path)
-    )
-    with pytest.raises(ConfigError, match=match):
-        train_one(config)
-    assert not (tmp_path / "run").exists()
-
-
-def wide_space(folder) -> str:
-    """Ranks as fractions, so that any max_rank binds."""
-    declared = tiny.space_dict()
-    for group in declared["groups"].values():
-        if group["dim"] == "rank":
-            group["choices"] = [1.0, 0.25]
-    return space_file(folder, declared)
-
-
-# Regularisers
-
-
-@pytest.mark.parametrize("method", ["sorsa", "olora", "soslora"])
-def test_a_regulariser_counts_once_whatever_the_accumulation(tiny_folder, tmp_path, method):
-    _, whole = step_gradients(tiny_folder, tmp_path, method, batch_size=16, accumulation=1)
-    _, parts = step_gradients(tiny_folder, tmp_path, method, batch_size=4, accumulation=4)
-    net = tiny.supernet(method)
-    net.advance(0, 1)
-    penalty = net.penalty(ScheduleConfig().base_lr)
-    trained = {n: p for n, p in net.model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
-    visible = 0
-    for (name, _), gradient in zip(trained.items(), gradients, strict=True):
-        # SOS-LoRA's gate is float32 inside, as published.
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-6)
-        if gradient is not None and gradient.norm() > 1e-3 * whole[name].norm():
-            visible += 1  # so that a doubled regulariser would show above
-    assert visible
-
-
-@pytest.mark.parametrize("method", ["sorsa", "soslora"])
-def test_a_regulariser_in_the_loss_is_one_beside_it(tiny_folder, tmp_path, method):
-    """DeepSpeed takes no gradient after its backward pass. What is logged is the task's loss."""
-    size = dict(batch_size=4, accumulation=4)
-    rows = []
-    for in_loss in (False, True):
-        folder = tmp_path / str(in_loss)
-        _, seen = step_gradients(tiny_folder, folder, method, in_loss=in_loss, **size)
-        rows.append((seen, logged(Run(folder / f"{method}-4-4"))))
-    (beside, mine), (inside, theirs) = rows
-    for name, gradient in inside.items():
-        torch.testing.assert_close(gradient, beside[name], rtol=1e-9, atol=1e-12)
-    for row, other in zip(theirs, mine, strict=True):
-        assert row["penalty"] == pytest.approx(other["penalty"])
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
-        assert abs(row["penalty"]) > 1e-4
-
-
-@pytest.mark.parametrize("method", ["sorsa", "olora"])
-def test_the_gradient_is_the_tasks_and_the_regularisers(tiny_folder, tmp_path, method):
-    """Clipping acts on the sum, except for SORSA, whose regulariser is added after it."""
-    size = dict(batch_size=16, accumulation=1)
-    _, free = step_gradients(tiny_folder, tmp_path, method, **size)
-    net = tiny.supernet(method)
-    penalty = net.penalty(ScheduleConfig().base_lr)
-    trained = {n: p for n, p in net.model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(penalty, list(trained.values()), allow_unused=True)
-    added = {n: 0 if g is None else g for n, g in zip(trained, found, strict=True)}
-    task = {name: gradient - added[name] for name, gradient in free.items()}
-    _, clipped = step_gradients(tiny_folder, tmp_path / "clip", method, max_grad_norm=0.5, **size)
-    before = task if method == "sorsa" else free
-    norm = torch.stack([g.norm() for g in before.values()]).norm()
-    assert norm > 0.5
-    for name, gradient in clipped.items():
-        expected = before[name] * 0.5 / (norm + 1e-6)
-        if method == "sorsa":
-            expected = expected + added[name]
-        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_a_regulariser_is_as_exact_over_a_bfloat16_base(tiny_folder, tmp_path):
-    net = tiny.supernet("olora", dtype=torch.bfloat16)
-    wide = tiny.supernet("olora", dtype=torch.float32)
-    net.load_factors(wide.factor_state())
-    assert torch.equal(net.penalty(1e-3), wide.penalty(1e-3))
-    assert net.penalty(1e-3).dtype == torch.float32
-
-
-def test_the_loss_logged_is_the_tasks_alone(tiny_folder, tmp_path):
-    rows = {}
-    for weight in (0.0, 5.0):
-        adapter = dataclasses.replace(tiny.ADAPTERS["olora"], olora=OloraConfig(lambda_2=weight))
-        run = train_one(train_config(tiny_folder, tmp_path / str(weight), adapter=adapter))
-        rows[weight] = metrics(run)[0]
-    assert rows[0.0]["loss"] == rows[5.0]["loss"]
-    assert "penalty" not in rows[0.0] and rows[5.0]["penalty"] > 1
+# Methods
 
 
 @pytest.mark.parametrize("method", tiny.ADAPTERS)
