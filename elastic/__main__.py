@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
 def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, call, print: what each entry does."""
     from elastic.config.parsing import parse
+    from elastic.console import busy, end_bars
     from elastic.distributed import is_main
     from elastic.errors import BudgetError, ElasticError
 
@@ -55,7 +57,10 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     try:
         parsed = parse(kind, arguments, prog)
         # After parsing: --help never waits for torch.
-        result = getattr(importlib.import_module(module), function)(parsed)
+        with busy("loading libraries"):
+            called = getattr(importlib.import_module(module), function)
+        with _counted():
+            result = called(parsed)
     except BudgetError as error:
         return _fail(error, 2)
     except ElasticError as error:
@@ -65,9 +70,20 @@ def run(command: str, arguments: Sequence[str] | None = None, prog: str | None =
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
+    finally:
+        end_bars()
     if is_main():
         result.show()
     return 0
+
+
+def _counted() -> contextlib.AbstractContextManager[None]:
+    """What transformers loads, by whichever format, if the command uses it at all."""
+    if "transformers" not in sys.modules:
+        return contextlib.nullcontext()
+    from elastic.models.loading import counted
+
+    return counted()
 
 
 def _fail(error: Exception, code: int = 1, hint: str = "") -> int:

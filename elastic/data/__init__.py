@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from elastic.config import TaskConfig
+from elastic.console import busy
 from elastic.data import arithmetic, hub, instructions, llm_adapters, rows
 from elastic.data.task import Example, Judge, Split, Task
 
@@ -21,7 +22,8 @@ TASKS: dict[str, Callable[[TaskConfig, int], Task]] = {
 
 def load_task(config: TaskConfig, seed: int) -> Task:
     """The examples of the configured task; the same seed gives the same ones."""
-    return TASKS[config.name](config, seed)
+    with busy("reading data"):
+        return TASKS[config.name](config, seed)
 
 
 __all__ = ["TASKS", "Example", "Judge", "Split", "Task", "load_task"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from elastic.console import track
 from elastic.data import chat
 from elastic.data.labels import number_in
 from elastic.data.task import Example
@@ -253,7 +254,7 @@ def encode_all(
     that the model has no place for."""
     limits = Limits.of(model)
     found = []
-    for example in examples:
+    for example in track([*examples], "encoding examples"):
         with placed(example):
             encoded = encode_example(tokenizer, model, example)
             limits.require(encoded.source or encoded.ids)

@@ -121,7 +121,7 @@ def _scored(
     """
     device = next(model.parameters()).device
     limits, rows = Limits.of(model), []
-    for index, example in enumerate(examples):
+    for index, example in track([*enumerate(examples)], "encoding examples", quiet=quiet):
         with placed(example):
             rows += rows_of(tokenizer, model, index, example)
             for ids in (rows[-1].encoded.source, rows[-1].encoded.ids):

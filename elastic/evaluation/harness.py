@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic.config import EvaluateConfig
-from elastic.console import say, track
+from elastic.console import busy, say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluation.in_runtime import continued, likelihood
 from elastic.files import read_json, tag, write_json
@@ -62,7 +62,8 @@ def task_manager(config: EvaluateConfig) -> TaskManager:
         if set(config.harness) <= set(own.all_tasks):
             return own
     say("Reading the list of the harness's tasks")  # many thousand files
-    found = TaskManager(include_path=config.harness_tasks)
+    with busy("reading the list"):
+        found = TaskManager(include_path=config.harness_tasks)
     for name in config.harness:
         if name not in found.all_tasks:
             near = difflib.get_close_matches(name, found.all_tasks, 3, 0.5)
@@ -121,14 +122,15 @@ def _evaluate(
     lm_eval: Any, model: LM, config: EvaluateConfig, tasks: TaskManager
 ) -> dict[str, Any]:
     try:
-        return lm_eval.simple_evaluate(
-            model=model,
-            tasks=config.harness,
-            limit=config.examples,
-            task_manager=tasks,
-            apply_chat_template=config.chat,
-            confirm_run_unsafe_code=config.run_code,
-        )
+        with busy("answering the harness", own_bars=True):
+            return lm_eval.simple_evaluate(
+                model=model,
+                tasks=config.harness,
+                limit=config.examples,
+                task_manager=tasks,
+                apply_chat_template=config.chat,
+                confirm_run_unsafe_code=config.run_code,
+            )
     except ElasticError:
         raise
     except (ValueError, ConnectionError, OSError, KeyError) as error:

@@ -14,7 +14,7 @@ import torch
 from elastic.config import ExportConfig, TaskConfig
 from elastic.config.latency import RoundedTo
 from elastic.config.model import Dtype
-from elastic.console import say
+from elastic.console import busy, say, track
 from elastic.data import Example, Task, load_task
 from elastic.errors import DataError, ExportError, RunError, require
 from elastic.evaluation.evaluate import evaluate
@@ -135,9 +135,11 @@ def _export(config: ExportConfig) -> Report:
             )
             for folder, entry in zip(others, config.merge.adapters, strict=True)
         ]
-        whole, merge = combine(
-            net, uncut, updates, config.merge, name=name, seed=config.seed, degree=made_up.degree
-        )
+        with busy("merging"):
+            whole, merge = combine(
+                net, uncut, updates, config.merge, name=name, seed=config.seed,
+                degree=made_up.degree,
+            )  # fmt: skip
         if config.merge.strategy == "linear":
             with carrying(net, uncut, updates, config.merge, made_up.degree) as active:
                 truth[uncut] = [proof.probe(active, ids) for ids in inputs]
@@ -151,7 +153,8 @@ def _export(config: ExportConfig) -> Report:
             with net.active(point, made_up.degree) as active:
                 # What was fitted, or merged, is in no supernet.
                 asked = each if made_up.sequential or others else active
-                truth[point] = [proof.probe(asked, ids) for ids in inputs]
+                probed = track(inputs, "asking the supernet")
+                truth[point] = [proof.probe(asked, ids) for ids in probed]
     both: dict[Which, PreTrainedModel] = {"compact": model, "full": full}
     formats: dict[str, proof.Result] = {}
     with new_directory(directory) as building:
@@ -177,8 +180,10 @@ def _export(config: ExportConfig) -> Report:
                     continue
                 say(f"Writing and checking {kind}")
                 own = source.of(kind)
-                own.write(kind, "compact", building / kind)
-                found = proof.prove(kind, own, building / kind, truth[own.sub], task.test)
+                with busy(f"writing {kind}"):
+                    own.write(kind, "compact", building / kind)
+                with busy(f"checking {kind}"):
+                    found = proof.prove(kind, own, building / kind, truth[own.sub], task.test)
                 if own is not source:
                     told = {"whole_vocabulary": FORMATS[kind].why_whole_vocabulary(source)}
                     found = dataclasses.replace(found, about={**found.about, **told})

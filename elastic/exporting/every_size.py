@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from elastic.console import track
 from elastic.evaluation.statistics import Score
 from elastic.files import read_json
 from elastic.formats.choosing import FULL
@@ -61,7 +62,7 @@ class EverySize:
 
     def slices(self) -> Iterator[Slice]:
         """One after another; the net has the run's own factors meanwhile."""
-        for name, chosen in self._named.items():
+        for name, chosen in track(self._named.items(), "sizes"):
             sub = chosen.at(self.net.space, self.seed)
             with self.factors_of(chosen):
                 made_up, made = self.best(chosen, sub)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from elastic.console import say
+from elastic.console import say, track
 from elastic.data.encoding import encode_text, prompt_ids
 from elastic.data.task import Example
 from elastic.errors import ExportError, RunError
@@ -96,7 +96,7 @@ def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
     difference = largest = 0.0
     tokens = sum(len(probe.logits) for probe in probes)
     equal, decided = 0, False
-    for probe in probes:
+    for probe in track(probes, "comparing"):
         for step, expected in enumerate(probe.logits):
             if step == 0:
                 found = runner.prefill(probe.prompt)[0]
@@ -359,7 +359,8 @@ def weighed(kind: str, source: Source, directory: Path) -> Weighed:
 def texts(runner: Runner, source: Source, test: Sequence[Example]) -> list[str]:
     """What it answers greedily to a few prompts; of a classifier the classes."""
     model, tokenizer = source.models["compact"], source.base.tokenizer
-    return [answer(runner, model, tokenizer, each, TEXT_TOKENS) for each in test[:TEXTS]]
+    asked = track(test[:TEXTS], "answering")
+    return [answer(runner, model, tokenizer, each, TEXT_TOKENS) for each in asked]
 
 
 def scored(kind: str, source: Source, runner: Runner, examples: Sequence[Example]) -> Trade:

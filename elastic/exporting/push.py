@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from elastic.config import ExportConfig
-from elastic.console import say
+from elastic.console import busy, say
 from elastic.errors import ExportError, require
 from elastic.exporting import card
 from elastic.exporting.report import Report
@@ -81,10 +81,11 @@ def push(report: Report) -> Report:
     try:
         old = _taken_for_ours(api.list_repo_files(name), files)
         changes = [CommitOperationAdd(path, file) for path, file in files.items()]
-        api.create_commit(
-            name, [*map(CommitOperationDelete, old), *changes],
-            commit_message=f"{report.model.name}, written by elastic-adapters",
-        )  # fmt: skip
+        with busy(f"pushing to {name}", own_bars=True):
+            api.create_commit(
+                name, [*map(CommitOperationDelete, old), *changes],
+                commit_message=f"{report.model.name}, written by elastic-adapters",
+            )  # fmt: skip
     except Exception as error:  # as above
         raise ExportError(
             f"push_to_hub {name}: {_reason(error)}; what was written is whole, in "

@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.config.latency import GRAPHS
-from elastic.console import logging_at
+from elastic.console import busy, logging_at
 from elastic.data.encoding import encode_example
 from elastic.errors import ConfigError, MissingExtra, require, unknown
 from elastic.formats import graph_weights, onnx_seq2seq, openvino, tracing
@@ -242,9 +241,13 @@ def _compressed(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Bars on stderr if somebody watches, tables nowhere: NNCF would write both to stdout."""
-    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with logging_at("nncf", logging.ERROR), contextlib.redirect_stdout(stream):
+    """Without its bars and tables, which would go to stdout: it does several things of which none
+    is known before."""
+    with (
+        logging_at("nncf", logging.ERROR),
+        contextlib.redirect_stdout(io.StringIO()),
+        busy("compressing weights"),
+    ):
         yield
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic.console import busy
 from elastic.errors import MissingExtra
 from elastic.formats import onnx, openvino, tracing
 
@@ -21,8 +22,9 @@ PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 def require(runtime: str) -> None:
     """MissingExtra unless graphs can be written for this runtime, and run in it here; asked before
     anything slow."""
-    tracing.require()
-    MODULES[runtime].require()
+    with busy(f"loading {runtime}"):
+        tracing.require()
+        MODULES[runtime].require()
     if find_spec(PACKAGES[runtime]) is None:
         raise MissingExtra(PACKAGES[runtime], runtime, f"running {runtime} graphs")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastic.console import busy
 from elastic.errors import ExportError, MissingExtra
 from elastic.formats import onnx_seq2seq, tracing
 from elastic.formats.onnx_session import PAST, PRESENT, CachingRunner, at_the_end, step_inputs
@@ -63,7 +64,8 @@ def converted(graph: Path | ModelProto) -> Model:
     import openvino
 
     try:
-        return openvino.convert_model(graph)
+        with busy("converting the graph"):
+            return openvino.convert_model(graph)
     except Exception as error:  # of the frontend's own kinds
         reason = " ".join(str(error).split())[:400]
         raise ExportError(f"openvino: the graph cannot be converted: {reason}") from error
@@ -146,7 +148,8 @@ def compiled_on_cpu(
         options["INFERENCE_NUM_THREADS"] = threads
     if precision is not None:
         options["INFERENCE_PRECISION_HINT"] = options["KV_CACHE_PRECISION"] = precision
-    return openvino.Core().compile_model(path, "CPU", options)
+    with busy("compiling the graph"):
+        return openvino.Core().compile_model(path, "CPU", options)
 
 
 def precision_of(compiled: CompiledModel) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from elastic.console import counting
 from elastic.files import write_text
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ def write(
     else:
         names = {name: source[id(tensor)] for name, tensor in on_disk.items()}
     plan = split_torch_state_dict_into_shards(on_disk, max_shard_size=max_shard_size)
-    for file, members in plan.filename_to_tensors.items():
-        shard = {}
-        for name in members:
-            tensor = tensors[names[name]]().detach()
-            tensor = tensor.T if names[name] in transposed else tensor
-            shard[name] = tensor.to("cpu", on_disk[name].dtype).contiguous()
-        save_file(shard, directory / file, metadata={"format": "pt"})
+    with counting("writing weights", len(on_disk)) as steps:
+        for file, members in plan.filename_to_tensors.items():
+            shard = {}
+            for name in members:
+                tensor = tensors[names[name]]().detach()
+                tensor = tensor.T if names[name] in transposed else tensor
+                shard[name] = tensor.to("cpu", on_disk[name].dtype).contiguous()
+                steps.to(steps.done + 1)
+            save_file(shard, directory / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(

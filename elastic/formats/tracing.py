@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from elastic.console import busy
 from elastic.errors import ConfigError, ExportError, MissingExtra
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def traced(trace: Trace, folder: Path) -> ModelProto:
 
 
 def _export(trace: Trace, path: Path) -> None:
-    with warnings.catch_warnings(), _muted():
+    with warnings.catch_warnings(), _muted(), busy("tracing the graph"):
         # The exporter's own deprecation, and the tracer on branches over Python ints.
         warnings.simplefilter("ignore")
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastic.config import TimingConfig
+from elastic.console import counting
 from elastic.files import scratch
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
@@ -64,21 +65,21 @@ class Bench:
         """The full model's latencies and, as CANDIDATE, this one's."""
         return self.together([candidate])[0]
 
-    def together(
-        self, candidates: Sequence[Candidate], label: str | None = None
-    ) -> list[Measurement]:
+    def together(self, candidates: Sequence[Candidate], label: str = "timing") -> list[Measurement]:
         """The same of each. Several that take turns in the same rounds share those of the full
-        model, so that each but the first takes a third of its time. With a label, a bar shows the
-        rounds."""
+        model, so that each but the first takes a third of its time."""
         asked = {self._key(one): one for one in candidates}
         missing = [key for key in asked if key not in self._found]
         whole = sum(parameter.nbytes for parameter in self.net.model.parameters())
         count = max(1, min(MOST, int(ROOM // whole)))
-        for start in range(0, len(missing), count):
-            self._measure({key: asked[key] for key in missing[start : start + count]}, label)
+        with counting(label, len(missing)) as steps:
+            for start in range(0, len(missing), count):
+                some = missing[start : start + count]
+                self._measure({key: asked[key] for key in some})
+                steps.to(start + len(some))
         return [self._found[self._key(one)] for one in candidates]
 
-    def _measure(self, asked: Mapping[Hashable, Candidate], label: str | None) -> None:
+    def _measure(self, asked: Mapping[Hashable, Candidate]) -> None:
         if self._full is None:
             self._full = self._open(Candidate(self.net.space.maximal()), self._files)
         with contextlib.ExitStack() as files:
@@ -87,7 +88,6 @@ class Bench:
             found = measure(
                 {REFERENCE: self._full, **runners}, self.timing, seed=self.seed,
                 vocabulary=self.net.model.config.vocab_size, clock=clock_of(self.device),
-                label=label,
             )  # fmt: skip
             self.state = state_of(self.device)
         for key, name in names.items():

@@ -96,10 +96,8 @@ def measure(
     vocabulary: int,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-    label: str | None = None,
 ) -> Measurement:
-    """Time every runner; `runners` names the reference "full". `clock` gives seconds. With a label,
-    a bar shows the rounds.
+    """Time every runner; `runners` names the reference "full". `clock` gives seconds.
 
     One warm-up each, then rounds in which all take turns, each round in the opposite order of the
     last, until every IQR / median is below 0.1 and the control within the tolerance, at most
@@ -129,7 +127,7 @@ def measure(
     for runner in runners.values():
         once(runner)
     names = list(turns)
-    for round_number in track(range(1, config.max_rounds + 1), label or "", quiet=label is None):
+    for round_number in track(range(1, config.max_rounds + 1), "rounds, at most"):
         for name in names if round_number % 2 else reversed(names):
             first, each = once(turns[name])
             prefill[name].append(first)

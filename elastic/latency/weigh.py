@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
+from elastic.console import busy
 from elastic.errors import RunError
 
 if TYPE_CHECKING:
@@ -57,17 +58,14 @@ def weigh(loads: Sequence[Load]) -> list[Weight]:
     """Models of one runtime, one after another; RunError with what the process said last."""
     home = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "elastic.latency.weigh",
-            *(json.dumps(asdict(load)) for load in loads),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    command = [sys.executable, "-m", "elastic.latency.weigh"]
+    with busy("loading each in a process of its own"):
+        done = subprocess.run(
+            [*command, *(json.dumps(asdict(load)) for load in loads)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RunError(f"{loads[0].runtime}: memory and load time could not be measured: {reason}")

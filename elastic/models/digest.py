@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from elastic.console import track
 from elastic.errors import ModelError
 from elastic.plain import one_line
 
@@ -27,7 +28,7 @@ def digest_of(folder: Path | str) -> str:
         header, start = _safetensors_header(file)
         entries |= {name: (file, entry, start) for name, entry in header.items()}
     total = hashlib.sha256()
-    for name in sorted(entries):
+    for name in track(sorted(entries), "hashing weights"):
         file, entry, start = entries[name]
         total.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
         begin, end = entry["data_offsets"]

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from elastic.console import busy
 from elastic.errors import MissingExtra, ModelError
 from elastic.files import new_directory
 from elastic.plain import one_line
@@ -29,9 +30,10 @@ def write_folder(file: Path, folder: Path) -> None:
         "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name
     }  # fmt: skip
     try:
-        # Read once for both: to read the file's head takes seconds.
-        location["config"] = AutoConfig.from_pretrained(**location)
-        tokenizer = AutoTokenizer.from_pretrained(**location)
+        with busy(f"reading {file.name}"):
+            # Read once for both: to read the file's head takes seconds.
+            location["config"] = AutoConfig.from_pretrained(**location)
+            tokenizer = AutoTokenizer.from_pretrained(**location)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             **location, dtype=torch.float32, output_loading_info=True
         )
@@ -43,7 +45,7 @@ def write_folder(file: Path, folder: Path) -> None:
     # The weights are plain float32 now; only these two marks make saving refuse them.
     model.hf_quantizer = None
     del model.config.quantization_config
-    with new_directory(folder) as building:
+    with busy(f"writing {folder.name}"), new_directory(folder) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
 

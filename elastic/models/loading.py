@@ -7,7 +7,7 @@ import functools
 import logging
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError
 
 from elastic.config import ModelConfig
-from elastic.console import logging_at, say
+from elastic.console import busy, logging_at, say, track
 from elastic.errors import ModelError
 from elastic.models.digest import FETCH, digest_of, weights_in
 from elastic.models.from_gguf import SUFFIX
@@ -73,7 +73,8 @@ def from_hub(name: str, files: Sequence[str], setting: str) -> str:
     """The folder with these files of a repository (owner/name); ModelError, which names the setting
     that asked for it, if it cannot be had."""
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=list(files))
+        with busy(f"fetching {name}", own_bars=True):
+            return huggingface_hub.snapshot_download(name, allow_patterns=list(files))
     except GatedRepoError:
         raise ModelError(
             f"{setting} {name!r}: the hub gives it to those alone whom its owner lets; ask at "
@@ -184,18 +185,37 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     settings: dict[str, Any] = {"dtype": dtype}
     kind = kind_of_architecture(architecture, config.head)
     if kind is Kind.CLASSIFIER:
-        return _load_classifier(folder, config, architecture, dtype, seed).to(device)
+        with busy(f"loading {config.path}"), counted():
+            return _load_classifier(folder, config, architecture, dtype, seed).to(device)
     if config.quantise != "none":
         from elastic.models import quantised
 
         settings = quantised.loading(config.quantise, architecture.dtype, device)
-    with _readable(folder, config, "the weights cannot be loaded", FETCH):
+    telling, what = busy(f"loading {config.path}"), "the weights cannot be loaded"
+    with telling, counted(), _readable(folder, config, what, FETCH):
         model = _auto_class(kind).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, use_safetensors=True, **settings
         )
     if config.quantise != "none":
         model = quantised.adopt_(model, dtype)
     return exact_(linear_(as_cut_(model))).to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """Inside, what transformers loads and writes is counted as everything here is; its own bars
+    would stay behind."""
+
+    def ours(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], Collection):
+            return track(args[0], str(kwargs.get("desc") or "weights").lower())
+        return bar(*args, **{**kwargs, "disable": True})
+
+    before = transformers.utils.logging.set_tqdm_hook(ours)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(before)
 
 
 def _load_classifier(

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic.console import say
+from elastic.console import busy, say
 from elastic.errors import ModelError
 from elastic.files import new_directory, tag
 from elastic.models import from_gguf
@@ -55,7 +55,8 @@ def _made_once(source: Path, name: str, make: Callable[[Path, Path], None]) -> P
     folder = cache_directory() / name
     if not folder.is_dir():
         say(f"Converting {source.name} once, into {folder}")
-        make(source, folder)
+        with busy(f"converting {source.name}", own_bars=make is from_gguf.write_folder):
+            make(source, folder)
     return folder
 
 

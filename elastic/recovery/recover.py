@@ -201,5 +201,5 @@ class _Judge:
 
     def _score(self, model: PreTrainedModel, examples: Sequence[Example]) -> Score:
         return evaluate(
-            model, self.tokenizer, examples, batch_tokens=self.config.batch_tokens, quiet=True
+            model, self.tokenizer, examples, batch_tokens=self.config.batch_tokens, label="scoring"
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from elastic.config import SearchConfig
 from elastic.config.search import limits_accuracy_alone, without_password
-from elastic.console import say, track
+from elastic.console import busy, say, track
 from elastic.data.task import Example
 from elastic.errors import BudgetError
 from elastic.evaluation.evaluate import evaluate
@@ -104,7 +104,7 @@ def finish(
         settings["study"]["storage"] = without_password(config.study.storage)
     about = {"settings": settings, "importance_trust": belief.trust, **provenance(device)}
     about["foresight"] = foreseen and asdict(foreseen)
-    with waiting(run.search, "writes its front"):
+    with busy("writing the front"), waiting(run.search, "writes its front"):
         front.save()
         write_page(front)
         write_json(run.search / "about.json", about)
@@ -153,7 +153,7 @@ def _scores(
         made_up, small = objective.held_out.refined(candidate.sub_adapter, everyone[candidate])
         score = evaluate(
             objective.rounded(small, candidate), objective.tokenizer, test,
-            batch_tokens=objective.config.batch_tokens, quiet=True,
+            batch_tokens=objective.config.batch_tokens, label="scoring",
         )  # fmt: skip
         known[str(candidate)] = {**score.kept(), COMPENSATION: made_up.as_dict()}
         told = said_by(objective.net, objective.tokenizer, candidate.sub_adapter, test)

@@ -197,7 +197,7 @@ class Objective:
                 continue
             score = evaluate(
                 model, self.tokenizer, self.examples[start:end],
-                batch_tokens=self.config.batch_tokens, quiet=True,
+                batch_tokens=self.config.batch_tokens, label="scoring",
             )  # fmt: skip
             correct += score.marks
             start = end

@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 from elastic.config import CompensationConfig, SearchConfig, TaskConfig
 from elastic.config.model import of_earlier_version
 from elastic.config.search import ACCURACY, limits_accuracy_alone, without_password
-from elastic.console import counting_bar, say, track
+from elastic.console import counting, say, track
 from elastic.data.collating import collated
 from elastic.data.encoding import encode_all
 from elastic.data.task import Example
@@ -267,8 +267,7 @@ def _evaluate(
     if results:
         say(f"Continuing after {len(results)} sub-adapters")
     repeats = failures = 0
-    with counting_bar(transient=True) as progress:
-        bar = progress.add_task("searching", total=config.trials, completed=len(results))
+    with counting("searching", wanted, len(results)) as steps:
         while repeats < PATIENCE:
             others = len(worker.running())
             results = _seen(study, space)
@@ -304,9 +303,8 @@ def _evaluate(
                 raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
             if candidate not in results and not failures:
                 results[candidate] = figures
-                last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms prefill"
-                text = f"searching, last {last}"
-                progress.update(bar, completed=len(results), description=text)
+                last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms"
+                steps.to(len(results), f"searching, last {last}")
     return results
 
 

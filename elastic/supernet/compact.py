@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastic.adapters.layers import ElasticLinear, FactorLinear
+from elastic.console import busy
 from elastic.models.modules import (
     dequantise_,
     module_tree,
@@ -68,7 +69,8 @@ def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def compact(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedModel:
     """`sub` as a model of plain linear layers: sliced, then merged."""
-    return merge_(sliced(net, sub, degree))
+    with busy("cutting the sub-adapter out"):
+        return merge_(sliced(net, sub, degree))
 
 
 def wide_type(tensor: Tensor) -> torch.dtype:

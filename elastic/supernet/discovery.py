@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.config import AdapterConfig, SpaceShowConfig, TrainConfig
-from elastic.console import logging_at, say
+from elastic.console import busy, logging_at, say
 from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
@@ -72,7 +72,11 @@ def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     if config.space != AUTO:
         return SearchSpace.load(config.space)
     model_type = loading.architecture_of(config.model).model_type
-    return shipped_for(model_type) or told(discover(loading.skeleton(config.model)), model_type)
+    if shipped := shipped_for(model_type):
+        return shipped
+    with busy("looking for what can be cut"):
+        space = discover(loading.skeleton(config.model))
+    return told(space, model_type)
 
 
 def shipped_for(model_type: str) -> SearchSpace | None:

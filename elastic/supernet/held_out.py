@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from elastic.console import track
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED, collated
 from elastic.data.encoding import encode_all
@@ -194,7 +195,7 @@ class HeldOut:
         """Logits of the maximal sub-adapter for the answers of the first batches, one at least."""
         found: list[Tensor] = []
         with self.net.active(self.net.space.maximal()) as model, torch.no_grad():
-            for batch in self.batches:
+            for batch in track(self.batches, "asking the full model"):
                 if sum(logits.nbytes for logits in found) > self.config.room_mb * 1e6:
                     break
                 found.append(answer_logits(model, batch)[0])
@@ -264,7 +265,7 @@ def decide(
     if len(set(degrees)) == 1:
         return Compensated(degrees[0])  # unasked
     losses = {}
-    for degree in sorted(set(degrees)):
+    for degree in track(sorted(set(degrees)), "how much to make up for"):
         with net.active(sub, degree) as model:
             losses[degree] = divergence(model)
     finite = {degree: loss for degree, loss in losses.items() if math.isfinite(loss)}
@@ -280,7 +281,7 @@ def divergence(
     difference. `full` are the full model's logits (batch, width, vocabulary) of the answers in the
     first batches, which are asked."""
     total = tokens = 0.0
-    for batch, answers in zip(batches, full, strict=False):
+    for batch, answers in track([*zip(batches, full, strict=False)], "asking held-out examples"):
         logits, labels = answer_logits(model, batch)
         total += float(answer_loss(logits, labels, answers, distill=1.0))
         tokens += float((labels != IGNORED).sum())
@@ -291,7 +292,7 @@ def divergence(
 def mean_loss(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> float:
     """Of an answer token; of a number, half the mean squared error."""
     total = tokens = 0.0
-    for batch in batches:
+    for batch in track(batches, "asking held-out examples"):
         logits, labels = answer_logits(model, batch)
         total += float(answer_loss(logits, labels))
         tokens += float((labels != IGNORED).sum())

@@ -45,7 +45,7 @@ def second_moments(
             seen = dict.fromkeys(sites, 0)
             add = {site: partial(_add, sums, seen, site) for site in sites}
             with watching.inputs(add):
-                for batch in track(batches, "second moments", quiet=len(batches) < 2):
+                for batch in track(batches, "second moments"):
                     watching(batch)
             for site in sites:
                 if seen[site] and torch.isfinite(sums[site]).all():

@@ -97,7 +97,7 @@ def _fit(
     for blocks, sites in _stacks(net).items():
         full, cut = _Recorded(whole, blocks, batches), _Recorded(small, blocks, batches)
         numbers = range(len(net.model.get_submodule(blocks)))
-        for number in track(numbers, f"fitting {blocks}", quiet=len(numbers) < 8):
+        for number in track(numbers, f"fitting {blocks}"):
             name = f"{blocks}.{number}"
             mine = renamed(kept, name)
             with present(name, mine):
@@ -170,7 +170,7 @@ class _Recorded:
         stack = model.get_submodule(blocks)
         assert isinstance(stack, nn.ModuleList)
         self.calls = []
-        for batch in batches:
+        for batch in track(batches, "running the blocks"):
             inputs: list[Tensor] = []
             arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.config.model import Dtype
 from elastic.config.parsing import from_dict
+from elastic.console import busy
 from elastic.errors import BaseMismatch, RunError
 from elastic.files import new_directory, read_json, same_file, write_json, write_text
 from elastic.models import loading
@@ -201,4 +202,5 @@ def load_run(
     tokenizer = loading.load_tokenizer(config.model)
     require_tokenizer(run, tokenizer)
     base = loading.Base(model, tokenizer, digest)
-    return config, base, load_super_adapter(model, digest, directory)
+    with busy("loading the super-adapter"):
+        return config, base, load_super_adapter(model, digest, directory)

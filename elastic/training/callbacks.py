@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from elastic.console import counting_bar
+from elastic.console import Steps, counting, say, spell
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError, unknown
@@ -122,17 +123,20 @@ def _is_finite(value: Any) -> bool:
 
 
 class Bar(TrainerCallback):
-    """A progress bar on stderr with the stage, the latest losses and the pace."""
+    """How far training is, with the stage, the latest losses and the pace. Whoever made it closes
+    it: a step that fails ends no training."""
 
     def __init__(self) -> None:
-        self.progress = counting_bar(transient=False)
-        self._probed = ""
+        self._under_way = contextlib.ExitStack()
+        self._steps: Steps | None = None
+        self._probed = self._text = ""
+
+    def close(self) -> None:
+        self._under_way.close()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.start()
-        self.task = self.progress.add_task(
-            "training", total=state.max_steps, completed=state.global_step
+        self._steps = self._under_way.enter_context(
+            counting("training", state.max_steps, state.global_step)
         )
 
     def on_log(
@@ -143,17 +147,21 @@ class Bar(TrainerCallback):
         if "loss_maximal" in logs:
             three = (logs[f"loss_{name}"] for name in ("maximal", "random", "minimal"))
             self._probed = " (maximal {:.2f}, random {:.2f}, minimal {:.2f})".format(*three)
-        text = (
-            f"stage {logs['stage']}, loss {logs['loss']:.3f}{self._probed}, "
-            f"lr {logs['learning_rate']:.1e}, {logs['examples_per_second']:.1f} examples/s"
+        # The first of it is what a narrow terminal shows.
+        self._text = (
+            f"stage {logs['stage']}, loss {logs['loss']:.3f}, "
+            f"{logs['examples_per_second']:.1f} examples/s{self._probed}, "
+            f"lr {logs['learning_rate']:.1e}"
         )
-        self.progress.update(self.task, description=text)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step)
+        if self._steps:
+            self._steps.to(state.global_step, self._text)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+        self.close()
+        if self._steps and self._text:
+            say(f"Trained {state.global_step} steps in {spell(self._steps.seconds)}: {self._text}")
 
 
 def check_trackers(names: list[str]) -> None:

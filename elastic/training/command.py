@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastic.config import TrainConfig
+from elastic.console import busy
 from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.kinds import Kind
@@ -45,7 +46,8 @@ def train(
     if config.dry_run:
         from elastic.training.dry_run import estimate
 
-        return estimate(*(stage_configs(config) if config.tasks else [config]))
+        with busy("trying a step without data"):
+            return estimate(*(stage_configs(config) if config.tasks else [config]))
     if config.tasks:
         return train_sequence(config)
     from elastic.training import one_task  # takes seconds to import, which a dry run does without

@@ -11,7 +11,7 @@ import torch
 from elastic import distributed
 from elastic.adapters import check
 from elastic.config import CompensationConfig, TrainConfig
-from elastic.console import say
+from elastic.console import busy, say, track
 from elastic.data.answers import answer_logits
 from elastic.data.collating import collated
 from elastic.data.encoding import Encoded
@@ -104,10 +104,11 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     requirements.require_training(config.model)
     if config.packing:
         requirements.require_packing(config.model)
-    skeleton = loading.skeleton(config.model)
-    bound = space.bind(skeleton, config.adapter.rank)
-    check(config.adapter, skeleton, bound)
-    require_fits(skeleton, space, config.adapter.rank)
+    with busy("trying the space on the model"):
+        skeleton = loading.skeleton(config.model)
+        bound = space.bind(skeleton, config.adapter.rank)
+        check(config.adapter, skeleton, bound)
+        require_fits(skeleton, space, config.adapter.rank)
     refuse_differing_depths(config, bound)
     only = chosen = None
     if before and config.sub_adapter:
@@ -222,12 +223,14 @@ def build(
     its tokens as given. ConfigError for a space or a method that does not fit the model."""
     bound = space.bind(model, config.adapter.rank)
     examples = calibration[: config.order_examples]
-    batches = collated(examples, config.batch_size, pad, model.device)
+    batches = [*collated(examples, config.batch_size, pad, model.device)]
     whole = model if known is None else adopted.as_one(model, known)
     if config.resolved_order == "activation":
         say(f"Ordering channels by activation on {len(examples)} training examples")
     # Of one process: another device may round another way, and ties break either way.
-    order = distributed.shared(lambda: channel_order(whole, bound, config.resolved_order, batches))
+    order = distributed.shared(
+        lambda: channel_order(whole, bound, config.resolved_order, track(batches, "ordering"))
+    )
     if bound.vocabulary and tokens:
         order |= {bound.vocabulary.name: tokens.tokens}
     settings: dict[str, Any] = {"order": order, "seed": config.seed}

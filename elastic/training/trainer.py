@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -370,6 +371,7 @@ def fit(
         made = pack if config.packing else collate
         return {**made(sequences, pad), "example": torch.tensor(numbers)}
 
+    bar = Bar()
     trainer = ElasticTrainer(
         net,
         config,
@@ -381,7 +383,7 @@ def fit(
         args=arguments,
         train_dataset=list(enumerate(encoded)),
         data_collator=batch_of,
-        callbacks=[checkpoints.MarkWhole(), MetricsFile(run.metrics), Bar(), *own_trackers],
+        callbacks=[checkpoints.MarkWhole(), MetricsFile(run.metrics), bar, *own_trackers],
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = checkpoints.newest(run.checkpoints)
@@ -389,6 +391,7 @@ def fit(
         say(f"Resuming from {checkpoint}")
         net.load_factors(read_factors(checkpoint))
     net.model.train()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with contextlib.closing(bar):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     net.model.eval()
     return trainer

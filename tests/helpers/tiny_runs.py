@@ -132,7 +132,7 @@ def decode_of(params: int) -> float:
     return 2 + params / 10000
 
 
-def fake_measure(runners, config, *, vocabulary, seed=0, clock=None, label=None):
+def fake_measure(runners, config, *, vocabulary, seed=0, clock=None):
     sizes = {name: count(runner.model).params for name, runner in runners.items()}
     found = {n: Latency(prefill_of(size), decode_of(size), 0.0) for n, size in sizes.items()}
     return measurement(found, config)

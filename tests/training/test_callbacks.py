@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from elastic import data, models
+from elastic import console, data, models
 from elastic.config import StageConfig, TaskConfig
 from elastic.data.collating import IGNORED, collate
 from elastic.data.encoding import encode
@@ -113,6 +113,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_folder, tmp_path, monkeypatc
         patch.setattr(ElasticTrainer, "compute_loss", loss)
         with pytest.raises(TrainingError) as caught:
             train_one(config)
+    assert not console._BOARD.steps  # though the traceback is still held
     run = Run(config.run)
     message = str(caught.value)
     assert "step 6, stage 2" in message and "nan" in message
