@@ -12,13 +12,15 @@ from elastic.config.compensation import CompensationConfig
 from elastic.config.latency import RoundedTo, TableConfig, TimingConfig, require_graph
 from elastic.config.numbers import require_numbers
 from elastic.config.recovery import RecoveryConfig
-from elastic.errors import ConfigError, require
+from elastic.errors import ConfigError, require, unknown
 
 Objective = Literal["accuracy", "prefill_ms", "decode_ms", "memory_mb", "params", "macs"]
 ACCURACY: Objective = "accuracy"
 AT_LEAST = ("min_accuracy", "tokens_per_second")
 """Limits from below; the others are from above."""
 ACCURACIES = ("min_accuracy", "max_accuracy_drop")
+TRACKERS = ("mlflow", "tensorboard", "trackio", "wandb")
+"""Each is an extra of its name."""
 _LATENCIES: dict[str, Objective] = {
     "prefill_ms": "prefill_ms",
     "decode_ms": "decode_ms",
@@ -161,11 +163,17 @@ class SearchConfig:
     """How many sub-adapters of the front are scored on the test split."""
     batch_tokens: int = 2048
     """Padded tokens per evaluation batch; the score does not depend on it."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers that get the figures of every trial, then those of the front: tensorboard, wandb,
+    mlflow, trackio (extras of these names). They stay on this machine unless the tracker's own
+    variables say otherwise (WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID)."""
     seed: int = 0
     """Of all that is drawn: starts, proposals, the examples of a race."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
+        for name in self.report_to:
+            require(name in TRACKERS, f"report_to: {unknown('tracker', name, TRACKERS)}")
         require(self.trials >= 2, f"trials is {self.trials}; the two extremes need 2")
         require(self.starts >= 2, f"starts is {self.starts}; the two extremes need 2")
         require(self.screen >= 0, f"screen is {self.screen}; at least 0")

@@ -192,7 +192,9 @@ class TrainConfig:
     """The losses of the maximal, a random and the minimal sub-adapter are measured on the same
     validation examples after every this many steps; 0 never."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers of the Hugging Face Trainer, such as tensorboard, beside metrics.jsonl."""
+    """Trackers beside metrics.jsonl: tensorboard, wandb, mlflow, trackio (extras of these names),
+    which stay on this machine unless the tracker's own variables say otherwise (WANDB_MODE=online,
+    MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID); or another of the Hugging Face Trainer's."""
     seed: int = 0
     """Of all that is drawn: examples, how factors start, the order of batches, sub-adapters."""
     dry_run: bool = False

@@ -99,16 +99,21 @@ def finish(
         belief.effects[: len(cut.groups)], foreseen,
     )  # fmt: skip
     device = str(objective.net.model.device)
-    settings = as_plain(config)
-    if config.study.storage:
-        settings["study"]["storage"] = without_password(config.study.storage)
-    about = {"settings": settings, "importance_trust": belief.trust, **provenance(device)}
+    about = {"settings": shown(config), "importance_trust": belief.trust, **provenance(device)}
     about["foresight"] = foreseen and asdict(foreseen)
     with busy("writing the front"), waiting(run.search, "writes its front"):
         front.save()
         write_page(front)
         write_json(run.search / "about.json", about)
     return front
+
+
+def shown(config: SearchConfig) -> dict[str, Any]:
+    """The settings of a search, as they may be kept and sent on."""
+    settings = as_plain(config)
+    if config.study.storage:
+        settings["study"]["storage"] = without_password(config.study.storage)
+    return settings
 
 
 def preference(one: Evaluated, cost: str, limits: Mapping[str, float]) -> tuple[float, float]:

@@ -198,6 +198,16 @@ class Front:
     def best(self) -> Member:
         return next(member for member in self.members if member.best)
 
+    def figures(self) -> dict[str, float]:
+        """Of every member what it is and costs, as NAME/figure, and of the best one as best/figure;
+        for trackers, which know nothing but numbers."""
+        found: dict[str, float] = {}
+        for member in self.members:
+            own = {**member.figures.numbers(), "test_accuracy": member.test["accuracy"]}
+            for name in [member.name, "best"] if member.best else [member.name]:
+                found |= {f"{name}/{key}": float(value) for key, value in own.items()}
+        return found
+
     def save(self) -> None:
         """Write front.json, trials.csv, sub_adapters/ and, where it can be drawn, front.png below
         RUN/search."""

@@ -17,6 +17,7 @@ from optuna import samplers
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 
+from elastic import trackers
 from elastic.config import CompensationConfig, SearchConfig, TaskConfig
 from elastic.config.model import of_earlier_version
 from elastic.config.search import ACCURACY, limits_accuracy_alone, without_password
@@ -38,7 +39,7 @@ from elastic.searching.budget import (
     room,
     violations,
 )
-from elastic.searching.finalists import finish
+from elastic.searching.finalists import finish, shown
 from elastic.searching.front import Front
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
@@ -51,6 +52,7 @@ from elastic.supernet.group_importance import group_importance
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import FACTORS, load_run, read_about
 from elastic.supernet.supernet import Supernet
+from elastic.trackers import Reports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 IMPORTANCE_BATCH = 8
 UNRELATED = (
     "run", "study", "budget", "trials", "importance_examples", "test_front", "batch_tokens",
-    "table", "recover",
+    "table", "recover", "report_to",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
 SHARE, FEWEST = 0.5, 4
@@ -75,7 +77,7 @@ def search(config: SearchConfig) -> Front:
 
     BudgetError when no sub-adapter meets the budget: before weights load if counting shows it,
     after the two extremes if their latency shows it, else at the end. RunError where there is
-    nothing to search, MissingExtra for a sampler that is not installed.
+    nothing to search, MissingExtra for a sampler or a tracker that is not installed.
     """
     run = Run(config.run)
     trained = run.config()
@@ -89,6 +91,7 @@ def search(config: SearchConfig) -> Front:
         )
     if config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
         raise MissingExtra("scipy", "gp", "sampler gp")
+    trackers.require(config.report_to)
     require_runtime(config.timing.runtime, trained.model)
     refuse_by_counting(run, config.budget, trained)
     for mode in config.compress:
@@ -100,7 +103,9 @@ def search(config: SearchConfig) -> Front:
     task = task_of(run)
     study, config = _open_study(run, config)
     require_same_tables(study, given)
-    with Worker(study) as worker:
+    name = f"{study.study_name}-search"
+    reports = Reports(config.report_to, run.search, name, shown(config))
+    with Worker(study) as worker, reports:
         _, base, net = load_run(run)
         if net.space.size == 1 and not config.compress:
             raise RunError(
@@ -129,7 +134,7 @@ def search(config: SearchConfig) -> Front:
             importance=importance, parts=parts,
         )  # fmt: skip
         try:
-            results = _evaluate(study, worker, objective, limits, config)
+            results = _evaluate(study, worker, objective, limits, config, reports)
         except KeyboardInterrupt:
             results = _seen(study, objective.space)
             if results:
@@ -139,7 +144,9 @@ def search(config: SearchConfig) -> Front:
             raise
         # One after another: workers on one machine would spoil each other's times.
         worker.wait_to_lead()
-        return write(results)
+        front = write(results)
+        reports.log(front.figures(), len(results) + 1)
+        return front
 
 
 def _open_study(run: Run, config: SearchConfig) -> tuple[optuna.Study, SearchConfig]:
@@ -259,6 +266,7 @@ def _evaluate(
     objective: Objective,
     limits: Mapping[str, float],
     config: SearchConfig,
+    reports: Reports,
 ) -> dict[Candidate, Figures]:
     """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
     space = objective.space
@@ -305,6 +313,8 @@ def _evaluate(
                 results[candidate] = figures
                 last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms"
                 steps.to(len(results), f"searching, last {last}")
+                numbers = figures.numbers()
+                reports.log({f"search/{k}": v for k, v in numbers.items()}, len(results))
     return results
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
+from elastic import trackers
 from elastic.console import Steps, counting, say, spell
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
-from elastic.errors import ConfigError, unknown
 from elastic.files import write_json_lines
 from elastic.plain import parse_json, read_text, shaped
 from elastic.spaces.bound import generator_for
@@ -165,19 +165,13 @@ class Bar(TrainerCallback):
 
 
 def check_trackers(names: list[str]) -> None:
-    """ConfigError for one that the Trainer does not know or whose package is not installed."""
+    """What `trackers.require` raises for one that the Trainer cannot use."""
     from transformers.integrations import get_available_reporting_integrations
 
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name not in available:
-            raise ConfigError(
-                f"report_to: {unknown('tracker', name, {*available, 'tensorboard'})}; those of the "
-                "Trainer whose packages are installed (pip install 'elastic-adapters[tensorboard]')"
-            )
+    trackers.require(names, get_available_reporting_integrations())
 
 
-def trackers(names: list[str], folder: Path) -> tuple[list[str], list[TrainerCallback]]:
+def reporting(names: list[str], folder: Path) -> tuple[list[str], list[TrainerCallback]]:
     """What the Trainer's `report_to` gets, and callbacks beside it: TensorBoard's files belong to
     the run, while the Trainer would put them among checkpoints that do not last."""
     if "tensorboard" not in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from elastic import trackers
 from elastic.adapters import METHODS
 from elastic.config import TrainConfig
 from elastic.console import say
@@ -27,7 +29,7 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import FACTORS, read_factors
 from elastic.supernet.supernet import Supernet
 from elastic.training import checkpoints
-from elastic.training.callbacks import Bar, MetricsFile, Pace, Probe, trackers
+from elastic.training.callbacks import Bar, MetricsFile, Pace, Probe, reporting
 from elastic.training.schedule import Schedule, examples_per_step, visits
 
 
@@ -332,7 +334,8 @@ def fit(
 
     The losses of three sub-adapters are measured now and then on the `watched` examples.
     """
-    report_to, own_trackers = trackers(config.report_to, run.path / "train" / "tensorboard")
+    folder = run.metrics.parent
+    report_to, own_trackers = reporting(config.report_to, folder / "tensorboard")
     device = net.model.device
     arguments = OneDevice(
         output_dir=str(run.checkpoints),
@@ -355,6 +358,8 @@ def fit(
         save_total_limit=checkpoints.KEPT,
         seed=config.seed,
         report_to=report_to,
+        run_name=f"{run.path.resolve().name}-train",
+        project=os.environ.get("TRACKIO_PROJECT", trackers.PROJECT),
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -391,7 +396,8 @@ def fit(
         say(f"Resuming from {checkpoint}")
         net.load_factors(read_factors(checkpoint))
     net.model.train()
-    with contextlib.closing(bar):
+    reported = trackers.beside_trainer(report_to, folder, str(arguments.run_name))
+    with contextlib.closing(bar), reported:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     net.model.eval()
     return trainer

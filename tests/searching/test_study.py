@@ -16,7 +16,7 @@ from optuna.samplers import NSGAIIISampler, NSGAIISampler
 from elastic import __main__
 from elastic.config import BudgetConfig, CompensationConfig, SearchConfig, StudyConfig
 from elastic.data import load_task
-from elastic.errors import RunError
+from elastic.errors import ConfigError, MissingExtra, RunError
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import Score, difference
 from elastic.files import BUILDING
@@ -330,6 +330,37 @@ def test_a_killed_search_loses_nothing(trained, tmp_path, monkeypatch, starts, k
         assert front_of(run) == front_of(whole)
 
 
+def test_a_tracker_gets_every_trial_and_the_front(trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = copy_run(trained, tmp_path / "run")
+    front = search(config(run, trials=4, report_to=["tensorboard"]))
+    events = EventAccumulator(str(run.search / "tensorboard"))
+    events.Reload()
+
+    def logged(tag):
+        return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
+
+    for name in ("accuracy", "prefill_ms", "params"):
+        mine = [getattr(one.figures, name) for one in front.trials]
+        assert logged(f"search/{name}") == list(enumerate(mine, 1))
+    for member in front.members:
+        assert logged(f"{member.name}/test_accuracy") == [(5, member.test["accuracy"])]
+    assert logged("best/prefill_ms") == [(5, front.best.figures.prefill_ms)]
+    # It is no setting of the study: going on without it is the same search.
+    search(config(run, trials=5))
+
+
+def test_a_search_refuses_a_tracker_that_is_missing_before_weights(
+    trained, monkeypatch, forbid_weights
+):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(MissingExtra, match=r"elastic-adapters\[mlflow\]"):
+        search(config(trained, report_to=["mlflow"]))
+    with pytest.raises(ConfigError, match="did you mean 'mlflow'"):
+        config(trained, report_to=["mlfow"])
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "plotly"])
 def test_without_the_libraries_that_draw_nothing_is_drawn_and_nothing_old_stays(
     searched, tmp_path, monkeypatch, capsys, package
@@ -371,7 +402,8 @@ def test_the_password_of_a_storage_is_not_kept(trained, tmp_path, monkeypatch):
     opened = study.open_storage
     monkeypatch.setattr(study, "open_storage", lambda _, folder: opened(None, folder))
     url = "postgresql+psycopg://me:secret@host/database"
-    search(config(run, trials=2, study=StudyConfig(storage=url)))
+    storage = StudyConfig(storage=url)
+    search(config(run, trials=2, study=storage, report_to=["tensorboard"]))
     kept = json.loads((run.search / "about.json").read_text())["settings"]["study"]["storage"]
     assert kept == "postgresql+psycopg://me:***@host/database"
     for path in filter(Path.is_file, run.path.rglob("*")):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from elastic import console, data, models
 from elastic.config import StageConfig, TaskConfig
 from elastic.data.collating import IGNORED, collate
 from elastic.data.encoding import encode
-from elastic.errors import ConfigError, TrainingError
+from elastic.errors import ConfigError, MissingExtra, TrainingError
 from elastic.run import Run
 from elastic.supernet.store import load_run
 from elastic.supernet.supernet import Supernet
@@ -85,6 +87,9 @@ def test_an_unknown_tracker_is_refused_before_weights_load(tiny_folder, tmp_path
     config = train_config(tiny_folder, tmp_path / "run", report_to=["tensorbord"])
     with pytest.raises(ConfigError, match=r"tensorbord.*did you mean 'tensorboard'"):
         train_one(config)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtra, match=r"elastic-adapters\[wandb\]"):
+        train_one(replace(config, report_to=["wandb"]))
     assert not (tmp_path / "run").exists()
 
 
