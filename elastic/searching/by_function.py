@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 
 from elastic.config import TableConfig, TimingConfig
-from elastic.console import counting_bar, say
+from elastic.console import counting, say
 from elastic.errors import BudgetError, ConfigError, RunError, unknown
 from elastic.formats import graphs
 from elastic.latency.cost_table import Table
@@ -274,8 +274,7 @@ def _evaluate(
     row have no numbers."""
     results = _seen(study, space)
     repeats = failures = 0
-    with counting_bar(transient=True) as progress:
-        bar = progress.add_task("searching", total=wanted, completed=len(results))
+    with counting("searching", wanted, len(results)) as steps:
         while len(results) < wanted and repeats < PATIENCE:
             trial = study.ask()
             sub = suggest(study, trial, space).sub_adapter
@@ -293,7 +292,7 @@ def _evaluate(
             trial.set_user_attr(SCORED, scored.figures())
             study.tell(trial, [scored.accuracy, scored.latency])
             results[sub] = scored
-            progress.update(bar, completed=len(results))
+            steps.to(len(results))
     return results
 
 

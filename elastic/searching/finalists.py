@@ -78,9 +78,11 @@ def finish(
     indices = non_dominated(points)
     keep = min(indices, key=lambda index: preference(feasible[index], config.costs[0], limits))
     chosen = [feasible[index] for index in thin(indices, config.test_front, keep=keep)]
-    *scores, of_full = _scores(study, chosen, objective, test)
+    with objective.clock.during("test scores"):
+        *scores, of_full = _scores(study, chosen, objective, test)
     here_too = timetables[None].target.device == here.device
-    measured = _times(study, chosen, objective, measure=here_too)
+    with objective.clock.during("timing the front"):
+        measured = _times(study, chosen, objective, measure=here_too)
     best = best_of(chosen, measured, config.costs[0], limits)
     members = [
         Member(
@@ -101,6 +103,7 @@ def finish(
     device = str(objective.net.model.device)
     about = {"settings": shown(config), "importance_trust": belief.trust, **provenance(device)}
     about["foresight"] = foreseen and asdict(foreseen)
+    about["seconds"] = objective.clock.seconds()
     with busy("writing the front"), waiting(run.search, "writes its front"):
         front.save()
         write_page(front)

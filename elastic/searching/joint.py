@@ -104,8 +104,8 @@ class Joint:
     ) -> np.ndarray:
         """(groups, choices) of parts that δ moves further."""
         _, b, power = at
-        scale = -b * float(parts.max(1).sum()) ** (power - 1)
-        effects: np.ndarray = scale * self._moved(parts, delta)
+        moved = self._moved(parts, delta)
+        effects: np.ndarray = -b * parts.max(1).sum() ** (power - 1) * moved
         return effects
 
     def _moved(self, parts: np.ndarray, delta: np.ndarray) -> np.ndarray:

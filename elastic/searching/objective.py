@@ -15,6 +15,7 @@ from elastic.formats.rounding import round_
 from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import per_second
+from elastic.searching.wall_clock import WallClock
 from elastic.spaces.bound import Candidate, CandidateSpace, bits_of, generator_for
 from elastic.supernet.cost import Counter
 from elastic.supernet.held_out import Compensated, HeldOut
@@ -86,8 +87,10 @@ class Objective:
         config: SearchConfig,
         timetables: Mapping[str | None, Timetable],
         held_out: HeldOut,
+        clock: WallClock | None = None,
     ) -> None:
-        """`timetables` by compression; None: as it is."""
+        """`timetables` by compression; None: as it is. Where the time goes, `clock` is told."""
+        self.clock = clock or WallClock()
         self.net = net
         self.space = CandidateSpace.of(net.space, config.compress)
         self.tokenizer = tokenizer
@@ -112,13 +115,17 @@ class Objective:
     def figures(self, candidate: Candidate, rivals: Mapping[Candidate, Figures]) -> Figures:
         """The same, whether it is known or not."""
         costs = self.costs(candidate)
-        made_up = self.held_out(candidate.sub_adapter)
+        with self.clock.during("compensation"):
+            made_up = self.held_out(candidate.sub_adapter)
         if self.config.compensation.every_trial:
-            made_up, model = self.held_out.refined(candidate.sub_adapter, made_up)
-            model = self.rounded(model, candidate)
+            with self.clock.during("fitting"):
+                made_up, model = self.held_out.refined(candidate.sub_adapter, made_up)
+                model = self.rounded(model, candidate)
         else:
-            model = self.model(candidate, made_up)
-        correct, accuracy = self._race(model, self._rivals(costs, rivals))
+            with self.clock.during("slicing"):
+                model = self.model(candidate, made_up)
+        with self.clock.during("evaluation"):
+            correct, accuracy = self._race(model, self._rivals(costs, rivals))
         return Figures(
             accuracy=accuracy, accuracy_n=len(correct), correct=correct, degree=made_up.degree,
             sequential=made_up.sequential, held_out_losses=made_up.losses, **costs,

@@ -44,6 +44,7 @@ from elastic.searching.front import Front
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.tables import read_tables, require_same_tables, tables_of
+from elastic.searching.wall_clock import WallClock
 from elastic.searching.workers import POLL, Worker, experimental, open_storage
 from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
 from elastic.spaces.dims import BITS
@@ -79,6 +80,7 @@ def search(config: SearchConfig) -> Front:
     after the two extremes if their latency shows it, else at the end. RunError where there is
     nothing to search, MissingExtra for a sampler or a tracker that is not installed.
     """
+    clock = WallClock()
     run = Run(config.run)
     trained = run.config()
     config = replace(config, timing=timing_of(config.timing, trained.model))
@@ -112,17 +114,22 @@ def search(config: SearchConfig) -> Front:
                 f"{run.path}: its space has one sub-adapter; there is nothing to search. Run: "
                 f"elastic export {run.path} --sub_adapter maximal"
             )
-        timetables = tables_of(worker, net, targets, given, config)
+        with clock.during("latency table"):
+            timetables = tables_of(worker, net, targets, given, config)
         held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
-        objective = Objective(net, base.tokenizer, task.validation, config, timetables, held_out)
+        objective = Objective(
+            net, base.tokenizer, task.validation, config, timetables, held_out, clock
+        )
         importance = parts = None
         if rows := _screened_rows(config, objective):
-            screened = worker.once("screened", functools.partial(_screened, objective, rows))
+            with clock.during("screening"):
+                screened = worker.once("screened", functools.partial(_screened, objective, rows))
             parts = screening.parts(screened)
         if config.sampler == "additive" and config.importance_examples and parts is None:
             asked = task.train[: config.importance_examples]
             measured = functools.partial(_importance, net, base.tokenizer, asked)
-            importance = {BITS: 1.0, **worker.once("importance", measured)}
+            with clock.during("importances"):
+                importance = {BITS: 1.0, **worker.once("importance", measured)}
         starts = 2 if parts is not None else config.starts
         begin = functools.partial(_begun, study, objective, config, starts)
         objective.full = Figures(**worker.once("full", begin))
@@ -146,6 +153,7 @@ def search(config: SearchConfig) -> Front:
         worker.wait_to_lead()
         front = write(results)
         reports.log(front.figures(), len(results) + 1)
+        say(f"The search took {clock}")
         return front
 
 
@@ -286,9 +294,10 @@ def _evaluate(
                 time.sleep(POLL)
                 continue
             try:
-                trial = study.ask()
-                worker.take(trial)
-                candidate = suggest(study, trial, space)
+                with objective.clock.during("proposals"):
+                    trial = study.ask()
+                    worker.take(trial)
+                    candidate = suggest(study, trial, space)
                 repeats = repeats + 1 if candidate in results else 0
                 if worker.gives_way(trial):
                     continue
