@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "shown-sst2": training_figures.shown,
     "simulated": figures.simulated,
     "step": figures.step,
+    "step-cuda": figures.step,
     "stress": figures.stress,
     "tables": figures.tables,
     "tenants": figures.tenants,

@@ -59,6 +59,7 @@ class Scored:
 
     @property
     def is_finite(self) -> bool:
+        """Whether both are numbers."""
         return math.isfinite(self.accuracy) and math.isfinite(self.latency)
 
     def figures(self) -> dict[str, float]:
