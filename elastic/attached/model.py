@@ -340,8 +340,9 @@ def save_compact(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """A compact model as a folder that transformers loads, in place of what stood there, once all
-    of it is written. Where layers have sizes of their own it holds a small model class, so that
-    `from_pretrained` needs `trust_remote_code=True`. ExportError for what cannot be a folder."""
+    of it is written. Where layers have sizes of their own it holds a small model class: then
+    `from_pretrained`, of the tokenizer too, needs `trust_remote_code=True`. ExportError for what
+    cannot be a folder."""
     if reason := hf.why_not(model):
         raise ExportError(f"{folder}: {reason}")
     with new_directory(Path(folder)) as building:

@@ -96,12 +96,12 @@ class ParetoFront:
 
     def __str__(self) -> str:
         """A table, whose best row is marked."""
-        lines = [f"{'':6}{'accuracy':>10}{'latency':>16}{'params':>16}"]
+        lines = [f"{'':6}{'accuracy':>10}{'latency':>18}{'params':>22}"]
         for one in self.members:
             mark = "best" if one == self.best else ""
             latency = f"{one.latency:.4g} ({one.latency / (self.full.latency or 1):.0%})"
             params = f"{one.params:,} ({one.params / self.full.params:.0%})"
-            lines.append(f"{mark:6}{one.estimate:>10.4g}{latency:>16}{params:>20}")
+            lines.append(f"{mark:6}{one.estimate:>10.4g}{latency:>18}{params:>22}")
         return "\n".join(lines)
 
 
@@ -164,7 +164,7 @@ def search(
     measured = {Candidate(sub): one.accuracy for sub, one in scored.items()}
     estimates = np.array(list(measured.values()))
     if examples:
-        estimates = learn(space, measured, examples, importance).fitted
+        estimates = learn(space, measured, examples, importance).fitted.clip(0, 1)
     told = tuple(
         replace(one, estimate=float(estimate))
         for one, estimate in zip(scored.values(), estimates, strict=True)
