@@ -138,7 +138,7 @@ class SearchConfig:
     """Validation examples on which every choice of every group is first tried alone, for `sampler:
     additive`: how far its answers are from the full model's says what matters. At most
     compensation.examples, and fewer where the choices are so many that this would take longer than
-    half of the trials. 0: no choice is tried."""
+    25 trials. 0: no choice is tried."""
     importance_examples: int = 64
     """Training examples whose gradients say what matters, for `sampler: additive`, where no choice
     is tried alone; 0: none are asked, which spares some seconds of a short search."""

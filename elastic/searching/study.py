@@ -65,8 +65,9 @@ UNRELATED = (
     "table", "recover", "report_to",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
-SHARE, FEWEST = 0.5, 4
-"""Of what all trials take, at most for screening, and on how many examples it is worth it."""
+SCREENING, FEWEST = 25, 4
+"""Accuracies that screening may take as long as, however many trials there will be, and examples
+below which it is not worth it."""
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -246,8 +247,8 @@ def _screened_rows(config: SearchConfig, objective: Objective) -> int:
     """Of every divergence; 0 where nothing is tried alone, or would take too long."""
     if config.sampler != "additive":
         return 0
-    room = SHARE * config.trials * len(objective.examples)
-    rows = min(config.screen, int(room / screening.count(objective.space)))
+    room = SCREENING * len(objective.examples)
+    rows = min(config.screen, room // screening.count(objective.space))
     return rows if rows >= min(config.screen, FEWEST) else 0
 
 

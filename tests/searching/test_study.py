@@ -23,7 +23,7 @@ from elastic.files import BUILDING
 from elastic.latency import bench, target
 from elastic.latency.target import Target
 from elastic.run import Run
-from elastic.searching import finalists, study
+from elastic.searching import finalists, screening, study
 from elastic.searching.objective import Objective
 from elastic.searching.page import write_page
 from elastic.searching.study import search
@@ -250,8 +250,8 @@ def test_another_seed_visits_others(trained, tmp_path):
 def test_a_repeated_sub_adapter_is_evaluated_once(trained, tmp_path, asked, monkeypatch):
     enqueue = study.enqueue_starts
 
-    def twice(found, space, *how):
-        enqueue(found, space, *how)
+    def twice(found, space, *settings):
+        enqueue(found, space, *settings)
         for sub in (space.minimal(), space.maximal(), space.minimal()):
             found.enqueue_trial(space.indices(sub))
 
@@ -527,3 +527,32 @@ def test_a_searched_run_can_be_moved(searched, tmp_path):
     assert moved.resolve("best", space) == ("best", front.best.sub_adapter)
     name = front.members[0].name
     assert moved.resolve(name, space) == (name, front.members[0].sub_adapter)
+
+
+def test_every_choice_is_tried_alone_once_for_a_study(trained, tmp_path, monkeypatch):
+    asked = []
+    ask = Objective.divergence
+
+    def spied(self, candidate, rows):
+        asked.append(rows)
+        return ask(self, candidate, rows)
+
+    monkeypatch.setattr(Objective, "divergence", spied)
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=4, screen=7))
+    asked_once = screening.count(load_run(run)[2].space)
+    assert asked == [7] * asked_once
+    search(config(run, trials=12, screen=7))
+    assert len(asked) == asked_once
+    told = json.loads((run.search / "about.json").read_text())["foresight"]
+    assert told["n"] == 12 - 6 and told["r2"] <= 1
+
+
+def test_without_screening_gradients_are_asked(trained, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Objective, "divergence", lambda *given: asked.append(given))
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=4, screen=0))
+    assert not asked
+    told = (run.search / "study.journal").read_text()
+    assert '"importance"' in told and '"screened"' not in told

@@ -1,0 +1,76 @@
+"""Accuracies correct what divergences say, as far as they can."""
+
+import numpy as np
+import pytest
+
+from elastic.searching import joint
+from elastic.searching.joint import Joint
+
+GROUPS, CHOICES = 24, 4
+KINDS = ["width"] * 12 + ["heads"] * 12
+
+
+@pytest.fixture
+def world():
+    """Parts as screening found them, what they truly are (heads worth twice as much), and
+    accuracies of 60 points."""
+    generator = np.random.default_rng(0)
+    worth = np.exp(generator.normal(0, 0.7, GROUPS))
+    parts = worth[:, None] * np.linspace(0, 1, CHOICES) ** 1.4
+    factor = np.exp(generator.normal(0, 0.1, GROUPS)) * np.repeat([0.7, 1.4], 12)
+    truth = parts * factor[:, None]
+    truth /= truth.max(1).sum()
+    level = generator.integers(0, CHOICES, 60)
+    at = np.clip(level[:, None] + generator.integers(-1, 2, (60, GROUPS)), 0, CHOICES - 1)
+    lost = np.take_along_axis(truth, at.T, 1).sum(0)
+    return parts / parts.max(1).sum(), truth, at, 0.8 - 0.3 * lost**1.2
+
+
+def _wrong(effects: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.abs(effects / effects.sum() - truth / truth.sum()).sum())
+
+
+def test_what_accuracies_say_moves_the_parts_towards_the_truth(world):
+    parts, truth, at, accuracies = world
+    belief = Joint(KINDS, parts).fit(at, accuracies, 1e-5)
+    assert _wrong(belief.effects, truth) < 0.6 * _wrong(parts, truth)
+    assert (belief.effects <= 0).all()
+
+
+def test_points_that_were_not_seen_are_predicted(world):
+    parts, _, at, accuracies = world
+    belief = Joint(KINDS, parts).fit(at[:40], accuracies[:40], 1e-5)
+    left = accuracies[40:]
+    wrong = np.square(belief.predict(at[40:]) - left).sum()
+    assert 1 - wrong / np.square(left - left.mean()).sum() > 0.98
+
+
+def test_noise_is_taken_off(world):
+    parts, _, at, accuracies = world
+    noise = np.random.default_rng(1).normal(0, 0.03, len(at))
+    fitted = Joint(KINDS, parts).fit(at, accuracies + noise, 0.03**2).fitted
+    assert np.std(fitted - accuracies) < 0.5 * np.std(noise)
+
+
+def test_samples_lie_around_the_belief_and_narrow_with_evaluations(world, monkeypatch):
+    monkeypatch.setattr(joint, "SPREADS", (0.3,))
+    parts, _, at, accuracies = world
+    spreads = []
+    for count in (6, 60):
+        belief = Joint(KINDS, parts).fit(at[:count], accuracies[:count], 1e-4)
+        generator = np.random.default_rng(2)
+        drawn = np.array([belief.sample(generator) for _ in range(200)])
+        # Which kind matters more; how much both matter together is not the sample's to say.
+        heads = drawn[:, 12:].min(2).sum(1) / drawn.min(2).sum(1)
+        mean = belief.effects[12:].min(1).sum() / belief.effects.min(1).sum()
+        assert np.isclose(heads.mean(), mean, rtol=0.1)
+        spreads.append(float(heads.std()))
+    assert spreads[1] < 0.5 * spreads[0]
+
+
+def test_two_extremes_are_enough_to_begin(world):
+    parts, _, _, _ = world
+    ends = np.array([[0] * GROUPS, [CHOICES - 1] * GROUPS])
+    belief = Joint(KINDS, parts).fit(ends, np.array([0.8, 0.5]), 1e-4)
+    assert np.isclose(belief.effects.min(1).sum(), -0.3, rtol=0.05)
+    assert np.allclose(belief.predict(ends), [0.8, 0.5], atol=0.01)
