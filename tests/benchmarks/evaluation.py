@@ -7,7 +7,7 @@ QUESTIONS is a JSONL file of multiple-choice questions in LLM-Adapters' form, su
 test set; RUN was trained on such (an untrained model rambles on, which would flatter us). Its
 maximal sub-adapter scores questions of 1,000 in batches; the published protocol (four beams, up to
 32 new tokens, one question at a time) takes turns with it on a few of them, and both are compared
-per question. Then 400 of the questions are scored, beside the very forward passes of that, the one
+per question. Then 60 of the questions are scored, beside the very forward passes of that, the one
 over the common start included, called again with the same tensors.
 """
 
@@ -27,7 +27,7 @@ from elastic.supernet.store import load_run
 from tests.benchmarks.common import report, sides
 
 EXAMPLES, TURNS, SLOW, FAST = 1000, 5, 4, 100
-BESIDE = 400
+BESIDE = 60
 """Questions whose scoring is held against its forward passes."""
 
 
