@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import elastic
 from elastic.__main__ import COMMANDS, main
@@ -21,7 +22,7 @@ from elastic.config.parsing import parse
 from elastic.data.rows import example_of
 from elastic.run import Run
 from fragments import figures, names, pictures, results, settings
-from tests.helpers.tiny import VOCABULARY, save_tiny
+from tests.helpers.tiny import VOCABULARY, save_tiny, tokenizer
 from tests.helpers.tiny_runs import space_file
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +164,7 @@ def test_the_loop_of_the_guide_runs(tmp_path, monkeypatch):
     save_tiny(tmp_path / "path" / "to" / "model", intermediate_size=256)
     torch.manual_seed(0)
     told = {"batches": [torch.randint(3, VOCABULARY, (2, 6)) for _ in range(2)]}
-    exec(blocks(ROOT / "docs/guides/own-loop.md", "python")[0], told)
+    exec(blocks(ROOT / "docs/guides/own-loop.md", "python")[2], told)
     net, small, ids = told["net"], told["small"], told["batches"][0]
     assert small.model.layers[0].mlp.down_proj.in_features == 128
     full = net.model(input_ids=ids).logits
@@ -171,6 +172,34 @@ def test_the_loop_of_the_guide_runs(tmp_path, monkeypatch):
         expected = net.model(input_ids=ids).logits
     assert (full - expected).abs().max() > 1e-3
     torch.testing.assert_close(small(input_ids=ids).logits, expected)
+
+
+def test_the_model_in_memory_of_the_guide_runs(tmp_path, monkeypatch):
+    in_memory, trainer, _ = blocks(ROOT / "docs/guides/own-loop.md", "python")
+    monkeypatch.chdir(tmp_path)
+    model, tokens = load_tiny(tmp_path / "model", intermediate_size=256), tokenizer()
+    rows = [{"question": f"{a}+{a}", "answer": f"{2 * a}"} for a in range(4)] * 4
+    told = {"model": model, "tokenizer": tokens, "rows": rows,
+            "my_score": lambda small: small.num_parameters()}  # fmt: skip
+    exec(in_memory, told)
+    assert told["front"].best.params <= 0.8 * told["front"].full.params
+    loaded = AutoModelForCausalLM.from_pretrained("small", trust_remote_code=True)
+    assert loaded.num_parameters() == told["small"].num_parameters()
+    assert Path("super-adapter").is_dir()
+
+    def called(model, callbacks, train_dataset):
+        assert callbacks[0].net is fresh.supernet
+        return SimpleNamespace(train=lambda: None)
+
+    fresh = elastic.attach(load_tiny(tmp_path / "model"), tokens, task=told["net"].task)
+    exec(trainer, {**told, "net": fresh, "SFTTrainer": called, "data": rows})
+    assert fresh.supernet.order and fresh.supernet.compensation
+
+
+def load_tiny(folder: Path, **sizes):
+    if not folder.is_dir():
+        save_tiny(folder, **sizes)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_links_of_readme_lead_somewhere():
