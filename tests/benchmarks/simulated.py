@@ -46,11 +46,15 @@ SPREAD = {"lonas": 0.7, "richer": 0.9}
 """Of the logarithm of what a layer is worth."""
 ALIKE = 0.85
 """Correlation, within a kind, of the logarithms of what a group costs in accuracy and what it adds
-to the divergence from the full model."""
+to the divergence from the full model. On SmolLM2 (arithmetic, 24 sub-adapters of widths alone)
+accuracy and the root of the divergence are correlated by -0.58 at equal mean width; here, as noisy,
+by -0.3, so that divergences tell less than they do there."""
 DIVERGED = 2.0
 """Nats at everything's smallest."""
 CONVEX = 1.15
-"""Power of the sum of what groups add."""
+"""Power of the sum of what groups add: there the accuracy lost grows with the 0.88th power of the
+divergence. (Single groups add up to far less than all together there, for a power of about 2, of
+the accuracy too; here both are nearly sums.)"""
 
 
 class Simulated:

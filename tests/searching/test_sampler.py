@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from elastic.latency.cost_table import Table, kinds, least, places
-from elastic.searching.sampler import AdditiveSampler, learn
+from elastic.searching.sampler import BEGIN, AdditiveSampler, foresight, learn
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import Cut
 
@@ -68,6 +68,34 @@ def test_same_seed_same_proposals_also_when_resumed():
     once = subs(searched(20))
     assert subs(searched(20, stop=11)) == once
     assert subs(searched(20, seed=1)) != once
+
+
+def _parts() -> np.ndarray:
+    """What screening would find: what every choice truly costs."""
+    full = SPACE.indices(SPACE.maximal())
+    lost = [
+        [accuracy(SPACE.maximal()) - accuracy(SPACE.at({**full, g.name: i})) for i in range(3)]
+        for g in SPACE
+    ]
+    return np.array(lost)
+
+
+def test_with_parts_too_it_goes_on_as_it_would_have():
+    once = subs(searched(20, parts=_parts()))
+    assert subs(searched(20, stop=11, parts=_parts())) == once
+    assert once != subs(searched(20))
+    assert len(set(once)) == 20
+
+
+def test_accuracies_are_foreseen_and_a_sum_that_holds_the_better():
+    measured = {SPACE.at(trial.params): trial.values[0] for trial in searched(30).trials}
+    told = foresight(SPACE, measured, 1000, parts=_parts())
+    assert told.n == 30 - BEGIN and told.r2 > 0.99 and told.rank_correlation > 0.95
+    mixed = dict(
+        zip(measured, np.random.default_rng(0).permutation([*measured.values()]), strict=True)
+    )
+    assert foresight(SPACE, mixed, 1000, parts=_parts()).r2 < 0.5
+    assert foresight(SPACE, dict(list(measured.items())[: BEGIN + 3]), 1000) is None
 
 
 def test_nothing_is_proposed_twice():
