@@ -147,11 +147,11 @@ class EverySize:
         return {}
 
     def name_of(self, sub: SubAdapter) -> str:
-        """The slice that this sub-adapter is."""
-        for name, one in self._named.items():
-            if one.at(self.net.space, self.seed) == sub:
-                return name
-        raise AssertionError("the one asked for is among them")
+        """The slice that this sub-adapter is, with the factors of the one that was asked for: one
+        of the front may be the maximal one, trained on."""
+        alike = [n for n, one in self._named.items() if one.at(self.net.space, self.seed) == sub]
+        factors = self.run.factors_of(self.chosen)
+        return next((n for n in alike if self.run.factors_of(self._named[n]) == factors), alike[0])
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

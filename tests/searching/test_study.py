@@ -196,13 +196,13 @@ def test_the_front_prints_a_machine_readable_last_line(searched, capsys):
 
 def test_a_thinned_front_keeps_its_ends(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
-    whole = search(config(run, trials=16))
-    few = search(config(run, trials=16, test_front=2))
+    whole = search(config(run, screen=0, trials=16))
+    few = search(config(run, screen=0, trials=16, test_front=2))
     assert len(whole.members) > 2
     ends = [whole.members[0].sub_adapter, whole.members[-1].sub_adapter]
     assert [member.sub_adapter for member in few.members] == ends
     assert few.best.sub_adapter == whole.best.sub_adapter
-    [one] = search(config(run, trials=16, test_front=1)).members
+    [one] = search(config(run, screen=0, trials=16, test_front=1)).members
     assert one.sub_adapter == whole.best.sub_adapter and one.best
 
 
