@@ -180,7 +180,8 @@ def main() -> None:
         "rivals_hw",
         f"HW-GPT-Bench: hypervolume in percent of the box after so many units of {UNIT} accuracies "
         f"of {EXAMPLES} examples, mean of {given.seeds} seeds and 95 % interval",
-        rows, save=given.save, command="python -m tests.benchmarks.rivals_hw FOLDER",
+        rows, save=given.save,
+        command=f"python -m tests.benchmarks.rivals_hw FOLDER --units {given.units}",
     )  # fmt: skip
 
 
