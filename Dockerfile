@@ -1,7 +1,7 @@
 # elastic-adapters on CPUs. Runs and the cache of converted models are kept in the volume:
 #
 #     docker build -t elastic-adapters .
-#     docker run --rm -it -v "$PWD:/work" --user "$(id -u):$(id -g)" elastic-adapters \
+#     docker run --rm -it -v "$PWD:/data" --user "$(id -u):$(id -g)" elastic-adapters \
 #         train --config demo-train --model.path MODEL
 #
 # With other extras: --build-arg EXTRAS=gguf,onnx,plots,datasets
@@ -23,9 +23,9 @@ RUN /opt/elastic/bin/pip install ".[${EXTRAS}]"
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/elastic /opt/elastic
-ENV PATH=/opt/elastic/bin:$PATH XDG_CACHE_HOME=/work/.cache HF_HOME=/work/.cache/huggingface
-RUN useradd --create-home --uid 1000 elastic && install -d -o elastic -g elastic /work
+ENV PATH=/opt/elastic/bin:$PATH XDG_CACHE_HOME=/data/.cache HF_HOME=/data/.cache/huggingface
+RUN useradd --create-home --uid 1000 elastic && install -d -o elastic -g elastic /data
 USER 1000
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["elastic"]
 CMD ["--help"]
