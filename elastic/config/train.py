@@ -10,7 +10,7 @@ from elastic.config.model import ModelConfig, TaskConfig
 from elastic.config.numbers import require_numbers
 from elastic.errors import require
 
-Dim = Literal["rank", "width", "heads", "query_heads", "depth"]
+Dim = Literal["rank", "width", "heads", "query_heads", "expert_width", "experts", "depth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,10 @@ class TrainConfig:
     """Trained one after another. Unset: a maximal epoch, then two with everything open that the
     space has (see `ranks`); for `sampling: lonas` three with everything open."""
     progressivity: list[Dim] = field(
-        default_factory=lambda: ["rank", "width", "heads", "query_heads", "depth"]
-    )
+        default_factory=lambda: [
+            "rank", "width", "heads", "query_heads", "expert_width", "experts", "depth"
+        ]
+    )  # fmt: skip
     """The order in which stages may open dimensions, those left out that none opens; an open one
     never closes."""
     max_steps: int | None = None

@@ -197,9 +197,15 @@ def _summary(report: Report, is_folder: bool, code: bool) -> str:
     layers = ", layers of different sizes" if code else ", the family's own model class"
     own, full = report.model.cost, report.model.full_cost
     base = _code(_unplaced(report.origin["base_model"]))
+    active = ""
+    if full.active_params < full.params:
+        active = (
+            f" ({own.active_params / 1e6:.1f} M of {full.active_params / 1e6:.1f} M for a token, "
+            "which is sent to some of its experts)"
+        )
     return (
         f"A compact model cut from {base} with elastic-adapters: "
-        f"{own.params / 1e6:.1f} M of {full.params / 1e6:.1f} M parameters and "
+        f"{own.params / 1e6:.1f} M of {full.params / 1e6:.1f} M parameters{active} and "
         f"{own.macs / full.macs:.0%} of the operations per token{layers if is_folder else ''}."
     )
 

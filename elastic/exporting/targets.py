@@ -187,6 +187,8 @@ class Elastic(_AsStored):
             return "hf.uniform writes a size that the run does not have"
         if source.trained.quantise != "none":
             return "its base is quantised, and the folder holds rows and columns of dense weights"
+        if source.net.mixtures:
+            return "its space cuts mixtures of experts, and the folder holds sizes of layers alone"
         return None
 
     def why_whole_vocabulary(self, source: Source) -> str | None:

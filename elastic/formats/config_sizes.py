@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +14,17 @@ from torch import nn
 
 from elastic.models.modules import linear_, modules_of
 from elastic.spaces.dims import QUERIES
+from elastic.spaces.mixtures import mixtures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 """What configs call the width of the MLP; unset, it is four times the hidden size."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What they call the number of experts."""
+EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
+"""What they call the width of each."""
 
 
 def meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -31,6 +36,32 @@ def meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMod
 def shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:
     """[out, in] of every linear layer."""
     return {name: list(layer.weight.shape) for name, layer in modules_of(model, nn.Linear)}
+
+
+def expert_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """[experts, channels of each] of every module of experts."""
+    return {each.experts: [each.all_experts, each.width] for each in mixtures(model)}
+
+
+def tensor_sizes(
+    model: PreTrainedModel, plain: PreTrainedModel
+) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
+    """Of a model whose experts differ in size from the `plain` one's: shapes by tensor that no
+    linear layer holds, and by module attributes that say how many there are, and how wide."""
+    shapes: dict[str, list[int]] = {}
+    says: dict[str, dict[str, int]] = {}
+    sizes = expert_sizes(model)
+    for whole in mixtures(plain):
+        if sizes[whole.experts] == [whole.all_experts, whole.width]:
+            continue
+        names = [f"{whole.experts}.{held.name}" for held in whole.tensors]
+        names += [f"{whole.router}.{row.name}" for row in whole.rows if not row.in_linear]
+        for name in names:
+            site, _, leaf = name.rpartition(".")
+            shapes[name] = list(getattr(model.get_submodule(site), leaf).shape)
+        for name, key in (*whole.counted, *whole.measured):
+            says.setdefault(name, {})[key] = getattr(model.get_submodule(name), key)
+    return shapes, says
 
 
 def uniform_sizes(
@@ -49,8 +80,10 @@ def layer_words(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     would give it its sizes. Nothing where there are none for one of them."""
     if model.config.is_encoder_decoder or model.config.is_heterogeneous:
         return {}  # of two stacks it says nothing; and of some families it has more to say
-    own, shapes, groups = _sizes_of(model), shapes_of(model), query_groups(model)
-    expected = shapes_of(linear_(meta(type(model), model.config)))
+    own, groups = _sizes_of(model), query_groups(model)
+    shapes = {**shapes_of(model), **expert_sizes(model)}
+    plain = linear_(meta(type(model), model.config))
+    expected = {**shapes_of(plain), **expert_sizes(plain)}
     changed = {name: size for name, size in shapes.items() if size != expected[name]}
     words: dict[str, dict[str, int]] = {}
     known: dict[Any, dict[str, Any] | None] = {}
@@ -89,15 +122,18 @@ def _named_sizes(
 ) -> dict[str, int]:
     """What a config would say if these layers had other sizes than expected."""
     found: dict[str, int] = {}
-    for name, (_, columns) in changed.items():
-        if columns != expected[name][1]:
+    experts = expert_sizes(model)
+    for name, (rows, columns) in changed.items():
+        if name in experts:
+            found |= _named_experts(model, expected[name], [rows, columns])
+        elif columns != expected[name][1]:
             found |= _named_size(model, expected[name][1], columns, set(groups.values()))
     return found
 
 
 def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Shapes of linear layers and query groups of attention modules, by name."""
-    return {**shapes_of(model), **query_groups(model)}
+    """Shapes of linear layers, sizes of experts and query groups of attention modules, by name."""
+    return {**shapes_of(model), **expert_sizes(model), **query_groups(model)}
 
 
 def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str, Any] | None:
@@ -110,6 +146,18 @@ def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str,
     except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
         return None
     return _sizes_of(linear_(meta(type(model), config)))
+
+
+def _named_experts(
+    model: PreTrainedModel, before: Sequence[int], after: Sequence[int]
+) -> dict[str, int]:
+    """What a config would say if experts were `after`, [number, width], instead of `before`."""
+    found = {}
+    for names, old, new in zip((EXPERTS, EXPERT_WIDTHS), before, after, strict=True):
+        name = next((name for name in names if getattr(model.config, name, None) == old), None)
+        if name and new != old:
+            found[name] = new
+    return found
 
 
 def _named_size(

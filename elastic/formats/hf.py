@@ -26,10 +26,12 @@ from elastic.errors import ExportError
 from elastic.files import read_json, write_text
 from elastic.formats import shards
 from elastic.formats.config_sizes import (
+    expert_sizes,
     layer_words,
     meta,
     query_groups,
     shapes_of,
+    tensor_sizes,
     uniform_sizes,
 )
 from elastic.formats.shards import Tensors, tensors_of
@@ -70,13 +72,15 @@ from transformers.pytorch_utils import Conv1D
 
 class Elastic{config}({config}):
     """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
-    attention module's to attributes of its own."""
+    attention module's, or another's, to attributes of its own, `tensor_sizes` a tensor's that no
+    linear layer holds to its shape."""
 
     model_type = "{model_type}"
 
-    def __init__(self, linear_sizes=None, attention_sizes=None, **kwargs):
+    def __init__(self, linear_sizes=None, attention_sizes=None, tensor_sizes=None, **kwargs):
         self.linear_sizes = linear_sizes or {{}}
         self.attention_sizes = attention_sizes or {{}}
+        self.tensor_sizes = tensor_sizes or {{}}
         super().__init__(**kwargs)
 
 
@@ -99,6 +103,14 @@ class Elastic{base}({ahead}{base}):
             else:
                 linear = nn.Linear(in_features, out_features, bias=layer.bias is not None)
             setattr(self.get_submodule(parent), leaf, linear)
+        for name, shape in config.tensor_sizes.items():
+            parent, _, leaf = name.rpartition(".")
+            module = self.get_submodule(parent)
+            before = getattr(module, leaf)
+            tensor = before.new_zeros(shape)
+            if isinstance(before, nn.Parameter):
+                tensor = nn.Parameter(tensor, before.requires_grad)
+            setattr(module, leaf, tensor)
         for name, sizes in config.attention_sizes.items():
             for key, value in sizes.items():
                 setattr(self.get_submodule(name), key, value)
@@ -278,8 +290,9 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     config = copy.deepcopy(model.config)
     config.__dict__.pop("auto_map", None)  # of the base's folder, or a stranger's
     plain = linear_(meta(type(model), model.config))
-    expected, groups = shapes_of(plain), query_groups(plain)
-    changed = {name: size for name, size in shapes_of(model).items() if size != expected[name]}
+    expected, groups = {**shapes_of(plain), **expert_sizes(plain)}, query_groups(plain)
+    sizes = {**shapes_of(model), **expert_sizes(model)}
+    changed = {name: size for name, size in sizes.items() if size != expected[name]}
     uniform = uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
@@ -290,11 +303,17 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     }
     for name, counted in compat.counted_heads(model, expected).items():
         grouped[name] = grouped.get(name, {}) | counted
+    shapes, says = tensor_sizes(model, plain)
+    for name, counted in says.items():
+        grouped[name] = grouped.get(name, {}) | counted
     if code:
         config = own_config(config, type(model).__name__)
-    config.linear_sizes = changed
+    linear = shapes_of(model)
+    config.linear_sizes = {name: size for name, size in changed.items() if name in linear}
     if code or grouped:
         config.attention_sizes = grouped
+    if code or shapes:
+        config.tensor_sizes = shapes
     return config
 
 

@@ -66,7 +66,7 @@ def module_tree(model: ModuleType) -> ModuleType:
 
 PREFIX = "elastic_"
 """Before the family's type, in the type of what is written."""
-SIZES = ("linear_sizes", "attention_sizes")
+SIZES = ("linear_sizes", "attention_sizes", "tensor_sizes")
 """What its config says beside the family's, and again as `per_layer_config`."""
 
 

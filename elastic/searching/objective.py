@@ -155,7 +155,12 @@ class Objective:
         sub = candidate.sub_adapter
         predicted, counted = self.timetables[candidate.compress](sub), self.cost(sub)
         speed = per_second(self.config.timing.batch, predicted["decode_ms"])
-        return {**predicted, "tokens_per_second": speed, **asdict(counted)}
+        return {
+            **predicted,
+            "tokens_per_second": speed,
+            "params": counted.params,
+            "macs": counted.macs,
+        }
 
     def smallest(self) -> list[dict[str, Any]]:
         """`costs` of everything at its smallest, at every precision: fewer bits are smaller, not

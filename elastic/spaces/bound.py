@@ -25,6 +25,8 @@ from elastic.spaces.dims import BITS, DEPTH, VOCABULARY, Cut, Ranges, common, nu
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from elastic.spaces.mixtures import Mixture
+
 
 @dataclass(frozen=True)
 class SubAdapter:
@@ -95,6 +97,8 @@ class Group:
     """How many of the first blocks stay, whatever the order of the others."""
     head: str = ""
     """Of a vocabulary: the layer of which a choice of k computes the rows of the first k tokens."""
+    mixtures: tuple[Mixture, ...] = ()
+    """Of a dimension of experts: those that it cuts."""
 
     def joined(self, before: Group, where: str) -> Group:
         """One choice for both; ConfigError if their sizes differ."""
@@ -104,7 +108,8 @@ class Group:
                 f"{list(self.choices)} to choose from; share what has one size, or per block"
             )
         both = before.counted + self.counted
-        return replace(self, cuts=before.cuts + self.cuts, counted=both)
+        mixtures = before.mixtures + self.mixtures
+        return replace(self, cuts=before.cuts + self.cuts, counted=both, mixtures=mixtures)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,16 @@ class Space(Generic[Point]):
     def reading(self) -> tuple[str, ...]:
         """Layers whose columns can be cut."""
         return tuple(site for site, axis in self.axes if axis == "in")
+
+    @cached_property
+    def mixtures(self) -> dict[str, tuple[Mixture, dict[str, Group]]]:
+        """By the name of every module of experts that is cut: what it is, and by dimension the
+        groups that cut it."""
+        found: dict[str, tuple[Mixture, dict[str, Group]]] = {}
+        for group in self.groups:
+            for mixture in group.mixtures:
+                found.setdefault(mixture.experts, (mixture, {}))[1][group.dim] = group
+        return found
 
     def is_leading(self, cut: Cut) -> bool:
         """Whether what is left of its axis are the first channels, whatever is chosen."""
@@ -191,6 +206,7 @@ class Space(Generic[Point]):
 
         for group in self.groups if found else ():
             blocks = {block_of(cut.site) for cut in group.cuts}
+            blocks |= {block_of(mixture.experts) for mixture in group.mixtures}
             if len(blocks) == 1 and (block := blocks.pop()):
                 found[block].append(group.name)
         return found

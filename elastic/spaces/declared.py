@@ -16,6 +16,7 @@ from elastic.plain import read_yaml
 from elastic.spaces.blocks import require_alike
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, VOCABULARY, GroupSpec
+from elastic.spaces.mixtures import ALIGN, EXPERT_DIMS, EXPERT_WIDTH, Mixture
 from elastic.spaces.vocabulary import vocabulary
 
 
@@ -51,11 +52,11 @@ def section_of(value: Any, source: str) -> Section:
     for name, spec in value["groups"].items():
         where = f"{source}: group {name!r}"
         dim = spec.get("dim") if isinstance(spec, Mapping) else None
-        known = [*DIMS, DEPTH, VOCABULARY]
+        known = [*DIMS, *EXPERT_DIMS, DEPTH, VOCABULARY]
         if dim not in known:
             raise ConfigError(f"{where}: {unknown('dim', str(dim), known)}")
         lists, more = {"outputs", "inputs"}, {"align", "share", "fused"}
-        if dim == "rank":
+        if dim == "rank" or dim in EXPERT_DIMS:
             lists, more = {"of"}, {"align", "share"}
         elif dim == DEPTH:
             lists, more = set(), {"drop_ends"}
@@ -87,9 +88,15 @@ def _group_spec(name: str, spec: Mapping[str, Any], where: str) -> GroupSpec:
             raise ConfigError(
                 f"{where}: choice {choice!r}; give sizes from 1 up, or fractions in (0.0, 1.0]"
             )
-    align = spec.get("align", 1)
+    least_align = ALIGN if spec["dim"] == EXPERT_WIDTH else 1
+    align = spec.get("align", least_align)
     if type(align) is not int or align < 1:
         raise ConfigError(f"{where}: align is {align!r}; give an integer from 1 up")
+    if align % least_align:
+        raise ConfigError(
+            f"{where}: align is {align}; the kernels of experts take rows of 16 bytes, so give a "
+            f"multiple of {ALIGN}"
+        )
     lists = {}
     for key in ("of", "outputs", "inputs"):
         items = spec.get(key, [])
@@ -242,7 +249,10 @@ class SearchSpace:
             raise ConfigError(f"{self.source}: two groups cut the vocabulary; declare it once")
         taken: dict[tuple[str, str, bool], str] = {}
         for group in groups:
-            places = [(cut.site, cut.axis, cut.apart) for cut in group.cuts]
+            places: list[tuple[str, str, bool]] = [
+                *((cut.site, cut.axis, cut.apart) for cut in group.cuts),
+                *((mixture.experts, group.dim, False) for mixture in group.mixtures),
+            ]
             for place in (*places, *((block, DEPTH, False) for block in group.blocks)):
                 other = taken.setdefault(place, group.name)
                 if other != group.name:
@@ -281,15 +291,40 @@ class SearchSpace:
             for spec in (spec for spec in specs if spec.dim not in (DEPTH, VOCABULARY)):
                 where = f"{self.source}: group {spec.name!r}"
                 sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
-                _all_linear(sites, linears, where)
+                if spec.dim not in EXPERT_DIMS:
+                    _all_linear(sites, linears, where)
                 if spec.dim == "rank":
                     _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
-                found = DIMS[spec.dim](model, block, spec, max_rank)
+                found = {**DIMS, **EXPERT_DIMS}[spec.dim](model, block, spec, max_rank)
+                _no_router(targets, found.mixtures, where)
                 name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
-                choices = spec.resolve(found.full, where)
-                own = Group(name, spec.dim, choices, found.cuts, found.counted)
+                choices = spec.resolve(found.full, where, -(-found.least // spec.align))
+                if choices[-1] < found.least:
+                    raise ConfigError(
+                        f"{where}: {spec.dim} {choices[-1]}, but every token is sent to some of "
+                        f"at least {found.least}; choose from {found.least}..{found.full}"
+                    )
+                own = Group(
+                    name,
+                    spec.dim,
+                    choices,
+                    found.cuts,
+                    found.counted,
+                    mixtures=found.mixtures,
+                )
                 groups[name] = own.joined(groups[name], where) if name in groups else own
         return list(groups.values()), targets
+
+
+def _no_router(targets: Sequence[str], mixtures: Sequence[Mixture], where: str) -> None:
+    """ConfigError for factors in what chooses experts: it is cut with them."""
+    for mixture in mixtures:
+        for target in targets:
+            if mixture.router and f"{target}.".startswith(f"{mixture.router}."):
+                raise ConfigError(
+                    f"{where}: {target} chooses among the experts of {mixture.experts} and is cut "
+                    "with them; leave it out of adapt"
+                )
 
 
 def _depth(

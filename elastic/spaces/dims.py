@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from elastic.spaces.mixtures import Mixture
+
 
 KEY_VALUE = ("k_proj", "v_proj")
 QUERIES = "num_key_value_groups"
@@ -76,6 +78,10 @@ class Sites:
     cuts: tuple[Cut, ...]
     counted: tuple[tuple[str, str], ...] = ()
     """Modules and their attributes that must say the choice, as their code reads it."""
+    mixtures: tuple[Mixture, ...] = ()
+    """Of a dimension of experts: those that it cuts."""
+    least: int = 1
+    """The smallest choice that the model's code allows."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from elastic.spaces.bound import BoundSpace, Group, SubAdapter
 from elastic.spaces.dims import DEPTH, VOCABULARY, Cut
+from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS, Mixture
 
 Kind = tuple[str, int]
 """Dimension and full size: what one entry of a model's configuration says for all layers."""
@@ -67,7 +68,11 @@ def _by_distance(
 ) -> list[tuple[float, int]]:
     """(distance of totals, size), nearest first, of the sizes that all these groups may have."""
     running = [group for group in groups if sub[group.name]]
-    units = {g.name: sum(_unit(space, g, cut, sub) for cut in g.cuts) for g in running}
+    units = {
+        g.name: sum(_unit(space, g, cut, sub) for cut in g.cuts)
+        + sum(_of_mixture(space, g, mixture, sub) for mixture in g.mixtures)
+        for g in running
+    }
     total = sum(sub[name] * unit for name, unit in units.items())
     common = set.intersection(*(set(group.choices) for group in groups))
     gaps = [(abs(size * sum(units.values()) - total), size) for size in common]
@@ -81,6 +86,15 @@ def _unit(space: BoundSpace, group: Group, cut: Cut, sub: SubAdapter) -> int:
         if other is not group:
             unit = unit * sub[other.name] // other.choices[0]
     return unit
+
+
+def _of_mixture(space: BoundSpace, group: Group, mixture: Mixture, sub: SubAdapter) -> int:
+    """Elements of the matrices of its experts that a size of 1 keeps, where the other group cuts
+    them as chosen."""
+    groups = space.mixtures[mixture.experts][1]
+    chosen = {dim: sub[each.name] for dim, each in groups.items() if each is not group}
+    size = mixture.elements(chosen.get(EXPERTS), chosen.get(EXPERT_WIDTH)).matrices
+    return size // group.choices[0]
 
 
 def covering(space: BoundSpace, sub: SubAdapter) -> Iterator[SubAdapter]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastic.adapters.experts import ElasticExperts
 from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.console import busy
 from elastic.models.modules import (
@@ -13,6 +14,7 @@ from elastic.models.modules import (
     module_tree,
     modules_of,
     plain_linear,
+    put_,
 )
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import settle_
@@ -44,7 +46,19 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             model.set_submodule(site, small)
+        for site, layer in list(modules_of(model, ElasticExperts)):
+            if not site.startswith(left_out):
+                model.set_submodule(site, _plain_experts(layer))
     return net.cut_vocabulary_(dequantise_(settle_(model)), sub).eval()
+
+
+def _plain_experts(layer: ElasticExperts) -> nn.Module:
+    """The family's own module with what is active; `layer` is the slice's own."""
+    for name, tensor in layer.active().items():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        is_parameter = name in dict(layer.base.named_parameters())
+        put_(layer.base, name, nn.Parameter(tensor, False) if is_parameter else tensor)
+    return layer.base
 
 
 @torch.no_grad()

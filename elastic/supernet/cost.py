@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
 from elastic.models.ties import ends_of
 from elastic.spaces.bound import BoundSpace, SubAdapter
+from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS, Mixture, mixtures
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,10 @@ class Cost:
     params: int
     """Elements of all distinct parameters, however many bits each takes."""
     macs: int
-    """Multiply-accumulates of the linear layers per token, the head included."""
+    """Multiply-accumulates of the linear layers per token, the head included; of the experts of a
+    mixture those that a token is sent to."""
+    active_params: int
+    """Parameters without those of experts that a token is not sent to."""
 
 
 def count(model: nn.Module) -> Cost:
@@ -29,7 +34,29 @@ def count(model: nn.Module) -> Cost:
     macs = sum(layer.in_features * layer.out_features for _, layer in modules_of(model, nn.Linear))
     packed = modules_of(model, QuantisedLinear)  # whose weights are not parameters
     params = sum(layer.shape.numel() for _, layer in packed)
-    return Cost(params + sum(parameter.numel() for parameter in model.parameters()), macs)
+    params += sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for mixture in mixtures(model):
+        of_experts = _of_experts(mixture, linear=False)
+        macs += of_experts.macs
+        idle += of_experts.params - of_experts.active_params
+    return Cost(params, macs, params - idle)
+
+
+def _of_experts(
+    mixture: Mixture, experts: int | None = None, channels: int | None = None, *, linear: bool
+) -> Cost:
+    """Of so many experts of each group, all of them unless given, and of the router's rows for
+    them; those of linear layers are counted as such, unless `linear`."""
+    held = mixture.elements(experts, channels, linear=linear)
+    there = (mixture.count if experts is None else experts) * mixture.groups
+    sent = there if mixture.top_k is None else min(there, mixture.top_k)
+    whole = held.matrices + held.vectors
+    return Cost(
+        whole + held.router,
+        held.matrices * sent // there + held.router_matrices,
+        whole * sent // there + held.router,
+    )
 
 
 class Counter:
@@ -54,6 +81,10 @@ class Counter:
             layer: Any = model.get_submodule(site)
             layer = layer.base if isinstance(layer, ElasticLinear) else layer
             self.shapes[site] = (layer.out_features, layer.in_features, layer.bias is not None)
+        self.mixtures = [
+            (mixture, groups.get(EXPERTS), groups.get(EXPERT_WIDTH))
+            for mixture, groups in space.mixtures.values()
+        ]
         self.head: tuple[int, int, bool] | None = None
         """Columns and biases of a head that may be cut, and whether it is the embeddings too."""
         if group := space.vocabulary:
@@ -79,13 +110,27 @@ class Counter:
             biases += gone_rows * with_bias
             if tied:  # the embeddings stay, and what is kept of the head stands beside them
                 biases -= group.choices[0] * columns
-        params = sum(self.blocks[block].params for block in gone)
-        macs = sum(self.blocks[block].macs for block in gone)
-        return Cost(self.full.params - params - weights - biases, self.full.macs - macs - weights)
+        less = [Cost(weights + biases, weights, weights + biases)]
+        less += [self.blocks[block] for block in gone]
+        for mixture, experts, channels in self.mixtures:
+            if not mixture.experts.startswith(gone):
+                whole = _of_experts(mixture, linear=True)
+                sizes = (group and chosen[group.name] for group in (experts, channels))
+                left = _of_experts(mixture, *sizes, linear=True)
+                less.append(_less(whole, left))
+        return functools.reduce(_less, less, self.full)
+
+
+def _less(one: Cost, other: Cost) -> Cost:
+    return Cost(
+        one.params - other.params,
+        one.macs - other.macs,
+        one.active_params - other.active_params,
+    )
 
 
 def _without_factors(model: nn.Module) -> Cost:
     adapters = [layer.adapter for _, layer in modules_of(model, ElasticLinear) if layer.adapter]
     extra = sum(p.numel() for adapter in adapters for p in adapter.parameters())
     whole = count(model)
-    return Cost(whole.params - extra, whole.macs)
+    return Cost(whole.params - extra, whole.macs, whole.active_params - extra)

@@ -15,6 +15,7 @@ from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import Group
 from elastic.supernet.depth import states
+from elastic.supernet.expert_importance import experts_watched
 from elastic.supernet.supernet import Supernet
 
 
@@ -23,7 +24,8 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
     order, were that group alone cut to its smallest choice: √E[(Σ x · ∂L/∂x)²] over everything that
     would be gone (Molchanov et al. 2019, arXiv 1906.10771, with a gate per group instead of one
     per channel). For a rank, what would be gone is the part of the update behind it; for a depth,
-    what the blocks add.
+    what the blocks add; of a mixture, what the experts or their channels behind it add for tokens
+    as the full model sends them.
 
     `batches` have `input_ids`, `attention_mask`, `position_ids` and `labels`, (batch, length) each.
     """
@@ -46,6 +48,7 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
     ]
     for group in net.space:
         handles += _watched(net, group, functools.partial(gone, group.name))
+        handles += experts_watched(net, group, functools.partial(gone, group.name), starts)
     try:
         with net.active(net.space.maximal()):
             for batch in batches:

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import VOCABULARY, Cut, numbers
+from elastic.spaces.mixtures import EXPERT_WIDTH
 from elastic.supernet.depth import states
+from elastic.supernet.expert_importance import Routed, expert_norms
+from elastic.supernet.routed import told
 from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
@@ -36,9 +39,13 @@ def channel_order(
     activation: the importance of input channel c of a layer W is ‖x_c‖₂ · ‖W[:, c]‖₂, the size of
     its contribution to the output over the calibration batches (the score of Wanda, Sun et al.
     2023, arXiv 2306.11695, summed over a column); that of a block is 1 - cos(x, y) of its input and
-    output, on average over tokens (Men et al. 2024, arXiv 2403.03853). norm: the summed L1 norm of
-    the rows that make the channel, as NNCF reorders, or of all linear layers of a block. none: as
-    they come. Blocks that stay are first. `batches` are keyword arguments of the model.
+    output, on average over tokens (Men et al. 2024, arXiv 2403.03853); that of an expert the norm
+    of what it adds, its weight by the router included, summed over the tokens that are sent to it
+    (REAP, Lasby et al. 2025, arXiv 2510.13999, takes the mean); that of a channel of an expert as
+    of any channel, over those tokens and with that weight. norm: the summed L1 norm of the rows
+    that make the channel, as NNCF reorders, or of all linear layers of a block, or of an expert's
+    tensors. none: as they come. Blocks that stay are first. `batches` are keyword arguments of the
+    model.
     """
     groups = [group for group in space if group.dim not in ("rank", VOCABULARY)]
     if mode == "none":
@@ -66,6 +73,8 @@ def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
         if cut.axis == "out":
             rows = model.get_submodule(cut.site).weight.double().abs().sum(1)
             total += _per_unit(rows, cut)
+    for mixture in group.mixtures:
+        total += expert_norms(model, mixture, group)
     for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
         layers = modules_of(model.get_submodule(block), nn.Linear)
         total[number] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
@@ -99,9 +108,13 @@ def _activation_scores(
 
         return model.get_submodule(block).register_forward_hook(hook, with_kwargs=True)
 
+    routed = Routed(model, groups)
     handles = [watch_block(block) for block in changes]
     try:
-        with watching.inputs({site: partial(add, site) for site in squares}):
+        with (
+            watching.inputs({site: partial(add, site) for site in squares}),
+            told(watching, routed.tell),
+        ):
             for batch in batches:
                 watching(batch)
     finally:
@@ -112,6 +125,8 @@ def _activation_scores(
         columns = model.get_submodule(cut.site).weight.double().pow(2).sum(0).cpu()
         scores[group.name] += _per_unit(squares[cut.site] * columns, cut)
     for group in groups:
+        for mixture in group.mixtures:
+            scores[group.name] += routed.scores(mixture, group)
         for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
             total, seen = changes[block]
             scores[group.name][number] = total / max(seen, 1)
@@ -122,6 +137,11 @@ def blank(group: Group) -> Tensor:
     """A score of 0 for every unit that is put in order."""
     full = group.choices[0]
     parts = [len(cut.parts) or 1 for cut in group.cuts[:1] if cut.apart]
+    for mixture in group.mixtures[:1]:  # those of one choice are alike in this
+        if group.dim == EXPERT_WIDTH:
+            parts = [mixture.all_experts]
+        elif mixture.groups > 1:
+            parts = [mixture.groups]
     return torch.zeros(*parts, full, dtype=torch.float64)
 
 

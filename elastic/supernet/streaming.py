@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastic.adapters.experts import ElasticExperts, reordered
 from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
 from elastic.models.modules import modules_of, plain_linear, put_
 from elastic.spaces.bound import SubAdapter
@@ -126,6 +127,8 @@ def streamed(
         # The head is never permuted: it may be the embeddings.
         left[group.head] = _Kept(net.vocabulary.tokens(sub[group.name]))
 
+    experts = _experts(net, sub, is_ordered)
+
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")
         source = original(kept, site)
@@ -134,6 +137,8 @@ def streamed(
         tensor = head.get(name)
         if tensor is None:
             tensor = getattr(base.get_submodule(source), leaf)
+        if f"{source}.{leaf}" in experts:
+            tensor = experts[f"{source}.{leaf}"](tensor)
         if source in left:
             tensor = left[source](tensor, leaf)
         if site in updates and leaf == "weight":
@@ -185,6 +190,31 @@ class _Kept:
 
     def __call__(self, tensor: Tensor, leaf: str) -> Tensor:
         return tensor[self.tokens]
+
+
+def _experts(
+    net: Supernet, sub: SubAdapter, is_ordered: bool
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By tensor of experts and of their routers, what is left of how the base has it."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    with net.active(sub):
+        for name, mixture in net.mixtures.items():
+            orders = (None, None) if is_ordered else net.expert_orders(name)
+            for site, module in mixture.modules.items():
+                size = dict(module.size)
+                for leaf in module.tensors():
+                    found[f"{site}.{leaf}"] = functools.partial(_cut, module, leaf, orders, size)
+    return found
+
+
+def _cut(
+    module: ElasticExperts,
+    name: str,
+    orders: tuple[Tensor | None, Tensor | None],
+    size: Mapping[str, int],
+    tensor: Tensor,
+) -> Tensor:
+    return module.cut(name, reordered(tensor, name, module.axes, *orders), size)
 
 
 def _left(

@@ -58,9 +58,14 @@ class SpaceTable:
         space = Table("group", "dimension", "groups", "choices", title=title)
         for row in self.space:
             space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))
-        costs = Table("", "parameters", "MACs per token", title="Sub-adapters once merged")
+        columns = ["parameters", "MACs per token"]
+        idle = any(cost.active_params < cost.params for cost in self.costs.values())
+        if idle:  # of experts, which a token is not sent to
+            columns.insert(1, "active parameters")
+        costs = Table("", *columns, title="Sub-adapters once merged")
         for name, cost in self.costs.items():
-            costs.add_row(name, f"{cost.params:,}", short(cost.macs))
+            active = [f"{cost.active_params:,}"] if idle else []
+            costs.add_row(name, f"{cost.params:,}", *active, short(cost.macs))
         space.columns[2].justify = "right"
         for column in costs.columns[1:]:
             column.justify = "right"

@@ -10,20 +10,26 @@ import torch
 from torch import Tensor
 
 from elastic.adapters import METHODS, Adapter, check
+from elastic.adapters.experts import MixtureLayers
 from elastic.adapters.layers import ElasticLinear, reorder_linear
 from elastic.config import AdapterConfig
-from elastic.console import track
+from elastic.console import say, track
 from elastic.errors import RunError
 from elastic.models.head import widen_head_
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import channel_index, numbers
+from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
 from elastic.supernet.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OF = {EXPERTS: "experts", EXPERT_WIDTH: "channels"}
+"""What a dimension of mixtures keeps some of."""
 
 
 class Supernet:
@@ -57,6 +63,15 @@ class Supernet:
         # its updates.
         self.head = widen_head_(model, torch.promote_types(model.dtype, torch.float32))
         self._attach(torch.Generator().manual_seed(seed) if start else None)
+        self.mixtures = {
+            name: MixtureLayers(model, mixture)
+            for name, (mixture, _) in self.space.mixtures.items()
+        }
+        """By the name of their module of experts."""
+        config = model.config.get_text_config()
+        if self.mixtures and getattr(config, "output_router_logits", False):
+            say("The loss that balances experts is off: it counts on as many in every layer")
+            config.output_router_logits = False
         # A head that gets the last positions of every sequence gets a view with gaps, and would be
         # multiplied, its whole weight read, once per sequence instead of once.
         if head := model.get_output_embeddings():
@@ -81,6 +96,11 @@ class Supernet:
             group.name: [(model.get_submodule(name), what) for name, what in group.counted]
             for group in self.space
         }
+        self._mixtures = {
+            group.name: [self.mixtures[mixture.experts] for mixture in group.mixtures]
+            for group in self.space
+        }
+        self._dims = {group.name: group.dim for group in self.space}
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +148,9 @@ class Supernet:
                 reorder_linear(layer.base, axis, index)
             if layer.adapter is not None:
                 layer.adapter.reorder(axis, index)
+        for name, mixture in self.mixtures.items():
+            if not is_ordered:
+                mixture.reorder(*self.expert_orders(name))
         if self.vocabulary and self.vocabulary.group.name in order:
             self.vocabulary.order = order[self.vocabulary.group.name].cpu()
         self.space = self.space.ordered(order)
@@ -143,6 +166,15 @@ class Supernet:
                     index = channel_index(self.order[group.name], cut)
                     found[place] = found[place][index] if place in found else index
         return found
+
+    def expert_orders(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """Of the module of experts of this name: the order of its experts, (experts,) or (groups,
+        experts of one), and of the channels of each, (all experts, channels), as the base model has
+        its experts; None: as they stand."""
+        groups = self.space.mixtures[name][1]
+        orders = (self.order.get(groups[dim].name) if dim in groups else None for dim in OF)
+        experts, channels = orders
+        return experts, channels
 
     def activate(self, sub: SubAdapter, degree: float = 0.0) -> None:
         """Make `sub` the active sub-adapter; only groups that differ are touched. A part `degree`
@@ -174,6 +206,8 @@ class Supernet:
                     size.rows = choice * cut.unit
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
+            for mixture in self._mixtures[name]:
+                mixture.keep(OF[self._dims[name]], choice)
         self.current = sub
         if degree or self.degree:
             self._make_up(degree)

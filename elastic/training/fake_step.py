@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from elastic.adapters.experts import ElasticExperts
 from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.meter import Meter
@@ -22,6 +23,7 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.depth import NUMBERS, running
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
+from elastic.training.fake_experts import one_expert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +44,7 @@ class MicroBatch(NamedTuple):
 
 def rehearse(net: Supernet, sub: SubAdapter, batch: Batch, distill: float = 0.0) -> MicroBatch:
     """As `ElasticTrainer` computes it, after others have left gradients."""
-    with net.active(sub):
+    with net.active(sub), one_expert(net.model):
         kinds = _alike(net.model)
         try:
             few = _train(net, batch, distill, left_out=[name for k in kinds for name in k[FEW:]])
@@ -83,6 +85,8 @@ def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
         if isinstance(module, ElasticLinear):
             size = module.size
             settings |= {"active": (size.rows, size.columns, size.rank)}
+        if isinstance(module, ElasticExperts):
+            settings |= {"active": tuple(module.size.items())}
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors)
         yield name, type(module), tuple(sorted(settings.items(), key=str)), shapes

@@ -35,6 +35,7 @@ from elastic.formats.graphs import MODULES, PACKAGES
 from elastic.latency.weigh import LOADERS
 from elastic.run import as_plain
 from elastic.spaces.dims import DEPTH, DIMS
+from elastic.spaces.mixtures import EXPERT_DIMS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -255,7 +256,7 @@ def literal(kind: type, field: str) -> set[str]:
 def test_literals_equal_registries():
     assert literal(AdapterConfig, "method") == {"auto", *METHODS}
     assert literal(TaskConfig, "name") == set(TASKS)
-    dims = {*DIMS, DEPTH}
+    dims = {*DIMS, *EXPERT_DIMS, DEPTH}
     assert literal(StageConfig, "train_dims") == dims == set(TrainConfig().progressivity)
     assert literal(TrainConfig, "progressivity") == dims
     assert literal(ExportConfig, "formats") == {

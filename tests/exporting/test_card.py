@@ -40,7 +40,8 @@ PROOF = Proof(
     as_torch=True,
 )  # fmt: skip
 MODEL = Model("uniform-0.5", SUB, Accuracy(0.525, 400, [0.476, 0.573]),
-              Cost(90_000_000, 50_000_000), Cost(135_000_000, 100_000_000),
+              Cost(90_000_000, 50_000_000, 90_000_000),
+              Cost(135_000_000, 100_000_000, 135_000_000),
               Compensated())  # fmt: skip
 ORIGIN = {
     "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "method": "lora", "space": "llama.yaml",

@@ -98,7 +98,8 @@ def report(tmp_path) -> Report:
     score = Accuracy(0.5, 80, [0.4, 0.6])
     return Report(
         directory=tmp_path,
-        model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1), Cost(100_000_000, 4),
+        model=Model("small", SubAdapter(()), score, Cost(50_000_000, 1, 50_000_000),
+        Cost(100_000_000, 4, 100_000_000),
                     Compensated(0.5, False, {"0": 2.5, "0.5": 2.25, "sequential": 2.375})),
         config=ExportConfig(), trained=TrainConfig(), formats=formats, origin={}, license=None,
         base_digest="", provenance={},

@@ -54,7 +54,7 @@ def score(monkeypatch):
     def scored(answers: str, rivals, race: float = 0.05) -> tuple[Figures, int]:
         looked.clear()
         monkeypatch.setattr(objective, "evaluate", evaluated)
-        monkeypatch.setattr(objective, "Counter", lambda *_: lambda sub: Cost(1, 1))
+        monkeypatch.setattr(objective, "Counter", lambda *_: lambda sub: Cost(1, 1, 1))
         net = SimpleNamespace(model=None, space=SPACE)
         ask = Objective(
             net, None, range(len(answers)), SearchConfig(race=race), {None: lambda sub: COSTS},

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from elastic.errors import ConfigError
 from elastic.spaces.declared import SearchSpace
+from tests.helpers import mixtures
 from tests.helpers.families import FAMILIES, model_of
 
 SHIPPED = sorted(Path(__file__).parents[2].joinpath("search_spaces").rglob("*.yaml"))
@@ -20,8 +21,13 @@ def test_shipped_spaces_load_bind_and_survive(path):
     space = SearchSpace.load(str(path))
     assert SearchSpace.from_dict(space.as_dict(), space.source) == space
     stem = path.stem.removeprefix("lonas-")
-    [family, *_] = [name for name, (_, own, _) in FAMILIES.items() if stem.startswith(own)]
-    model = bert_base() if path.stem == "lonas-bert" else model_of(family)
+    if path.stem == "lonas-bert":
+        model = bert_base()
+    elif path.stem == "moe":
+        model = mixtures.model_of("mixtral")
+    else:
+        [family, *_] = [name for name, (_, own, _) in FAMILIES.items() if stem.startswith(own)]
+        model = model_of(family)
     bound = space.bind(model, 32)
     assert bound.size == math.prod(len(group.choices) for group in bound)
     layers = {section.blocks: _blocks(model, section.blocks) for section in space.sections}

@@ -1,0 +1,362 @@
+"""Mixtures of experts: where the tensors of all experts of a block lie, and what a choice cuts.
+
+transformers keeps the weights of all experts of a block in tensors with one more axis in front and
+says of their module how they lie: whether (in, out), whether gate and up are halves or take turns,
+whether they have biases. A router beside them has a row for each expert. Nothing here knows a
+family by its name; what lies otherwise is refused in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from elastic.errors import ConfigError
+from elastic.spaces.dims import Cut, GroupSpec, Ranges, Sites
+
+EXPERTS, EXPERT_WIDTH = "experts", "expert_width"
+"""A choice counts the experts that are kept (of routers that choose among groups of them first,
+those of each group), or the channels that every expert keeps."""
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
+"""What modules call the number of experts."""
+CHANNELS = (
+    "intermediate_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "expert_dim",
+    "ffn_dim",
+)
+"""What modules of experts call the width of one."""
+CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+"""What routers, and configurations, call the number of experts that a token is sent to."""
+GROUPS, CHOSEN_GROUPS = ("num_group", "n_group", "num_expert_group"), ("topk_group",)
+"""What routers call the groups that they choose among first, and how many of them they choose."""
+FLAGS = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
+"""What modules of experts say of how their tensors lie."""
+ALIGN = 8
+"""What the width of an expert is a multiple of: 16 bytes, in types of 16 bits."""
+PAIR = 2
+"""Experts of a group that routers look at to rate it, and so have to be there."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one tensor, that a choice of experts or of channels cuts."""
+
+    tensor: str
+    """Its name in the module of experts, or in the router."""
+    of: Literal["experts", "channels"]
+    number: int
+    parts: tuple[int, ...]
+    """What a choice of 1 keeps of each of its parts, one behind another."""
+
+    def kept(self, choice: int, full: int) -> Ranges:
+        """(start, length) of what a choice of `full` keeps of the axis."""
+        return Cut("", "out", sum(self.parts), self.parts).kept(choice, full)
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_parameter: bool = True
+    in_linear: bool = False
+    """Whether a linear layer holds it."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of one block, and what chooses among them."""
+
+    experts: str
+    """Name of the module with tensors (experts, ...)."""
+    router: str | None
+    """Name of the module with a row for each of them; None where none is known."""
+    count: int
+    """Experts in one group of the router's."""
+    groups: int
+    """How many groups: 1 where it chooses among all."""
+    width: int
+    """Channels of an expert."""
+    top_k: int | None
+    """Experts that a token is sent to."""
+    tensors: tuple[Held, ...]
+    """All of the module of experts."""
+    rows: tuple[Held, ...]
+    """Those of the router that have something for each expert."""
+    axes: tuple[Axis, ...]
+    """Of the tensors of experts."""
+    router_axes: tuple[Axis, ...]
+    counted: tuple[tuple[str, str], ...]
+    """Modules and their attributes that say how many experts there are, in all groups."""
+    measured: tuple[tuple[str, str], ...]
+    """Those that say how wide one is."""
+    down: str = "down_proj"
+    """The tensor that reads the channels."""
+    least: int = 1
+    """Experts that a group must have."""
+
+    @property
+    def all_experts(self) -> int:
+        return self.count * self.groups
+
+    def elements(
+        self, experts: int | None = None, channels: int | None = None, *, linear: bool = True
+    ) -> Elements:
+        """Of so many experts of each group, and channels of each of them; all, unless given.
+        Without `linear`, those of linear layers of the router are left out."""
+        kept = {
+            "experts": self.count if experts is None else experts,
+            "channels": self.width if channels is None else channels,
+        }
+        matrices = vectors = router = router_matrices = 0
+        for tensor in self.tensors:
+            number = math.prod(_left(tensor, self.axes, kept))
+            matrices += number * (len(tensor.shape) == 3)
+            vectors += number * (len(tensor.shape) < 3)
+        for tensor in self.rows:
+            if tensor.is_parameter and (linear or not tensor.in_linear):
+                number = math.prod(_left(tensor, self.router_axes, kept))
+                router += number
+                router_matrices += number * (len(tensor.shape) == 2)
+        return Elements(matrices, vectors, router, router_matrices)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """How many numbers a mixture holds."""
+
+    matrices: int
+    """In the matrices of all its experts."""
+    vectors: int
+    """In their biases."""
+    router: int
+    """In the parameters of what chooses among them that have something for each."""
+    router_matrices: int
+    """In those of them that are matrices."""
+
+
+def _left(tensor: Held, axes: tuple[Axis, ...], kept: dict[str, int]) -> list[int]:
+    left = list(tensor.shape)
+    for axis in axes:
+        if axis.tensor == tensor.name:
+            left[axis.number] = kept[axis.of] * sum(axis.parts)
+    return left
+
+
+def core(module: nn.Module) -> Any:
+    """The module itself, or the one inside of ours around it."""
+    return getattr(module, "base", module)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it holds the weights of all experts of a block, as transformers lays them out."""
+    tensors = dict(module.named_parameters(recurse=False))
+    return all(hasattr(module, flag) for flag in FLAGS) and any(
+        tensor.dim() == 3 for tensor in tensors.values()
+    )
+
+
+def mixtures(model: nn.Module) -> Iterator[Mixture]:
+    """Every mixture of a model whose layout is known, by the order of its modules."""
+    for name, module in model.named_modules():
+        if name.endswith(".base"):  # of ours, which has been told
+            continue
+        if is_experts(core(module)) and why_not(core(module)) is None:
+            yield mixture_at(model, name)
+
+
+def mixture_at(model: nn.Module, name: str) -> Mixture:
+    """The one whose module of experts has this name; ConfigError for tensors of another layout."""
+    experts = core(model.get_submodule(name))
+    reason = why_not(experts)
+    if reason:
+        raise ConfigError(f"{name}: {reason}")
+    tensors = dict(experts.named_parameters(recurse=False))
+    number, width = _sizes(experts)
+    above = name.rpartition(".")[0]
+    found = _router(model, above, name, number)
+    router, rows = found or (None, ())
+    where: list[nn.Module] = [core(model.get_submodule(each)) for each in (router, above) if each]
+    groups, least = 1, 1
+    top_k = _first(where, CHOSEN) or _first([_config(model)], CHOSEN)
+    if router is not None:
+        groups = _first(where, GROUPS) or 1
+        chosen = _first(where, CHOSEN_GROUPS) or 1
+        least = top_k or 1
+        if groups > 1:
+            least = max(PAIR, -(-least // chosen))
+    each = (1,) * groups
+    axes = tuple(_axes(experts, each))
+    router_axes = tuple(Axis(row.name, "experts", row.shape.index(number), each) for row in rows)
+    places = [each for each in (name, router, above) if each]
+    return Mixture(
+        experts=name,
+        router=router,
+        count=number // groups,
+        groups=groups,
+        width=width,
+        top_k=top_k,
+        tensors=tuple(Held(key, tuple(tensor.shape)) for key, tensor in tensors.items()),
+        rows=rows,
+        axes=axes,
+        router_axes=router_axes,
+        counted=tuple(_saying(model, places, COUNTS, number)),
+        measured=tuple(_saying(model, [name], CHANNELS, width)),
+        least=least,
+    )
+
+
+def why_not(experts: nn.Module) -> str | None:
+    """Why the tensors of a module are not cut; None if they are."""
+    kind, known = type(experts).__name__, dict(experts.named_parameters(recurse=False))
+    if not is_experts(experts):
+        return (
+            f"{kind} does not hold the weights of its experts as transformers lays them out for "
+            "all of them (tensors of three axes that say whether they are transposed)"
+        )
+    if getattr(experts, "_is_expert_parallel", False):
+        return f"the experts of {kind} are spread over devices"
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    names = {up, "down_proj", *((f"{up}_bias", "down_proj_bias") if experts.has_bias else ())}
+    if set(known) != names:
+        strange = ", ".join(sorted(names.symmetric_difference(known)))
+        return f"{kind} holds other tensors than its experts' usual ones: {strange}"
+    if getattr(experts, "has_post_expert_norm", False):
+        return f"{kind} has a norm behind each of its experts"
+    return None
+
+
+def _sizes(experts: Any) -> tuple[int, int]:
+    """Experts and channels of each."""
+    shape = experts.down_proj.shape
+    return shape[0], shape[1 if experts.is_transposed else 2]
+
+
+def _axes(experts: Any, each: tuple[int, ...]) -> Iterator[Axis]:
+    out, into = (2, 1) if experts.is_transposed else (1, 2)
+    parts = (1,)
+    if experts.has_gate:  # side by side, or one half behind the other
+        parts = (1, 1) if experts.is_concatenated else (2,)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    for name, tensor in experts.named_parameters(recurse=False):
+        yield Axis(name, "experts", 0, each)
+        if name == up:
+            yield Axis(name, "channels", out, parts)
+        elif name == f"{up}_bias":
+            yield Axis(name, "channels", 1, parts)
+        elif name == "down_proj":
+            yield Axis(name, "channels", into, (1,))
+        else:
+            assert tensor.dim() == 2, name
+
+
+def _router(
+    model: nn.Module, above: str, experts: str, number: int
+) -> tuple[str, tuple[Held, ...]] | None:
+    """Name of what has a row for every expert beside them, and its tensors that do; None if that
+    cannot be told."""
+    parent = model.get_submodule(above)
+    if any(number in row.shape for row in _held(parent, recurse=False)):
+        return None  # the block itself has something for each expert
+    found = []
+    for key, module in parent.named_children():
+        child = f"{above}.{key}" if above else key
+        if child == experts or not ("gate" in key or "router" in key):
+            continue
+        rows = tuple(row for row in _held(core(module)) if number in row.shape)
+        if any(len(row.shape) == 2 and row.shape[0] == number for row in rows):
+            found.append((child, rows))
+    if len(found) != 1 or any(row.shape.count(number) > 1 for row in found[0][1]):
+        return None
+    return found[0]
+
+
+def _held(module: nn.Module, *, recurse: bool = True) -> list[Held]:
+    """Its tensors."""
+    linear = {
+        f"{name}.{leaf}" if name else leaf
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        for leaf in ("weight", "bias")
+    }
+    parameters = dict(module.named_parameters(recurse=recurse))
+    buffers = dict(module.named_buffers(recurse=recurse))
+    return [
+        Held(name, tuple(tensor.shape), name in parameters, name in linear)
+        for name, tensor in {**parameters, **buffers}.items()
+    ]
+
+
+def _config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _first(places: list[Any], names: tuple[str, ...]) -> int | None:
+    """The first whole number that one of them has by one of the names."""
+    values = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in values if type(value) is int), None)
+
+
+def _saying(
+    model: nn.Module, places: list[str], names: tuple[str, ...], value: int
+) -> Iterator[tuple[str, str]]:
+    for place in places:
+        module = core(model.get_submodule(place))
+        for name in names:
+            if vars(module).get(name) == value:
+                yield place, name
+
+
+def experts(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+    """How many experts of each block are kept, with the router's rows for them. ConfigError where
+    what chooses among them is not known."""
+    found = _all(model, block, spec)
+    for mixture in found:
+        if mixture.router is None or mixture.top_k is None:
+            raise ConfigError(
+                f"group {spec.name!r}: what sends tokens to {mixture.experts} is no module beside "
+                "it with a row for each expert, so none can be left out; declare "
+                f"`dim: {EXPERT_WIDTH}` instead"
+            )
+    full = _one(spec, {mixture.experts: mixture.count for mixture in found})
+    least = max(mixture.least for mixture in found)
+    return Sites(full, (), mixtures=found, least=least)
+
+
+def expert_width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+    """How many channels every expert of a block keeps, of each its own most important ones."""
+    found = _all(model, block, spec)
+    return Sites(_one(spec, {m.experts: m.width for m in found}), (), mixtures=found)
+
+
+def _all(model: nn.Module, block: str, spec: GroupSpec) -> tuple[Mixture, ...]:
+    found = []
+    names = {name for name, _ in model.named_modules()}
+    for each in spec.of:
+        name = f"{block}.{each}"
+        if name not in names:
+            raise ConfigError(f"group {spec.name!r}: {name!r} is no module of the model")
+        try:
+            found.append(mixture_at(model, name))
+        except ConfigError as error:
+            raise ConfigError(f"group {spec.name!r}: {error}") from None
+    return tuple(found)
+
+
+def _one(spec: GroupSpec, sizes: dict[str, int]) -> int:
+    if len(set(sizes.values())) != 1:
+        found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(f"group {spec.name!r}: modules of one choice differ in size: {found}")
+    return next(iter(sizes.values()))
+
+
+EXPERT_DIMS = {EXPERTS: experts, EXPERT_WIDTH: expert_width}
+"""Those that cut mixtures of experts; the others are in `elastic.spaces.dims`."""
