@@ -221,8 +221,6 @@ def why_not(experts: nn.Module) -> str | None:
             f"{kind} does not hold the weights of its experts as transformers lays them out for "
             "all of them (tensors of three axes that say whether they are transposed)"
         )
-    if getattr(experts, "_is_expert_parallel", False):
-        return f"the experts of {kind} are spread over devices"
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     names = {up, "down_proj", *((f"{up}_bias", "down_proj_bias") if experts.has_bias else ())}
     if set(known) != names:

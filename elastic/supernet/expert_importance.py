@@ -87,8 +87,8 @@ def _by_group(scores: Tensor, mixture: Mixture) -> Tensor:
 def experts_watched(
     net: Supernet, group: Group, tell: Callable[[Tensor], None], starts: Sequence[Tensor]
 ) -> Iterator[RemovableHandle]:
-    """Hooks that tell the products (examples, tokens, hidden) of gradients and what would be gone of
-    the experts with this group at its smallest choice; the last of `starts` has the batch in
+    """Hooks that tell the products (examples, tokens, hidden) of gradients and what would be gone
+    of the experts with this group at its smallest choice; the last of `starts` has the batch in
     front."""
     for mixture in group.mixtures:
         layers = net.mixtures[mixture.experts]
