@@ -40,6 +40,7 @@ def expose(model: ModelProto) -> list[str]:
 
     graph = model.graph
     weights = initializers(model)
+    _skip_idle_casts(model, weights)
     readers = _readers(model)
     tied, folded = [], []
     for name, tensor in weights.items():
@@ -223,6 +224,22 @@ def attributes_of(node: NodeProto) -> dict:
 def _axis(node: NodeProto) -> int:
     """The axis of a matrix that has scales of its own, 0 or 1."""
     return attributes_of(node).get("axis", 1) % 2
+
+
+def _skip_idle_casts(model: ModelProto, weights: Mapping[str, TensorProto]) -> None:
+    """Let what reads a weight by way of a cast to the type that it has read the weight itself, as
+    DeepSeek's routers do."""
+    idle = {
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "Cast"
+        and node.input[0] in weights
+        and attributes_of(node).get("to") == weights[node.input[0]].data_type
+    }
+    for node in model.graph.node:
+        node.input[:] = [idle[name].input[0] if name in idle else name for name in node.input]
+    for node in idle.values():
+        model.graph.node.remove(node)
 
 
 def _turns(node: NodeProto) -> bool:

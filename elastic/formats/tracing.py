@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from elastic.console import busy
 from elastic.errors import ConfigError, ExportError, MissingExtra
+from elastic.formats.traced_experts import written_out
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -88,7 +89,7 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
     model.set_attn_implementation("eager")
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), written_out(model):
             yield
     finally:
         model.train(training)

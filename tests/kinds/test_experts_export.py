@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
-from elastic.formats import hf
+from elastic.formats import hf, onnx, onnx_compressed, openvino
+from elastic.formats.compression import compress
+from elastic.formats.rounding import round_
+from elastic.formats.runner import TorchRunner, runner_of
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import compact
+from tests.helpers import tiny
+from tests.helpers.clock import drive
 from tests.helpers.families import output
+from tests.helpers.graphs import ROUNDED_TOLERANCE, Written, graph_runner
 from tests.helpers.laws import close
 from tests.helpers.mixtures import FAMILIES, net_of
 
@@ -31,3 +40,42 @@ def test_a_written_model_is_the_same_function(family, tmp_path):
         close(output(again), output(model), 1e-10)
         plain = not (folder / hf.CODE).exists()
         assert plain is (number == 0 and family not in SHARED)
+
+
+def cut_model(family: str):
+    net = net_of(family, dtype=torch.float32)
+    model = compact(net, net.space.heuristic())
+    model.config.use_cache = True
+    return model
+
+
+GRAPHS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "gpt-oss")) for name in FAMILIES]
+"""`slow` has all but one."""
+
+
+@pytest.mark.parametrize("family", GRAPHS)
+def test_every_runtime_computes_the_same(family, tmp_path):
+    model, ids = cut_model(family), tiny.tokens(2, 9).numpy()
+    modules = dict(model.named_modules())
+    expected = drive(TorchRunner(model), ids, 5)
+    graph = onnx.write(model, tmp_path)
+    assert dict(model.named_modules()) == modules
+    for runner in (onnx.OnnxRunner(graph),
+                   openvino.OpenVINORunner(openvino.write(graph, tmp_path))):  # fmt: skip
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(drive(runner, ids, 5), expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("family", GRAPHS)
+def test_a_compressed_graph_answers_as_the_rounded_model(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_compressed, "ACCURACY_LEVEL", 0)
+    model = cut_model(family)
+    written = Written(model, tmp_path)
+    for kind, mode in (("onnx", "int8"), ("openvino", "int4")):
+        found = compress(written.paths[kind], tmp_path / kind, mode)
+        logits = written.logits(graph_runner(found.path, exact=True))
+        near = runner_of(round_(copy.deepcopy(model), mode, kind))
+        atol = ROUNDED_TOLERANCE * abs(logits).max()
+        np.testing.assert_allclose(written.logits(near), logits, rtol=0, atol=atol)
+        assert abs(written.logits(runner_of(model)) - logits).max() > 10 * atol
+        assert sum("experts." in name for name in found.weights) >= 2 * 2 * 4
