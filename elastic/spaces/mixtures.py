@@ -150,6 +150,29 @@ def _left(tensor: Held, axes: tuple[Axis, ...], kept: dict[str, int]) -> list[in
     return left
 
 
+SHARES = [1.0, 0.875, 0.75, 0.625, 0.5]
+"""Of experts, and of their widths, where nobody says what to choose from."""
+
+
+def groups_of(block: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a section on such blocks declares of their mixtures, by group; those of which nothing
+    but one size would be left are not told apart here."""
+    found = list(mixtures(block))
+    groups: dict[str, dict[str, Any]] = {}
+    for number, each in enumerate(found):
+        suffix = f"_{number}" if len(found) > 1 else ""
+        declared = {"of": [each.experts], "choices": SHARES}
+        if each.router is not None and each.top_k is not None:
+            groups[f"{EXPERTS}{suffix}"] = {"dim": EXPERTS, **declared}
+        groups[f"{EXPERT_WIDTH}{suffix}"] = {"dim": EXPERT_WIDTH, **declared, "align": ALIGN}
+    return groups
+
+
+def routers_of(block: nn.Module) -> tuple[str, ...]:
+    """How the names of whatever is in a router of the block begin."""
+    return tuple(f"{each.router}." for each in mixtures(block) if each.router is not None)
+
+
 def core(module: nn.Module) -> Any:
     """The module itself, or the one inside of ours around it."""
     return getattr(module, "base", module)

@@ -26,6 +26,7 @@ from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.spaces.dims import FIXED_HEADS, head_size_of
+from elastic.spaces.mixtures import groups_of, mixtures, routers_of
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -104,9 +105,10 @@ def discover(model: PreTrainedModel) -> SearchSpace:
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
             "search space (see search_spaces/)"
         )
-    if experts := _experts(model):
-        say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
-            "linear layers")  # fmt: skip
+    known = {re.sub(r"\.\d+", ".*", each.experts) for each in mixtures(model)}
+    for name in _experts(model):
+        cut = "not adapted" if name in known else "neither adapted nor cut"
+        say(f"Space auto: {name} are {cut}; their weights are no linear layers")
     declared = [_tried(model, section, runs=used is not None) for section in sections]
     return SearchSpace.from_dict(declared, "space auto")
 
@@ -121,8 +123,10 @@ def _sections(model: nn.Module, used: set[str] | None) -> Iterator[dict[str, Any
         linears = [_linears(block) for block in blocks]
         kinds = {tuple(sorted(each.items())) for each in linears}
         if len(kinds) == 1 and len(blocks) > 1:
+            routers = routers_of(blocks[0])  # they are cut with the experts
             known = {n: shape for n, shape in linears[0].items()
-                     if used is None or f"{name}.0.{n}" in used}  # fmt: skip
+                     if (used is None or f"{name}.0.{n}" in used)
+                     and not f"{n}.".startswith(routers)}  # fmt: skip
             yield _section(f"{name}.*", blocks[0], known)
 
 
@@ -165,7 +169,8 @@ def _section(pattern: str, block: nn.Module, linears: Mapping[str, Shape]) -> di
             groups[f"heads{suffix}"] = {
                 "dim": "heads", "outputs": reading, "inputs": [out], "choices": HEADS
             }  # fmt: skip
-    if not groups and linears:
+    groups |= groups_of(block)
+    if not adapted and linears:
         groups["rank"] = {"dim": "rank", "of": list(linears), "choices": RANKS}
         adapted |= set(linears)
     return {"blocks": pattern, "adapt": [n for n in linears if n in adapted], "groups": groups}

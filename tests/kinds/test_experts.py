@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.errors import ConfigError, RunError
+from elastic.models.modules import plain_linear
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.discovery import discover
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
 from elastic.supernet.routed import channels
@@ -248,3 +250,25 @@ def test_what_cannot_be_cut_is_refused_in_words():
     with pytest.raises(ConfigError, match="does not hold the weights of its experts"):
         bound([1.0], of="mlp")
     assert [group.choices for group in bound([1.0, 0.1])] == [(6, 2)] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_space_auto_finds_them(family):
+    model = model_of(family, torch.float32)
+    space = discover(model)
+    dims = [group.dim for group in space.bind(model, 4)]
+    assert dims.count("experts") == dims.count("expert_width") == 2
+    again = SearchSpace.from_dict(space.as_dict())
+    assert again.sections == space.sections
+
+
+def test_a_router_is_not_adapted():
+    router = FAMILIES["granite-moe"][1].replace("experts", "router")
+    model = model_of("granite-moe", torch.float32)
+    layer = plain_linear(model.model.layers[0].block_sparse_moe.router.weight, None)
+    model.model.layers[0].block_sparse_moe.router.inner = layer
+    model.model.layers[0].block_sparse_moe.router.weight = None
+    groups = {"some": {"dim": "experts", "of": [FAMILIES["granite-moe"][1]], "choices": [4]}}
+    space = {"blocks": "model.layers.0", "adapt": [f"{router}.inner"], "groups": groups}
+    with pytest.raises(ConfigError, match=r"chooses among the experts .* leave it out of adapt"):
+        SearchSpace.from_dict(space).bind(model, 4)
