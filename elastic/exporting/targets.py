@@ -25,11 +25,11 @@ from elastic.formats import (
     nemotron_nas,
     onnx,
     openvino,
+    padding,
     peft,
     slices,
 )
 from elastic.formats.compression import MODES, calibration_inputs
-from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
 from elastic.latency.runtime import timed_runner
 from elastic.latency.weigh import Load
@@ -98,7 +98,10 @@ class Hf(_AsStored):
 
     def why_not(self, source: Source) -> str | None:
         model = source.models["compact"]
-        reason = None if source.config.hf.padded else hf.why_not(model)
+        if source.config.hf.padded:
+            reason = padding.why_not(source.net.space, source.net.space.check(source.sub))
+        else:
+            reason = hf.why_not(model)
         return reason or hf.why_not_untied(model)
 
     def why_whole_vocabulary(self, source: Source) -> str | None:
@@ -116,7 +119,7 @@ class Hf(_AsStored):
     def _model(self, source: Source, which: Which) -> PreTrainedModel:
         model = source.models[which]
         if which == "compact" and source.config.hf.padded:
-            return padded(model, source.net.space, source.sub)
+            return padding.padded(model, source.net.space, source.sub)
         return model
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
@@ -371,8 +374,8 @@ class NemotronNas(Format):
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         model = source.models["compact"]
-        padding = dataclasses.asdict(nemotron_nas.padding(model))
-        return {"padding": padding, "pipelines": nemotron_nas.cannot(model)}
+        filled = dataclasses.asdict(nemotron_nas.padding(model))
+        return {"padding": filled, "pipelines": nemotron_nas.cannot(model)}
 
 
 FORMATS: dict[str, Format] = {

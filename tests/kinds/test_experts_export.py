@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.formats import hf, onnx, onnx_compressed, openvino
+from elastic.formats import gguf, hf, nemotron_nas, onnx, onnx_compressed, openvino, padding, peft
 from elastic.formats.compression import compress
 from elastic.formats.rounding import round_
 from elastic.formats.runner import TorchRunner, runner_of
 from elastic.spaces.bound import SubAdapter
+from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from tests.helpers import tiny
 from tests.helpers.clock import drive
@@ -79,3 +80,40 @@ def test_a_compressed_graph_answers_as_the_rounded_model(family, tmp_path, monke
         np.testing.assert_allclose(written.logits(near), logits, rtol=0, atol=atol)
         assert abs(written.logits(runner_of(model)) - logits).max() > 10 * atol
         assert sum("experts." in name for name in found.weights) >= 2 * 2 * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_different_widths_are_filled_up_with_zeros(family):
+    net = net_of(family)
+    choices = {g.name: g.choices[-1 if ".0." in g.name else -2] for g in net.space}
+    mixed = SubAdapter(tuple(choices.items()))
+    assert "an expert of zeros would be chosen" in padding.why_not(net.space, mixed)
+    one = {g.name: g.choices[-1] for g in net.space if g.dim == "experts"}
+    mixed = SubAdapter(tuple((choices | one).items()))
+    assert padding.why_not(net.space, mixed) is None
+    small = compact(net, mixed)
+    wider = padding.padded(small, net.space, mixed)
+    assert hf.is_plain(wider) and not hf.is_plain(small)
+    close(output(wider), output(small), 1e-10)
+
+
+def test_the_nearest_of_one_size_is_of_one_size_for_all_experts():
+    net = net_of("mixtral")
+    choices = {g.name: g.choices[-1 if ".0." in g.name else 0] for g in net.space}
+    near = nearest_uniform(net.space, SubAdapter(tuple(choices.items()))).as_dict()
+    sizes = [
+        {near[f"model.layers.{n}.{dim}"] for n in range(2)} for dim in ("experts", "expert_width")
+    ]
+    assert sizes == [
+        {6},
+        {16},
+    ]  # 3 x 8 and 6 x 24: 6 x 32 is nearer than 4 x 32, 9 x 16 than 9 x 24
+    assert hf.is_plain(compact(net, SubAdapter(tuple(near.items()))))
+
+
+def test_what_has_no_words_for_them_says_so():
+    net = net_of("mixtral", dtype=torch.float32)
+    assert "cut the base model itself" in peft.why_not(net, net.space.minimal())
+    assert peft.why_not(net, net.space.maximal()) is None
+    assert "MixtralForCausalLM is not written as GGUF" in gguf.why_not(net.model)
+    assert "no model of Llama's layers" in nemotron_nas.why_not(net.model)

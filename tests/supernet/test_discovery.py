@@ -122,7 +122,8 @@ def test_experts_hide_no_heads_in_any_type(dtype, capsys):
     """Their usual kernel takes one type alone where there is no data; what is left is told."""
     model = mixtral().to(dtype)
     [section] = discover(model).sections
-    assert [spec.name for spec in section.groups] == ["attention_rank", "heads", "experts", "expert_width"]
+    names = [spec.name for spec in section.groups]
+    assert names == ["attention_rank", "heads", "experts", "expert_width"]
     said = " ".join(capsys.readouterr().err.split())
     assert "model.layers.*.mlp.experts are not adapted" in said
 
