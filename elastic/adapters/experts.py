@@ -7,7 +7,8 @@ gate and up lie one half behind the other, fewer channels of both are no view, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from elastic.spaces.dims import Cut, Ranges, channel_index
-from elastic.spaces.mixtures import Axis, Mixture
+from elastic.spaces.mixtures import DOWN, Axis, Mixture, core
+
+
+@dataclass
+class ExpertSize:
+    """What is active of a mixture."""
+
+    experts: int
+    """Of every group of the router's."""
+    channels: int
+    """Of each expert."""
+    solution: Callable[[int], Tensor | None] | None = None
+    """By the place of an expert, (cut channels, active channels): the active ones take over so much
+    of each cut one, times the degree, to make up for it; None: nothing."""
+    degree: float = 0.0
+    made: tuple[Any, ...] = field(default=(None, None, None), compare=False, repr=False)
+    """The tensor that was made up for last, at which size, and what is active of it."""
+
+    def __deepcopy__(self, memo: Any) -> ExpertSize:
+        """A copied model asks the same for solutions."""
+        return replace(self)
 
 
 class ElasticExperts(nn.Module):
@@ -24,18 +45,12 @@ class ElasticExperts(nn.Module):
     What its code does not find here is the module's own, tensors as they are active.
     """
 
-    def __init__(self, base: nn.Module, axes: Sequence[Axis], full: Mapping[str, int]) -> None:
-        """`full`: the largest choice of experts and of channels."""
+    def __init__(self, base: nn.Module, axes: Sequence[Axis], full: ExpertSize) -> None:
         super().__init__()
         self.base = base
         self.axes = tuple(axes)
-        self.full = dict(full)
-        self.size = dict(full)
-        """What is active: `experts` of every group, and `channels` of each."""
-        self.made_up: Tensor | None = None
-        """(experts, cut channels, active channels): the active ones of an expert take over so much
-        of each cut one, times the degree, to make up for it; None: nothing."""
-        self.degree = 0.0
+        self.full = full
+        self.size = replace(full)
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -47,24 +62,60 @@ class ElasticExperts(nn.Module):
 
     @property
     def is_whole(self) -> bool:
-        return self.size == self.full
+        """Whether all of it is active."""
+        size, full = self.size, self.full
+        return size.experts == full.experts and size.channels == full.channels
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are cut, in full."""
         return {name: _tensor(self.base, name) for name in {axis.tensor: 0 for axis in self.axes}}
 
-    def cut(self, name: str, tensor: Tensor, size: Mapping[str, int] | None = None) -> Tensor:
+    def cut(self, name: str, tensor: Tensor, size: ExpertSize | None = None) -> Tensor:
         """What is active, or is at this size, of a tensor of this name: a view where it can be."""
         size = size or self.size
+        if name == DOWN and size.solution and size.channels < self.full.channels:
+            return self._made_up(tensor, size)
         for axis in self.axes:
             if axis.tensor == name:
-                left = axis.kept(size[axis.of], self.full[axis.of])
+                left = axis.kept(getattr(size, axis.of), getattr(self.full, axis.of))
                 tensor = leading(tensor, axis.number, left)
         return tensor
 
+    def _made_up(self, tensor: Tensor, size: ExpertSize) -> Tensor:
+        """The active part of what reads the channels, with what it takes over of the others; summed
+        in float32 or wider."""
+        experts, channels = (next(a for a in self.axes if a.tensor == DOWN and a.of == of)
+                             for of in ("experts", "channels"))  # fmt: skip
+        left = experts.kept(size.experts, self.full.experts)
+        places = [place for start, length in left for place in range(start, start + length)]
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        active = torch.empty(0)
+        for at, place in enumerate(places):
+            one = tensor[place].T if channels.number == 1 else tensor[place]
+            kept = one[:, : size.channels].to(wide)
+            assert size.solution is not None
+            solved = size.solution(place)
+            if solved is not None:
+                behind = one[:, size.channels :].to(wide)
+                kept = torch.addmm(kept, behind, solved.to(kept), alpha=size.degree)
+            kept = (kept.T if channels.number == 1 else kept).to(tensor.dtype)
+            active = kept.new_empty(len(places), *kept.shape) if not at else active
+            active[at] = kept
+        return active
+
     def active(self) -> dict[str, Tensor]:
         """Those that are cut, as they are active."""
-        return {name: self.cut(name, tensor) for name, tensor in self.tensors().items()}
+        found = {}
+        for name, tensor in self.tensors().items():
+            if name == DOWN and self.size.solution:
+                owner, size, made_up = self.size.made
+                if owner is not tensor or size != self.size:
+                    made_up = self.cut(name, tensor)
+                    self.size.made = tensor, replace(self.size), made_up
+                found[name] = made_up
+            else:
+                found[name] = self.cut(name, tensor)
+        return found
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         if self.is_whole:
@@ -78,8 +129,9 @@ class MixtureLayers:
     def __init__(self, model: nn.Module, mixture: Mixture) -> None:
         """Puts them around the model's, in place."""
         self.mixture = mixture
-        full = {"experts": mixture.count, "channels": mixture.width}
-        self.experts = ElasticExperts(model.get_submodule(mixture.experts), mixture.axes, full)
+        full = ExpertSize(mixture.count, mixture.width)
+        base = model.get_submodule(mixture.experts)
+        self.experts = ElasticExperts(base, mixture.axes, full)
         self.modules = {mixture.experts: self.experts}
         model.set_submodule(mixture.experts, self.experts)
         self.router: ElasticExperts | None = None
@@ -88,7 +140,7 @@ class MixtureLayers:
             self.router = ElasticExperts(router, mixture.router_axes, full)
             self.modules[mixture.router] = self.router
             model.set_submodule(mixture.router, self.router)
-        self._says = {
+        self._says: dict[str, list[tuple[nn.Module, str]]] = {
             "experts": [(_owner(model, name), key) for name, key in mixture.counted],
             "channels": [(_owner(model, name), key) for name, key in mixture.measured],
         }
@@ -96,10 +148,17 @@ class MixtureLayers:
     def keep(self, of: str, choice: int) -> None:
         """Make so many experts (of every group), or channels of each, active."""
         for module in self.modules.values():
-            module.size[of] = choice
+            setattr(module.size, of, choice)
         number = choice * (self.mixture.groups if of == "experts" else 1)
-        for module, name in self._says[of]:
-            setattr(module, name, number)
+        for owner, name in self._says[of]:
+            setattr(owner, name, number)
+
+    def make_up(self, solution: Callable[[int], Tensor | None] | None, degree: float) -> None:
+        """Let the channels of every expert take over so much of those that are cut."""
+        size = self.experts.size
+        size.solution, size.degree = solution, degree
+        if solution is None:
+            size.made = (None, None, None)
 
     @torch.no_grad()
     def reorder(self, experts: Tensor | None, channels: Tensor | None) -> None:
@@ -160,5 +219,5 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
-    module = model.get_submodule(name)
-    return module.base if isinstance(module, ElasticExperts) else module
+    owner: nn.Module = core(model.get_submodule(name))
+    return owner

@@ -37,6 +37,8 @@ GROUPS, CHOSEN_GROUPS = ("num_group", "n_group", "num_expert_group"), ("topk_gro
 """What routers call the groups that they choose among first, and how many of them they choose."""
 FLAGS = ("is_transposed", "is_concatenated", "has_gate", "has_bias")
 """What modules of experts say of how their tensors lie."""
+DOWN = "down_proj"
+"""The tensor of all experts that reads their channels."""
 ALIGN = 8
 """What the width of an expert is a multiple of: 16 bytes, in types of 16 bits."""
 PAIR = 2
@@ -97,8 +99,6 @@ class Mixture:
     """Modules and their attributes that say how many experts there are, in all groups."""
     measured: tuple[tuple[str, str], ...]
     """Those that say how wide one is."""
-    down: str = "down_proj"
-    """The tensor that reads the channels."""
     least: int = 1
     """Experts that a group must have."""
 
@@ -262,7 +262,7 @@ def _sizes(experts: Any) -> tuple[int, int]:
 
 def _axes(experts: Any, each: tuple[int, ...]) -> Iterator[Axis]:
     out, into = (2, 1) if experts.is_transposed else (1, 2)
-    parts = (1,)
+    parts: tuple[int, ...] = (1,)
     if experts.has_gate:  # side by side, or one half behind the other
         parts = (1, 1) if experts.is_concatenated else (2,)
     up = "gate_up_proj" if experts.has_gate else "up_proj"

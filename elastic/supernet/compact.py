@@ -46,9 +46,9 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
                 A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
                 small = FactorLinear(weight, bias, A, B)
             model.set_submodule(site, small)
-        for site, layer in list(modules_of(model, ElasticExperts)):
+        for site, experts in list(modules_of(model, ElasticExperts)):
             if not site.startswith(left_out):
-                model.set_submodule(site, _plain_experts(layer))
+                model.set_submodule(site, _plain_experts(experts))
     return net.cut_vocabulary_(dequantise_(settle_(model)), sub).eval()
 
 

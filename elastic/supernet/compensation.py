@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from elastic.spaces.dims import common
+from elastic.spaces.mixtures import EXPERT_WIDTH
+from elastic.supernet.routed import widths_of
 
 if TYPE_CHECKING:
     from elastic.spaces.bound import BoundSpace
@@ -109,15 +111,22 @@ class Footprint:
 def footprint(space: BoundSpace, columns: Mapping[str, int], room: float) -> Footprint:
     """Of the layers with so many columns, at most `room` bytes of moments in one pass."""
     saved = sums = solutions = 0
-    for site in space.reading:
-        n = columns[site]
+    widths = {site: columns[site] for site in space.reading} | widths_of(space)
+    for site, n in widths.items():
         saved += 4 * n + n * (n - 1)  # float32, and half of a matrix in float16
         sums += 4 * n * n
-        cuts = space.axes[site, "in"]
-        for choices in itertools.product(*(group.choices for group, _ in cuts)):
-            chosen = zip(cuts, choices, strict=True)
-            ranges = (cut.kept(choice, group.choices[0]) for (group, cut), choice in chosen)
-            kept = sum(length for _, length in functools.reduce(common, ranges))
-            solutions += 4 * kept * (n - kept)
-    largest = max((4 * columns[site] ** 2 for site in space.reading), default=0)
+        solutions += 4 * sum(kept * (n - kept) for kept in _kept(space, site))
+    largest = max((4 * n**2 for n in widths.values()), default=0)
     return Footprint(saved, min(sums, max(int(room), largest)), solutions)
+
+
+def _kept(space: BoundSpace, site: str) -> Iterator[int]:
+    """How many columns of a layer, or channels of an expert, any choices keep."""
+    if (site, "in") not in space.axes:
+        yield from space.mixtures[site.rpartition(".")[0]][1][EXPERT_WIDTH].choices
+        return
+    cuts = space.axes[site, "in"]
+    for choices in itertools.product(*(group.choices for group, _ in cuts)):
+        chosen = zip(cuts, choices, strict=True)
+        ranges = (cut.kept(choice, group.choices[0]) for (group, cut), choice in chosen)
+        yield sum(length for _, length in functools.reduce(common, ranges))

@@ -115,8 +115,12 @@ class Counter:
         for mixture, experts, channels in self.mixtures:
             if not mixture.experts.startswith(gone):
                 whole = _of_experts(mixture, linear=True)
-                sizes = (group and chosen[group.name] for group in (experts, channels))
-                left = _of_experts(mixture, *sizes, linear=True)
+                left = _of_experts(
+                    mixture,
+                    chosen[experts.name] if experts else None,
+                    chosen[channels.name] if channels else None,
+                    linear=True,
+                )
                 less.append(_less(whole, left))
         return functools.reduce(_less, less, self.full)
 

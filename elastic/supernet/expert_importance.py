@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ def _lost(layers: MixtureLayers, group: Group, given: tuple[Tensor, Tensor, Tens
     if group.dim == EXPERTS:  # the last ones of every group are gone
         gone = chosen % mixture.count >= least
         return module.base.forward(hidden, chosen, weights * gone)
-    size = {**module.full, "channels": least}
+    size = replace(module.full, channels=least)
     small = {name: module.cut(name, tensor, size) for name, tensor in module.tensors().items()}
     whole = module.base.forward(hidden, chosen, weights)
     return whole - functional_call(module.base, small, (hidden, chosen, weights))

@@ -28,6 +28,7 @@ from elastic.supernet.compact import compact
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.examples import task_of
 from elastic.supernet.moments import calibrated, save
+from elastic.supernet.routed import widths_of
 from elastic.supernet.sequential import can_fit, fit_
 from elastic.supernet.store import MOMENTS, saved_compensation
 
@@ -114,7 +115,7 @@ class HeldOut:
             net.compensation = None
             return held_out
         net.compensation = net.compensation or saved_compensation(run.super_adapter, net)
-        if net.compensation is None and net.space.reading:
+        if net.compensation is None and (net.space.reading or widths_of(net.space)):
             examples = task.train[: trained.compensation_examples]
             encoded, pad = encode_all(tokenizer, examples, net.model), tokenizer.pad_token_id
             found = calibrated(net, encoded, batch_size=trained.batch_size, pad=pad)

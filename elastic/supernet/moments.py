@@ -3,7 +3,8 @@ examples, about how channels follow one another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,12 @@ from elastic.data.collating import collated
 from elastic.errors import RunError
 from elastic.files import write_bytes
 from elastic.plain import one_line
+from elastic.supernet.routed import channels, told, widths_of
 from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from elastic.data.encoding import Encoded
     from elastic.supernet.supernet import Supernet
 
@@ -33,26 +37,42 @@ def second_moments(
     net: Supernet, batches: Sequence[dict[str, Tensor]], room: float = ROOM
 ) -> dict[str, Tensor]:
     """By layer whose columns can be cut, G = E[x xᵀ] over real tokens of its input x at full size,
-    (in, in) float32, in the supernet's order of channels.
+    (in, in) float32, in the supernet's order of channels. By expert (its module and its place) the
+    same of its channels, over the tokens that are sent to it, times their weights.
 
     `batches` are keyword arguments of the model. Layers are taken in as many passes as their
     moments need `room`. One that sees nothing, or what is not finite, is left out, and said.
     """
-    watching, found = Watching(net.model), {}
+    watching, found, experts = Watching(net.model), {}, widths_of(net.space)
+    idle: Counter[str] = Counter()
     with net.active(net.space.maximal()):
         for sites in _rounds(net, room):
             sums = {site: torch.zeros(1) for site in sites}
             seen = dict.fromkeys(sites, 0)
             add = {site: partial(_add, sums, seen, site) for site in sites}
-            with watching.inputs(add):
+            layers = {site: add[site] for site in sites if site not in experts}
+            routed: dict[str, set[int]] = {}
+            for site in sites:
+                if site in experts:
+                    name, _, place = site.rpartition(".")
+                    routed.setdefault(name, set()).add(int(place))
+            tell = {
+                name: partial(_add_routed, net.mixtures[name].experts, name, places, add)
+                for name, places in routed.items()
+            }
+            with watching.inputs(layers), told(watching, tell):
                 for batch in track(batches, "second moments"):
                     watching(batch)
             for site in sites:
                 if seen[site] and torch.isfinite(sums[site]).all():
                     found[site] = sums[site] / seen[site]
+                elif site in experts:
+                    idle[site.rpartition(".")[0]] += 1
                 else:
                     reason = "not finite" if seen[site] else "unknown"
                     say(f"{site} is not made up for when cut: its inputs are {reason}")
+    for name, count in idle.items():
+        say(f"{count} experts of {name} are not made up for when cut: no token is sent to them")
     return found
 
 
@@ -60,7 +80,7 @@ def calibrated(
     net: Supernet, examples: Sequence[Encoded], *, batch_size: int, pad: int
 ) -> dict[str, Tensor]:
     """Those of encoded training examples, as the model meets them: prompt and answer."""
-    if not net.space.reading or not examples:
+    if not (net.space.reading or widths_of(net.space)) or not examples:
         return {}
     say(f"Calibrating what cut channels leave behind on {len(examples)} training examples")
     training = net.model.training
@@ -76,12 +96,25 @@ def _add(sums: dict[str, Tensor], seen: dict[str, int], site: str, x: Tensor) ->
     seen[site] += len(x)
 
 
+def _add_routed(
+    experts: nn.Module,
+    name: str,
+    places: set[int],
+    add: Mapping[str, Callable[[Tensor], None]],
+    *given: Tensor,
+) -> None:
+    for sent, held in channels(experts, *given):
+        for place in set(sent.tolist()) & places:
+            add[f"{name}.{place}"](held[sent == place])
+
+
 def _rounds(net: Supernet, room: float) -> Iterator[list[str]]:
     """Sites that fit together."""
     sites: list[str] = []
     held = 0
-    for site in net.space.reading:
-        size = 4 * net.layer(site).base.in_features ** 2
+    layers = {site: net.layer(site).base.in_features for site in net.space.reading}
+    for site, width in (layers | widths_of(net.space)).items():
+        size = 4 * width**2
         if sites and held + size > room:
             yield sites
             sites, held = [], 0

@@ -15,12 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from elastic.spaces.mixtures import core
+from elastic.spaces.mixtures import DOWN, EXPERT_WIDTH, core
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from elastic.spaces.bound import BoundSpace
     from elastic.supernet.watching import Watching
+
+
+def widths_of(space: BoundSpace) -> dict[str, int]:
+    """Channels of the experts whose width can be cut, by the name of their module and their place
+    in it, as the supernet has them."""
+    return {
+        f"{name}.{place}": mixture.width
+        for name, (mixture, groups) in space.mixtures.items()
+        if EXPERT_WIDTH in groups
+        for place in range(mixture.all_experts)
+    }
 
 
 def given(arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +70,7 @@ def channels(
             some = eye[start : start + hidden.shape[1]]
             passing[: len(some)] = some
             passing = passing.T if base.is_transposed else passing
-            instead = {"down_proj": passing.expand(len(down), -1, -1)}
+            instead = {DOWN: passing.expand(len(down), -1, -1)}
             if base.has_bias:
                 instead["down_proj_bias"] = torch.zeros_like(base.down_proj_bias)
             got = functional_call(base, instead, (hidden, chosen[:, one], weights[:, one]))

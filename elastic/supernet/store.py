@@ -32,6 +32,7 @@ from elastic.supernet.compensation import Compensation
 from elastic.supernet.examples import require_tokenizer
 from elastic.supernet.importance import blank
 from elastic.supernet.moments import Moments, save
+from elastic.supernet.routed import widths_of
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -117,8 +118,10 @@ def saved_compensation(directory: Path, net: Supernet) -> Compensation | None:
     if not file.is_file():
         return None
     moments = Moments(file)
+    known = {site: net.layer(site).base.in_features for site in net.space.reading}
+    known |= widths_of(net.space)
     for site, width in moments.widths.items():
-        if site not in net.space.reading or width != net.layer(site).base.in_features:
+        if known.get(site) != width:
             raise RunError(f"{file}: {site}, {width} wide, is no such layer here; train again")
     return Compensation(moments, device=net.device)
 

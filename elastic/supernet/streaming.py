@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.experts import ElasticExperts, reordered
+from elastic.adapters.experts import ElasticExperts, ExpertSize, reordered
 from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
 from elastic.models.modules import modules_of, plain_linear, put_
 from elastic.spaces.bound import SubAdapter
@@ -127,7 +127,7 @@ def streamed(
         # The head is never permuted: it may be the embeddings.
         left[group.head] = _Kept(net.vocabulary.tokens(sub[group.name]))
 
-    experts = _experts(net, sub, is_ordered)
+    experts = _experts(net, sub, degree, is_ordered)
 
     def made(name: str) -> Tensor:
         site, _, leaf = name.rpartition(".")
@@ -193,15 +193,15 @@ class _Kept:
 
 
 def _experts(
-    net: Supernet, sub: SubAdapter, is_ordered: bool
+    net: Supernet, sub: SubAdapter, degree: float, is_ordered: bool
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """By tensor of experts and of their routers, what is left of how the base has it."""
     found: dict[str, Callable[[Tensor], Tensor]] = {}
-    with net.active(sub):
+    with net.active(sub, degree):
         for name, mixture in net.mixtures.items():
             orders = (None, None) if is_ordered else net.expert_orders(name)
             for site, module in mixture.modules.items():
-                size = dict(module.size)
+                size = copy.copy(module.size)
                 for leaf in module.tensors():
                     found[f"{site}.{leaf}"] = functools.partial(_cut, module, leaf, orders, size)
     return found
@@ -211,7 +211,7 @@ def _cut(
     module: ElasticExperts,
     name: str,
     orders: tuple[Tensor | None, Tensor | None],
-    size: Mapping[str, int],
+    size: ExpertSize,
     tensor: Tensor,
 ) -> Tensor:
     return module.cut(name, reordered(tensor, name, module.axes, *orders), size)

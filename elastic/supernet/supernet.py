@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -213,9 +214,11 @@ class Supernet:
             self._make_up(degree)
 
     def cuts(self, sub: SubAdapter) -> bool:
-        """Whether some layer that runs has fewer columns than in full."""
+        """Whether some layer that runs has fewer columns than in full, or some expert fewer
+        channels."""
         return any(
-            0 < sub[group.name] < group.choices[0] and any(cut.axis == "in" for cut in group.cuts)
+            0 < sub[group.name] < group.choices[0]
+            and (group.dim == EXPERT_WIDTH or any(cut.axis == "in" for cut in group.cuts))
             for group in self.space
         )
 
@@ -236,6 +239,17 @@ class Supernet:
             if degree and cut and self.compensation is not None:
                 left = self.space.left(self.current, site, "in")
                 layer.size.made_up = self.compensation(site, left)
+        for name, mixture in self.mixtures.items():
+            channels = mixture.experts.size.channels
+            cut = channels < mixture.mixture.width and not name.startswith(gone)
+            solution = None
+            if degree and cut and self.compensation is not None:
+                solution = partial(self._of_expert, name, channels)
+            mixture.make_up(solution, degree)
+
+    def _of_expert(self, name: str, channels: int, place: int) -> Tensor | None:
+        assert self.compensation is not None
+        return self.compensation(f"{name}.{place}", ((0, channels),))
 
     def _blocks(self, depth: str, choice: int) -> list[int]:
         """Places of the blocks that this choice of a depth runs, in the order as it is now."""

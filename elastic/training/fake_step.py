@@ -86,7 +86,7 @@ def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
             size = module.size
             settings |= {"active": (size.rows, size.columns, size.rank)}
         if isinstance(module, ElasticExperts):
-            settings |= {"active": tuple(module.size.items())}
+            settings |= {"active": (module.size.experts, module.size.channels)}
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors)
         yield name, type(module), tuple(sorted(settings.items(), key=str)), shapes

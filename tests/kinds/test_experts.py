@@ -7,15 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from elastic.config import ModelConfig
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.errors import ConfigError, RunError
 from elastic.models.modules import plain_linear
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.compact import compact
+from elastic.supernet.compensation import Compensation
 from elastic.supernet.discovery import discover
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.importance import channel_order
-from elastic.supernet.routed import channels
-from elastic.supernet.store import load_super_adapter
+from elastic.supernet.moments import second_moments
+from elastic.supernet.routed import channels, widths_of
+from elastic.supernet.store import load_super_adapter, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
 from elastic.training.fake_step import rehearse
@@ -272,3 +276,86 @@ def test_a_router_is_not_adapted():
     space = {"blocks": "model.layers.0", "adapt": [f"{router}.inner"], "groups": groups}
     with pytest.raises(ConfigError, match=r"chooses among the experts .* leave it out of adapt"):
         SearchSpace.from_dict(space).bind(model, 4)
+
+
+def solved_by_hand(net, name: str, place: int, kept: int, degree: float, moment):
+    """What reads the first channels of an expert, (kept, hidden), with so much made up for."""
+    down = down_of(net.mixtures[name].experts.base)[place]
+    ridge = 0.01 * moment.diagonal().mean()
+    among = moment[:kept, :kept] + ridge * torch.eye(kept)
+    return down[:kept] + degree * torch.linalg.solve(among, moment[:kept, kept:]) @ down[kept:]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_what_is_made_up_for_is_one_function_and_as_the_formula_has_it(family, tmp_path):
+    net = net_of(family)
+    moments = second_moments(net, [{"input_ids": tiny.tokens(8, 16)}])
+    assert len(moments) >= 0.8 * len(widths_of(net.space))  # some get no token
+    assert set(moments) <= set(widths_of(net.space))
+    net.compensation = Compensation(moments)
+    for sub in several(net, draws=1):
+        one_function(net, sub, output, precision(family), degree=0.5)
+    sub = net.space.minimal()
+    name, (mixture, _) = next(iter(net.space.mixtures.items()))
+    small, kept = compact(net, sub, 0.5), 8
+    experts = small.get_submodule(name)
+    starts = [group * mixture.count for group in range(mixture.groups)]
+    places = [start + n for start in starts for n in range(3)]
+    for at, place in enumerate(places):
+        if f"{name}.{place}" not in moments:
+            continue
+        moment = moments[f"{name}.{place}"].double()
+        close(down_of(experts)[at], solved_by_hand(net, name, place, kept, 0.5, moment), 1e-5)
+    assert (output(compact(net, sub)) - output(small)).abs().max() > 1e-3
+    save_super_adapter(net, tmp_path / "saved", model=ModelConfig(path="tiny"), base_digest="x",
+                       moments=moments)  # fmt: skip
+    again = load_super_adapter(model_of(family), "x", tmp_path / "saved")
+    close(output(compact(again, sub, 0.5)), output(small), 1e-2)  # saved in half precision
+
+
+def test_moments_are_those_of_the_tokens_that_an_expert_gets():
+    net = net_of("mixtral", "expert_width")
+    ids, inputs = tiny.tokens(), []
+    name = "model.layers.0.mlp.experts"
+    handle = net.model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0].flatten(0, 1))
+    )
+    moments = second_moments(net, [{"input_ids": ids}])
+    handle.remove()
+    model = compact(net, net.space.maximal())
+    held: dict[int, list] = {}
+    for weight, expert, x in experts_by_hand(model, inputs[0]):
+        held.setdefault(expert, []).append(weight * x)
+    for expert, rows in held.items():
+        x = torch.stack(rows)
+        close(moments[f"{name}.{expert}"].double(), x.T @ x / len(x), 1e-5)
+
+
+def test_made_up_for_fewer_channels_say_nearly_what_all_do():
+    """Where the channels that go follow those that stay, nothing is lost."""
+    net = net_of("gpt-oss", "expert_width")
+    for mixture in net.mixtures.values():
+        base, kept = mixture.experts.base, 16
+        for tensor in (base.gate_up_proj, base.gate_up_proj_bias):  # gate and up take turns
+            tensor.data[..., 2 * kept :] = tensor.data[..., : 2 * (WIDTH - kept)]
+    moments = second_moments(net, [{"input_ids": tiny.tokens(8, 16)}])
+    net.compensation = Compensation(moments, ridge=1e-6)
+    sub = net.space.heuristic()
+    ends = []
+    with torch.no_grad():
+        full = output(net.model)
+        for degree in (0.0, 1.0):
+            with net.active(sub, degree):
+                ends.append(float((output(net.model) - full).norm() / full.norm()))
+    assert ends[1] < 0.05 < 0.2 < ends[0]  # of few tokens, and with a ridge
+
+
+def test_streamed_with_what_is_made_up_for_it_is_the_same():
+    base = model_of("mixtral")
+    net = Supernet(model_of("mixtral"), space_of("mixtral"), tiny.ADAPTERS["lora"])
+    order = permutations(net)
+    net.reorder(order)
+    bare = without_data(base, tiny.randomize_(net), space_of("mixtral"), "lora", order)
+    moments = second_moments(net, [{"input_ids": tiny.tokens(8, 16)}])
+    net.compensation = bare.compensation = Compensation(moments)
+    same(base, net, bare, degree=0.5)
