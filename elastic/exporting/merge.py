@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastic.adapters.experts import ElasticExperts, reordered
 from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.config import MergeConfig
 from elastic.errors import RunError
@@ -101,8 +102,10 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[
     with net.active(sub, degree):
         for name, delta in update.deltas.items():
             site, _, leaf = name.rpartition(".")
-            layer = layers.get(site)
+            layer, routed = layers.get(site), net.in_mixture(name)
             whole = _weight(net.model, name) if layer is None else getattr(layer.base, leaf)
+            if routed:
+                whole = routed[1].tensors()[routed[2]]
             if whole is None or whole.shape != delta.shape:
                 raise RunError(
                     f"merge: {update.name} changes {name} by {tuple(delta.shape)}, the base model "
@@ -115,12 +118,17 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[
             if layer is not None:
                 delta = layer.size.leading(delta)
                 delta = layer.size.compensated_columns(delta) if leaf == "weight" else delta
+            if routed:
+                delta = routed[1].cut(routed[2], delta)
             found[left] = delta.to(whole.device)
     return found
 
 
 def _ordered(net: Supernet, name: str, delta: Tensor) -> Tensor:
     """A parameter's change in the supernet's channel order."""
+    if routed := net.in_mixture(name):
+        experts, module, leaf = routed
+        return reordered(delta, leaf, module.axes, *net.expert_orders(experts))
     site, _, leaf = name.rpartition(".")
     moved = net.permutations()
     if (site, "out") in moved:
@@ -183,7 +191,7 @@ def _carry(net: Supernet, name: str, delta: Tensor, restored: contextlib.ExitSta
     """Add to a parameter of the base, at this end of a tie alone, until all is restored."""
     site, _, leaf = name.rpartition(".")
     owner = net.model.get_submodule(site)
-    if isinstance(owner, ElasticLinear):
+    if isinstance(owner, ElasticLinear | ElasticExperts):
         site, owner = f"{site}.base", owner.base
     before = getattr(owner, leaf)
     if isinstance(owner, nn.Linear):  # a quantised one takes no other weight

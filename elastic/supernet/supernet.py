@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.adapters import METHODS, Adapter, check
-from elastic.adapters.experts import MixtureLayers
+from elastic.adapters.experts import ElasticExperts, MixtureLayers
 from elastic.adapters.layers import ElasticLinear, reorder_linear
 from elastic.config import AdapterConfig
 from elastic.console import say, track
@@ -176,6 +176,16 @@ class Supernet:
         orders = (self.order.get(groups[dim].name) if dim in groups else None for dim in OF)
         experts, channels = orders
         return experts, channels
+
+    def in_mixture(self, name: str) -> tuple[str, ElasticExperts, str] | None:
+        """Of a tensor that has something for every expert: the name of their module, the module
+        that holds it, and its name there; None for any other."""
+        for experts, mixture in self.mixtures.items():
+            for site, module in mixture.modules.items():
+                leaf = name.removeprefix(f"{site}.")
+                if leaf != name and leaf in module.tensors():
+                    return experts, module, leaf
+        return None
 
     def activate(self, sub: SubAdapter, degree: float = 0.0) -> None:
         """Make `sub` the active sub-adapter; only groups that differ are touched. A part `degree`

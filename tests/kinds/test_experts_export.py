@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.config import MergeAdapterConfig, MergeConfig
+from elastic.exporting.foreign import Update
+from elastic.exporting.merge import carrying, combine
 from elastic.formats import gguf, hf, nemotron_nas, onnx, onnx_compressed, openvino, padding, peft
 from elastic.formats.compression import compress
 from elastic.formats.rounding import round_
@@ -15,12 +18,13 @@ from elastic.formats.runner import TorchRunner, runner_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
+from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.clock import drive
 from tests.helpers.families import output
 from tests.helpers.graphs import ROUNDED_TOLERANCE, Written, graph_runner
 from tests.helpers.laws import close
-from tests.helpers.mixtures import FAMILIES, net_of
+from tests.helpers.mixtures import FAMILIES, model_of, net_of, space_of
 
 SHARED = {"deepseek-v3"}
 """Families whose configuration has one width for routed and shared experts."""
@@ -117,3 +121,31 @@ def test_what_has_no_words_for_them_says_so():
     assert peft.why_not(net, net.space.maximal()) is None
     assert "MixtralForCausalLM is not written as GGUF" in gguf.why_not(net.model)
     assert "no model of Llama's layers" in nemotron_nas.why_not(net.model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_what_changes_experts_is_merged_in_the_order_and_size_of_the_cut_ones(family):
+    """As if the base had had it all along."""
+    generator = torch.Generator().manual_seed(1)
+    net, other = net_of(family), Supernet(model_of(family), space_of(family), tiny.ADAPTERS["lora"])
+    site = FAMILIES[family][1]
+    router = next(m.router for m, _ in net.space.mixtures.values())
+    names = [f"model.layers.1.{site}.gate_up_proj", f"model.layers.0.{site}.down_proj",
+             f"{router}.weight"]  # fmt: skip
+    deltas = {}
+    for name in names:
+        before = model_of(family).get_parameter(name)
+        deltas[name] = 0.1 * torch.randn(before.shape, generator=generator, dtype=torch.float64)
+        module, leaf = other.in_mixture(name)[1:]
+        module.tensors()[leaf].data.add_(deltas[name])
+    other.reorder(net.order)
+    other.load_factors(net.factor_state())
+    config = MergeConfig(adapters=[MergeAdapterConfig(path="x")])
+    update = Update("theirs", "lora", deltas)
+    for sub in (net.space.maximal(), net.space.minimal()):
+        merged, _ = combine(net, sub, [update], config)
+        expected = output(compact(other, sub))
+        close(output(merged), expected, 1e-5)  # merged in float32
+        with carrying(net, sub, [update], config) as active:
+            close(output(active), expected, 1e-5)
+    assert (output(compact(net, net.space.maximal())) - output(merged)).abs().max() > 1e-2
