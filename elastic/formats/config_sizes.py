@@ -46,8 +46,8 @@ def expert_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
 def tensor_sizes(
     model: PreTrainedModel, plain: PreTrainedModel
 ) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
-    """Of a model whose experts differ in size from the `plain` one's: shapes by tensor that no
-    linear layer holds, and by module attributes that say how many there are, and how wide."""
+    """Of a model whose experts differ in size from the `plain` one's: shapes by tensor of experts
+    and routers, and by module attributes that say how many there are, and how wide."""
     shapes: dict[str, list[int]] = {}
     says: dict[str, dict[str, int]] = {}
     sizes = expert_sizes(model)
@@ -55,7 +55,7 @@ def tensor_sizes(
         if sizes[whole.experts] == [whole.all_experts, whole.width]:
             continue
         names = [f"{whole.experts}.{held.name}" for held in whole.tensors]
-        names += [f"{whole.router}.{row.name}" for row in whole.rows if not row.in_linear]
+        names += [f"{whole.router}.{row.name}" for row in whole.rows]
         for name in names:
             site, _, leaf = name.rpartition(".")
             shapes[name] = list(getattr(model.get_submodule(site), leaf).shape)

@@ -72,8 +72,8 @@ from transformers.pytorch_utils import Conv1D
 
 class Elastic{config}({config}):
     """`linear_sizes` maps a layer's name to its [out_features, in_features], `attention_sizes` an
-    attention module's, or another's, to attributes of its own, `tensor_sizes` a tensor's that no
-    linear layer holds to its shape."""
+    attention module's, or another's, to attributes of its own, `tensor_sizes` a tensor's of experts
+    or what chooses among them to its shape."""
 
     model_type = "{model_type}"
 
@@ -308,7 +308,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
         grouped[name] = grouped.get(name, {}) | counted
     if code:
         config = own_config(config, type(model).__name__)
-    linear = shapes_of(model)
+    linear = {name for name in shapes_of(model) if f"{name}.weight" not in shapes}
     config.linear_sizes = {name: size for name, size in changed.items() if name in linear}
     if code or grouped:
         config.attention_sizes = grouped

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,10 +56,8 @@ def write(
     source = {id(tensor): name for name, tensor in state.items()}
     on_disk = revert_weight_conversion(model, dict(state)) if original else state
     if any(id(tensor) not in source for tensor in on_disk.values()):
-        # Some are joined or split on disk, as the experts of a mixture: that takes all of them.
-        made = {name: tensors[name]().detach().to("cpu", state[name].dtype) for name in state}
-        on_disk = revert_weight_conversion(model, made)
-        tensors = {name: tensor.detach for name, tensor in on_disk.items()}
+        # Some are joined or split on disk, as the experts of a mixture.
+        tensors = _converted(model, tensors, state, on_disk)
         names = {name: name for name in on_disk}
     else:
         names = {name: source[id(tensor)] for name, tensor in on_disk.items()}
@@ -77,6 +77,36 @@ def write(
             directory / "model.safetensors.index.json",
             json.dumps(index, indent=2, sort_keys=True) + "\n",
         )
+
+
+def _converted(
+    model: PreTrainedModel,
+    tensors: Tensors,
+    state: Mapping[str, Tensor],
+    on_disk: Mapping[str, Tensor],
+) -> Tensors:
+    """What makes every tensor of the file, where that is not one of the model's: those of one block
+    at a time are in memory, unless some are joined across blocks."""
+    blocks: dict[str, list[str]] = {}
+    for name in state:
+        match = re.match(r"(.*?\.\d+)\.", name)
+        blocks.setdefault(match[1] if match else name, []).append(name)
+    inside: dict[str, str] = {}
+    for block, names in blocks.items():
+        inside |= dict.fromkeys(
+            revert_weight_conversion(model, {n: state[n] for n in names}), block
+        )
+    if set(inside) != set(on_disk):
+        inside, blocks = dict.fromkeys(on_disk, ""), {"": list(state)}
+
+    @functools.lru_cache(1)
+    def made(block: str) -> dict[str, Tensor]:
+        own = {n: tensors[n]().detach().to("cpu", state[n].dtype) for n in blocks[block]}
+        return revert_weight_conversion(model, own)
+
+    return {
+        name: functools.partial(lambda name: made(inside[name])[name], name) for name in on_disk
+    }
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Tensor]:

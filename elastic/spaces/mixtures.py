@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.errors import ConfigError
 from elastic.spaces.dims import Cut, GroupSpec, Ranges, Sites
@@ -175,7 +175,8 @@ def routers_of(block: nn.Module) -> tuple[str, ...]:
 
 def core(module: nn.Module) -> Any:
     """The module itself, or the one inside of ours around it."""
-    return getattr(module, "base", module)
+    inside = getattr(module, "base", None)
+    return inside if isinstance(inside, nn.Module) else module
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -230,7 +231,7 @@ def mixture_at(model: nn.Module, name: str) -> Mixture:
         rows=rows,
         axes=axes,
         router_axes=router_axes,
-        counted=tuple(_saying(model, places, COUNTS, number)),
+        counted=(*_saying(model, places, COUNTS, number), *_linears(router, rows)),
         measured=tuple(_saying(model, [name], CHANNELS, width)),
         least=least,
     )
@@ -291,6 +292,8 @@ def _router(
         child = f"{above}.{key}" if above else key
         if child == experts or not ("gate" in key or "router" in key):
             continue
+        if any(not tensor.is_floating_point() for tensor in _tensors(core(module)).values()):
+            continue  # such as a table of which expert is whose
         rows = tuple(row for row in _held(core(module)) if number in row.shape)
         if any(len(row.shape) == 2 and row.shape[0] == number for row in rows):
             found.append((child, rows))
@@ -308,11 +311,17 @@ def _held(module: nn.Module, *, recurse: bool = True) -> list[Held]:
         for leaf in ("weight", "bias")
     }
     parameters = dict(module.named_parameters(recurse=recurse))
-    buffers = dict(module.named_buffers(recurse=recurse))
     return [
         Held(name, tuple(tensor.shape), name in parameters, name in linear)
-        for name, tensor in {**parameters, **buffers}.items()
+        for name, tensor in _tensors(module, recurse=recurse).items()
     ]
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(recurse=recurse)),
+        **dict(module.named_buffers(recurse=recurse)),
+    }
 
 
 def _config(model: nn.Module) -> Any:
@@ -324,6 +333,13 @@ def _first(places: list[Any], names: tuple[str, ...]) -> int | None:
     """The first whole number that one of them has by one of the names."""
     values = (getattr(place, name, None) for place in places for name in names)
     return next((value for value in values if type(value) is int), None)
+
+
+def _linears(router: str | None, rows: tuple[Held, ...]) -> Iterator[tuple[str, str]]:
+    """Linear layers of a router, which say how many rows they have."""
+    for row in rows:
+        if row.in_linear and len(row.shape) == 2:
+            yield f"{router}.{row.name}".removesuffix(".weight"), "out_features"
 
 
 def _saying(

@@ -95,6 +95,8 @@ class HeldOut:
         self.net, self.config, self.batches = net, config, batches
         self.examples: Callable[[], Sequence[dict[str, Tensor]]] = list
         """Gives the training examples that a fit sees."""
+        self.is_on = config.is_on
+        """Whether what is cut is made up for at all."""
         self._decided: dict[SubAdapter, Compensated] = {}
 
     @classmethod
@@ -112,7 +114,7 @@ class HeldOut:
         validation = task.validation[: config.examples]
         held_out = cls(net, config, _batches(net.model, tokenizer, validation, trained.batch_size))
         if not config.is_on or not trained.compensation_examples:
-            net.compensation = None
+            net.compensation, held_out.is_on = None, False
             return held_out
         net.compensation = net.compensation or saved_compensation(run.super_adapter, net)
         if net.compensation is None and (net.space.reading or widths_of(net.space)):
@@ -133,7 +135,7 @@ class HeldOut:
     def chosen(self, chosen: Chosen, sub: SubAdapter) -> Compensated:
         """As the file of the chosen one says, where it does; else what is best. Nothing where it
         was turned off."""
-        if chosen.compensation is None or self.net.compensation is None:
+        if chosen.compensation is None or not self._makes_up(sub):
             return self(sub)
         return Compensated.of(chosen.compensation)
 
@@ -162,7 +164,7 @@ class HeldOut:
             return made_up, net.cut_vocabulary_(small, sub)
         small = compact(net, sub, made_up.degree)
         tried = self.config.sequential and can_fit(net.model)
-        if not tried or net.compensation is None or not net.cuts(sub):
+        if not tried or not self._makes_up(sub):
             return made_up, small
         before = made_up.losses.get(f"{made_up.degree:g}")
         before = self.divergence(small) if before is None else before
@@ -173,6 +175,11 @@ class HeldOut:
         finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         decided = Compensated(made_up.degree, better, finite)
         return decided, small if better else compact(net, sub, made_up.degree)
+
+    def _makes_up(self, sub: SubAdapter) -> bool:
+        """Whether there is something to make up for, and it is to be."""
+        cuts = self.net.compensation is not None and self.net.cuts(sub)
+        return cuts or (self.is_on and self.net.drops_experts(sub))
 
     def __call__(self, sub: SubAdapter) -> Compensated:
         """How much is best for a sub-adapter, decided once, by a head that knows all tokens: to
@@ -239,7 +246,7 @@ def compensated(
     """The chosen one, active in the supernet, or as a model of its own where it was fitted, and how
     much it makes up for; data is read only where that has to be decided, or to fit."""
     made_up = Compensated()
-    if chosen.compensation is not None or net.cuts(sub):
+    if chosen.compensation is not None or net.cuts(sub) or net.drops_experts(sub):
         task = task_of(run)
         held_out = HeldOut.of(run, net, tokenizer, task, config)
         made_up = held_out.chosen(chosen, sub)

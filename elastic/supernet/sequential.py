@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from elastic.console import track
 from elastic.models.kinds import Kind, kind_of
 from elastic.supernet.depth import renamed, running
+from elastic.supernet.fitted_experts import Seen, fit_experts_
+from elastic.supernet.least_squares import Sums
+from elastic.supernet.routed import given, plainly
 from elastic.supernet.watching import Watching
 
 if TYPE_CHECKING:
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from elastic.supernet.streaming import Streamed
     from elastic.supernet.supernet import Supernet
 
-RIDGES = (0.01, 0.1, 1.0)
 HELD_OUT = 4
 """One batch in so many, the second one first, chooses the ridge."""
 
@@ -95,6 +97,7 @@ def _fit(
     """With a block, and what is left of it, present while they are needed."""
     kept, changed = net.space.kept(sub), 0
     for blocks, sites in _stacks(net).items():
+        mixtures = _by_number(blocks, net.space.mixtures)
         full, cut = _Recorded(whole, blocks, batches), _Recorded(small, blocks, batches)
         numbers = range(len(net.model.get_submodule(blocks)))
         for number in track(numbers, f"fitting {blocks}"):
@@ -110,6 +113,10 @@ def _fit(
                     left = renamed(kept, site)
                     assert left is not None
                     changed += cut.fit(mine, left, goals, own)
+                for experts in mixtures.get(number, ()):
+                    left = renamed(kept, experts)
+                    assert left is not None
+                    changed += cut.fit_experts(mine, left, goals)
                 cut.run(mine)
     return changed
 
@@ -131,13 +138,25 @@ def _outputs(model: PreTrainedModel, into: Mapping[str, list[Tensor]]) -> Iterat
 
 
 def _stacks(net: Supernet) -> dict[str, dict[int, list[str]]]:
-    """By list of blocks, in the model's order, and number, the layers whose columns can be cut."""
-    found: dict[str, dict[int, list[str]]] = {}
+    """By list of blocks, in the model's order, and number, the layers whose columns can be cut;
+    lists with mixtures that can be cut are there too."""
     order = {name: place for place, (name, _) in enumerate(net.model.named_modules())}
-    for site in sorted(net.space.reading, key=order.__getitem__):
-        match = re.match(r"(.*?)\.(\d+)\.", site)
-        if match:
-            found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(site)
+    named = sorted((*net.space.reading, *net.space.mixtures), key=order.__getitem__)
+    lists = dict.fromkeys(match[1] for name in named if (match := _PLACE.match(name)))
+    return {blocks: _by_number(blocks, sorted(net.space.reading, key=order.__getitem__))
+            for blocks in lists}  # fmt: skip
+
+
+_PLACE = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def _by_number(blocks: str, names: Iterable[str]) -> dict[int, list[str]]:
+    """Those inside of one list of blocks, by the number of their block."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        match = _PLACE.match(name)
+        if match and match[1] == blocks:
+            found.setdefault(int(match[2]), []).append(name)
     return found
 
 
@@ -220,7 +239,7 @@ class _Recorded:
         layer = self.model.get_submodule(site)
         assert isinstance(layer, nn.Linear)
         last = self._passes(block, layer)
-        sums = [_Sums(layer), _Sums(layer)]
+        sums = [Sums(layer.bias is not None) for _ in range(2)]
         seen: list[tuple[Tensor, Tensor]] = []
         rest: list[tuple[Tensor, Tensor]] = []  # inputs, and what the block says beside this layer
         handle = layer.register_forward_hook(lambda _, inputs, y: seen.append((inputs[0], y)))
@@ -240,7 +259,34 @@ class _Recorded:
         self._known = [beside + layer(h).view_as(beside) for h, beside in rest] if last else []
         return changed
 
-    def _passes(self, block: str, layer: nn.Linear) -> bool:
+    def fit_experts(self, block: str, site: str, goals: Sequence[Tensor]) -> bool:
+        """Fit a mixture so that the block says what is wanted of it; whether it changed. Nothing is
+        where something stands between it and the block's output."""
+        experts = self.model.get_submodule(site)
+        seen: list[list[Seen]] = [[], []]
+        inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        with plainly(self.model):
+            if not self._passes(block, experts):
+                return False
+            handle = experts.register_forward_pre_hook(
+                lambda _, arguments, settings: inputs.append(given(arguments, settings)),
+                with_kwargs=True,
+            )
+            try:
+                for number, call in enumerate(self.calls):
+                    missing = call.tokens(goals[number]) - call.tokens(self._output(block, call))
+                    real = (x if call.real is None else x[call.real] for x in inputs.pop())
+                    hidden, chosen, weights = real
+                    one = Seen((hidden, chosen, weights), missing)
+                    seen[number % HELD_OUT == 1].append(one)
+            finally:
+                handle.remove()
+            changed = fit_experts_(experts, *seen)
+        if changed:
+            self._known = []
+        return changed
+
+    def _passes(self, block: str, layer: nn.Module) -> bool:
         """Whether the block's output moves as the layer's does, which is found by trying."""
         call = self.calls[0]
         before = self._output(block, call).float()
@@ -251,53 +297,3 @@ class _Recorded:
         finally:
             handle.remove()
         return bool((call.tokens(moved) - step).abs().mean() < 0.05 * step)
-
-
-class _Sums:
-    """Products of a layer's inputs h (in, and 1 for a bias) and of errors e (out)."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self.biased = layer.bias is not None
-        self.inner: Tensor | float = 0.0
-        self.outer: Tensor | float = 0.0
-        self.square = 0.0
-
-    def add(self, h: Tensor, e: Tensor) -> None:
-        """Real tokens of one batch, (tokens, in) and (tokens, out)."""
-        if self.biased:
-            h = torch.cat([h, h.new_ones(len(h), 1)], 1)
-        self.inner = self.inner + (h.T @ h).double()
-        self.outer = self.outer + (e.T @ h).double()
-        self.square += float(e.double().square().sum())
-
-    def error(self, change: Tensor) -> float:
-        """‖Δ h - e‖²."""
-        inner, outer = torch.as_tensor(self.inner), torch.as_tensor(self.outer)
-        return self.square + float((change @ inner * change).sum() - 2 * (change * outer).sum())
-
-    def solve_(self, layer: nn.Linear, held_out: _Sums) -> bool:
-        """Change the layer by what is best on held-out tokens; whether anything is."""
-        inner, outer = torch.as_tensor(self.inner), torch.as_tensor(self.outer)
-        width = layer.in_features
-        scale = inner.diagonal()[:width].mean()
-        if not (torch.isfinite(inner).all() and torch.isfinite(outer).all() and scale > 0):
-            return False
-        best, least = None, held_out.square
-        for ridge in RIDGES:
-            damping = torch.full_like(inner.diagonal(), float(ridge * scale))
-            damping[width:] = 1e-6 * scale
-            factor, failed = torch.linalg.cholesky_ex(inner + damping.diag())
-            if failed:
-                continue
-            change = torch.cholesky_solve(outer.T, factor).T
-            if (error := held_out.error(change)) < least:
-                best, least = change, error
-        if best is None:
-            return False
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        weight = layer.weight.to(wide) + best[:, :width].to(wide)
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-        if self.biased:
-            bias = layer.bias.to(wide) + best[:, width].to(wide)
-            layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
-        return True

@@ -232,6 +232,12 @@ class Supernet:
             for group in self.space
         )
 
+    def drops_experts(self, sub: SubAdapter) -> bool:
+        """Whether some mixture that runs has fewer experts than in full."""
+        return any(
+            group.dim == EXPERTS and 0 < sub[group.name] < group.choices[0] for group in self.space
+        )
+
     def cut_vocabulary_(self, compact: PreTrainedModel, sub: SubAdapter) -> PreTrainedModel:
         """A compact model that computes all tokens with those of `sub` alone, in place."""
         if self.vocabulary is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic.config import ModelConfig
+from elastic.config import CompensationConfig, ModelConfig
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.errors import ConfigError, RunError
 from elastic.models.modules import plain_linear
@@ -15,10 +17,13 @@ from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.discovery import discover
+from elastic.supernet.fitted_experts import Seen, fit_experts_
 from elastic.supernet.group_importance import group_importance
+from elastic.supernet.held_out import HeldOut
 from elastic.supernet.importance import channel_order
 from elastic.supernet.moments import second_moments
 from elastic.supernet.routed import channels, widths_of
+from elastic.supernet.sequential import fit_
 from elastic.supernet.store import load_super_adapter, save_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
@@ -359,3 +364,53 @@ def test_streamed_with_what_is_made_up_for_it_is_the_same():
     moments = second_moments(net, [{"input_ids": tiny.tokens(8, 16)}])
     net.compensation = bare.compensation = Compensation(moments)
     same(base, net, bare, degree=0.5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_linear_error_of_experts_is_learnt(family):
+    experts = compact(net_of(family), net_of(family).space.minimal()).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    wanted = 0.3 * torch.randn(down_of(experts).shape, generator=generator).double()
+
+    def seen() -> Seen:
+        hidden = torch.randn(600, HIDDEN, generator=generator).double()
+        chosen = torch.rand(600, 3, generator=generator).argsort(1)[:, :2]
+        weights = torch.rand(600, 2, generator=generator).double()
+        missing = sum(
+            torch.einsum("tc,tch->th", held, wanted[sent])
+            for sent, held in channels(experts, hidden, chosen, weights)
+        )
+        return Seen((hidden, chosen, weights), missing.float())
+
+    fitted, held_out, fresh = seen(), seen(), seen()
+    before = experts(*fresh.given)
+    assert fit_experts_(experts, [fitted], [held_out])
+    left = before + fresh.missing - experts(*fresh.given)
+    assert left.norm() < 0.2 * fresh.missing.norm()
+
+
+def test_what_dropped_experts_gave_is_learnt_by_those_that_are_left():
+    net = net_of("mixtral", "experts")
+    draws = random.Random(3)
+
+    def batch(count: int) -> dict[str, torch.Tensor]:
+        return batch_of(*("".join(draws.choices(tiny.CHARACTERS, k=24)) for _ in range(count)))
+
+    sub, batches = net.space.minimal(), [batch(24) for _ in range(4)]
+    assert net.drops_experts(sub) and not net.cuts(sub)
+    small, fresh = compact(net, sub), batch(16)["input_ids"]
+    with torch.no_grad():
+        full = net.model(input_ids=fresh).logits
+        before = (small(input_ids=fresh).logits - full).norm()
+        shared = compact(net, sub).state_dict()
+        assert fit_(small, net, sub, batches) == 2
+        after = (small(input_ids=fresh).logits - full).norm()
+        assert after < 0.97 * before  # random experts know little of one another
+        net.compensation = None
+        held_out = HeldOut(net, CompensationConfig(), [batch(8)])
+        held_out.examples = lambda: batches
+        made_up, model = held_out.refined(sub, held_out(sub))
+        assert made_up.sequential and made_up.degree == 0.0
+        close(model(input_ids=fresh).logits, small(input_ids=fresh).logits)
+    for name, tensor in compact(net, sub).state_dict().items():
+        assert torch.equal(tensor, shared[name]), name  # nothing of the supernet has changed

@@ -15,6 +15,7 @@ from elastic.formats import gguf, hf, nemotron_nas, onnx, onnx_compressed, openv
 from elastic.formats.compression import compress
 from elastic.formats.rounding import round_
 from elastic.formats.runner import TorchRunner, runner_of
+from elastic.formats.shards import tensors_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
@@ -149,3 +150,22 @@ def test_what_changes_experts_is_merged_in_the_order_and_size_of_the_cut_ones(fa
         with carrying(net, sub, [update], config) as active:
             close(output(active), expected, 1e-5)
     assert (output(compact(net, net.space.maximal())) - output(merged)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_it_is_written_a_block_at_a_time(family, tmp_path):
+    """Where experts are tensors of their own on disk, those of one block are there at once."""
+    net = net_of(family)
+    model = compact(net, SubAdapter(tuple((g.name, g.choices[-1]) for g in net.space)))
+    asked: list[str] = []
+    makes = {
+        name: lambda name=name, make=make: asked.append(name) or make()
+        for name, make in tensors_of(model).items()
+    }
+    folder = hf.write(model, None, tmp_path, tensors=makes)
+    again = hf.load(folder, torch.float64)
+    again.set_experts_implementation("eager")
+    close(output(again), output(model), 1e-10)
+    assert sorted(asked) == sorted(set(asked)), "some were made twice"
+    blocks = [name.split(".")[2] for name in asked if ".layers." in name]
+    assert blocks == sorted(blocks)

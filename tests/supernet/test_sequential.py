@@ -13,11 +13,10 @@ from elastic.models.modules import plain_linear
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.depth import renamed
+from elastic.supernet.least_squares import RIDGES, Sums
 from elastic.supernet.sequential import (
-    RIDGES,
     _Recorded,
     _stacks,
-    _Sums,
     can_fit,
     fit_,
     fit_streamed_,
@@ -149,7 +148,7 @@ def test_a_linear_error_is_learnt(bias):
     layer = layer_of(bias)
     wanted = torch.randn(3, 5, generator=generator)
     shift = torch.randn(3, generator=generator) if bias else torch.zeros(3)
-    sums = [_Sums(layer), _Sums(layer)]
+    sums = [Sums(layer.bias is not None), Sums(layer.bias is not None)]
     for each in sums:
         h = torch.randn(4000, 5, generator=generator)
         each.add(h, h @ wanted.T + shift)
@@ -164,7 +163,7 @@ def test_a_linear_error_is_learnt(bias):
 def test_noise_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     layer = layer_of(bias=False)
-    sums = [_Sums(layer), _Sums(layer)]
+    sums = [Sums(layer.bias is not None), Sums(layer.bias is not None)]
     for each in sums:
         each.add(torch.randn(6, 5, generator=generator), torch.randn(6, 3, generator=generator))
     before = layer.weight.clone()
@@ -175,7 +174,7 @@ def test_noise_changes_nothing():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 def test_inputs_that_are_no_numbers_or_nothing_change_nothing(value):
     layer = layer_of(bias=False)
-    sums = [_Sums(layer), _Sums(layer)]
+    sums = [Sums(layer.bias is not None), Sums(layer.bias is not None)]
     for each in sums:
         each.add(torch.full((8, 5), value), torch.ones(8, 3))
     before = layer.weight.clone()
