@@ -181,13 +181,11 @@ def reordered(
     for axis in axes:
         if axis.tensor == name and axis.of == "channels" and channels is not None:
             cut = Cut("", "out", sum(axis.parts), axis.parts)
-            index = torch.stack([channel_index(order, cut) for order in channels.cpu()])
-            index = index.to(tensor.device)
-            if axis.number == 2:
-                index = index[:, None]
-            elif tensor.dim() == 3:
-                index = index[:, :, None]
-            tensor = torch.take_along_dim(tensor, index, axis.number)
+            moved = torch.empty_like(tensor)
+            for place, order in enumerate(channels.cpu()):
+                index = channel_index(order, cut).to(tensor.device)
+                moved[place] = tensor[place].index_select(axis.number - 1, index)
+            tensor = moved
     for axis in axes:
         if axis.tensor == name and axis.of == "experts" and experts is not None:
             index = expert_index(experts).to(tensor.device)

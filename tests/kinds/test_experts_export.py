@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from elastic.config import MergeAdapterConfig, MergeConfig
+from elastic.__main__ import main
+from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.exporting.foreign import Update
 from elastic.exporting.merge import carrying, combine
 from elastic.formats import gguf, hf, nemotron_nas, onnx, onnx_compressed, openvino, padding, peft
@@ -16,16 +18,22 @@ from elastic.formats.compression import compress
 from elastic.formats.rounding import round_
 from elastic.formats.runner import TorchRunner, runner_of
 from elastic.formats.shards import tensors_of
+from elastic.latency import bench
+from elastic.models import loading
+from elastic.models.digest import digest_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
+from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.clock import drive
 from tests.helpers.families import output
 from tests.helpers.graphs import ROUNDED_TOLERANCE, Written, graph_runner
 from tests.helpers.laws import close
-from tests.helpers.mixtures import FAMILIES, model_of, net_of, space_of
+from tests.helpers.mixtures import COUNT, FAMILIES, WIDTH, model_of, net_of, space_of
+from tests.helpers.searches import choices_task
+from tests.helpers.tiny_runs import fake_measure
 
 SHARED = {"deepseek-v3"}
 """Families whose configuration has one width for routed and shared experts."""
@@ -169,3 +177,37 @@ def test_it_is_written_a_block_at_a_time(family, tmp_path):
     assert sorted(asked) == sorted(set(asked)), "some were made twice"
     blocks = [name.split(".")[2] for name in asked if ".layers." in name]
     assert blocks == sorted(blocks)
+
+
+def test_a_mixture_goes_all_the_way(tmp_path, monkeypatch, capsys):
+    """Through the commands: trained, searched and exported, the export proved against the
+    supernet."""
+    monkeypatch.setattr(bench, "measure", fake_measure)
+    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
+    model = model_of("mixtral", torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    task = choices_task(tmp_path)
+    rows = [f"--task.{key}={getattr(task, key)}"
+            for key in ("name", "options", "train", "validation", "test")]  # fmt: skip
+    once = ["--timing.prompt_tokens=4", "--timing.new_tokens=1", "--timing.rounds=1",
+            "--timing.max_rounds=1"]  # fmt: skip
+    assert not main(["train", "--run", str(run), "--model.path", str(tmp_path / "base"),
+                     "--model.device=cpu", "--model.dtype=float32", "--adapter.rank=8",
+                     "--batch_size=8", *rows])  # fmt: skip
+    trained = load_super_adapter(
+        loading.load_model(str(tmp_path / "base"), ModelConfig(path="x", device="cpu")),
+        digest_of(tmp_path / "base"), run / "super_adapter",
+    )  # fmt: skip
+    assert {g.dim for g in trained.space} == {"heads", "experts", "expert_width"}
+    assert trained.order["model.layers.0.expert_width"].shape == (COUNT, WIDTH)
+    assert trained.compensation is not None
+    assert not main(["search", str(run), "--trials=4", "--starts=3", *once])
+    assert not main(["export", str(run), "--sub_adapter=minimal", "--formats=hf", *once])
+    report = json.loads((run / "export" / "minimal" / "report.json").read_text())
+    assert report["formats"]["hf"]["greedy_tokens_equal"]
+    again = hf.load(run / "export" / "minimal" / "hf", torch.float32)
+    assert again.config.num_local_experts == 3 and again.config.intermediate_size == 16
+    assert not capsys.readouterr().err.count("Traceback")
