@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from elastic.models.modules import put_
 from elastic.spaces.dims import Cut, Ranges, channel_index
 from elastic.spaces.mixtures import DOWN, Axis, Mixture, core
 
@@ -140,6 +141,11 @@ class MixtureLayers:
             self.router = ElasticExperts(router, mixture.router_axes, full)
             self.modules[mixture.router] = self.router
             model.set_submodule(mixture.router, self.router)
+        self.beside = {
+            held.name: _tensor(model, held.name) for held in mixture.beside if self.router
+        }
+        """What the block itself has for each expert, whole, by name."""
+        self._model = model
         self._says: dict[str, list[tuple[nn.Module, str]]] = {
             "experts": [(_owner(model, name), key) for name, key in mixture.counted],
             "channels": [(_owner(model, name), key) for name, key in mixture.measured],
@@ -152,6 +158,16 @@ class MixtureLayers:
         number = choice * (self.mixture.groups if of == "experts" else 1)
         for owner, name in self._says[of]:
             setattr(owner, name, number)
+        for name, tensor in self.beside.items() if of == "experts" else ():
+            put_(self._model, name, self.cut_beside(tensor, choice))
+
+    def cut_beside(self, tensor: Tensor, choice: int) -> Tensor:
+        """What is left of a number for each expert, a parameter where it was one."""
+        each = Axis("", "experts", 0, (1,) * self.mixture.groups)
+        left = leading(tensor, 0, each.kept(choice, self.mixture.count))
+        if left is tensor:
+            return tensor
+        return nn.Parameter(left, False) if isinstance(tensor, nn.Parameter) else left.clone()
 
     def make_up(self, solution: Callable[[int], Tensor | None] | None, degree: float) -> None:
         """Let the channels of every expert take over so much of those that are cut."""
@@ -166,6 +182,9 @@ class MixtureLayers:
         for module in self.modules.values():
             for name, tensor in module.tensors().items():
                 tensor.copy_(reordered(tensor, name, module.axes, experts, channels))
+        if experts is not None:
+            for tensor in self.beside.values():
+                tensor.copy_(tensor[expert_index(experts).to(tensor.device)])
 
 
 def reordered(

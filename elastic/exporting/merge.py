@@ -102,6 +102,11 @@ def _cut(net: Supernet, sub: SubAdapter, update: Update, degree: float) -> dict[
     with net.active(sub, degree):
         for name, delta in update.deltas.items():
             site, _, leaf = name.rpartition(".")
+            if any(name in mixture.beside for mixture in net.mixtures.values()):
+                raise RunError(
+                    f"merge: {update.name} changes {name}, how experts are chosen; only what "
+                    "changes their weights or a router's is merged"
+                )
             layer, routed = layers.get(site), net.in_mixture(name)
             whole = _weight(net.model, name) if layer is None else getattr(layer.base, leaf)
             if routed:

@@ -56,6 +56,7 @@ def tensor_sizes(
             continue
         names = [f"{whole.experts}.{held.name}" for held in whole.tensors]
         names += [f"{whole.router}.{row.name}" for row in whole.rows]
+        names += [held.name for held in whole.beside if whole.router]
         for name in names:
             site, _, leaf = name.rpartition(".")
             shapes[name] = list(getattr(model.get_submodule(site), leaf).shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -92,6 +92,9 @@ class Mixture:
     """All of the module of experts."""
     rows: tuple[Held, ...]
     """Those of the router that have something for each expert."""
+    beside: tuple[Held, ...]
+    """Those of the block around both, (all experts,), that have something for each, by their full
+    names."""
     axes: tuple[Axis, ...]
     """Of the tensors of experts."""
     router_axes: tuple[Axis, ...]
@@ -125,6 +128,8 @@ class Mixture:
                 number = math.prod(_left(tensor, self.router_axes, kept))
                 router += number
                 router_matrices += number * (len(tensor.shape) == 2)
+        there = kept["experts"] * self.groups
+        router += there * sum(tensor.is_parameter for tensor in self.beside)
         return Elements(matrices, vectors, router, router_matrices)
 
 
@@ -205,7 +210,8 @@ def mixture_at(model: nn.Module, name: str) -> Mixture:
     tensors = dict(experts.named_parameters(recurse=False))
     number, width = _sizes(experts)
     above = name.rpartition(".")[0]
-    found = _router(model, above, name, number)
+    beside = _beside(model, above, number)
+    found = _router(model, above, name, number) if beside is not None else None
     router, rows = found or (None, ())
     where: list[nn.Module] = [core(model.get_submodule(each)) for each in (router, above) if each]
     groups, least = 1, 1
@@ -229,6 +235,7 @@ def mixture_at(model: nn.Module, name: str) -> Mixture:
         top_k=top_k,
         tensors=tuple(Held(key, tuple(tensor.shape)) for key, tensor in tensors.items()),
         rows=rows,
+        beside=beside or (),
         axes=axes,
         router_axes=router_axes,
         counted=(*_saying(model, places, COUNTS, number), *_linears(router, rows)),
@@ -279,14 +286,24 @@ def _axes(experts: Any, each: tuple[int, ...]) -> Iterator[Axis]:
             assert tensor.dim() == 2, name
 
 
+def _beside(model: nn.Module, above: str, number: int) -> tuple[Held, ...] | None:
+    """What the block itself has for each expert, such as what corrects how they are chosen; None
+    where that is more than a number for each."""
+    tensors = _tensors(model.get_submodule(above), recurse=False)
+    some = [held for held in _held(model.get_submodule(above), recurse=False)
+            if number in held.shape]  # fmt: skip
+    if any(len(held.shape) > 1 or not tensors[held.name].is_floating_point() for held in some):
+        return None
+    return tuple(replace(held, name=f"{above}.{held.name}" if above else held.name)
+                 for held in some)  # fmt: skip
+
+
 def _router(
     model: nn.Module, above: str, experts: str, number: int
 ) -> tuple[str, tuple[Held, ...]] | None:
     """Name of what has a row for every expert beside them, and its tensors that do; None if that
     cannot be told."""
     parent = model.get_submodule(above)
-    if any(number in row.shape for row in _held(parent, recurse=False)):
-        return None  # the block itself has something for each expert
     found = []
     for key, module in parent.named_children():
         child = f"{above}.{key}" if above else key

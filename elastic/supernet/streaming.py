@@ -21,7 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.experts import ElasticExperts, ExpertSize, reordered
+from elastic.adapters.experts import (
+    ElasticExperts,
+    ExpertSize,
+    MixtureLayers,
+    expert_index,
+    reordered,
+)
 from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
 from elastic.models.modules import modules_of, plain_linear, put_
 from elastic.spaces.bound import SubAdapter
@@ -204,7 +210,15 @@ def _experts(
                 size = copy.copy(module.size)
                 for leaf in module.tensors():
                     found[f"{site}.{leaf}"] = functools.partial(_cut, module, leaf, orders, size)
+            for held in mixture.beside:
+                choice = mixture.experts.size.experts
+                found[held] = functools.partial(_beside, mixture, orders[0], choice)
     return found
+
+
+def _beside(mixture: MixtureLayers, order: Tensor | None, choice: int, tensor: Tensor) -> Tensor:
+    tensor = tensor if order is None else tensor[expert_index(order)]
+    return mixture.cut_beside(tensor, choice)
 
 
 def _cut(

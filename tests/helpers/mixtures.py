@@ -34,12 +34,13 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, module of experts
     "granite-moe": ("GraniteMoeForCausalLM", "block_sparse_moe.experts",
                     {**WIDE, "num_local_experts": COUNT}),
     "phimoe": ("PhimoeForCausalLM", "mlp.experts", {**WIDE, "num_local_experts": COUNT}),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", "mlp.experts", {**WIDE, "num_local_experts": COUNT}),
     "deepseek-v3": ("DeepseekV3ForCausalLM", "mlp.experts",
                     {**APART, **LATENT, "n_routed_experts": 12, "n_group": 2, "topk_group": 1,
                      "first_k_dense_replace": 0, "n_shared_experts": 1}),
 }  # fmt: skip
 """One half behind the other, taking turns, (in, out), with biases, a router that is a linear layer,
-groups of experts."""
+what corrects choices in the block itself, groups of experts."""
 ROUNDED = {"deepseek-v3", "gpt-oss"}
 
 

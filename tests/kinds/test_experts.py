@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -414,3 +415,33 @@ def test_what_dropped_experts_gave_is_learnt_by_those_that_are_left():
         close(model(input_ids=fresh).logits, small(input_ids=fresh).logits)
     for name, tensor in compact(net, sub).state_dict().items():
         assert torch.equal(tensor, shared[name]), name  # nothing of the supernet has changed
+
+
+@pytest.mark.parametrize("share", ["block", "model"])
+def test_beside_depth_or_shared_by_all_blocks_they_are_one_function(share):
+    space = space_of("gpt-oss").as_dict()
+    groups = {name: {**group, "share": share} for name, group in space["groups"].items()}
+    if share == "block":
+        groups["depth"] = {"dim": "depth", "choices": [4, 3, 2]}
+    declared = SearchSpace.from_dict({**space, "groups": groups})
+    model = model_of("gpt-oss", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    base = copy.deepcopy(model)
+    net = Supernet(model, declared, tiny.ADAPTERS["lora"])
+    order = permutations(net) | ({"model.layers.*.depth": torch.tensor([0, 3, 2, 1])}
+                                 if share == "block" else {})  # fmt: skip
+    net.reorder(order)
+    tiny.randomize_(net)
+    for sub in several(net, draws=2):
+        one_function(net, sub, output, precision("gpt-oss"))
+    assert len(net.space.groups) == (13 if share == "block" else 3)
+    assert net.space.minimal().as_dict().get("model.layers.1.experts", 0) == 0
+    same(base, net, without_data(base, net, declared, "lora", order))
+
+
+def test_a_loss_that_balances_experts_is_off():
+    model = model_of("mixtral", output_router_logits=True)
+    assert model.config.output_router_logits
+    net = Supernet(model, space_of("mixtral"), tiny.ADAPTERS["lora"])
+    with net.active(net.space.minimal()):
+        output(net.model)
+    assert not compact(net, net.space.minimal()).config.output_router_logits
