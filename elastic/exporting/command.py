@@ -24,9 +24,9 @@ from elastic.exporting.contract import Source, Which
 from elastic.exporting.every_size import EverySize
 from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
-from elastic.exporting.targets import FORMATS
+from elastic.exporting.targets import FORMATS, NO_MIXTURES
 from elastic.files import new_directory, write_json, write_text
-from elastic.formats import hf, slices
+from elastic.formats import hf, shards, slices
 from elastic.formats.runner import runner_of
 from elastic.latency.latency_table import read_timetable_of
 from elastic.latency.runtime import timing_of
@@ -312,13 +312,17 @@ def _without_asking(
     """What the search chose, or the one degree that was set: held-out examples cannot be asked of a
     model that is not in memory."""
     degrees = set(config.compensation.degrees)
-    if net.compensation is None or not net.cuts(sub) or degrees == {0.0}:
+    cuts = net.compensation is not None and net.cuts(sub)
+    if not (cuts or net.drops_experts(sub)) or degrees == {0.0}:
         return Compensated()
-    net.compensation = Compensation(
-        net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
-    )
+    if net.compensation is not None:
+        net.compensation = Compensation(
+            net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
+        )
     if chosen.compensation is not None:
         return Compensated.of(chosen.compensation)
+    if not cuts:  # of experts that are gone, only a fit says something
+        return Compensated()
     if len(degrees) > 1:
         say("prove false: nobody is asked how much of what is cut to make up for: half of it")
     return Compensated(degrees.pop() if len(degrees) == 1 else HALF)
@@ -351,10 +355,19 @@ def write_only(config: ExportConfig) -> Report:
     as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
     skeleton = loading.skeleton(trained.model, dtype)
     chosen = run.chosen(config.sub_adapter)
+    if joined := shards.joined_bytes(skeleton):
+        say(
+            f"{trained.model.path} has every expert on its own on disk; joined, {joined / 1e9:.1f} "
+            "GB of them are in memory"
+        )
     net = load_super_adapter(skeleton, digest, run.super_adapter)
     require(
         not net.head or "elastic" not in config.kinds,
         "prove false: a classifier is written as hf alone; leave elastic or prove false out",
+    )
+    require(
+        not net.mixtures or "elastic" not in config.kinds,
+        f"elastic: {NO_MIXTURES}; leave it out",
     )
     factors = read_factors(run.factors_of(chosen))
     net.load_factors(factors)

@@ -178,6 +178,9 @@ class Peft(_Torch):
         return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
 
 
+NO_MIXTURES = "its space cuts mixtures of experts, and the folder holds sizes of layers alone"
+
+
 class Elastic(_AsStored):
     """All sizes of the run in one folder, of which the chosen one is compared."""
 
@@ -191,7 +194,7 @@ class Elastic(_AsStored):
         if source.trained.quantise != "none":
             return "its base is quantised, and the folder holds rows and columns of dense weights"
         if source.net.mixtures:
-            return "its space cuts mixtures of experts, and the folder holds sizes of layers alone"
+            return NO_MIXTURES
         return None
 
     def why_whole_vocabulary(self, source: Source) -> str | None:

@@ -79,6 +79,14 @@ def write(
         )
 
 
+def joined_bytes(model: PreTrainedModel) -> int:
+    """Of tensors that are joined from others while a model of this class loads, and so are in
+    memory; tensors without data will do."""
+    state = {name: tensor.to("meta") for name, tensor in _untied(model).items()}
+    on_disk = {id(x) for x in revert_weight_conversion(model, dict(state)).values()}
+    return sum(tensor.nbytes for tensor in state.values() if id(tensor) not in on_disk)
+
+
 def _converted(
     model: PreTrainedModel,
     tensors: Tensors,

@@ -24,8 +24,9 @@ from elastic.supernet.held_out import HeldOut
 from elastic.supernet.importance import channel_order
 from elastic.supernet.moments import second_moments
 from elastic.supernet.routed import channels, widths_of
-from elastic.supernet.sequential import fit_
+from elastic.supernet.sequential import fit_, fit_streamed_
 from elastic.supernet.store import load_super_adapter, save_super_adapter
+from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
 from elastic.training.fake_step import rehearse
@@ -445,3 +446,22 @@ def test_a_loss_that_balances_experts_is_off():
     with net.active(net.space.minimal()):
         output(net.model)
     assert not compact(net, net.space.minimal()).config.output_router_logits
+
+
+def test_a_mixture_that_is_not_in_memory_is_fitted_all_the_same(tmp_path):
+    base, space = model_of("mixtral", torch.float32), space_of("mixtral")
+    net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
+    order = permutations(net)
+    net.reorder(order)
+    bare = without_data(base, tiny.randomize_(net), space, "lora", order)
+    draws, sub = random.Random(3), net.space.minimal()
+    batches = [batch_of(*("".join(draws.choices(tiny.CHARACTERS, k=20)) for _ in range(16)))
+               for _ in range(4)]  # fmt: skip
+    small = compact(net, sub)
+    assert fit_(small, net, sub, batches) >= 1
+    whole, found = streamed(base, bare, net.space.maximal()), streamed(base, bare, sub)
+    assert fit_streamed_(found, whole, bare, sub, batches, tmp_path) >= 1
+    changed = {file.name for file in tmp_path.iterdir()}
+    assert any("down_proj" in name for name in changed)
+    for name, tensor in small.state_dict().items():
+        close(found.tensors[name](), tensor, 1e-4)
