@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
-from elastic.spaces.dims import VOCABULARY, Cut, numbers
+from elastic.spaces.dims import VOCABULARY, Cut, places
 from elastic.supernet.depth import states
 from elastic.supernet.watching import Watching
 
@@ -48,7 +48,7 @@ def channel_order(
     else:
         scores = _activation_scores(model, groups, batches)
     for group in groups:
-        scores[group.name][numbers(group.blocks[: group.staying])] = torch.inf
+        scores[group.name][places(group.blocks)[: group.staying]] = torch.inf
     return {
         name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()
     }
@@ -66,9 +66,9 @@ def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
         if cut.axis == "out":
             rows = model.get_submodule(cut.site).weight.double().abs().sum(1)
             total += _per_unit(rows, cut)
-    for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+    for place, block in zip(places(group.blocks), group.blocks, strict=True):
         layers = modules_of(model.get_submodule(block), nn.Linear)
-        total[number] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
+        total[place] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
     return total
 
 
@@ -112,9 +112,9 @@ def _activation_scores(
         columns = model.get_submodule(cut.site).weight.double().pow(2).sum(0).cpu()
         scores[group.name] += _per_unit(squares[cut.site] * columns, cut)
     for group in groups:
-        for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+        for place, block in zip(places(group.blocks), group.blocks, strict=True):
             total, seen = changes[block]
-            scores[group.name][number] = total / max(seen, 1)
+            scores[group.name][place] = total / max(seen, 1)
     return scores
 
 

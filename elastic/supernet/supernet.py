@@ -17,7 +17,7 @@ from elastic.errors import RunError
 from elastic.models.head import widen_head_
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import channel_index, numbers
+from elastic.spaces.dims import channel_index
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
 from elastic.supernet.vocabulary import Vocabulary
@@ -66,7 +66,9 @@ class Supernet:
         """Which tokens the head knows; None where it knows all of them at every size."""
         if order is not None:
             self.reorder(order, is_ordered=is_ordered)
-        self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
+        depths = {group.name: group.blocks[0].rpartition(".")[0] for group in self.space.depths}
+        stacks = {name: Stack(model, name) for name in depths.values()}
+        self._stacks = {group: (name, stacks[name]) for group, name in depths.items()}
         self.current = self.space.maximal()
         self.degree = 0.0
         """How much of what is cut is made up for now."""
@@ -156,11 +158,12 @@ class Supernet:
                 "sub-adapter: its groups are not those of this supernet, in their order; "
                 "`space.check` sorts them or names the strange ones"
             )
+        stacks: dict[str, Stack] = {}
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
             if choice in (old, 0):  # 0: its block does not run
                 continue
             if name in self._stacks:
-                self._stacks[name].run(self._blocks(name, choice))
+                stacks |= [self._stacks[name]]
             if self.vocabulary and name == self.vocabulary.group.name:
                 self.vocabulary.run(choice)
             for size, cut, leading in self._actions[name]:
@@ -174,6 +177,9 @@ class Supernet:
                     size.rows = choice * cut.unit
             for module, attribute in self._counted[name]:
                 setattr(module, attribute, choice)
+        kept = self.space.kept(sub) if stacks else {}
+        for name, stack in stacks.items():
+            stack.run(kept[name])
         self.current = sub
         if degree or self.degree:
             self._make_up(degree)
@@ -202,11 +208,6 @@ class Supernet:
             if degree and cut and self.compensation is not None:
                 left = self.space.left(self.current, site, "in")
                 layer.size.made_up = self.compensation(site, left)
-
-    def _blocks(self, depth: str, choice: int) -> list[int]:
-        """Places of the blocks that this choice of a depth runs, in the order as it is now."""
-        group = next(group for group in self.space.depths if group.name == depth)
-        return sorted(numbers(group.blocks[:choice]))
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter, degree: float = 0.0) -> Iterator[PreTrainedModel]:

@@ -18,8 +18,9 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.meter import Meter
 from elastic.models.modules import modules_of
+from elastic.spaces.blocks import NUMBERS
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.depth import NUMBERS, running
+from elastic.supernet.depth import running
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
 
