@@ -15,7 +15,7 @@ from elastic.errors import ConfigError, ModelError, unknown
 from elastic.models.kinds import exact_
 from elastic.models.modules import as_cut_, linear_, modules_of
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet.discovery import AUTO, discover, require_fits, shipped_for, told
+from elastic.supernet.discovery import AUTO, discover, require_fits, shipped_for
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
 
@@ -104,8 +104,7 @@ def _space(space: str | Mapping[str, Any] | SearchSpace, model: PreTrainedModel)
         return SearchSpace.from_dict(space)
     if space != AUTO:
         return SearchSpace.load(space)
-    model_type = model.config.model_type
-    return shipped_for(model_type) or told(discover(model), model_type)
+    return shipped_for(model.config.model_type) or discover(model)
 
 
 def _require_bare(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""A search space for a model nobody has written one for, found in the structure of its modules.
+"""A search space for a model nobody has written one for: what `elastic.supernet.structure` finds in
+its modules is tried on tensors without data before it is believed.
 
-Blocks are what a ModuleList repeats. In a block, layers that lead from the hidden size to another
-one and the layer that leads back are an MLP; modules that know the size of a head are attention.
-What was found is tried on tensors without data before it is believed.
+A trial has a control: the model as it is runs first, in the type that it will run in. What fails
+there is no cut's fault.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic.config import AdapterConfig, SpaceShowConfig, TrainConfig
-from elastic.console import busy, logging_at, say
+from elastic.config import AdapterConfig, ModelConfig, SpaceShowConfig, TrainConfig
+from elastic.console import busy, logging_at, say, tabulate
 from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
-from elastic.spaces.declared import SearchSpace, describe
-from elastic.spaces.dims import FIXED_HEADS, head_size_of
+from elastic.spaces.declared import SearchSpace
+from elastic.supernet.structure import Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-RANKS = [1.0, 0.5, 0.25]
-WIDTHS = [1.0, 0.875, 0.75, 0.625, 0.5]
-HEADS = [1.0, 0.75, 0.5]
 KNOWN = {
     "llama": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
     "phi3": ("phi3",),
@@ -49,7 +44,6 @@ KNOWN = {
 AUTO = "auto"
 RANK = 4
 """Of the factors that a cut is tried with."""
-Shape = tuple[int, int]
 
 
 def space_for(config: TrainConfig) -> SearchSpace:
@@ -75,8 +69,13 @@ def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     if shipped := shipped_for(model_type):
         return shipped
     with busy("looking for what can be cut"):
-        space = discover(loading.skeleton(config.model))
-    return told(space, model_type)
+        return discover(bare(config.model))
+
+
+def bare(config: ModelConfig) -> PreTrainedModel:
+    """The model without memory, in the type that it will run in."""
+    device = loading.resolve_device(config.device)
+    return loading.skeleton(config, loading.resolve_dtype(config.dtype, device))
 
 
 def shipped_for(model_type: str) -> SearchSpace | None:
@@ -85,136 +84,53 @@ def shipped_for(model_type: str) -> SearchSpace | None:
     return SearchSpace.load(name) if name else None
 
 
-def told(space: SearchSpace, model_type: str) -> SearchSpace:
-    """The space, of which is said what it cuts."""
-    for line in describe(space):
-        say(f"Space of {model_type}: {line}")
-    return space
-
-
 def discover(model: PreTrainedModel) -> SearchSpace:
-    """Ranks, MLP widths and attention heads of any model of repeated blocks (meta tensors will do).
+    """What can be elastic in any model of repeated blocks (meta tensors will do): a section for
+    each kind of block. Says what it found.
 
     ConfigError when no repeated block has a linear layer.
     """
     used = called(model)
-    sections = [section for section in _sections(model, used) if section["adapt"]]
-    if not sections:
+    kinds = [kind for kind in kinds_of(model, used) if kind.section["adapt"]]
+    if not kinds:
         raise ConfigError(
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
             "search space (see search_spaces/)"
         )
-    if experts := _experts(model):
-        say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
-            "linear layers")  # fmt: skip
-    declared = [_tried(model, section, runs=used is not None) for section in sections]
+    declared = [kind.section for kind in kinds]
+    if used is None or refusal(model, SearchSpace.from_dict(declared), RANK):
+        declared = [_tried(model, section, runs=used is not None) for section in declared]
+    declared = [_chosen(model, section) for section in declared]
+    _tell(model, kinds, declared)
     return SearchSpace.from_dict(declared, "space auto")
 
 
-def _sections(model: nn.Module, used: set[str] | None) -> Iterator[dict[str, Any]]:
-    """Of layers that are called, as far as that is known; of others the code reads the weight."""
-    outer: list[str] = []
-    for name, blocks in modules_of(model, nn.ModuleList):
-        if any(name.startswith(f"{other}.") for other in outer):
-            continue
-        outer.append(name)
-        linears = [_linears(block) for block in blocks]
-        kinds = {tuple(sorted(each.items())) for each in linears}
-        if len(kinds) == 1 and len(blocks) > 1:
-            known = {n: shape for n, shape in linears[0].items()
-                     if used is None or f"{name}.0.{n}" in used}  # fmt: skip
-            yield _section(f"{name}.*", blocks[0], known)
-
-
-def _linears(block: nn.Module) -> dict[str, Shape]:
-    """(out, in) by name."""
-    return {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in modules_of(block, nn.Linear)
-    }
-
-
-def _section(pattern: str, block: nn.Module, linears: Mapping[str, Shape]) -> dict[str, Any]:
-    sizes = Counter(size for shape in linears.values() for size in shape)
-    hidden = sizes.most_common(1)[0][0] if sizes else 0
-    heads = {n: m for n, m in block.named_modules() if n and head_size_of(m) is not None}
-    inside = {name for name in linears if any(name.startswith(f"{other}.") for other in heads)}
-    mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
-    groups: dict[str, Any] = {}
-    adapted: set[str] = set()
-    for number, (ups, down, fused) in enumerate(mlps):
-        suffix = f"_{number}" if len(mlps) > 1 else ""
-        groups[f"mlp_width{suffix}"] = {
-            "dim": "width", "outputs": ups, "inputs": [down], "choices": WIDTHS, "align": 8,
-            **({"fused": "parts"} if fused else {}),
-        }  # fmt: skip
-        groups[f"mlp_rank{suffix}"] = {"dim": "rank", "of": ups, "choices": RANKS}
-        adapted |= {*ups, down}
-    for number, (name, module) in enumerate(heads.items()):
-        suffix = f"_{number}" if len(heads) > 1 else ""
-        reading = [
-            n for n, (_, into) in linears.items()
-            if n.startswith(f"{name}.") and into == hidden and not _leads_out(n)
-        ]  # fmt: skip
-        if not reading:
-            continue
-        groups[f"attention_rank{suffix}"] = {"dim": "rank", "of": reading, "choices": RANKS}
-        adapted |= set(reading)
-        out = _projection_out(name, reading, linears)
-        if len(reading) == 3 and out and not any(hasattr(module, n) for n in FIXED_HEADS):
-            groups[f"heads{suffix}"] = {
-                "dim": "heads", "outputs": reading, "inputs": [out], "choices": HEADS
-            }  # fmt: skip
-    if not groups and linears:
-        groups["rank"] = {"dim": "rank", "of": list(linears), "choices": RANKS}
-        adapted |= set(linears)
-    return {"blocks": pattern, "adapt": [n for n in linears if n in adapted], "groups": groups}
-
-
-def _mlps(linears: Mapping[str, Shape], hidden: int) -> Iterator[tuple[list[str], str, bool]]:
-    """The layers that make channels, the one that reads them, and whether one layer makes several
-    parts of them: by sizes, and among alike ones by where they stand."""
-    for down, (out, width) in linears.items():
-        if out != hidden or width == hidden:
-            continue
-        for fused in (False, True):
-            made = [n for n, shape in linears.items() if shape == (width * (1 + fused), hidden)]
-            near = [n for n in made if n.rpartition(".")[0] == down.rpartition(".")[0]]
-            if made:
-                yield near or made, down, fused
-                break
-
-
-def _leads_out(name: str) -> bool:
-    """By its name: the projection back to the hidden size, which may be square."""
-    leaf = name.rpartition(".")[2]
-    return re.search(r"^(o|out|wo)(_|$)|output|^dense$|c_proj", leaf) is not None
-
-
-def _projection_out(
-    attention: str, reading: Sequence[str], linears: Mapping[str, Shape]
-) -> str | None:
-    """The layer that reads the heads: in the attention module, or beside it as in BERT."""
-    wide = max(linears[name][0] for name in reading)
-    beside = attention.rpartition(".")[0]
-    found = [
-        name
-        for name, (_, columns) in linears.items()
-        if columns == wide and _leads_out(name) and name.startswith(beside)
+def _tell(
+    model: PreTrainedModel, kinds: Sequence[Kind], declared: Sequence[Mapping[str, Any]]
+) -> None:
+    """A row for each kind of block, and what stays whole."""
+    rows = [
+        (
+            kind.blocks,
+            str(kind.count),
+            ", ".join(kind.parts),
+            ", ".join(section["groups"]),
+        )
+        for kind, section in zip(kinds, declared, strict=True)
     ]
-    return min(found, key=lambda name: not name.startswith(f"{attention}."), default=None)
-
-
-def _experts(model: nn.Module) -> list[str]:
-    """Modules that hold a weight for each of several experts in one tensor, numbers as *."""
-    tensors = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
-    modules = (re.sub(r"\.\d+", ".*", name.rpartition(".")[0]) for name in tensors)
-    return list(dict.fromkeys(name for name in modules if "experts" in name))
+    title = f"Space of {type(model).__name__}"
+    tabulate(title, ("blocks", "number", "found in them", "elastic"), rows)
+    if experts := list(dict.fromkeys(name for kind in kinds for name in kind.experts)):
+        say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
+            "linear layers")  # fmt: skip
+    if mixers := list(dict.fromkeys(name for kind in kinds for name in kind.mixers)):
+        say(f"Space auto: of {', '.join(mixers)} ranks alone are elastic; their convolutions and "
+            "states count on their inner sizes")  # fmt: skip
 
 
 def _tried(model: PreTrainedModel, section: dict[str, Any], *, runs: bool) -> dict[str, Any]:
     """The section without the groups whose cut the model's code does not follow, as far as it
-    `runs` uncut, and without those that have one size alone."""
+    `runs` uncut."""
     kept = {name: spec for name, spec in section["groups"].items() if spec["dim"] == "rank"}
     for name, spec in section["groups"].items():
         if spec["dim"] == "rank":
@@ -223,13 +139,28 @@ def _tried(model: PreTrainedModel, section: dict[str, Any], *, runs: bool) -> di
         reason = refusal(model, alone, RANK)
         if reason and not runs:
             reason = "uncut, the model does not run without data, so that no cut can be tried"
-        if reason is None and all(len(group.choices) < 2 for group in alone.bind(model, RANK)):
-            reason = "there is one size alone to choose from"
         if reason:
-            say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
+            _leave_out(name, section, reason)
         else:
             kept[name] = spec
     return {**section, "groups": kept}
+
+
+def _chosen(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
+    """The section without the groups that have one size alone."""
+    bound = SearchSpace.from_dict(section, "space auto").bind(model, RANK)
+    several = {group.name.rpartition(".")[2] for group in bound if len(group.choices) > 1}
+    kept = {}
+    for name, spec in section["groups"].items():
+        if name in several or spec["dim"] == "rank":
+            kept[name] = spec
+        else:
+            _leave_out(name, section, "there is one size alone to choose from")
+    return {**section, "groups": kept}
+
+
+def _leave_out(name: str, section: Mapping[str, Any], reason: str) -> None:
+    say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
 
 
 def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
@@ -294,6 +225,6 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
             inputs["decoder_input_ids"] = inputs["input_ids"]
         empty = copy.deepcopy(model, memory)
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
-        if _experts(empty):  # one of their kernels knows one type, another looks at values
+        if any(routed(empty)):  # one of their kernels knows one type, another looks at values
             empty.set_experts_implementation("batched_mm")
         yield empty, inputs

@@ -168,5 +168,8 @@ def test_an_unknown_type_trains_with_what_was_found(tiny_folder, tmp_path, monke
         tiny_folder, tmp_path / "run", space="auto", adapter=AdapterConfig(rank=8)
     )
     run = train_one(config)
-    assert "Space of llama: model.layers.*" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Space of LlamaForCausalLM" in told
+    [row] = [line for line in told.splitlines() if "model.layers.*" in line]
+    assert "LlamaAttention" in row and "attention_rank" in row
     assert {spec.dim for spec in run.space().sections[0].groups} == {"rank", "width", "heads"}
