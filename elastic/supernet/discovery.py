@@ -23,6 +23,7 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.few import FEW, alike, without
 from elastic.supernet.structure import Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
 
@@ -185,15 +186,24 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
 
 
 def called(model: PreTrainedModel) -> set[str] | None:
-    """Names of the linear layers that are called; None if the model does not run without data."""
+    """Names of the linear layers that are called and answer with what they make, and nothing
+    besides; None if the model does not run without data."""
     names: set[str] = set()
+
+    def tell(name: str, layer: nn.Linear, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape[-1] == layer.out_features:
+            names.add(name)
+
     with _without_data(model) as (empty, inputs):
         for name, layer in modules_of(empty, nn.Linear):
-            layer.register_forward_pre_hook(lambda *_, name=name: names.add(name))
-        try:
-            empty(**inputs)
-        except Exception:  # whatever the model's code says
+            layer.register_forward_hook(lambda layer, _, y, name=name: tell(name, layer, y))
+        kinds = alike(empty)
+        if _fails(empty, inputs, kinds):
             return None
+    for kind in kinds:
+        for first in kind[:FEW]:
+            own = [name for name in names if name.startswith(f"{first}.")]
+            names.update(name.replace(first, other, 1) for name in own for other in kind)
     return names
 
 
@@ -203,11 +213,32 @@ def refusal(model: PreTrainedModel, space: SearchSpace, rank: int) -> str | None
     with _without_data(model) as (empty, inputs):
         try:
             net = Supernet(empty, space, AdapterConfig(rank=rank), start=False)
-            with net.active(net.space.minimal()) as small:
-                small(**inputs)
+            net.activate(net.space.minimal())
         except Exception as error:  # whatever the model's code says
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+            return _told(error)
+        return _fails(empty, inputs, alike(empty))
+
+
+def _fails(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], kinds: Sequence[Sequence[str]]
+) -> str | None:
+    """Why a model does not run; None if it does, at least with a few blocks of these kinds. Where
+    that fails it runs whole: its code may count on all of them."""
+    reason = None
+    for left_out in ([name for kind in kinds for name in kind[FEW:]], []):
+        try:
+            with without(model, left_out):
+                model(**inputs)
+            return None
+        except Exception as error:  # whatever the model's code says
+            reason = _told(error)
+        if not left_out:
+            break
+    return reason
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elastic.models.modules import linear_
+from tests.helpers import tiny
 from tests.helpers.families import SMALL
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -71,3 +72,10 @@ def runnable_(model: PreTrainedModel) -> PreTrainedModel:
     ):
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def save_hybrid(folder, name: str, **overrides):
+    """In float32, with a tokenizer."""
+    hybrid(name, torch.float32, **overrides).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
