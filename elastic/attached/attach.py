@@ -15,7 +15,7 @@ from elastic.errors import ConfigError, ModelError, unknown
 from elastic.models.kinds import exact_
 from elastic.models.modules import as_cut_, linear_, modules_of
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet.discovery import AUTO, discover, require_fits, shipped_for
+from elastic.supernet.discovery import AUTO, AUTO_DEEP, discover, require_fits, shipped_for
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
 
@@ -44,7 +44,8 @@ def attach(
         elastic.save_compact(net.compact(front.best), "small", tokenizer)
 
     `space`: a shipped search space, a YAML file, or what such a file says; auto: the one shipped
-    for this type of model, else what the structure of its modules says. `method` and `max_rank`, or
+    for this type of model, else what the structure of its modules says; auto-deep: that, with the
+    number of blocks that run. `method` and `max_rank`, or
     all settings of an `adapter`. `ranks` as in `TrainConfig`. `task` says what the fields of rows
     mean (its `prompt`, `second`, `answer`, `options`, `cutoff`); the tokenizer is needed for rows.
 
@@ -102,6 +103,8 @@ def _space(space: str | Mapping[str, Any] | SearchSpace, model: PreTrainedModel)
         return space
     if not isinstance(space, str):
         return SearchSpace.from_dict(space)
+    if space == AUTO_DEEP:
+        return discover(model, deep=True)
     if space != AUTO:
         return SearchSpace.load(space)
     return shipped_for(model.config.model_type) or discover(model)

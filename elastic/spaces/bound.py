@@ -195,7 +195,7 @@ class Space(Generic[Point]):
 
         for group in self.groups if found else ():
             blocks = {block_of(cut.site) for cut in group.cuts}
-            if len(blocks) == 1 and (block := blocks.pop()):
+            if len(blocks) == 1 and (block := blocks.pop()) in found:
                 found[block].append(group.name)
         return found
 

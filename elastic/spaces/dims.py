@@ -199,7 +199,15 @@ def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) ->
             f"group {spec.name!r}: {type(attention).__name__} does not say how many query heads "
             "share a key-value head, or keeps them in one layer with the keys; declare `dim: heads`"
         )
-    layer = model.get_submodule(f"{block}.{spec.outputs[0]}")
+    layer, reader = (
+        model.get_submodule(f"{block}.{name}") for name in (spec.outputs[0], spec.inputs[0])
+    )
+    if layer.out_features != reader.in_features:
+        raise ConfigError(
+            f"group {spec.name!r}: {block}.{spec.outputs[0]} makes {layer.out_features} channels, "
+            f"of which {block}.{spec.inputs[0]} reads {reader.in_features}: its query heads hold "
+            "more than queries; declare `dim: heads`"
+        )
     parts = (head_size,) * (layer.out_features // (head_size * shared))
     found = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), parts))
     cuts = tuple(replace(cut, apart=True) for cut in found)

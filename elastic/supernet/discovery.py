@@ -24,7 +24,7 @@ from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.few import FEW, alike, without
-from elastic.supernet.structure import Kind, kinds_of, routed
+from elastic.supernet.structure import DEPTHS, Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ KNOWN = {
     "bert": ("bert", "roberta", "xlm-roberta"),
 }
 """Shipped spaces, and the model types that they were tested with."""
-AUTO = "auto"
+AUTO, AUTO_DEEP = "auto", "auto-deep"
+"""The space shipped for a type of model, or discovered; discovered, and with depths."""
 RANK = 4
 """Of the factors that a cut is tried with."""
 
@@ -63,14 +64,14 @@ def space_for(config: TrainConfig) -> SearchSpace:
 
 def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     """The space of that name; of `auto`, the one shipped for this type of model or, if there is
-    none, the one discovered."""
-    if config.space != AUTO:
+    none, the one discovered; of `auto-deep`, the one discovered with depths."""
+    if config.space not in (AUTO, AUTO_DEEP):
         return SearchSpace.load(config.space)
     model_type = loading.architecture_of(config.model).model_type
-    if shipped := shipped_for(model_type):
+    if config.space == AUTO and (shipped := shipped_for(model_type)):
         return shipped
     with busy("looking for what can be cut"):
-        return discover(bare(config.model))
+        return discover(bare(config.model), deep=config.space == AUTO_DEEP)
 
 
 def bare(config: ModelConfig) -> PreTrainedModel:
@@ -85,9 +86,9 @@ def shipped_for(model_type: str) -> SearchSpace | None:
     return SearchSpace.load(name) if name else None
 
 
-def discover(model: PreTrainedModel) -> SearchSpace:
+def discover(model: PreTrainedModel, *, deep: bool = False) -> SearchSpace:
     """What can be elastic in any model of repeated blocks (meta tensors will do): a section for
-    each kind of block. Says what it found.
+    each kind of block, if `deep` with the number of those that run. Says what it found.
 
     ConfigError when no repeated block has a linear layer.
     """
@@ -102,6 +103,8 @@ def discover(model: PreTrainedModel) -> SearchSpace:
     if used is None or refusal(model, SearchSpace.from_dict(declared), RANK):
         declared = [_tried(model, section, runs=used is not None) for section in declared]
     declared = [_chosen(model, section) for section in declared]
+    if deep:
+        declared = [_deep(model, section) for section in declared]
     _tell(model, kinds, declared)
     return SearchSpace.from_dict(declared, "space auto")
 
@@ -158,6 +161,21 @@ def _chosen(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
         else:
             _leave_out(name, section, "there is one size alone to choose from")
     return {**section, "groups": kept}
+
+
+def _deep(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
+    """The section with a depth, where the model can be described without some of its blocks."""
+    depth = {"depth": {"dim": "depth", "choices": DEPTHS}}
+    alone = SearchSpace.from_dict({**section, "groups": depth}, "space auto")
+    try:
+        [bound] = alone.bind(model, RANK)
+    except ConfigError as error:
+        _leave_out("depth", section, str(error))
+        return section
+    if len(bound.choices) < 2:
+        _leave_out("depth", section, "there is one size alone to choose from")
+        return section
+    return {**section, "groups": depth | section["groups"]}
 
 
 def _leave_out(name: str, section: Mapping[str, Any], reason: str) -> None:

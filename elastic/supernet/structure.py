@@ -24,6 +24,7 @@ from elastic.spaces.pattern import pattern_of
 RANKS = [1.0, 0.5, 0.25]
 WIDTHS = [1.0, 0.875, 0.75, 0.625, 0.5]
 HEADS = [1.0, 0.75, 0.5]
+DEPTHS = [1.0, 0.875, 0.75]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 Shape = tuple[int, int]
 """(out, in)"""

@@ -28,7 +28,7 @@ from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
 from elastic.supernet.compensation import footprint
-from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.discovery import bare, require_fits, space_for
 from elastic.supernet.moments import ROOM
 from elastic.supernet.store import read_factors
 from elastic.supernet.summary import sizes_table, vocabulary_told
@@ -83,7 +83,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
                 adapter.succeed(adapter.state_dict(), torch.Generator())
-    require_fits(loading.skeleton(config.model), space, config.adapter.rank)
+    require_fits(bare(config.model), space, config.adapter.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)

@@ -67,10 +67,9 @@ def hybrid(name: str, dtype: torch.dtype = torch.float64, **overrides) -> PreTra
 
 def runnable_(model: PreTrainedModel) -> PreTrainedModel:
     """With experts in the implementation that takes float64."""
-    if any(
-        parameter.dim() == 3 and "experts" in name for name, parameter in model.named_parameters()
-    ):
-        model.set_experts_implementation("eager")
+    for module in model.modules():  # modules may have a configuration that is not the model's
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
     return model.eval().requires_grad_(False)
 
 
