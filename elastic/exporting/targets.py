@@ -233,7 +233,8 @@ class _Graph(Format):
         graphs.require(str(self.runtime))
 
     def why_not(self, source: Source) -> str | None:
-        return no_graph(kind_of(source.models["compact"]))
+        model = source.models["compact"]
+        return no_graph(kind_of(model), model.config)
 
     def why_whole_vocabulary(self, source: Source) -> str | None:
         return None

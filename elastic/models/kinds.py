@@ -109,10 +109,29 @@ def exact_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def no_graph(kind: Kind) -> str | None:
+def has_states(architecture: PretrainedConfig) -> bool:
+    """Whether blocks of a decoder carry a state along a sequence, such as a Mamba layer's, linear
+    attention's or a short convolution's, instead of keys and values or beside them."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    if architecture.is_encoder_decoder:
+        return False
+    try:
+        layers = DynamicCache(config=architecture).layers
+    except Exception:  # a configuration from elsewhere that says nothing of its blocks
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def no_graph(kind: Kind, architecture: PretrainedConfig) -> str | None:
     """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
     if kind is Kind.RECURRENT:
         return "recurrent models are not written as graphs: tracing would fix the length"
+    if kind is Kind.DECODER and has_states(architecture):
+        return (
+            "some of its blocks carry a state along the sequence, and graphs are written of keys "
+            "and values alone"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 
@@ -11,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.lfm2.modeling_lfm2 import Lfm2Attention
 
-from elastic.errors import ConfigError
+from elastic.config import ModelConfig
+from elastic.errors import ConfigError, ModelError
 from elastic.formats import hf
+from elastic.models.requirements import require_graph, require_packing
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import places
 from elastic.supernet.compact import compact
@@ -21,7 +24,7 @@ from elastic.supernet.few import FEW
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import output
-from tests.helpers.hybrids import HYBRIDS, hybrid, runnable_
+from tests.helpers.hybrids import HYBRIDS, hybrid, runnable_, save_hybrid
 from tests.helpers.laws import close, one_function
 
 ALTERNATING = ["linear_attention", "full_attention"]
@@ -238,3 +241,16 @@ def test_query_heads_that_hold_more_than_queries_are_refused(family):
     space = SearchSpace.from_dict(value | {"groups": {"queries": group}})
     with pytest.raises(ConfigError, match="its query heads hold more than queries"):
         space.bind(hybrid(family), tiny.RANK)
+
+
+STATES = {"lfm2": True, "falcon-h1": True, "jamba": True, "deepseek-v3": False, "llama4": False}
+
+
+@pytest.mark.parametrize("family, passes_on", STATES.items())
+def test_a_state_that_blocks_pass_on_is_known(family, passes_on, tmp_path):
+    """Sequences cannot share a row, and no graph of keys and values is written."""
+    folder = ModelConfig(path=str(save_hybrid(tmp_path, family)))
+    refused = pytest.raises((ConfigError, ModelError), match="state")
+    for require in (require_packing, lambda config: require_graph(config, "onnx")):
+        with refused if passes_on else contextlib.nullcontext():
+            require(folder)
