@@ -166,7 +166,7 @@ def width(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) ->
     return Sites(_full(model, spec, cuts), cuts)
 
 
-def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+def heads(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Whole key-value heads with the query heads that share them, so that grouped-query
     attention stays valid. A choice counts key-value heads; ConfigError where they cannot be cut."""
     name, attention, head_size = _attention(model, block, spec)
@@ -178,7 +178,7 @@ def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites
     full = layers[spec.inputs[0]].in_features // (head_size * shared)
     for name in spec.outputs:
         rows = layers[name].out_features
-        if rows % full:
+        if not full or rows % full:
             raise ConfigError(
                 f"group {spec.name!r}: {block}.{name} makes {rows} channels, which are no multiple "
                 f"of the {full} key-value heads that {block}.{spec.inputs[0]} reads"

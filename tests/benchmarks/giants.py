@@ -1,14 +1,18 @@
 """How long `elastic train --dry_run` takes for models that no laptop holds, at their real sizes.
 
-    python -m tests.benchmarks.giants [NAME ...]
+    python -m tests.benchmarks.giants [--save] [--only NAME ...]
 
 Only their config.json is written, of transformers' own classes and with the published sizes, and a
-tokenizer of letters. The last line is JSON; it is kept in results/giants.json.
+tokenizer of letters. `seconds` are of a process of its own, imports and all, on a machine that may
+be busy; `of_a_processor` is what it took of one, in one thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,11 +22,11 @@ from typing import Any
 
 import transformers
 
-from elastic.files import write_json
+from tests.benchmarks.common import report
 from tests.helpers import tiny
 
 MOST = 20.0
-"""Seconds, imports and all."""
+"""Seconds of one processor."""
 LFM2 = ["conv", "conv", "full_attention"] * 3 + ["conv", "full_attention"] * 3 + ["conv"]
 GIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # published sizes, where the defaults are others
     "Mixtral-8x7B": ("MixtralConfig", {
@@ -57,36 +61,40 @@ def folder_of(name: str, directory: Path) -> Path:
     return directory / name
 
 
-def dry_run(folder: Path) -> tuple[float, dict[str, Any]]:
-    """Seconds of a process of its own, and what it found."""
+def dry_run(folder: Path) -> dict[str, Any]:
+    """What a process of its own took, and what it found."""
     command = [sys.executable, "-m", "elastic", "train", "--dry_run", "--space", "auto"]
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
-        [*command, "--model.path", str(folder)], capture_output=True, text=True, check=False
-    )
+        [*command, "--model.path", str(folder)], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(done.stderr, file=sys.stderr)
     done.check_returncode()
-    return seconds, json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "seconds": round(seconds, 1),
+        "of_a_processor": round(
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1
+        ),
+        "billion_parameters": round(found["parameters"] / 1e9, 1),
+        "groups": sum(row["groups"] for row in found["space"]),
+        "notes": "; ".join(found["notes"]) or "none",
+    }
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(GIANTS)
-    rows = {}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
+    parser.add_argument("--only", nargs="+", choices=GIANTS, default=list(GIANTS))
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        for name in names:
-            seconds, found = dry_run(folder_of(name, Path(directory)))
-            rows[name] = {
-                "seconds": round(seconds, 1),
-                "parameters": found["parameters"],
-                "groups": sum(row["groups"] for row in found["space"]),
-                "notes": found["notes"],
-            }
-            print(f"{name}: {seconds:.1f} s, {found['parameters'] / 1e9:.1f} B parameters")
-    print(json.dumps(rows))
-    if len(names) == len(GIANTS):
-        write_json(Path(__file__).parent / "results" / "giants.json", rows)
-    if slow := [name for name, row in rows.items() if row["seconds"] > MOST]:
+        rows = {name: dry_run(folder_of(name, Path(directory))) for name in given.only}
+    description = "elastic train --dry_run --space auto of models at their published sizes"
+    report("giants", description, rows, save=given.save)
+    if slow := [name for name, row in rows.items() if row["of_a_processor"] > MOST]:
         raise SystemExit(f"slower than {MOST:g} s: {', '.join(slow)}")
 
 
