@@ -205,7 +205,8 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
 
 def called(model: PreTrainedModel) -> set[str] | None:
     """Names of the linear layers that are called and answer with what they make, and nothing
-    besides; None if the model does not run without data."""
+    besides; None if the model does not run without data. ConfigError if it wants other inputs than
+    tokens."""
     names: set[str] = set()
 
     def tell(name: str, layer: nn.Linear, output: Any) -> None:
@@ -216,7 +217,9 @@ def called(model: PreTrainedModel) -> set[str] | None:
         for name, layer in modules_of(empty, nn.Linear):
             layer.register_forward_hook(lambda layer, _, y, name=name: tell(name, layer, y))
         kinds = alike(empty)
-        if _fails(empty, inputs, kinds):
+        if reason := _fails(empty, inputs, kinds):
+            if reason.startswith(ValueError.__name__):  # what a model's code says of its inputs
+                raise ConfigError(f"{type(model).__name__} does not run on tokens alone: {reason}")
             return None
     for kind in kinds:
         for first in kind[:FEW]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,12 @@ def kinds_of(model: nn.Module, used: set[str] | None) -> Iterator[Kind]:
         for number, block in enumerate(blocks):
             alike.setdefault(_built(block), []).append(number)
         linears = [_linears(block) for block in blocks]
-        hidden = _hidden(linears)
+        hidden, shared = _hidden(linears), _shared(blocks)
         for numbers in alike.values():
             first = numbers[0]
             known = {n: shape for n, shape in linears[first].items()
-                     if used is None or f"{name}.{first}.{n}" in used}  # fmt: skip
+                     if (used is None or f"{name}.{first}.{n}" in used)
+                     and blocks[first].get_submodule(n) not in shared}  # fmt: skip
             pattern = pattern_of(name, numbers, len(blocks))
             yield _kind(pattern, len(numbers), blocks[first], known, hidden)
 
@@ -86,6 +87,12 @@ def _linears(block: nn.Module) -> dict[str, Shape]:
     }
 
 
+def _shared(blocks: Iterable[nn.Module]) -> set[nn.Module]:
+    """Layers that stand in several blocks: cut or adapted in one, they would be so in all."""
+    times = Counter(layer for block in blocks for _, layer in modules_of(block, nn.Linear))
+    return {layer for layer, count in times.items() if count > 1}
+
+
 def _hidden(linears: Sequence[Mapping[str, Shape]]) -> int:
     """The size of what blocks pass on: the one that most of their layers read or make."""
     sizes = Counter(size for each in linears for shape in each.values() for size in shape)
@@ -102,7 +109,7 @@ def routed(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _kind(
     pattern: str, count: int, block: nn.Module, linears: Mapping[str, Shape], hidden: int
 ) -> Kind:
-    attention, mixers = dict(_attention(block)), dict(_mixers(block))
+    attention, mixers = _token_mixers(block)
     inside = {n for n in linears if any(n.startswith(f"{o}.") for o in (*attention, *mixers))}
     mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
     groups: dict[str, Any] = {}
@@ -154,13 +161,22 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-# Attention
-
-
-def _attention(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _token_mixers(block: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Attention, and what mixes tokens otherwise, by name; the outermost where they are nested."""
+    attention: dict[str, nn.Module] = {}
+    mixers: dict[str, nn.Module] = {}
     for name, module in block.named_modules():
-        if name and head_size_of(module) is not None and not _convolves(module):
-            yield name, module
+        if not name or any(name.startswith(f"{outer}.") for outer in (*attention, *mixers)):
+            continue
+        if any(isinstance(child, CONVOLUTIONS) for child in module.children()):
+            if any(modules_of(module, nn.Linear)):
+                mixers[name] = module
+        elif head_size_of(module) is not None:
+            attention[name] = module
+    return attention, mixers
+
+
+# Attention
 
 
 def _of_attention(
@@ -239,16 +255,6 @@ def _projection_out(
 # What mixes tokens otherwise
 
 
-def _mixers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules():
-        if name and _convolves(module) and any(modules_of(module, nn.Linear)):
-            yield name, module
-
-
-def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(child, CONVOLUTIONS) for child in module.children())
-
-
 def _is_adapted(mixer: nn.Module, name: str) -> bool:
     """Whether factors of a layer would always be used: where fused kernels are installed, the code
     of some mixers hands them its weight."""
@@ -265,14 +271,17 @@ def _is_adapted(mixer: nn.Module, name: str) -> bool:
 def _mlps(linears: Mapping[str, Shape], hidden: int) -> Iterator[tuple[list[str], str, bool]]:
     """The layers that make channels, the one that reads them, and whether one layer makes several
     parts of them: by sizes, and among alike ones by where they stand."""
+    taken: set[str] = set()
     for down, (out, width) in linears.items():
         if out != hidden or width == hidden:
             continue
         for fused in (False, True):
-            made = [n for n, shape in linears.items() if shape == (width * (1 + fused), hidden)]
+            shape = (width * (1 + fused), hidden)
+            made = [n for n, own in linears.items() if own == shape and n not in taken]
             near = [n for n in made if _parent(n) == _parent(down)]
             if made:
                 yield near or made, down, fused
+                taken |= {*(near or made)}
                 break
 
 
