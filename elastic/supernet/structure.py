@@ -66,7 +66,7 @@ def kinds_of(model: nn.Module, used: set[str] | None) -> Iterator[Kind]:
             first = numbers[0]
             known = {n: shape for n, shape in linears[first].items()
                      if (used is None or f"{name}.{first}.{n}" in used)
-                     and blocks[first].get_submodule(n) not in shared}  # fmt: skip
+                     and blocks[first].get_submodule(n).weight not in shared}  # fmt: skip
             pattern = pattern_of(name, numbers, len(blocks))
             yield _kind(pattern, len(numbers), blocks[first], known, hidden)
 
@@ -87,10 +87,11 @@ def _linears(block: nn.Module) -> dict[str, Shape]:
     }
 
 
-def _shared(blocks: Iterable[nn.Module]) -> set[nn.Module]:
-    """Layers that stand in several blocks: cut or adapted in one, they would be so in all."""
-    times = Counter(layer for block in blocks for _, layer in modules_of(block, nn.Linear))
-    return {layer for layer, count in times.items() if count > 1}
+def _shared(blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Weights of layers in several blocks: cut or adapted in one, they would be so in all."""
+    linears = (layer for block in blocks for _, layer in modules_of(block, nn.Linear))
+    times = Counter(layer.weight for layer in linears)
+    return {weight for weight, count in times.items() if count > 1}
 
 
 def _hidden(linears: Sequence[Mapping[str, Shape]]) -> int:
