@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from elastic.config import EvaluateConfig
 from elastic.console import busy, say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluation.in_runtime import continued, likelihood
-from elastic.files import read_json, tag, write_json
+from elastic.files import read_json, shipped_folders, tag, write_json
 from elastic.models.kinds import Kind, kind_of
 from elastic.provenance import provenance
 from elastic.run import Run
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elastic.formats.runner import Runner
+
+
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass(frozen=True)
@@ -50,26 +55,47 @@ class HarnessReport:
 
 
 def task_manager(config: EvaluateConfig) -> TaskManager:
-    """The harness's tasks and the user's own; ConfigError names one that is none of them,
-    MissingExtra a harness that is not installed."""
+    """The harness's tasks, those of the papers (configs/harness) and the user's own; ConfigError
+    names one that is none of them, or that runs code without leave, MissingExtra a harness that is
+    not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtra("lm_eval", "eval", "harness") from error
 
-    if config.harness_tasks:
-        own = TaskManager(include_path=config.harness_tasks, include_defaults=False)
-        if set(config.harness) <= set(own.all_tasks):
-            return own
-    say("Reading the list of the harness's tasks")  # many thousand files
-    with busy("reading the list"):
-        found = TaskManager(include_path=config.harness_tasks)
+    folders = [str(folder) for folder in shipped_folders("configs/harness")]
+    folders += filter(None, [config.harness_tasks])
+    known = TaskManager(include_path=folders, include_defaults=False)
+    if not set(config.harness) <= set(known.all_tasks):
+        say("Reading the list of the harness's tasks")  # many thousand files
+        with busy("reading the list"):
+            known = TaskManager(include_path=folders)
     for name in config.harness:
-        if name not in found.all_tasks:
-            near = difflib.get_close_matches(name, found.all_tasks, 3, 0.5)
+        if name not in known.all_tasks:
+            near = difflib.get_close_matches(name, known.all_tasks, 3, 0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ConfigError(f"harness: unknown task {name!r}{hint}")
-    return found
+    unsafe = () if config.run_code else _running_code(known, config.harness)
+    for name in unsafe:
+        raise ConfigError(
+            f"harness: task {name!r} runs programs that the model writes on this machine, in "
+            "processes with limits but with your rights; give run_code, too, or use a container"
+        )
+    return known
+
+
+def _running_code(tasks: TaskManager, names: Iterable[Any]) -> Iterator[str]:
+    """Which of these, and of what they stand for, say that they run what a model writes."""
+    for named in names:
+        name = named if isinstance(named, str) else named.get("task", named.get("group"))
+        entry = tasks.task_index.get(name)
+        settings = (entry.cfg if entry else named) or {}
+        if settings.get("unsafe_code"):
+            yield name
+        members = settings.get("task") if "group" in settings else None
+        if entry and not entry.cfg:  # a tag
+            members = sorted(entry.tags)
+        yield from _running_code(tasks, members if isinstance(members, list) else ())
 
 
 def run_harness(config: EvaluateConfig) -> HarnessReport:
@@ -122,7 +148,7 @@ def _evaluate(
     lm_eval: Any, model: LM, config: EvaluateConfig, tasks: TaskManager
 ) -> dict[str, Any]:
     try:
-        with busy("answering the harness", own_bars=True):
+        with busy("answering the harness", own_bars=True), _code_allowed(config.run_code):
             return lm_eval.simple_evaluate(
                 model=model,
                 tasks=config.harness,
@@ -135,6 +161,22 @@ def _evaluate(
         raise
     except (ValueError, ConnectionError, OSError, KeyError) as error:
         raise DataError(f"harness: {' '.join(str(error).split())[:400]}") from error
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Tells the `code_eval` of Hugging Face's evaluate, with which the harness's own tasks run
+    code, while the block lasts."""
+    before = os.environ.get(CODE_EVAL)
+    if allowed:
+        os.environ[CODE_EVAL] = "1"
+    try:
+        yield
+    finally:
+        if allowed:
+            os.environ.pop(CODE_EVAL)
+            if before is not None:
+                os.environ[CODE_EVAL] = before
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
