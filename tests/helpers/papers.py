@@ -1,16 +1,28 @@
-"""Data sets of the papers' benchmarks as folders of their names on the hub, with the fields that
-those have and rows made up here. In the working directory `datasets` takes them for the originals.
+"""Recipes of the papers. And their benchmarks' data sets as folders of their names on the hub, with
+the fields that those have and rows made up here: in the working directory `datasets` takes them for
+the originals.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
+from elastic.config import TrainConfig
+from elastic.config.parsing import parse
 from elastic.evaluation.papers import SUBJECTS
+
+METHODS = ("lonas", "sorsa", "prolora", "olora", "soslora")
+RECIPES = sorted(
+    file.stem
+    for file in (Path(__file__).parents[2] / "configs").glob("*-train.yaml")
+    if file.stem.partition("-")[0] in METHODS
+)
+"""Of the papers, those that train."""
 
 GSM8K = [
     {"question": f"Ada has {n} pens and gets {n} more. How many are there?",
@@ -50,6 +62,12 @@ BBH = {
     "date_understanding": [{"input": "Which day is it?", "target": "(A)"}],
 }
 """Two rows of one task, one of another."""
+
+
+@functools.cache
+def recipe(*names: str) -> TrainConfig:
+    """The settings of recipes, later ones over earlier ones."""
+    return parse(TrainConfig, [part for name in names for part in ("--config", name)])
 
 
 def data_set(
