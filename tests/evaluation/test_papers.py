@@ -15,14 +15,17 @@ from collections.abc import Callable
 import lm_eval.evaluator
 import psutil
 import pytest
+import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from elastic.__main__ import main
 from elastic.config import EvaluateConfig, StageConfig
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, DataError
 from elastic.evaluation import harness, papers, programs
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
+from tests.helpers.families import model_of
 from tests.helpers.papers import BBH, GSM8K, HUMANEVAL, MATH, MMLU, TYDIQA, data_sets
 from tests.helpers.tiny_runs import train_config
 
@@ -110,7 +113,8 @@ def asked(task: str, answer: Callable[[str], str]) -> tuple[dict[str, float], li
     """Metrics of the task with these answers, and the requests."""
     config = EvaluateConfig(harness=[task], run_code=task.endswith("humaneval"))
     model = Scripted(answer)
-    found = harness._evaluate(lm_eval, model, config, harness.task_manager(config))
+    manager = harness.task_manager(config)
+    found = harness._evaluate(model, config, harness.loaded(config, manager), manager)
     metrics = harness._metrics(found["results"][task])
     return {name: each["value"] for name, each in metrics.items()}, model.asked
 
@@ -251,6 +255,34 @@ def test_code_is_refused_without_leave(run, capsys, forbid_weights):
     assert main(["evaluate", str(run.path), "--harness", "sorsa_humaneval"]) == 1
     said = capsys.readouterr().err
     assert "'sorsa_humaneval' runs programs that the model writes" in said and "run_code" in said
+
+
+def test_data_that_are_not_there_are_named(run, capsys, forbid_weights, tmp_path, monkeypatch):
+    """Before any weight is read."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run.path), "--harness", "sorsa_gsm8k"]) == 1
+    assert "harness: Couldn't reach 'openai/gsm8k'" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_there_is_named():
+    """As of minerva_math, which wants packages of its own."""
+    with pytest.raises(DataError, match="harness: install this"), harness._named():
+        raise ImportError("install\nthis")
+    with pytest.raises(AssertionError), harness._named():  # a mistake here says nothing
+        raise AssertionError
+
+
+def test_a_state_has_no_longest_text():
+    """RWKV-4 names the 1,024 tokens that it was trained on, fewer than an answer and its prompt."""
+    model, tokenizer = model_of("rwkv", torch.float32), tiny.tokenizer()
+    model.generation_config.eos_token_id = list(range(tiny.EOS, 60))
+    room = model.config.max_position_embeddings
+    request = Instance("generate_until", {}, ("ab", {"max_gen_toks": room, "until": ["q"]}), 0)
+    assert harness.in_memory(model, tokenizer, 4).generate_until([request]) != [""]
+    small = harness.in_memory(tiny.llama(dtype=torch.float32), tokenizer, 4)
+    request.arguments[1]["max_gen_toks"] = 300
+    with pytest.raises(DataError, match=r"300.* maximum sequence length"), harness._named():
+        small.generate_until([request])
 
 
 @pytest.mark.parametrize("named", ["group", "tag"])
