@@ -14,10 +14,12 @@ from elastic.config import AdapterConfig, TaskConfig, TrainConfig
 from elastic.errors import ConfigError, ModelError, unknown
 from elastic.models.kinds import exact_
 from elastic.models.modules import as_cut_, linear_, modules_of
+from elastic.models.wrappers import text_config
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.discovery import AUTO, AUTO_DEEP, discover, require_fits, shipped_for
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
+from elastic.supernet.wrapped import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,8 +108,9 @@ def _space(space: str | Mapping[str, Any] | SearchSpace, model: PreTrainedModel)
     if space == AUTO_DEEP:
         return discover(model, deep=True)
     if space != AUTO:
-        return SearchSpace.load(space)
-    return shipped_for(model.config.model_type) or discover(model)
+        return placed(SearchSpace.load(space), model)
+    shipped = shipped_for(text_config(model.config).model_type)
+    return placed(shipped, model) if shipped else discover(model)
 
 
 def _require_bare(model: PreTrainedModel) -> None:

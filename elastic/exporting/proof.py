@@ -336,7 +336,7 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
     return measure(
         runners,
         timing,
-        vocabulary=source.models["compact"].config.vocab_size,
+        vocabulary=source.models["compact"].config.get_text_config().vocab_size,
         seed=source.config.seed,
         clock=clock_of(torch.device(format.device(source))),
     )

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from elastic.models.modules import linear_, modules_of
+from elastic.models.wrappers import text_config, wraps
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def uniform_sizes(
 def layer_words(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """`per_layer_config`: by number of a layer, config values under which the family's own class
     would give it its sizes. Nothing where there are none for one of them."""
-    if model.config.is_encoder_decoder or model.config.is_heterogeneous:
+    if model.config.is_encoder_decoder or model.config.is_heterogeneous or wraps(model.config):
         return {}  # of two stacks it says nothing; and of some families it has more to say
     own, shapes, groups = _sizes_of(model), shapes_of(model), query_groups(model)
     expected = shapes_of(linear_(meta(type(model), model.config)))
@@ -105,10 +106,11 @@ def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
 def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str, Any] | None:
     """Those of the family's own class with these values in its config; None where it refuses."""
     config = copy.deepcopy(model.config)
+    text = text_config(config)
     for name, size in values.items():
-        setattr(config, name, size)
+        setattr(text, name, size)
     try:
-        config.validate()
+        text.validate()
     except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
         return None
     return _sizes_of(linear_(meta(type(model), config)))
@@ -118,7 +120,7 @@ def _named_size(
     model: PreTrainedModel, before: int, after: int, groups: Collection[int]
 ) -> dict[str, int]:
     """What a config would say if the layers that read `before` channels read `after`."""
-    config = model.config
+    config = text_config(model.config)
     for name in WIDTHS:
         if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
             return {name: after}

@@ -33,9 +33,10 @@ from elastic.formats.config_sizes import (
     uniform_sizes,
 )
 from elastic.formats.shards import Tensors, tensors_of
-from elastic.models import compat, cut_head
+from elastic.models import compat, cut_head, wrappers
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.models.vocabulary import cut_head_of
+from elastic.models.wrappers import text_config
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     uniform = uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
-            setattr(config, name, size)
+            setattr(text_config(config), name, size)
         return config
     grouped: dict[str, dict[str, int]] = {
         name: {QUERIES: own} for name, own in query_groups(model).items() if own != groups[name]
@@ -354,6 +355,8 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
 def auto_of(architecture: str) -> str:
     """The name of transformers' auto class that loads a model of the class of this name;
     ExportError if there is none."""
+    if whole := wrappers.auto_of(architecture):
+        return whole
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto
@@ -362,4 +365,5 @@ def auto_of(architecture: str) -> str:
 
 def has_auto(model: PreTrainedModel) -> bool:
     """Whether an auto class loads models of this class."""
-    return type(model).__name__.endswith(tuple(AUTO))
+    name = type(model).__name__
+    return name.endswith(tuple(AUTO)) or wrappers.auto_of(name) is not None

@@ -87,7 +87,7 @@ class Bench:
             runners = {names[key]: self._open(one, files) for key, one in asked.items()}
             found = measure(
                 {REFERENCE: self._full, **runners}, self.timing, seed=self.seed,
-                vocabulary=self.net.model.config.vocab_size, clock=clock_of(self.device),
+                vocabulary=self.net.model.config.get_text_config().vocab_size, clock=clock_of(self.device),
             )  # fmt: skip
             self.state = state_of(self.device)
         for key, name in names.items():

@@ -22,6 +22,8 @@ from elastic.console import busy, logging_at, say, track
 from elastic.errors import ModelError
 from elastic.models.digest import FETCH, digest_of, weights_in
 from elastic.models.from_gguf import SUFFIX
+from elastic.models import wrappers
+from elastic.models.compat import BROKEN
 from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, linear_, of_family_
@@ -42,7 +44,7 @@ class Base:
 
 ADAPTER = "adapter_config.json"
 """What PEFT writes beside an adapter."""
-EVERYTHING = ("*.json", "*.safetensors", "*.model")
+EVERYTHING = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """What of a hub repository a model is loaded from."""
 
 
@@ -95,7 +97,7 @@ def skeleton(
     if config.classes:
         describe_(architecture, config.classes)
     with torch.device(device), _readable(folder, config, "no model can be made of config.json"):
-        model = _auto_class(kind).from_config(
+        model = _auto_class(kind, architecture).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
@@ -154,7 +156,9 @@ def regresses(config: ModelConfig) -> bool:
     return config.head == "regression" or (config.head == "auto" and saved)
 
 
-def _auto_class(kind: Kind) -> Any:
+def _auto_class(kind: Kind, architecture: PretrainedConfig) -> Any:
+    if kind is Kind.DECODER and (whole := wrappers.auto_for(architecture)):
+        return getattr(transformers, whole)
     return {
         Kind.CLASSIFIER: transformers.AutoModelForSequenceClassification,
         Kind.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
@@ -180,6 +184,9 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
             f"model.path {config.path}: {ADAPTER} is there, so it is an adapter; give its base, "
             "and the adapter with --adapter.from"
         )
+    if strange := set(architecture.architectures or ()) & set(BROKEN):
+        say(f"{config.path}: transformers {transformers.__version__} cannot run {strange.pop()}, "
+            "so its language model alone is loaded, and what is written reads text alone")  # fmt: skip
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -193,7 +200,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
         settings = quantised.loading(config.quantise, architecture.dtype, device)
     telling, what = busy(f"loading {config.path}"), "the weights cannot be loaded"
     with telling, counted(), _readable(folder, config, what, FETCH):
-        model = _auto_class(kind).from_pretrained(
+        model = _auto_class(kind, architecture).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, use_safetensors=True, **settings
         )
     if config.quantise != "none":
@@ -232,7 +239,7 @@ def _load_classifier(
     # transformers asks that a head be trained that is about to be.
     quiet = logging_at("transformers", logging.ERROR)
     with quiet, _readable(folder, config, "the weights cannot be loaded", FETCH):
-        model, found = _auto_class(Kind.CLASSIFIER).from_pretrained(
+        model, found = _auto_class(Kind.CLASSIFIER, architecture).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -248,7 +255,8 @@ def _load_classifier(
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The type the weights were saved in, as the checkpoint's config says."""
-    return architecture_of(config).dtype
+    architecture = architecture_of(config)
+    return architecture.dtype or wrappers.text_config(architecture).dtype
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -30,11 +30,12 @@ def counts(model: PreTrainedModel, blocks: str, full: int) -> list[tuple[Pretrai
     """Configs, and their keys, that say how many blocks the list of that name has."""
     stack = model.get_submodule(blocks.rpartition(".")[0])
     decodes = model.config.is_encoder_decoder and "decoder" in blocks.split(".")
-    configs = {id(config): config for config in (model.config, getattr(stack, "config", None))}
+    # Of a language model inside of another class, the part of its own.
+    own = (model.config, model.config.get_text_config(), getattr(stack, "config", None))
+    configs = {id(config): config for config in own}
     found = []
     for config in configs.values():
-        own = decodes and config is model.config
-        for key in DECODER_COUNTS if own else COUNTS:
+        for key in DECODER_COUNTS if decodes and config is model.config else COUNTS:
             if getattr(config, key, None) == full:
                 found.append((config, key))
                 break
@@ -87,12 +88,13 @@ def require_described(
         return
     parent, name = going[0].rpartition(".")[0], type(model).__name__
     full = len(model.get_submodule(parent))
-    keys = [key for config, key in counts(model, parent, full) if config is model.config]
+    said = (model.config, model.config.get_text_config())
+    keys = [k for config, k in counts(model, parent, full) if any(config is s for s in said)]
     if not keys:
         raise ConfigError(
             f"{where}: the configuration of {name} does not say how many blocks {parent} has"
         )
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+    if getattr(said[1], "scale_attn_by_inverse_layer_idx", False):
         raise ConfigError(
             f"{where}: the code of {name} computes with the numbers of its blocks, so none can be "
             "left out; declare ranks and widths instead"
@@ -101,7 +103,8 @@ def require_described(
     for gone in dict.fromkeys((going[:1], going[-1:], going[:most])):
         out = set(numbers(gone))
         kept = [number for number in range(full) if number not in out]
-        values = {keys[0]: len(kept), **described(vars(model.config), kept, full)}
+        told = vars(model.config) | vars(said[1])
+        values = {keys[0]: len(kept), **described(told, kept, full)}
         try:
             small = _built(model, values)
         except Exception as error:  # whatever the model's code says of such a configuration
@@ -110,10 +113,11 @@ def require_described(
 
 
 def _built(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of this class without memory, its config changed by these values."""
+    """A model of this class without memory, its config, or what that says of its language model,
+    changed by these values."""
     config = copy.deepcopy(model.config)
     for key, value in values.items():
-        setattr(config, key, value)
+        setattr(config if hasattr(config, key) else config.get_text_config(), key, value)
     with torch.device("meta"):
         return type(model)(config)
 

@@ -11,6 +11,7 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
 from elastic.models.ties import ends_of
+from elastic.models.wrappers import is_in, outside
 from elastic.spaces.bound import BoundSpace, SubAdapter
 
 
@@ -21,12 +22,17 @@ class Cost:
     params: int
     """Elements of all distinct parameters, however many bits each takes."""
     macs: int
-    """Multiply-accumulates of the linear layers per token, the head included."""
+    """Multiply-accumulates of the linear layers per token of text, the head included."""
 
 
 def count(model: nn.Module) -> Cost:
     """Of a plain model, as it stands."""
-    macs = sum(layer.in_features * layer.out_features for _, layer in modules_of(model, nn.Linear))
+    elsewhere = outside(model)
+    macs = sum(
+        layer.in_features * layer.out_features
+        for name, layer in modules_of(model, nn.Linear)
+        if not is_in(name, elsewhere)
+    )
     packed = modules_of(model, QuantisedLinear)  # whose weights are not parameters
     params = sum(layer.shape.numel() for _, layer in packed)
     return Cost(params + sum(parameter.numel() for parameter in model.parameters()), macs)

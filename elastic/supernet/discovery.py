@@ -22,10 +22,12 @@ from elastic.console import busy, logging_at, say, tabulate
 from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
+from elastic.models.wrappers import language_model, text_config
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.few import FEW, alike, without
 from elastic.supernet.structure import DEPTHS, Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
+from elastic.supernet.wrapped import placed_in, require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,10 +68,10 @@ def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     """The space of that name; of `auto`, the one shipped for this type of model or, if there is
     none, the one discovered; of `auto-deep`, the one discovered with depths."""
     if config.space not in (AUTO, AUTO_DEEP):
-        return SearchSpace.load(config.space)
-    model_type = loading.architecture_of(config.model).model_type
+        return placed_in(SearchSpace.load(config.space), config.model)
+    model_type = text_config(loading.architecture_of(config.model)).model_type
     if config.space == AUTO and (shipped := shipped_for(model_type)):
-        return shipped
+        return placed_in(shipped, config.model)
     with busy("looking for what can be cut"):
         return discover(bare(config.model), deep=config.space == AUTO_DEEP)
 
@@ -93,7 +95,7 @@ def discover(model: PreTrainedModel, *, deep: bool = False) -> SearchSpace:
     ConfigError when no repeated block has a linear layer.
     """
     used = called(model)
-    kinds = [kind for kind in kinds_of(model, used) if kind.section["adapt"]]
+    kinds = [kind for kind in kinds_of(model, used, language_model(model)) if kind.section["adapt"]]
     if not kinds:
         raise ConfigError(
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
@@ -186,10 +188,11 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
     """ConfigError for a space whose smallest sub-adapter the model cannot run, a layer left out of
     a group, say, or whose factors would do nothing. Nothing is said of a model whose code needs
     values, and runs at no size."""
-    used = called(model)
+    used, bound = called(model), space.bind(model, rank)
+    require_text(model, bound, space.source, runs=used is not None)
     if used is None:
         return
-    idle = next((site for site in space.bind(model, rank).targets if site not in used), None)
+    idle = next((site for site in bound.targets if site not in used), None)
     if idle:
         raise ConfigError(
             f"{space.source}: adapt: {type(model).__name__} never calls {idle!r} (it may read its "

@@ -47,11 +47,13 @@ class Kind:
     """Modules whose weights are neither adapted nor cut."""
 
 
-def kinds_of(model: nn.Module, used: set[str] | None) -> Iterator[Kind]:
-    """Of every outermost list of several blocks. Layers that carry factors are `used`, as far as
+def kinds_of(model: nn.Module, used: set[str] | None, inside: str = "") -> Iterator[Kind]:
+    """Of every outermost list of several blocks, those `inside` of the module of that name. Layers that carry factors are `used`, as far as
     that is known; of others the code reads the weight."""
     outer: list[str] = []
     for name, blocks in modules_of(model, nn.ModuleList):
+        if not name.startswith(inside and f"{inside}."):
+            continue
         if any(name.startswith(f"{other}.") for other in outer):
             continue
         outer.append(name)
