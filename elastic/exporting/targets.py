@@ -27,15 +27,18 @@ from elastic.formats import (
     openvino,
     peft,
     slices,
+    text_only,
 )
 from elastic.formats.compression import MODES, calibration_inputs
 from elastic.formats.padding import padded
 from elastic.formats.runner import Runner, runner_of
+from elastic.formats.text_only import as_text
 from elastic.latency.runtime import timed_runner
 from elastic.latency.weigh import Load
 from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of, no_graph
 from elastic.models.modules import dequantise_
+from elastic.models.wrappers import wraps
 from elastic.run import as_plain
 
 if TYPE_CHECKING:
@@ -98,6 +101,8 @@ class Hf(_AsStored):
 
     def why_not(self, source: Source) -> str | None:
         model = source.models["compact"]
+        if source.config.hf.text_only and (reason := text_only.why_not(model)):
+            return f"hf.text_only: {reason}"
         reason = None if source.config.hf.padded else hf.why_not(model)
         return reason or hf.why_not_untied(model)
 
@@ -116,8 +121,8 @@ class Hf(_AsStored):
     def _model(self, source: Source, which: Which) -> PreTrainedModel:
         model = source.models[which]
         if which == "compact" and source.config.hf.padded:
-            return padded(model, source.net.space, source.sub)
-        return model
+            model = padded(model, source.net.space, source.sub)
+        return as_text(model) if source.config.hf.text_only else model
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         stored, model = _stored(source), self._model(source, which)
@@ -127,6 +132,9 @@ class Hf(_AsStored):
     def full(self, source: Source, kind: str) -> Runner:
         full = source.models["full"]
         return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return _of_text(source) if source.config.hf.text_only else {}
 
     def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
@@ -226,6 +234,11 @@ def _stored(source: Source) -> torch.dtype:
     return dtype if dtype == torch.float64 else loading.stored_dtype(source.trained) or dtype
 
 
+def _of_text(source: Source) -> dict[str, Any]:
+    """What of a model that reads pictures, too, is written where there is no place for the rest."""
+    return {"text_only": True} if wraps(source.models["compact"].config) else {}
+
+
 class _Graph(Format):
     """Runs in the runtime of its name."""
 
@@ -234,13 +247,13 @@ class _Graph(Format):
 
     def why_not(self, source: Source) -> str | None:
         model = source.models["compact"]
-        return no_graph(kind_of(model), model.config)
+        return no_graph(kind_of(model), model.config) or text_only.why_not(model)
 
     def why_whole_vocabulary(self, source: Source) -> str | None:
         return None
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"pipelines": source.pipelines[directory]}
+        return {"pipelines": source.pipelines[directory], **_of_text(source)}
 
 
 class Onnx(_Graph):
@@ -345,12 +358,17 @@ class Gguf(Format):
         gguf.require()
 
     def why_not(self, source: Source) -> str | None:
-        return gguf.why_not(source.models["compact"], source.base.tokenizer)
+        model = source.models["compact"]
+        reason = text_only.why_not(model)
+        return reason or gguf.why_not(as_text(model), source.base.tokenizer)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        model = source.models[which]
+        model = as_text(source.models[which])
         file = gguf.write(model, source.base.tokenizer, directory, name=source.name)
         gguf.check(file, model)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return _of_text(source)
 
 
 class NemotronNas(Format):
@@ -358,10 +376,11 @@ class NemotronNas(Format):
     read back by the layout's rule, and compared as a Llama of the sizes that it says."""
 
     def why_not(self, source: Source) -> str | None:
-        return nemotron_nas.why_not(source.models["compact"])
+        model = source.models["compact"]
+        return text_only.why_not(model) or nemotron_nas.why_not(as_text(model))
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        model = source.models[which]
+        model = as_text(source.models[which])
         nemotron_nas.write(
             model, source.base.tokenizer, directory, dtype=_stored(source),
             max_shard_size=source.config.hf.max_shard_size,
@@ -369,9 +388,9 @@ class NemotronNas(Format):
         nemotron_nas.check(directory, model)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        model = source.models["compact"]
+        model = as_text(source.models["compact"])
         padding = dataclasses.asdict(nemotron_nas.padding(model))
-        return {"padding": padding, "pipelines": nemotron_nas.cannot(model)}
+        return {"padding": padding, "pipelines": nemotron_nas.cannot(model), **_of_text(source)}
 
 
 FORMATS: dict[str, Format] = {

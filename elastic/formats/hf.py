@@ -24,7 +24,8 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from elastic.errors import ExportError
 from elastic.files import read_json, write_text
-from elastic.formats import shards
+from elastic.formats import processor, shards
+from elastic.formats.code_names import without_code
 from elastic.formats.config_sizes import (
     layer_words,
     meta,
@@ -36,7 +37,7 @@ from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import compat, cut_head, wrappers
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.models.vocabulary import cut_head_of
-from elastic.models.wrappers import text_config
+from elastic.models.wrappers import text_config, wraps
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def write(
     max_shard_size: int | str = SHARD,
     tensors: Tensors | None = None,
 ) -> Path:
-    """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer.
+    """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer, and of
+    a model that reads pictures the processor's settings.
 
     `model` is compact: plain linear layers, any sizes. It is left as it is. Weights of more than
     `max_shard_size` (bytes, or as in "5GB") become several files with an index; no more than one of
@@ -169,6 +171,7 @@ def write(
     write_settings(model, config, directory, dtype or model.dtype, own=own, by_layer=by_layer)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
+    processor.copy_beside(model, directory)
     return directory
 
 
@@ -223,15 +226,13 @@ def write_settings(
         write_generation(model.generation_config, directory)
 
 
-NAMES_CODE = ("auto_map", "custom_pipelines")
-"""Settings that name Python code, perhaps of another repository, for transformers to run."""
-
-
 def write_config(config: PretrainedConfig, directory: Path, **words: Any) -> None:
     """config.json, with these words besides; of `described_config`, which names no code but what
     is written beside it."""
     config.save_pretrained(directory)
     values = read_json(directory / "config.json")
+    if wraps(config) and "text_config" in values:
+        values["text_config"] |= compat.rotary_words(text_config(config))
     own = {name: values[name] for name in ("auto_map",) if name in values}
     _write(directory / "config.json", without_code(values) | own | words)
 
@@ -253,13 +254,6 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
         # Of code that the user has allowed, which is written too.
         own = {"auto_map": {"AutoTokenizer": values["auto_map"]["AutoTokenizer"]}}
     _write(file, without_code(values) | own)
-
-
-def without_code(values: Any) -> Any:
-    """Settings, those within settings too, without the names of code."""
-    if isinstance(values, dict):
-        return {k: without_code(value) for k, value in values.items() if k not in NAMES_CODE}
-    return [without_code(value) for value in values] if isinstance(values, list) else values
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastic.formats.compression import GROUP, MODES, SMALLEST_GROUP
+from elastic.models.wrappers import is_in, outside
 
 KINDS = (nn.Linear, nn.Embedding)
 
@@ -40,8 +41,9 @@ def grids(model: PreTrainedModel, mode: str) -> dict[str, Grid]:
     graphs = [model.get_encoder(), model] if model.config.is_encoder_decoder else [model]
     last = {[each for each in graph.modules() if isinstance(each, nn.Linear)][-1]
             for graph in graphs}  # fmt: skip
+    elsewhere = outside(model)
     for name, module in model.named_modules():
-        if not isinstance(module, KINDS) or module.weight in seen:
+        if not isinstance(module, KINDS) or module.weight in seen or is_in(name, elsewhere):
             continue
         seen.add(module.weight)
         channels = module.weight.shape[1]
@@ -65,7 +67,7 @@ def round_(model: PreTrainedModel, mode: str, runtime: str) -> PreTrainedModel:
         near = rounded(weight.float(), grid, half=runtime == "openvino").to(weight.dtype)
         made[weight] = nn.Parameter(near, requires_grad=False)
     for module in model.modules():
-        if isinstance(module, KINDS):
+        if isinstance(module, KINDS) and module.weight in made:
             module.weight = made[module.weight]
     return model
 

@@ -14,6 +14,7 @@ from elastic.console import counting
 from elastic.files import scratch
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
+from elastic.formats.text_only import as_text
 from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
@@ -118,6 +119,8 @@ class Bench:
 
     def _model(self, sub: SubAdapter) -> PreTrainedModel:
         model = (compact if self.timing.merged else sliced)(self.net, sub)
+        if self.timing.runtime != "torch":  # whose graphs have the language model alone
+            model = as_text(model)
         if self.timing.runtime == "torch" or model.dtype == torch.float32:
             return model
         return copy.deepcopy(model).float()  # what was not cut is shared with the supernet

@@ -43,6 +43,14 @@ def cache_of(output: ModelOutput) -> Cache | None:
     return getattr(output, NAME if hasattr(output, NAME) else FORMER, None)
 
 
+def forget_(model: PreTrainedModel) -> None:
+    """Without what Qwen-VL's classes keep of the last text that was generated: how far positions of
+    pictures are from those of tokens (`rope_deltas`), for as many rows as there were then."""
+    for module in (model, model.base_model):
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 def rotary_words(config: PretrainedConfig) -> dict[str, Any]:
     """Settings of rotary embeddings as releases before 5.0 read them, at the top level only:
     without them they fall back to others silently."""

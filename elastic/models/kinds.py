@@ -92,9 +92,7 @@ def learnt_positions(model: PreTrainedModel) -> int | None:
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's begin behind two
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        and _TABLE.search(name)
-        and not is_in(name, elsewhere)
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not is_in(name, elsewhere)
     ]
     tables += [
         table.shape[0]

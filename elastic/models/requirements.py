@@ -6,11 +6,13 @@ from elastic.config import ModelConfig
 from elastic.errors import ConfigError, ModelError
 from elastic.models.kinds import Kind, has_states, no_graph, require
 from elastic.models.loading import architecture_of, kind_of_base, resolve_device
+from elastic.models.wrappers import no_text_class
 
 
 def require_graph(config: ModelConfig, what: str) -> None:
     """ModelError for a model of which no graph can be written."""
-    if reason := no_graph(kind_of_base(config), architecture_of(config)):
+    architecture = architecture_of(config)
+    if reason := no_graph(kind_of_base(config), architecture) or no_text_class(architecture):
         raise ModelError(f"{what}: {config.path}: {reason}; choose torch")
 
 

@@ -75,6 +75,37 @@ def _autos() -> dict[str, str]:
     }
 
 
+SAME_ON_TEXT = {
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
+}
+"""By type of language model, of which there is no class alone, one that computes the same of text."""
+
+
+def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of the language model alone; None where transformers has none."""
+    import transformers
+
+    own = text_config(config)
+    if name := SAME_ON_TEXT.get(own.model_type):
+        return getattr(transformers, name)
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    found = known[type(own)] if type(own) in known else None
+    return None if isinstance(found, tuple) else found
+
+
+def no_text_class(config: PretrainedConfig) -> str | None:
+    """Why the language model of a class of this configuration is no model of its own; None if it
+    is, or all there is."""
+    if not wraps(config) or text_class(config) is not None:
+        return None
+    return (
+        f"transformers has no class for the language model of {config.model_type} alone "
+        f"({text_config(config).model_type})"
+    )
+
+
 def language_model(model: nn.Module) -> str:
     """The name of the language model inside of a model; nothing where the model is all of it."""
     config: Any = getattr(model, "config", None)
