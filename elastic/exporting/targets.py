@@ -38,7 +38,6 @@ from elastic.latency.weigh import Load
 from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of, no_graph
 from elastic.models.modules import dequantise_
-from elastic.models.wrappers import wraps
 from elastic.run import as_plain
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Hf(_AsStored):
         return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return _of_text(source) if source.config.hf.text_only else {}
+        return {"text_only": True} if source.config.hf.text_only else {}
 
     def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
@@ -234,11 +233,6 @@ def _stored(source: Source) -> torch.dtype:
     return dtype if dtype == torch.float64 else loading.stored_dtype(source.trained) or dtype
 
 
-def _of_text(source: Source) -> dict[str, Any]:
-    """What of a model that reads pictures, too, is written where there is no place for the rest."""
-    return {"text_only": True} if wraps(source.models["compact"].config) else {}
-
-
 class _Graph(Format):
     """Runs in the runtime of its name."""
 
@@ -253,7 +247,10 @@ class _Graph(Format):
         return None
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"pipelines": source.pipelines[directory], **_of_text(source)}
+        return {
+            "pipelines": source.pipelines[directory],
+            **text_only.about(source.models["compact"]),
+        }
 
 
 class Onnx(_Graph):
@@ -368,7 +365,7 @@ class Gguf(Format):
         gguf.check(file, model)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return _of_text(source)
+        return text_only.about(source.models["compact"])
 
 
 class NemotronNas(Format):
@@ -390,7 +387,11 @@ class NemotronNas(Format):
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
         model = as_text(source.models["compact"])
         padding = dataclasses.asdict(nemotron_nas.padding(model))
-        return {"padding": padding, "pipelines": nemotron_nas.cannot(model), **_of_text(source)}
+        return {
+            "padding": padding,
+            "pipelines": nemotron_nas.cannot(model),
+            **text_only.about(source.models["compact"]),
+        }
 
 
 FORMATS: dict[str, Format] = {

@@ -46,6 +46,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
+def about(model: PreTrainedModel) -> dict[str, bool]:
+    """For the report, of a format that has no place for the rest of a model."""
+    return {"text_only": True} if wraps(model.config) else {}
+
+
 def as_text(model: PreTrainedModel) -> PreTrainedModel:
     """A model of text as it is, and of any other its language model."""
     return text_only(model) if wraps(model.config) else model

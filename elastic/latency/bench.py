@@ -19,6 +19,7 @@ from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, s
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
 from elastic.models.packaged import cache_directory
+from elastic.models.wrappers import text_config
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.supernet import Supernet
@@ -88,7 +89,8 @@ class Bench:
             runners = {names[key]: self._open(one, files) for key, one in asked.items()}
             found = measure(
                 {REFERENCE: self._full, **runners}, self.timing, seed=self.seed,
-                vocabulary=self.net.model.config.get_text_config().vocab_size, clock=clock_of(self.device),
+                vocabulary=text_config(self.net.model.config).vocab_size,
+                clock=clock_of(self.device),
             )  # fmt: skip
             self.state = state_of(self.device)
         for key, name in names.items():

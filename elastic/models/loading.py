@@ -20,10 +20,10 @@ from huggingface_hub.errors import GatedRepoError
 from elastic.config import ModelConfig
 from elastic.console import busy, logging_at, say, track
 from elastic.errors import ModelError
-from elastic.models.digest import FETCH, digest_of, weights_in
-from elastic.models.from_gguf import SUFFIX
 from elastic.models import wrappers
 from elastic.models.compat import BROKEN
+from elastic.models.digest import FETCH, digest_of, weights_in
+from elastic.models.from_gguf import SUFFIX
 from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, linear_, of_family_
@@ -185,8 +185,11 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
             "and the adapter with --adapter.from"
         )
     if strange := set(architecture.architectures or ()) & set(BROKEN):
-        say(f"{config.path}: transformers {transformers.__version__} cannot run {strange.pop()}, "
-            "so its language model alone is loaded, and what is written reads text alone")  # fmt: skip
+        release = transformers.__version__
+        say(
+            f"{config.path}: transformers {release} cannot run {strange.pop()}, so its language "
+            "model alone is loaded, and what is written reads text alone"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -197,7 +200,11 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     if config.quantise != "none":
         from elastic.models import quantised
 
-        settings = quantised.loading(config.quantise, architecture.dtype, device)
+        whole = []
+        if wrappers.auto_for(architecture):  # what is no part of its language model stays as it is
+            empty = skeleton(config)
+            whole = [*wrappers.outside(empty), *wrappers.head_names(empty)]
+        settings = quantised.loading(config.quantise, architecture.dtype, device, whole)
     telling, what = busy(f"loading {config.path}"), "the weights cannot be loaded"
     with telling, counted(), _readable(folder, config, what, FETCH):
         model = _auto_class(kind, architecture).from_pretrained(

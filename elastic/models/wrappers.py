@@ -80,7 +80,7 @@ SAME_ON_TEXT = {
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
-"""By type of language model, of which there is no class alone, one that computes the same of text."""
+"""By type of language model of which there is no class: one that computes the same of text."""
 
 
 def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -91,7 +91,7 @@ def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     if name := SAME_ON_TEXT.get(own.model_type):
         return getattr(transformers, name)
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    found = known[type(own)] if type(own) in known else None
+    found = known.get(type(own), None)
     return None if isinstance(found, tuple) else found
 
 
@@ -123,14 +123,19 @@ def outside(model: PreTrainedModel) -> tuple[str, ...]:
     inside = language_model(model)
     if not inside:
         return ()
-    head = model.get_output_embeddings()
-    text = [inside, *(name for name, module in model.named_modules() if module is head)]
+    text = [inside, *head_names(model)]
     found: list[str] = []
     for name, _ in model.named_modules():
         around = not name or any(f"{other}.".startswith(f"{name}.") for other in text)
         if not around and not is_in(name, (*text, *found)):
             found.append(name)
     return tuple(found)
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The name of its language-model head, if it has one."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def is_in(name: str, modules: tuple[str, ...]) -> bool:

@@ -27,6 +27,7 @@ from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of
 from elastic.models.quantised import packed_bytes
+from elastic.models.wrappers import is_in, outside
 from elastic.supernet.compensation import footprint
 from elastic.supernet.discovery import bare, require_fits, space_for
 from elastic.supernet.moments import ROOM
@@ -231,7 +232,12 @@ def _spared(model: PreTrainedModel, quantise: str) -> int:
     if quantise == "none":
         return 0
     head = model.get_output_embeddings()
-    layers = [layer for _, layer in modules_of(model, nn.Linear) if layer is not head]
+    elsewhere = outside(model)
+    layers = [
+        layer
+        for name, layer in modules_of(model, nn.Linear)
+        if layer is not head and not is_in(name, elsewhere)
+    ]
     return sum(
         layer.weight.nbytes - packed_bytes(quantise, *layer.weight.shape) for layer in layers
     )
