@@ -269,7 +269,8 @@ def _told(error: Exception) -> str:
 def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
     """A copy of a model (meta tensors will do) on tensors without data, and inputs for it."""
     log = logging_at("torch._subclasses.fake_tensor", logging.CRITICAL)  # failures are asked for
-    with FakeTensorMode(), torch.no_grad(), log:
+    # Some classes make a tensor of a number while they are built.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), log:
         memory = {}
         for tensor in (*model.parameters(), *model.buffers()):
             bare = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from elastic.config import ModelConfig
 from elastic.models.loading import load_model
+from elastic.models.modules import PREFIX
 from tests.helpers import tiny
 
 IMAGE = tiny.VOCABULARY - 1
@@ -58,8 +59,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: class without its e
         "vision_config": {**TOWER, "model_type": "clip_vision_model", "projection_dim": 16},
         **INDEX}),
 }  # fmt: skip
-TOWERS = {"qwen2-vl": "model.visual", "qwen2.5-vl": "model.visual", "qwen3-vl": "model.visual"}
-"""Where a picture goes through; of the others the vision tower and the projector behind it."""
+
+
 PROCESSOR = {"image_seq_length": 4, "auto_map": {"AutoProcessor": "code.Strange"}}
 
 
@@ -104,7 +105,7 @@ def pictured(model: PreTrainedModel) -> Mapping[str, Tensor]:
     wide = torch.Generator().manual_seed(5)
     ids = torch.cat([tiny.tokens(1, 3), torch.full((1, 4), IMAGE), tiny.tokens(1, 2, seed=1)], 1)
     found: dict[str, Tensor] = {"input_ids": ids}
-    kind, dtype = model.config.model_type, model.dtype
+    kind, dtype = model.config.model_type.removeprefix(PREFIX), model.dtype
     if "qwen" in kind:
         pixels = torch.randn(4, 3 * 16, generator=wide)
         found["image_grid_thw"] = torch.tensor([[1, 2, 2]])
