@@ -23,8 +23,10 @@ OWN = "Elastic"
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """What a configuration says of the language model alone; itself, of a model of text."""
+    if not hasattr(config, "get_text_config") or config.is_encoder_decoder:
+        return config  # of a model's own code, or of two stacks that both read text
     try:
-        return config if config.is_encoder_decoder else config.get_text_config()
+        return config.get_text_config()
     except ValueError:  # it has several, and is no wrapper of one
         return config
 
