@@ -86,9 +86,7 @@ def from_hub(name: str, files: Sequence[str], setting: str) -> str:
         raise ModelError(f"{setting} {name!r}: neither a folder nor on the hub: {error}") from None
 
 
-def skeleton(
-    config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | str = "meta"
-) -> PreTrainedModel:
+def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its real modules (GPT-2's Conv1D as linear layers) and no memory: enough to
     bind a search space to. In the type of its configuration unless one is given."""
     folder = locate(config.path, ["config.json"])
@@ -96,7 +94,7 @@ def skeleton(
     kind = kind_of_architecture(architecture, config.head)
     if config.classes:
         describe_(architecture, config.classes)
-    with torch.device(device), _readable(folder, config, "no model can be made of config.json"):
+    with torch.device("meta"), _readable(folder, config, "no model can be made of config.json"):
         model = _auto_class(kind, architecture).from_config(
             architecture,
             dtype=dtype or architecture.dtype,

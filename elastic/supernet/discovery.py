@@ -189,7 +189,7 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
     a group, say, or whose factors would do nothing. Nothing is said of a model whose code needs
     values, and runs at no size."""
     used, bound = called(model), space.bind(model, rank)
-    require_text(model, bound, space.source, runs=used is not None)
+    require_text(model, bound, space.source)
     if used is None:
         return
     idle = next((site for site in bound.targets if site not in used), None)

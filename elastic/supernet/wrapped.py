@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from elastic.models.wrappers import auto_for, is_in, language_model, outside
 from elastic.spaces.declared import SearchSpace
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from elastic.spaces.bound import BoundSpace
@@ -52,7 +52,7 @@ def _matches(blocks: str, names: list[str]) -> bool:
     return any(pattern.fullmatch(name) for name in names)
 
 
-def require_text(model: nn.Module, bound: BoundSpace, source: str, *, runs: bool) -> None:
+def require_text(model: PreTrainedModel, bound: BoundSpace, source: str) -> None:
     """ConfigError for a space with layers that no text passes through, or a model that does not run
     on text alone; nothing is asked of a model that reads nothing else."""
     elsewhere = outside(model)
@@ -65,8 +65,13 @@ def require_text(model: nn.Module, bound: BoundSpace, source: str, *, runs: bool
             f"{source}: {site} is outside of the language model of {type(model).__name__} "
             f"({language_model(model)}), and what is there stays as it is; leave it out"
         )
-    if not runs:
+    given = inspect.signature(model.forward).parameters.values()
+    more = [each.name for each in given if each.default is each.empty and each.kind in _GIVEN]
+    if more := [name for name in more if name != "input_ids"]:
         raise ConfigError(
-            f"{source}: {type(model).__name__} does not run on text alone, as far as that can be "
-            "tried without data, so that there is nothing to train it with"
+            f"{type(model).__name__} does not run on text alone: it wants {', '.join(more)}, too"
         )
+
+
+_GIVEN = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of arguments that have to be given where they have no default."""

@@ -223,6 +223,22 @@ def test_a_space_outside_of_the_language_model_is_refused(folders):
         require_fits(skeleton, space, 4)
 
 
+def test_a_class_that_wants_more_than_text_is_refused(tmp_path):
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4}  # fmt: skip
+    text = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 32, "vocab_size": tiny.VOCABULARY}  # fmt: skip
+    config = transformers.Blip2Config(vision_config={**layers, "image_size": 8, "patch_size": 4},
+                                      qformer_config={**layers, "encoder_hidden_size": 32},
+                                      text_config={"model_type": "opt", **text})  # fmt: skip
+    config.architectures = ["Blip2ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    model = loading.skeleton(ModelConfig(path=str(tmp_path), device="cpu"))
+    space = placed(SearchSpace.load("opt"), model)
+    with pytest.raises(ConfigError, match="on text alone: it wants pixel_values, too"):
+        require_fits(model, space, 4)
+
+
 def test_a_classification_head_is_refused(folders):
     config = ModelConfig(path=str(folders["llava"]), head="classification", classes=["a", "b"])
     with pytest.raises(ModelError, match="reads more than text"):
