@@ -64,9 +64,10 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: class without its e
 PROCESSOR = {"image_seq_length": 4, "auto_map": {"AutoProcessor": "code.Strange"}}
 
 
-def whole(name: str, seed: int = 0) -> PreTrainedModel:
-    """In float32, as it would be saved."""
+def whole(name: str, seed: int = 0, **text: Any) -> PreTrainedModel:
+    """In float32, as it would be saved; `text` are settings of its language model."""
     stem, settings = WRAPPERS[name]
+    settings = {**settings, "text_config": {**settings["text_config"], **text}}
     kind = getattr(transformers, f"{stem}ForConditionalGeneration")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

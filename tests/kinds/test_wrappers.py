@@ -40,6 +40,7 @@ from elastic.supernet.cost import count
 from elastic.supernet.discovery import declared_for, require_fits
 from elastic.supernet.supernet import Supernet
 from elastic.supernet.wrapped import placed
+from elastic.training.dry_run import estimate
 from elastic.training.one_task import train_one
 from tests.helpers import tiny, wrappers
 from tests.helpers.clock import drive
@@ -258,6 +259,15 @@ def test_a_class_that_transformers_cannot_run_is_loaded_as_its_language_model(tm
     assert "cannot run Llama4ForConditionalGeneration" in capsys.readouterr().err
     assert type(model).__name__ == "Llama4ForCausalLM"
     assert torch.equal(logits(model), logits(whole.language_model))
+
+
+def test_a_dry_run_knows_its_parameters_and_its_packed_weights(folders, tmp_path):
+    config = ModelConfig(path=str(folders["gemma3"]), quantise="nf4", dtype="float32", device="cpu")
+    told = estimate(train_config(folders["gemma3"], tmp_path / "run", model=config, space="auto"))
+    model = loading.load_model(config.path, config)
+    assert told.parameters == count(model).params
+    held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    assert told.memory.base == sum(tensor.nbytes for tensor in held.values())
 
 
 def test_a_quantised_base_has_the_rest_as_it_was(folders):
