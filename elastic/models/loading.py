@@ -129,7 +129,8 @@ def _readable(
         yield
     except Exception as error:  # the library and those it reads files with raise many kinds
         known = f"give a model that transformers {transformers.__version__} knows"
-        files = Path(folder).glob("*config.json")
+        # Of a processor's code nothing is run here.
+        files = [Path(folder) / name for name in ("config.json", "tokenizer_config.json")]
         brings_code = any(file.is_file() and b'"auto_map"' in file.read_bytes() for file in files)
         if brings_code and not config.trust_remote_code:
             remedy = (
