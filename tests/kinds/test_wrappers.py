@@ -150,6 +150,9 @@ def test_written_whole_and_loaded_with_transformers_it_is_the_same(name, plain, 
     ).eval()
     assert torch.equal(logits(again), logits(small)) and torch.equal(seen(again), seen(small))
     assert torch.equal(features(again), features(base))
+    config = ModelConfig(path=str(folder), dtype="float64", trust_remote_code=not plain)
+    as_base = loading.load_model(str(folder), config)  # to be cut once more
+    assert type(as_base) is type(base) and torch.equal(seen(as_base), seen(small))
     elsewhere = outside(base)
     for key, tensor in base.state_dict().items():
         if is_in(key, elsewhere):
@@ -322,7 +325,9 @@ def test_the_commands_train_search_and_write_it(run, folders):
     small = hf.load(report.directory / "hf", torch.float32)
     assert torch.equal(features(small), features(base))
     assert not torch.equal(seen(small), seen(base))
-    assert "AutoModelForImageTextToText" in (report.directory / "hf" / "README.md").read_text()
+    card = (report.directory / "hf" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "type: text-generation" in card
+    assert "import AutoModelForImageTextToText" in card and "what it makes of pictures" in card
     every = report.directory / "elastic"
     name = next(name for name in slices.read(every)["slices"] if name != "full")
     one = elastic.load(every, slice=name)
