@@ -48,8 +48,9 @@ class Kind:
 
 
 def kinds_of(model: nn.Module, used: set[str] | None, inside: str = "") -> Iterator[Kind]:
-    """Of every outermost list of several blocks, those `inside` of the module of that name. Layers that carry factors are `used`, as far as
-    that is known; of others the code reads the weight."""
+    """Of every outermost list of several blocks, those `inside` of the module of that name alone.
+    Layers that carry factors are `used`, as far as that is known; of others the code reads the
+    weight."""
     outer: list[str] = []
     for name, blocks in modules_of(model, nn.ModuleList):
         if not name.startswith(inside and f"{inside}."):

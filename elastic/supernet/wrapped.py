@@ -12,6 +12,7 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.wrappers import auto_for, is_in, language_model, outside
 from elastic.spaces.declared import SearchSpace
+from elastic.spaces.pattern import matching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,13 +43,13 @@ def placed(space: SearchSpace, model: PreTrainedModel) -> SearchSpace:
 
 
 def _found(blocks: str, names: list[str], inside: str) -> str:
-    parts = blocks.split(".")
+    parts = re.split(r"\.(?![^{]*})", blocks)  # the points between braces are those of ranges
     below = [".".join([inside, *parts[start:]]) for start in range(len(parts))]
     return next((each for each in (blocks, *below) if _matches(each, names)), blocks)
 
 
 def _matches(blocks: str, names: list[str]) -> bool:
-    pattern = re.compile(re.escape(blocks).replace(r"\*", r"[^.]+"))
+    pattern = matching(blocks, "blocks")
     return any(pattern.fullmatch(name) for name in names)
 
 

@@ -29,7 +29,7 @@ from elastic.models.modules import modules_of, without_values
 from elastic.models.quantised import packed_bytes
 from elastic.models.wrappers import is_in, outside
 from elastic.supernet.compensation import footprint
-from elastic.supernet.discovery import bare, require_fits, space_for
+from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.moments import ROOM
 from elastic.supernet.store import read_factors
 from elastic.supernet.summary import sizes_table, vocabulary_told
