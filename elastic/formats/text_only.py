@@ -30,6 +30,8 @@ from elastic.spaces.dims import QUERIES
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+SETTINGS = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+"""By type of language model, what the class that computes the same does where it is told to."""
 TOKENS = 8
 """On which both models are asked."""
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -106,8 +108,9 @@ def _translated(config: PretrainedConfig, kind: type[PretrainedConfig]) -> Pretr
     known = vars(kind())
     found = {key: words[key] for key in words if key in known and key != "model_type"}
     rope = {key: x for key, x in words["rope_parameters"].items() if not key.startswith("mrope_")}
+    found |= {"rope_parameters": rope} | SETTINGS.get(config.model_type, {})
     size = words.get("head_dim")
-    return kind(**found | {"rope_parameters": rope} | ({"head_dim": size} if size else {}))
+    return kind(**found | ({"head_dim": size} if size else {}))
 
 
 def _take_(own: nn.Module, body: nn.Module) -> None:

@@ -81,6 +81,7 @@ SAME_ON_TEXT = {
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
 }
 """By type of language model of which there is no class: one that computes the same of text."""
 
