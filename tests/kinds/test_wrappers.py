@@ -217,6 +217,17 @@ def test_what_is_found_lies_in_the_language_model(name, folders):
     assert learnt_positions(skeleton) is None  # the vision tower has a table of them
 
 
+def test_a_model_in_memory_is_searched_and_saved_whole(folders, tmp_path):
+    model = wrappers.load(folders["qwen3-vl"], "float32")
+    net = elastic.attach(model, space="llama-deep", max_rank=4)
+    front = net.search(accuracy=lambda small: -float(count(small).macs), latency="params", trials=2)
+    small = net.compact(front.best)
+    elastic.save_compact(small, tmp_path)
+    again = hf.load(tmp_path, torch.float32)
+    assert torch.equal(seen(again), seen(small))
+    assert (tmp_path / "processor_config.json").exists()
+
+
 def test_a_space_outside_of_the_language_model_is_refused(folders):
     skeleton = loading.skeleton(ModelConfig(path=str(folders["llava"]), device="cpu"))
     space = SearchSpace.from_dict({
