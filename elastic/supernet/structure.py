@@ -98,8 +98,10 @@ def _shared(blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def _hidden(linears: Sequence[Mapping[str, Shape]]) -> int:
-    """The size of what blocks pass on: the one that most of their layers read or make."""
-    sizes = Counter(size for each in linears for shape in each.values() for size in shape)
+    """The size of what blocks pass on: the one that most of their layers read or make, and of two
+    that are as common the one that the first layer reads."""
+    shapes = (shape for each in linears for shape in each.values())
+    sizes = Counter(size for out, into in shapes for size in (into, out))
     return sizes.most_common(1)[0][0] if sizes else 0
 
 
