@@ -202,7 +202,7 @@ def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) ->
     layer, reader = (
         model.get_submodule(f"{block}.{name}") for name in (spec.outputs[0], spec.inputs[0])
     )
-    if layer.out_features != reader.in_features:
+    if layer.out_features > reader.in_features:
         raise ConfigError(
             f"group {spec.name!r}: {block}.{spec.outputs[0]} makes {layer.out_features} channels, "
             f"of which {block}.{spec.inputs[0]} reads {reader.in_features}: its query heads hold "
