@@ -189,7 +189,7 @@ def heads(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) ->
     return Sites(_full(model, spec, cuts), cuts)
 
 
-def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+def query_heads(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Query heads of every key-value head alike. A choice counts those of one key-value head,
     which keeps its own most important ones. ConfigError for attention that does not group them."""
     name, attention, head_size = _attention(model, block, spec)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.dims import FIXED_HEADS, head_size_of, is_latent
@@ -90,7 +90,7 @@ def _linears(block: nn.Module) -> dict[str, Shape]:
     }
 
 
-def _shared(blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
+def _shared(blocks: Iterable[nn.Module]) -> set[Tensor]:
     """Weights of layers in several blocks: cut or adapted in one, they would be so in all."""
     linears = (layer for block in blocks for _, layer in modules_of(block, nn.Linear))
     times = Counter(layer.weight for layer in linears)
