@@ -234,3 +234,14 @@ def say(message: str) -> None:
     """One line on what is going on; one process of several says it."""
     if is_main():
         stderr.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def tabulate(title: str, columns: Collection[str], rows: Collection[Collection[str]]) -> None:
+    """A table on what is going on, beside what `say` says."""
+    if is_main():
+        folded = [Column(column, overflow="fold") for column in columns]
+        table = Table(*folded, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        width = max(100, stderr.width)
+        Console(stderr=True, width=width, markup=False, emoji=False).print(table)

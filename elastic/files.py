@@ -252,18 +252,20 @@ def _code(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+def shipped_folders(folder: str) -> list[Path]:
+    """Where `folder`, which comes with the package, lies: in a wheel inside the package, in a
+    checkout beside it."""
+    return [home / folder for home in (_PACKAGE, _PACKAGE.parent) if (home / folder).is_dir()]
+
+
 def shipped(folder: str, name: str) -> Path:
     """The file that `name` means: a path, or the name of a file shipped in `folder`; ConfigError if
-    it is neither.
-
-    In a wheel the folder lies inside the package, in a checkout beside it.
-    """
+    it is neither."""
     if Path(name).suffix in (".yaml", ".yml", ".json") or os.sep in name:
         if Path(name).is_file():
             return Path(name)
         raise ConfigError(f"{name}: no such file")
-    homes = [home / folder for home in (_PACKAGE, _PACKAGE.parent) if (home / folder).is_dir()]
-    files = {path.stem: path for home in homes for path in home.glob("*.yaml")}
+    files = {path.stem: path for home in shipped_folders(folder) for path in home.glob("*.yaml")}
     if name not in files:
         kind = folder.rstrip("s").replace("_", " ")
         raise ConfigError(unknown(kind, name, files) + "; or give a path to a .yaml file")

@@ -14,10 +14,12 @@ from elastic.config import AdapterConfig, TaskConfig, TrainConfig
 from elastic.errors import ConfigError, ModelError, unknown
 from elastic.models.kinds import exact_
 from elastic.models.modules import as_cut_, linear_, modules_of
+from elastic.models.wrappers import text_config
 from elastic.spaces.declared import SearchSpace
-from elastic.supernet.discovery import AUTO, discover, require_fits, shipped_for, told
+from elastic.supernet.discovery import AUTO, AUTO_DEEP, discover, require_fits, shipped_for
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
+from elastic.supernet.wrapped import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +46,8 @@ def attach(
         elastic.save_compact(net.compact(front.best), "small", tokenizer)
 
     `space`: a shipped search space, a YAML file, or what such a file says; auto: the one shipped
-    for this type of model, else what the structure of its modules says. `method` and `max_rank`, or
+    for this type of model, else what the structure of its modules says; auto-deep: that, with the
+    number of blocks that run. `method` and `max_rank`, or
     all settings of an `adapter`. `ranks` as in `TrainConfig`. `task` says what the fields of rows
     mean (its `prompt`, `second`, `answer`, `options`, `cutoff`); the tokenizer is needed for rows.
 
@@ -102,10 +105,12 @@ def _space(space: str | Mapping[str, Any] | SearchSpace, model: PreTrainedModel)
         return space
     if not isinstance(space, str):
         return SearchSpace.from_dict(space)
+    if space == AUTO_DEEP:
+        return discover(model, deep=True)
     if space != AUTO:
-        return SearchSpace.load(space)
-    model_type = model.config.model_type
-    return shipped_for(model_type) or told(discover(model), model_type)
+        return placed(SearchSpace.load(space), model)
+    shipped = shipped_for(text_config(model.config).model_type)
+    return placed(shipped, model) if shipped else discover(model)
 
 
 def _require_bare(model: PreTrainedModel) -> None:

@@ -57,15 +57,18 @@ class EvaluateConfig:
     dtype: Dtype | None = None
     """Type to compute in; unset, the one of the training."""
     harness: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness (extra `eval`), such as gsm8k, mmlu, bbh, humaneval; most
-    fetch their data from the hub."""
+    """Tasks of lm-evaluation-harness (extra `eval`), such as gsm8k, mmlu, bbh, humaneval, or of the
+    methods' papers: sorsa_gsm8k, sorsa_math, sorsa_humaneval, soslora_gsm8k, soslora_math,
+    prolora_mmlu, prolora_gsm, prolora_bbh, prolora_tydiqa, prolora_humaneval. Most fetch their data
+    from the hub."""
     harness_tasks: str | None = None
     """A folder with tasks of your own for it. Such tasks are programs (templates, `!function`), so
     they need `run_code`."""
     chat: bool = False
     """harness: put prompts through the tokenizer's chat template."""
     run_code: bool = False
-    """harness: let tasks run code on this machine, their own and what the model writes."""
+    """harness: let tasks run code on this machine, their own and what the model writes. Programs of
+    the model run in processes with limits on time and memory, but with your rights."""
     exported: Graph | None = None
     """harness: ask what `elastic export` wrote under the sub-adapter's name for this runtime."""
     text: str | None = None

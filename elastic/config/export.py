@@ -65,6 +65,9 @@ class HfConfig:
     """The largest file of weights."""
     uniform: bool = False
     """Write the sub-adapter of one size for all layers that is nearest in operations instead."""
+    text_only: bool = False
+    """Of a model that reads pictures, too, write its language model alone, of a class of its own.
+    Graphs and GGUF have that alone anyway."""
 
     def __post_init__(self) -> None:
         require(
@@ -160,12 +163,12 @@ class ExportConfig:
         if self.push_to_hub is not None:
             _require_repository(self.push_to_hub)
         plain = set(self.formats) <= {"hf", "elastic"} and not (
-            self.merge.adapters or self.hf.padded or self.hf.uniform
+            self.merge.adapters or self.hf.padded or self.hf.uniform or self.hf.text_only
         )
         require(
             self.prove or plain,
             "prove false writes a sub-adapter as it is, as hf or elastic: give --formats hf, and "
-            "nothing to merge, to pad or to make uniform",
+            "nothing to merge, to pad or to make uniform, nor hf.text_only",
         )
         require(
             self.slices == SlicesConfig() or "elastic" in self.formats,

@@ -75,6 +75,8 @@ class TaskConfig:
     """What the search sees."""
     test_examples: int = 400
     """What only reports see."""
+    largest: int = 20
+    """arithmetic: the largest number that a problem begins with, or adds."""
     train: str | None = None
     """jsonl, llm_adapters: a file with one JSON object per line, a JSON list, .csv, .tsv, Parquet
     or Arrow (Feather), as it is or in gzip. datasets: a split, `train` unless it says otherwise."""
@@ -119,6 +121,7 @@ class TaskConfig:
         require(
             self.cutoff is None or self.cutoff >= 2, f"task.cutoff is {self.cutoff}; at least 2"
         )
+        require(self.largest >= 5, f"task.largest is {self.largest}; at least 5")
         require(self.tolerance >= 0, f"task.tolerance is {self.tolerance}; give 0 or more")
         if self.name in ("jsonl", "llm_adapters"):
             kind = f"of a {self.name} task"

@@ -13,7 +13,7 @@ class SpaceShowConfig:
     """Prints what a search space cuts of a model, and how many sub-adapters it has."""
 
     space: str = "auto"
-    """A shipped search space, a YAML file, or auto."""
+    """A shipped search space, a YAML file, auto or auto-deep."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rank: int = 32
     """The full rank of the factors."""

@@ -113,7 +113,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     space: str = "auto"
     """A shipped search space or a YAML file. auto: the one shipped for this type of model, else
-    what the structure of its modules says."""
+    what the structure of its modules says; auto-deep: that, with the number of blocks that run."""
     ranks: Literal["auto", "elastic", "whole"] = "auto"
     """whole: no sub-adapter cuts the rank of its updates, which costs nothing once they are merged,
     so that every step trains all ranks. elastic: as the space has them. auto: elastic where a stage

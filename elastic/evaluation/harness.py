@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
 
 from elastic.config import EvaluateConfig
 from elastic.console import busy, say, track
 from elastic.errors import ConfigError, DataError, ElasticError, MissingExtra, RunError
 from elastic.evaluation.in_runtime import continued, likelihood
-from elastic.files import read_json, tag, write_json
+from elastic.files import read_json, shipped_folders, tag, write_json
 from elastic.models.kinds import Kind, kind_of
 from elastic.provenance import provenance
 from elastic.run import Run
@@ -21,12 +28,19 @@ from elastic.supernet.held_out import compensated
 from elastic.supernet.store import load_run
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from elastic.formats.runner import Runner
+
+
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
+ENDLESS = 1 << 14
+"""Tokens of prompt and answer for models that have a state in place of positions."""
 
 
 @dataclass(frozen=True)
@@ -50,51 +64,67 @@ class HarnessReport:
 
 
 def task_manager(config: EvaluateConfig) -> TaskManager:
-    """The harness's tasks and the user's own; ConfigError names one that is none of them,
-    MissingExtra a harness that is not installed."""
+    """The harness's tasks, those of the papers (configs/harness) and the user's own; ConfigError
+    names one that is none of them, or that runs code without leave, MissingExtra a harness that is
+    not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtra("lm_eval", "eval", "harness") from error
 
-    if config.harness_tasks:
-        own = TaskManager(include_path=config.harness_tasks, include_defaults=False)
-        if set(config.harness) <= set(own.all_tasks):
-            return own
-    say("Reading the list of the harness's tasks")  # many thousand files
-    with busy("reading the list"):
-        found = TaskManager(include_path=config.harness_tasks)
+    folders = [str(folder) for folder in shipped_folders("configs/harness")]
+    folders += filter(None, [config.harness_tasks])
+    known = TaskManager(include_path=folders, include_defaults=False)
+    if not set(config.harness) <= set(known.all_tasks):
+        say("Reading the list of the harness's tasks")  # many thousand files
+        with busy("reading the list"):
+            known = TaskManager(include_path=folders)
     for name in config.harness:
-        if name not in found.all_tasks:
-            near = difflib.get_close_matches(name, found.all_tasks, 3, 0.5)
+        if name not in known.all_tasks:
+            near = difflib.get_close_matches(name, known.all_tasks, 3, 0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ConfigError(f"harness: unknown task {name!r}{hint}")
-    return found
+    unsafe = () if config.run_code else _running_code(known, config.harness)
+    for name in unsafe:
+        raise ConfigError(
+            f"harness: task {name!r} runs programs that the model writes on this machine, with "
+            "your rights; give run_code, too, best in a container"
+        )
+    return known
+
+
+def _running_code(tasks: TaskManager, names: Iterable[Any]) -> Iterator[str]:
+    """Which of these, and of what they stand for, say that they run what a model writes."""
+    for named in names:
+        name = named if isinstance(named, str) else named.get("task", named.get("group"))
+        entry = tasks.task_index.get(name)
+        settings = (entry.cfg if entry else named) or {}
+        if settings.get("unsafe_code"):
+            yield name
+        members = settings.get("task") if "group" in settings else None
+        if entry and not entry.cfg:  # a tag
+            members = sorted(entry.tags)
+        yield from _running_code(tasks, members if isinstance(members, list) else ())
 
 
 def run_harness(config: EvaluateConfig) -> HarnessReport:
     """`elastic evaluate RUN --harness TASKS`: everything it says goes into one file."""
-    tasks, run = task_manager(config), Run(config.run)
-    import lm_eval
-
-    file = _file(run, config)
-    if config.exported:
+    run = Run(config.run)
+    chosen = None if config.exported else run.chosen(config.sub_adapter)
+    manager = task_manager(config)
+    tasks, file = loaded(config, manager), _file(run, config)
+    if chosen is None:
         name, sub, model = _exported(run, config)
         device = "cpu"
-        found = _evaluate(lm_eval, model, config, tasks)
+        found = _evaluate(model, config, tasks, manager)
     else:
-        from lm_eval.models.huggingface import HFLM
-
-        chosen = run.chosen(config.sub_adapter)
         trained, base, net = load_run(run, config.dtype, chosen)
         name, point = chosen.name, chosen.at(net.space, trained.seed)
         sub, device = point.as_dict(), str(base.model.device)
         made_up = compensated(run, net, base.tokenizer, chosen, point, config.compensation)
         with made_up as (active, _):
-            # transformers mixes the states of a batch that it decodes.
-            batch = 1 if kind_of(active) is Kind.RECURRENT else config.batch
-            model = HFLM(pretrained=active, tokenizer=base.tokenizer, batch_size=batch)
-            found = _evaluate(lm_eval, model, config, tasks)
+            model = in_memory(active, base.tokenizer, config.batch)
+            found = _evaluate(model, config, tasks, manager)
     results = {task: _metrics(values) for task, values in found["results"].items()}
     counts = {task: each["effective"] for task, each in found["n-samples"].items()}
     file.parent.mkdir(exist_ok=True)
@@ -102,7 +132,7 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
         "name": name, "sub_adapter": sub, "exported": config.exported, "chat": config.chat,
         "results": _plain(results), "n": counts, "task_versions": found["versions"],
         "task_configs": _plain(found["configs"]), "samples": _plain(found["samples"]),
-        **provenance(device), "lm_eval": lm_eval.__version__,
+        **provenance(device), "lm_eval": version("lm_eval"),
     })  # fmt: skip
     return HarnessReport(name, results, counts, file)
 
@@ -118,23 +148,74 @@ def _file(run: Run, config: EvaluateConfig) -> Path:
     return run.path / "evaluate" / f"{'-'.join(filter(None, parts))}{some}.json"
 
 
+def loaded(config: EvaluateConfig, tasks: TaskManager) -> list[Task | Group]:
+    """The tasks with their data, which may be long in coming, before any weights are; DataError for
+    data that cannot be had."""
+    for seed, value in ((random.seed, 0), (numpy.random.seed, 1234), (torch.manual_seed, 1234)):
+        seed(value)  # as `simple_evaluate` does before: some tasks shuffle their choices
+    with _named(), _code_allowed(config.run_code), busy("reading the tasks' data", own_bars=True):
+        known = tasks.load(config.harness)
+    groups, inside = known.get("groups", {}), known.get("group_map", {}).values()
+    members = {name for names in inside for name in names}
+    every = {**groups, **known["tasks"]}
+    return [one for name, one in every.items() if name not in members]
+
+
+def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> LM:
+    """A model of transformers as the harness sees it."""
+    from lm_eval.models.huggingface import HFLM
+
+    if kind_of(model) is not Kind.RECURRENT:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    # transformers mixes the states of a batch that it decodes; a state has no longest text.
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=ENDLESS)
+
+
 def _evaluate(
-    lm_eval: Any, model: LM, config: EvaluateConfig, tasks: TaskManager
+    model: LM, config: EvaluateConfig, tasks: Sequence[Task | Group], manager: TaskManager
 ) -> dict[str, Any]:
+    import lm_eval
+
+    running = busy("answering the harness", own_bars=True)
+    with _named(), _code_allowed(config.run_code), running:
+        return lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            limit=config.examples,
+            task_manager=manager,
+            apply_chat_template=config.chat,
+            confirm_run_unsafe_code=config.run_code,
+        )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """DataError in one line for what the harness raises: data and packages that are not there,
+    answers that a model has no room for."""
     try:
-        with busy("answering the harness", own_bars=True):
-            return lm_eval.simple_evaluate(
-                model=model,
-                tasks=config.harness,
-                limit=config.examples,
-                task_manager=tasks,
-                apply_chat_template=config.chat,
-                confirm_run_unsafe_code=config.run_code,
-            )
+        yield
     except ElasticError:
         raise
-    except (ValueError, ConnectionError, OSError, KeyError) as error:
+    except (AssertionError, ImportError, KeyError, OSError, ValueError) as error:
+        if not str(error):
+            raise
         raise DataError(f"harness: {' '.join(str(error).split())[:400]}") from error
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Tells the `code_eval` of Hugging Face's evaluate, with which the harness's own tasks run
+    code, while the block lasts."""
+    before = os.environ.get(CODE_EVAL)
+    if allowed:
+        os.environ[CODE_EVAL] = "1"
+    try:
+        yield
+    finally:
+        if allowed:
+            os.environ.pop(CODE_EVAL)
+            if before is not None:
+                os.environ[CODE_EVAL] = before
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageTextToText": "image-text-to-text",
 }
 """The hub's name of what a model is for."""
 CLASSES = {
@@ -104,6 +105,7 @@ def text(
         f"# {_plain(report.model.name)}",
         _summary(report, "hf" in places, code),
         *_known_tokens(report),
+        *([_PICTURES] if "Image" in auto else ()),
         *_quality(report.model.accuracy, proof),
         *(_latency(proof.latency, proof.timing) if proof else ()),
         "## How to load it",
@@ -119,6 +121,9 @@ def text(
     ]
     metadata = _metadata(report, auto, code or copied, places)
     return f"---\n{metadata}\n---\n\n" + "\n\n".join(blocks) + "\n"
+
+
+_PICTURES = "It was trained, cut and scored on text; what it makes of pictures nobody has judged."
 
 
 def _known_tokens(report: Report) -> Iterator[str]:
@@ -157,7 +162,7 @@ def _metadata(report: Report, auto: str, code: bool, places: Mapping[str, str]) 
     if score is not None:
         public = is_hub_name(data)
         result = EvalResult(
-            task_type=pipeline or "text-generation",
+            task_type=pipeline if pipeline and "image" not in pipeline else "text-generation",
             dataset_type=data if public else f"elastic-adapters-{task.name}",
             dataset_name=data if public else Path(task.test or data).name,
             dataset_config=task.subset,

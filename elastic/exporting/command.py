@@ -33,6 +33,7 @@ from elastic.latency.runtime import timing_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
 from elastic.models.modules import module_tree
+from elastic.models.wrappers import auto_for
 from elastic.plain import shaped
 from elastic.provenance import provenance
 from elastic.run import SCORES, Chosen, Run, waiting
@@ -81,6 +82,11 @@ def export(config: ExportConfig) -> Report:
 def _export(config: ExportConfig) -> Report:
     run = Run(config.run)
     trained = run.config()
+    architecture = loading.architecture_of(trained.model)
+    require(
+        not config.hf.text_only or auto_for(architecture) is not None,
+        f"hf.text_only: {trained.model.path} is loaded as a model of text; leave it out",
+    )
     # The base itself is hashed, and held against this, when the run is loaded.
     digest = read_about(run.super_adapter)["base_digest"]
     others = [

@@ -29,6 +29,7 @@ from elastic.latency.measure import (
     measure,
 )
 from elastic.models.kinds import Kind, kind_of
+from elastic.models.wrappers import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -336,7 +337,7 @@ def timed(kind: str, source: Source, runner: Runner) -> Measurement:
     return measure(
         runners,
         timing,
-        vocabulary=source.models["compact"].config.vocab_size,
+        vocabulary=text_config(source.models["compact"].config).vocab_size,
         seed=source.config.seed,
         clock=clock_of(torch.device(format.device(source))),
     )

@@ -28,9 +28,11 @@ from elastic.formats import (
     padding,
     peft,
     slices,
+    text_only,
 )
 from elastic.formats.compression import MODES, calibration_inputs
 from elastic.formats.runner import Runner, runner_of
+from elastic.formats.text_only import as_text
 from elastic.latency.runtime import timed_runner
 from elastic.latency.weigh import Load
 from elastic.models import loading
@@ -98,6 +100,8 @@ class Hf(_AsStored):
 
     def why_not(self, source: Source) -> str | None:
         model = source.models["compact"]
+        if source.config.hf.text_only and (reason := text_only.why_not(model)):
+            return f"hf.text_only: {reason}"
         if source.config.hf.padded:
             reason = padding.why_not(source.net.space, source.net.space.check(source.sub))
         else:
@@ -119,8 +123,8 @@ class Hf(_AsStored):
     def _model(self, source: Source, which: Which) -> PreTrainedModel:
         model = source.models[which]
         if which == "compact" and source.config.hf.padded:
-            return padding.padded(model, source.net.space, source.sub)
-        return model
+            model = padding.padded(model, source.net.space, source.sub)
+        return as_text(model) if source.config.hf.text_only else model
 
     def open(self, source: Source, which: Which, directory: Path) -> Runner:
         stored, model = _stored(source), self._model(source, which)
@@ -130,6 +134,9 @@ class Hf(_AsStored):
     def full(self, source: Source, kind: str) -> Runner:
         full = source.models["full"]
         return runner_of(full) if full.dtype == _stored(source) else super().full(source, kind)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return {"text_only": True} if source.config.hf.text_only else {}
 
     def _load(self, source: Source, folder: Path, **settings: Any) -> Load:
         dtype, device = str(_stored(source)).removeprefix("torch."), self.device(source)
@@ -241,13 +248,17 @@ class _Graph(Format):
         graphs.require(str(self.runtime))
 
     def why_not(self, source: Source) -> str | None:
-        return no_graph(kind_of(source.models["compact"]))
+        model = source.models["compact"]
+        return no_graph(kind_of(model), model.config) or text_only.why_not(model)
 
     def why_whole_vocabulary(self, source: Source) -> str | None:
         return None
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        return {"pipelines": source.pipelines[directory]}
+        return {
+            "pipelines": source.pipelines[directory],
+            **text_only.about(source.models["compact"]),
+        }
 
 
 class Onnx(_Graph):
@@ -352,12 +363,17 @@ class Gguf(Format):
         gguf.require()
 
     def why_not(self, source: Source) -> str | None:
-        return gguf.why_not(source.models["compact"], source.base.tokenizer)
+        model = source.models["compact"]
+        reason = text_only.why_not(model)
+        return reason or gguf.why_not(as_text(model), source.base.tokenizer)
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        model = source.models[which]
+        model = as_text(source.models[which])
         file = gguf.write(model, source.base.tokenizer, directory, name=source.name)
         gguf.check(file, model)
+
+    def about(self, source: Source, directory: Path) -> dict[str, Any]:
+        return text_only.about(source.models["compact"])
 
 
 class NemotronNas(Format):
@@ -365,10 +381,11 @@ class NemotronNas(Format):
     read back by the layout's rule, and compared as a Llama of the sizes that it says."""
 
     def why_not(self, source: Source) -> str | None:
-        return nemotron_nas.why_not(source.models["compact"])
+        model = source.models["compact"]
+        return text_only.why_not(model) or nemotron_nas.why_not(as_text(model))
 
     def write(self, source: Source, which: Which, directory: Path) -> None:
-        model = source.models[which]
+        model = as_text(source.models[which])
         nemotron_nas.write(
             model, source.base.tokenizer, directory, dtype=_stored(source),
             max_shard_size=source.config.hf.max_shard_size,
@@ -376,9 +393,13 @@ class NemotronNas(Format):
         nemotron_nas.check(directory, model)
 
     def about(self, source: Source, directory: Path) -> dict[str, Any]:
-        model = source.models["compact"]
+        model = as_text(source.models["compact"])
         filled = dataclasses.asdict(nemotron_nas.padding(model))
-        return {"padding": filled, "pipelines": nemotron_nas.cannot(model)}
+        return {
+            "padding": filled,
+            "pipelines": nemotron_nas.cannot(model),
+            **text_only.about(source.models["compact"]),
+        }
 
 
 FORMATS: dict[str, Format] = {

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -79,8 +80,7 @@ class AnySize:
         def load(name: str, **kwargs: Any) -> Any:
             sizes = _read(place / SIZES)["slices"][name]
             sized = copy.deepcopy(config)
-            for key, value in sizes["config"].items():
-                setattr(sized, key, value)
+            _say_sizes_(sized, sizes["config"])
             own = place / f"{name}.safetensors" if index["slices"][name]["own"] else None
             with torch.device("cpu"), torch.no_grad(), _named(place / BASE):
                 base = family.from_pretrained(place / BASE, dtype=getattr(torch, index["dtype"]))
@@ -105,6 +105,16 @@ class AnySize:
         if slice not in index["slices"]:
             raise NotKnown(f"{place}: no slice {slice!r}; choose from {', '.join(index['slices'])}")
         return load(slice, **kwargs)
+
+
+def _say_sizes_(config: Any, words: Mapping[str, Any]) -> None:
+    """Put these words into a configuration, those about a part of the model into that part's."""
+    for key, value in words.items():
+        part = getattr(config, key, None)
+        if isinstance(value, Mapping) and isinstance(part, PretrainedConfig):
+            _say_sizes_(part, value)
+        else:
+            setattr(config, key, value)
 
 
 def _say(text: str) -> None:

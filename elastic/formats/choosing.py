@@ -237,7 +237,9 @@ def device_name(device: str) -> str:
 def milliseconds(model: Any, timed: Timed) -> dict[str, float]:
     """Medians for a prompt of the table's shape, and for a further token."""
     shape, ids = (timed.batch, timed.prompt_tokens), torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, shape, generator=ids).to(model.device)
+    prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=ids).to(
+        model.device
+    )
     decodes = timed.new_tokens > 0 and model.can_generate()
 
     def seconds(tokens: int) -> float:

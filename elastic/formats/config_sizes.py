@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from elastic.models.modules import linear_, modules_of
+from elastic.models.wrappers import text_config, wraps
 from elastic.spaces.dims import QUERIES
 from elastic.spaces.mixtures import mixtures
 
@@ -71,6 +72,8 @@ def uniform_sizes(
     """Config values under which the family's own class has these sizes; None if there are none."""
     if not changed:
         return {}
+    if model.config.is_heterogeneous:  # it has no size for all layers
+        return None
     found = _named_sizes(model, changed, expected, query_groups(model))
     # Where layers differ in size, no one value fits them all.
     return found if _sizes_under(model, found) == _sizes_of(model) else None
@@ -79,7 +82,7 @@ def uniform_sizes(
 def layer_words(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     """`per_layer_config`: by number of a layer, config values under which the family's own class
     would give it its sizes. Nothing where there are none for one of them."""
-    if model.config.is_encoder_decoder or model.config.is_heterogeneous:
+    if model.config.is_encoder_decoder or model.config.is_heterogeneous or wraps(model.config):
         return {}  # of two stacks it says nothing; and of some families it has more to say
     own, groups = _sizes_of(model), query_groups(model)
     shapes = {**shapes_of(model), **expert_sizes(model)}
@@ -140,10 +143,11 @@ def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
 def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str, Any] | None:
     """Those of the family's own class with these values in its config; None where it refuses."""
     config = copy.deepcopy(model.config)
+    text = text_config(config)
     for name, size in values.items():
-        setattr(config, name, size)
+        setattr(text, name, size)
     try:
-        config.validate()
+        text.validate()
     except StrictDataclassError:  # some classes want the hidden size to be a multiple of the heads
         return None
     return _sizes_of(linear_(meta(type(model), config)))
@@ -155,7 +159,9 @@ def _named_experts(
     """What a config would say if experts were `after`, [number, width], instead of `before`."""
     found = {}
     for names, old, new in zip((EXPERTS, EXPERT_WIDTHS), before, after, strict=True):
-        name = next((name for name in names if getattr(model.config, name, None) == old), None)
+        name = next(
+            (name for name in names if getattr(text_config(model.config), name, None) == old), None
+        )
         if name and new != old:
             found[name] = new
     return found
@@ -165,7 +171,7 @@ def _named_size(
     model: PreTrainedModel, before: int, after: int, groups: Collection[int]
 ) -> dict[str, int]:
     """What a config would say if the layers that read `before` channels read `after`."""
-    config = model.config
+    config = text_config(model.config)
     for name in WIDTHS:
         if hasattr(config, name) and (getattr(config, name) or 4 * config.hidden_size) == before:
             return {name: after}

@@ -24,7 +24,8 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from elastic.errors import ExportError
 from elastic.files import read_json, write_text
-from elastic.formats import shards
+from elastic.formats import processor, shards
+from elastic.formats.code_names import without_code
 from elastic.formats.config_sizes import (
     expert_sizes,
     layer_words,
@@ -35,9 +36,10 @@ from elastic.formats.config_sizes import (
     uniform_sizes,
 )
 from elastic.formats.shards import Tensors, tensors_of
-from elastic.models import compat, cut_head
+from elastic.models import compat, cut_head, wrappers
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.models.vocabulary import cut_head_of
+from elastic.models.wrappers import text_config, wraps
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -148,7 +150,8 @@ def write(
     max_shard_size: int | str = SHARD,
     tensors: Tensors | None = None,
 ) -> Path:
-    """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer.
+    """Write weights (safetensors, in `dtype` if given), config, code if needed, tokenizer, and of
+    a model that reads pictures the processor's settings.
 
     `model` is compact: plain linear layers, any sizes. It is left as it is. Weights of more than
     `max_shard_size` (bytes, or as in "5GB") become several files with an index; no more than one of
@@ -180,6 +183,7 @@ def write(
     write_settings(model, config, directory, dtype or model.dtype, own=own, by_layer=by_layer)
     if tokenizer is not None:
         write_tokenizer(tokenizer, directory)
+    processor.copy_beside(model, directory)
     return directory
 
 
@@ -234,15 +238,13 @@ def write_settings(
         write_generation(model.generation_config, directory)
 
 
-NAMES_CODE = ("auto_map", "custom_pipelines")
-"""Settings that name Python code, perhaps of another repository, for transformers to run."""
-
-
 def write_config(config: PretrainedConfig, directory: Path, **words: Any) -> None:
     """config.json, with these words besides; of `described_config`, which names no code but what
     is written beside it."""
     config.save_pretrained(directory)
     values = read_json(directory / "config.json")
+    if wraps(config) and "text_config" in values:
+        values["text_config"] |= compat.rotary_words(text_config(config))
     own = {name: values[name] for name in ("auto_map",) if name in values}
     _write(directory / "config.json", without_code(values) | own | words)
 
@@ -264,13 +266,6 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None
         # Of code that the user has allowed, which is written too.
         own = {"auto_map": {"AutoTokenizer": values["auto_map"]["AutoTokenizer"]}}
     _write(file, without_code(values) | own)
-
-
-def without_code(values: Any) -> Any:
-    """Settings, those within settings too, without the names of code."""
-    if isinstance(values, dict):
-        return {k: without_code(value) for k, value in values.items() if k not in NAMES_CODE}
-    return [without_code(value) for value in values] if isinstance(values, list) else values
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
@@ -296,7 +291,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
     uniform = uniform_sizes(model, changed, expected)
     if uniform is not None:
         for name, size in uniform.items():
-            setattr(config, name, size)
+            setattr(text_config(config), name, size)
         return config
     grouped: dict[str, dict[str, int]] = {
         name: {QUERIES: own} for name, own in query_groups(model).items() if own != groups[name]
@@ -373,6 +368,8 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
 def auto_of(architecture: str) -> str:
     """The name of transformers' auto class that loads a model of the class of this name;
     ExportError if there is none."""
+    if whole := wrappers.auto_of(architecture):
+        return whole
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto
@@ -381,4 +378,5 @@ def auto_of(architecture: str) -> str:
 
 def has_auto(model: PreTrainedModel) -> bool:
     """Whether an auto class loads models of this class."""
-    return type(model).__name__.endswith(tuple(AUTO))
+    name = type(model).__name__
+    return name.endswith(tuple(AUTO)) or wrappers.auto_of(name) is not None

@@ -2,7 +2,8 @@
 
 Of a decoder the same graph does prefill (past of length 0) and decode: batch, sequence and past are
 all dynamic. KV heads may differ from layer to layer, as they do in a slice. Encoder-decoder models
-are two graphs, of `elastic.formats.onnx_seq2seq`.
+are two graphs, of `elastic.formats.onnx_seq2seq`. Of a model that reads pictures, too, its language
+model alone is written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from elastic.errors import ConfigError, unknown
 from elastic.formats import onnx_seq2seq, tracing
 from elastic.formats.onnx_decoder import decoder_trace
 from elastic.formats.onnx_session import OnnxRunner
+from elastic.formats.text_only import as_text
 from elastic.formats.tracing import Flat, Trace, require
 from elastic.models.kinds import Kind, has_types, kind_of
 
@@ -45,6 +47,7 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     if logits not in ("last", "all"):
         raise ConfigError(unknown("logits", logits, ("all", "last")))
     tracing.require_float32(model)
+    model = as_text(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     kind = kind_of(model)

@@ -16,6 +16,7 @@ from elastic.formats import hf
 from elastic.formats.config_sizes import query_groups
 from elastic.formats.onnx import FILE
 from elastic.formats.onnx_session import cache_names, flattened
+from elastic.formats.text_only import as_text
 from elastic.formats.tracing import ones, traceable
 from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
@@ -56,6 +57,7 @@ def companions(
     nothing to say.
     """
     directory, answers = Path(directory), kind_of(model) is not Kind.CLASSIFIER
+    model = as_text(model)  # as in the graph
     hf.write_config(hf.described_config(model, code=False), directory)
     if (generation := getattr(model, "generation_config", None)) is not None:
         hf.write_generation(generation, directory)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from elastic.formats.compression import GROUP, MODES, SMALLEST_GROUP
 from elastic.models.modules import put_
+from elastic.models.wrappers import is_in, outside
 from elastic.spaces.mixtures import mixtures
 
 KINDS = (nn.Linear, nn.Embedding)
@@ -69,13 +70,15 @@ def _grids(model: PreTrainedModel, mode: str) -> dict[str, Grid]:
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Of layers, and of experts and what chooses among them, in the order of their modules."""
-    experts = set()
+    experts, elsewhere = set(), outside(model)
     for mixture in mixtures(model):
         matrices = (held.name for held in mixture.tensors if len(held.shape) == 3)
         experts |= {f"{mixture.experts}.{name}" for name in matrices}
         rows = (row for row in mixture.rows if len(row.shape) == 2 and row.is_parameter)
         experts |= {f"{mixture.router}.{row.name}" for row in rows}
     for name, module in model.named_modules():
+        if is_in(name, elsewhere):
+            continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if (leaf == "weight" and isinstance(module, KINDS)) or f"{name}.{leaf}" in experts:
                 yield f"{name}.{leaf}", parameter
@@ -105,8 +108,9 @@ def round_(model: PreTrainedModel, mode: str, runtime: str) -> PreTrainedModel:
             near = near.view(len(weight), -1, near.shape[1])
             near = near.transpose(1, 2).contiguous() if module.is_transposed else near
         made[weight] = nn.Parameter(near, requires_grad=False)
-    for name, weight in list(_weights(model)):
-        put_(model, name, made[weight])
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        if weight in made:
+            put_(model, name, made[weight])
     return model
 
 

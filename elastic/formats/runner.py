@@ -44,6 +44,7 @@ class TorchRunner:
 
     def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
         self._cache = None
+        compat.forget_(self.model)
         return self.decode(input_ids)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:

@@ -57,6 +57,15 @@ def sizes_of(
     return found
 
 
+def _apart(words: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said otherwise than of the whole model, of its parts too."""
+    found = {key: value for key, value in words.items() if value != whole.get(key)}
+    for key, value in found.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict) and "model_type" in value:
+            found[key] = _apart(value, whole[key])
+    return found
+
+
 _IMPORTS = f"""from .any_size import {AnySize.__name__}
 from .choosing import FULL  # noqa: F401 (transformers 4 copies what is named in this file alone)"""
 
@@ -73,7 +82,7 @@ def write(
     hf.write_settings(base, config, directory, dtype, own=True)
     whole = _words(base)
     for one in sizes.values():
-        one["config"] = {k: v for k, v in one["config"].items() if v != whole.get(k)}
+        one["config"] = _apart(one["config"], whole)
     write_text(directory / SIZES, json.dumps({"version": VERSION, "slices": sizes}) + "\n")
     cuts = any("head" in one for one in sizes.values())
     code = hf.code_of(base, AnySize.__name__, _IMPORTS, cuts_head=cuts)

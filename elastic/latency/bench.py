@@ -14,10 +14,12 @@ from elastic.console import counting
 from elastic.files import scratch
 from elastic.formats.rounding import saved_bytes
 from elastic.formats.runner import Runner, runner_of
+from elastic.formats.text_only import as_text
 from elastic.latency.measure import REFERENCE, Measurement, clock_of, measure, state_of
 from elastic.latency.runtime import open_runner
 from elastic.models.meter import Meter
 from elastic.models.packaged import cache_directory
+from elastic.models.wrappers import text_config
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.supernet import Supernet
@@ -87,7 +89,8 @@ class Bench:
             runners = {names[key]: self._open(one, files) for key, one in asked.items()}
             found = measure(
                 {REFERENCE: self._full, **runners}, self.timing, seed=self.seed,
-                vocabulary=self.net.model.config.vocab_size, clock=clock_of(self.device),
+                vocabulary=text_config(self.net.model.config).vocab_size,
+                clock=clock_of(self.device),
             )  # fmt: skip
             self.state = state_of(self.device)
         for key, name in names.items():
@@ -118,6 +121,8 @@ class Bench:
 
     def _model(self, sub: SubAdapter) -> PreTrainedModel:
         model = (compact if self.timing.merged else sliced)(self.net, sub)
+        if self.timing.runtime != "torch":  # whose graphs have the language model alone
+            model = as_text(model)
         if self.timing.runtime == "torch" or model.dtype == torch.float32:
             return model
         return copy.deepcopy(model).float()  # what was not cut is shared with the supernet

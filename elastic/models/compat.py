@@ -3,6 +3,7 @@
 Release 5.40 no longer knows `past_key_values`, which 5.24 renamed to `cache`, argument and output;
 till then classes of older releases, and from elsewhere, have the former name. Releases before 5.0
 want some settings of our folders in words of their own, as long as folders are to be read by them.
+Classes that a release cannot run stand in BROKEN until one can.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 
 NAME, FORMER = "cache", "past_key_values"
+BROKEN = ("Llama4ForConditionalGeneration",)
+"""Classes that read images, and of which 5.24 cannot run a forward pass: this one asks its own
+language model for `image_outputs`, which that does not return. Their language model is loaded by
+its own class instead."""
 
 
 def given(model: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
@@ -36,6 +41,14 @@ def _name(forward: Callable[..., Any]) -> str:
 def cache_of(output: ModelOutput) -> Cache | None:
     """What a model cached; None where it did not, or carries something else (until 5.40)."""
     return getattr(output, NAME if hasattr(output, NAME) else FORMER, None)
+
+
+def forget_(model: PreTrainedModel) -> None:
+    """Without what Qwen-VL's classes keep of the last text that was generated: how far positions of
+    pictures are from those of tokens (`rope_deltas`), for as many rows as there were then."""
+    for module in (model, model.base_model):
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 def rotary_words(config: PretrainedConfig) -> dict[str, Any]:

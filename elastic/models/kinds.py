@@ -12,6 +12,7 @@ from torch import nn
 from elastic.config import ModelConfig
 from elastic.config.model import SCORE
 from elastic.errors import MissingExtra, ModelError
+from elastic.models.wrappers import is_in, outside, text_config, wraps
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def was_trained(architecture: PretrainedConfig) -> bool:
 def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that it reads at most, so that a padded batch of them still has a position each."""
     longest = tokenizer.model_max_length
-    if positions := getattr(model.config, "max_position_embeddings", None):
+    if positions := getattr(text_config(model.config), "max_position_embeddings", None):
         longest = min(longest, positions)
     table: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
@@ -87,12 +88,17 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def learnt_positions(model: PreTrainedModel) -> int | None:
     """How many positions a table of the model has; None where they are computed for any length."""
+    elsewhere = outside(model)
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)  # OPT's and BART's begin behind two
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and _TABLE.search(name)
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not is_in(name, elsewhere)
     ]
-    tables += [table.shape[0] for name, table in model.named_buffers() if _TABLE.search(name)]
+    tables += [
+        table.shape[0]
+        for name, table in model.named_buffers()
+        if _TABLE.search(name) and not is_in(name, elsewhere)
+    ]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min([*tables, *filter(None, [longest])]) if tables else None
 
@@ -109,10 +115,29 @@ def exact_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def no_graph(kind: Kind) -> str | None:
+def has_states(architecture: PretrainedConfig) -> bool:
+    """Whether blocks of a decoder carry a state along a sequence, such as a Mamba layer's, linear
+    attention's or a short convolution's, instead of keys and values or beside them."""
+    from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+
+    if architecture.is_encoder_decoder:
+        return False
+    try:
+        layers = DynamicCache(config=architecture).layers
+    except Exception:  # a configuration from elsewhere that says nothing of its blocks
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def no_graph(kind: Kind, architecture: PretrainedConfig) -> str | None:
     """Why a model is not written as a graph (ONNX, OpenVINO); None if it is."""
     if kind is Kind.RECURRENT:
         return "recurrent models are not written as graphs: tracing would fix the length"
+    if kind is Kind.DECODER and has_states(architecture):
+        return (
+            "some of its blocks carry a state along the sequence, and graphs are written of keys "
+            "and values alone"
+        )
     return None
 
 
@@ -129,6 +154,11 @@ def require(config: ModelConfig, architecture: PretrainedConfig) -> None:
         raise ModelError(
             f"model.path {config.path}: an encoder-decoder model with a classification head is not "
             "supported; choose model.head language"
+        )
+    if headed and wraps(architecture):
+        raise ModelError(
+            f"model.path {config.path} reads more than text, and a classification head is put on "
+            "models of text alone; choose model.head language"
         )
     if config.quantise != "none":
         if headed:

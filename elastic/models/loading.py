@@ -20,6 +20,8 @@ from huggingface_hub.errors import GatedRepoError
 from elastic.config import ModelConfig
 from elastic.console import busy, logging_at, say, track
 from elastic.errors import ModelError
+from elastic.models import wrappers
+from elastic.models.compat import BROKEN
 from elastic.models.digest import FETCH, digest_of, weights_in
 from elastic.models.from_gguf import SUFFIX
 from elastic.models.head import describe_, last_layer, start_head_
@@ -42,7 +44,7 @@ class Base:
 
 ADAPTER = "adapter_config.json"
 """What PEFT writes beside an adapter."""
-EVERYTHING = ("*.json", "*.safetensors", "*.model")
+EVERYTHING = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """What of a hub repository a model is loaded from."""
 
 
@@ -84,9 +86,7 @@ def from_hub(name: str, files: Sequence[str], setting: str) -> str:
         raise ModelError(f"{setting} {name!r}: neither a folder nor on the hub: {error}") from None
 
 
-def skeleton(
-    config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | str = "meta"
-) -> PreTrainedModel:
+def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its real modules (GPT-2's Conv1D as linear layers) and no memory: enough to
     bind a search space to. In the type of its configuration unless one is given."""
     folder = locate(config.path, ["config.json"])
@@ -94,8 +94,8 @@ def skeleton(
     kind = kind_of_architecture(architecture, config.head)
     if config.classes:
         describe_(architecture, config.classes)
-    with torch.device(device), _readable(folder, config, "no model can be made of config.json"):
-        model = _auto_class(kind).from_config(
+    with torch.device("meta"), _readable(folder, config, "no model can be made of config.json"):
+        model = _auto_class(kind, architecture).from_config(
             architecture,
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
@@ -129,7 +129,8 @@ def _readable(
         yield
     except Exception as error:  # the library and those it reads files with raise many kinds
         known = f"give a model that transformers {transformers.__version__} knows"
-        files = Path(folder).glob("*config.json")
+        # Of a processor's code nothing is run here.
+        files = [Path(folder) / name for name in ("config.json", "tokenizer_config.json")]
         brings_code = any(file.is_file() and b'"auto_map"' in file.read_bytes() for file in files)
         if brings_code and not config.trust_remote_code:
             remedy = (
@@ -154,7 +155,9 @@ def regresses(config: ModelConfig) -> bool:
     return config.head == "regression" or (config.head == "auto" and saved)
 
 
-def _auto_class(kind: Kind) -> Any:
+def _auto_class(kind: Kind, architecture: PretrainedConfig) -> Any:
+    if kind is Kind.DECODER and (whole := wrappers.auto_for(architecture)):
+        return getattr(transformers, whole)
     return {
         Kind.CLASSIFIER: transformers.AutoModelForSequenceClassification,
         Kind.ENCODER_DECODER: transformers.AutoModelForSeq2SeqLM,
@@ -180,6 +183,12 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
             f"model.path {config.path}: {ADAPTER} is there, so it is an adapter; give its base, "
             "and the adapter with --adapter.from"
         )
+    if strange := set(architecture.architectures or ()) & set(BROKEN):
+        release = transformers.__version__
+        say(
+            f"{config.path}: transformers {release} cannot run {strange.pop()}, so its language "
+            "model alone is loaded, and what is written reads text alone"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
@@ -190,10 +199,14 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
     if config.quantise != "none":
         from elastic.models import quantised
 
-        settings = quantised.loading(config.quantise, architecture.dtype, device)
+        whole = []
+        if wrappers.auto_for(architecture):  # what is no part of its language model stays as it is
+            empty = skeleton(config)
+            whole = [*wrappers.outside(empty), *wrappers.head_names(empty)]
+        settings = quantised.loading(config.quantise, architecture.dtype, device, whole)
     telling, what = busy(f"loading {config.path}"), "the weights cannot be loaded"
     with telling, counted(), _readable(folder, config, what, FETCH):
-        model = _auto_class(kind).from_pretrained(
+        model = _auto_class(kind, architecture).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, use_safetensors=True, **settings
         )
     if config.quantise != "none":
@@ -232,7 +245,7 @@ def _load_classifier(
     # transformers asks that a head be trained that is about to be.
     quiet = logging_at("transformers", logging.ERROR)
     with quiet, _readable(folder, config, "the weights cannot be loaded", FETCH):
-        model, found = _auto_class(Kind.CLASSIFIER).from_pretrained(
+        model, found = _auto_class(Kind.CLASSIFIER, architecture).from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, config=architecture, dtype=dtype,
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -248,7 +261,8 @@ def _load_classifier(
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The type the weights were saved in, as the checkpoint's config says."""
-    return architecture_of(config).dtype
+    architecture = architecture_of(config)
+    return architecture.dtype or wrappers.text_config(architecture).dtype
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,17 @@ def module_tree(model: ModuleType) -> ModuleType:
     """A copy of the modules around the same tensors: none is duplicated, ties stay ties."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def without_values(model: ModuleType, device: torch.device) -> ModuleType:
+    """A copy whose tensors have the same shapes and types and are not filled, on this device; ties
+    stay ties. A model on meta tensors will do."""
+    memory: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        bare = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        parameter = isinstance(tensor, nn.Parameter)
+        memory[id(tensor)] = nn.Parameter(bare, requires_grad=False) if parameter else bare
+    return copy.deepcopy(model, memory)
 
 
 PREFIX = "elastic_"

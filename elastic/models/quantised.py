@@ -6,7 +6,7 @@ channels stands beside the codes and is applied to the dequantised weight, so ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,11 +119,14 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.weight().to(grad.dtype), None, None
 
 
-def loading(kind: str, stored: torch.dtype | None, device: torch.device) -> dict[str, Any]:
+def loading(
+    kind: str, stored: torch.dtype | None, device: torch.device, whole: Sequence[str] = ()
+) -> dict[str, Any]:
     """What `from_pretrained` needs to pack weights of the type `stored` as it reads them.
 
     They are packed as stored, not as computed with: a run trained in bfloat16 and exported in
-    float32 has the same codes.
+    float32 has the same codes. Modules that are to stay `whole` are not packed; without any it is
+    the head, as the library has it.
     """
     from transformers import BitsAndBytesConfig
 
@@ -132,7 +135,10 @@ def loading(kind: str, stored: torch.dtype | None, device: torch.device) -> dict
         "dtype": stored if half else torch.float32,
         "device_map": {"": str(device)},
         "quantization_config": BitsAndBytesConfig(
-            load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", bnb_4bit_quant_type="nf4"
+            load_in_8bit=kind == "int8",
+            load_in_4bit=kind == "nf4",
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=list(whole) or None,
         ),
     }
 

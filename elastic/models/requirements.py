@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError, ModelError
-from elastic.models.kinds import Kind, no_graph, require
+from elastic.models.kinds import Kind, has_states, no_graph, require
 from elastic.models.loading import architecture_of, kind_of_base, resolve_device
+from elastic.models.wrappers import no_text_class
 
 
 def require_graph(config: ModelConfig, what: str) -> None:
     """ModelError for a model of which no graph can be written."""
-    if reason := no_graph(kind_of_base(config)):
+    architecture = architecture_of(config)
+    if reason := no_graph(kind_of_base(config), architecture) or no_text_class(architecture):
         raise ModelError(f"{what}: {config.path}: {reason}; choose torch")
 
 
@@ -33,5 +35,8 @@ def require_packing(config: ModelConfig) -> None:
         Kind.ENCODER_DECODER: "an encoder, whose rows answer in the decoder's",
         Kind.RECURRENT: "a state, which one sequence would hand to the next",
     }
-    if reason := reasons.get(kind_of_base(config)):
+    kind = kind_of_base(config)
+    if kind is Kind.DECODER and has_states(architecture_of(config)):
+        kind = Kind.RECURRENT
+    if reason := reasons.get(kind):
         raise ConfigError(f"packing: {config.path} has {reason}; leave packing out")

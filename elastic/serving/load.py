@@ -132,7 +132,8 @@ class Folder:
         model = self.slice(FULL)
         found = measure(
             {REFERENCE: timed_runner(model, timing)}, timing,
-            vocabulary=model.config.vocab_size, clock=clock_of(model.device),
+            vocabulary=model.config.get_text_config().vocab_size,
+            clock=clock_of(model.device),
         ).full  # fmt: skip
         return {key: getattr(found, key) for key in LATENCIES}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from elastic.errors import ConfigError, RunError, unknown
 from elastic.files import read_json
-from elastic.spaces.dims import BITS, DEPTH, VOCABULARY, Cut, Ranges, common, numbers
+from elastic.spaces.dims import BITS, DEPTH, VOCABULARY, Cut, Ranges, common, numbers, places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +95,8 @@ class Group:
     """Of a depth: a choice of k runs the first k of these."""
     staying: int = 0
     """How many of the first blocks stay, whatever the order of the others."""
+    listed: int = 0
+    """How many blocks their list has, those of other groups and of none among them."""
     head: str = ""
     """Of a vocabulary: the layer of which a choice of k computes the rows of the first k tokens."""
     mixtures: tuple[Mixture, ...] = ()
@@ -189,10 +191,12 @@ class Space(Generic[Point]):
     def kept(self, sub: SubAdapter) -> dict[str, list[int]]:
         """By the name of every list of blocks of which some can be left out, places of those that
         `sub` runs."""
-        return {
-            group.blocks[0].rpartition(".")[0]: sorted(numbers(group.blocks[: sub[group.name]]))
-            for group in self.depths
-        }
+        found: dict[str, set[int]] = {}
+        for group in self.depths:
+            name = group.blocks[0].rpartition(".")[0]
+            left = found.setdefault(name, set(range(group.listed or len(group.blocks))))
+            left.difference_update(numbers(group.blocks[sub[group.name] :]))
+        return {name: sorted(left) for name, left in found.items()}
 
     @cached_property
     def _inside(self) -> dict[str, list[str]]:
@@ -207,7 +211,7 @@ class Space(Generic[Point]):
         for group in self.groups if found else ():
             blocks = {block_of(cut.site) for cut in group.cuts}
             blocks |= {block_of(mixture.experts) for mixture in group.mixtures}
-            if len(blocks) == 1 and (block := blocks.pop()):
+            if len(blocks) == 1 and (block := blocks.pop()) in found:
                 found[block].append(group.name)
         return found
 
@@ -337,8 +341,8 @@ class BoundSpace(Space[SubAdapter]):
         groups = []
         for group in self.groups:
             if group.dim == DEPTH and group.name in order:
-                by_number = dict(zip(numbers(group.blocks), group.blocks, strict=True))
-                blocks = tuple(by_number[int(number)] for number in order[group.name])
+                by_place = dict(zip(places(group.blocks), group.blocks, strict=True))
+                blocks = tuple(by_place[int(place)] for place in order[group.name])
                 group = replace(group, blocks=blocks)
             groups.append(group)
         return BoundSpace(tuple(groups), self.targets)

@@ -13,10 +13,11 @@ from torch import nn
 from elastic.errors import ConfigError, unknown
 from elastic.files import shipped
 from elastic.plain import read_yaml
-from elastic.spaces.blocks import require_alike
+from elastic.spaces.blocks import blocks_of, require_described
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, VOCABULARY, GroupSpec
 from elastic.spaces.mixtures import ALIGN, EXPERT_DIMS, EXPERT_WIDTH, Mixture
+from elastic.spaces.pattern import matching
 from elastic.spaces.vocabulary import vocabulary
 
 
@@ -25,6 +26,7 @@ class Section:
     """What is elastic in one kind of block, such as a decoder layer."""
 
     blocks: str
+    """A pattern of their names (`elastic.spaces.pattern`)."""
     adapt: tuple[str, ...]
     groups: tuple[GroupSpec, ...]
 
@@ -43,6 +45,7 @@ def section_of(value: Any, source: str) -> Section:
         raise ConfigError(
             f"{source}: blocks is {value['blocks']!r}; give a pattern of module names"
         )
+    matching(value["blocks"], source)
     if not isinstance(adapt := value.get("adapt", []), list):
         raise ConfigError(f"{source}: adapt is {adapt!r}; give a list of layer names")
     _once(adapt, f"{source}: adapt")
@@ -173,8 +176,8 @@ class SearchSpace:
         more: dict[Section, dict[str, None]] = {section: {} for section in self.sections}
         for site in sites:
             for section in self.sections:
-                pattern = re.escape(section.blocks).replace(r"\*", r"[^.]+")
-                if match := re.match(rf"{pattern}\.(.+)", site):
+                blocks = matching(section.blocks, self.source)
+                if match := re.match(rf"{blocks.pattern}\.(.+)", site):
                     more[section][match[1]] = None
                     break
             else:
@@ -268,7 +271,7 @@ class SearchSpace:
     ) -> tuple[list[Group], list[str]]:
         linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = [name for name, _ in model.named_modules()]
-        pattern = re.compile(re.escape(section.blocks).replace(r"\*", r"[^.]+"))
+        pattern = matching(section.blocks, self.source)
         blocks = [name for name in names if pattern.fullmatch(name)]
         if not blocks:
             raise ConfigError(
@@ -276,6 +279,7 @@ class SearchSpace:
                 f"{type(model).__name__}; its modules are {_outline(names)}"
             )
         targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
+        adapted = set(targets)
         _all_linear(targets, linears, f"{self.source}: adapt")
         groups: dict[str, Group] = {}
         specs = [part for whole in section.groups for part in whole.parted()]
@@ -294,7 +298,7 @@ class SearchSpace:
                 if spec.dim not in EXPERT_DIMS:
                     _all_linear(sites, linears, where)
                 if spec.dim == "rank":
-                    _all_linear(sites, set(targets), where, kind="adapted layer (see `adapt`)")
+                    _all_linear(sites, adapted, where, kind="adapted layer (see `adapt`)")
                 found = {**DIMS, **EXPERT_DIMS}[spec.dim](model, block, spec, max_rank)
                 _no_router(targets, found.mixtures, where)
                 name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
@@ -330,24 +334,30 @@ def _no_router(targets: Sequence[str], mixtures: Sequence[Mixture], where: str) 
 def _depth(
     model: nn.Module, section: Section, blocks: Sequence[str], spec: GroupSpec, where: str
 ) -> Group:
-    """The one group of how many of the section's blocks run; the first and the last stay."""
+    """The one group of how many of the section's blocks run; the first and the last block of the
+    model stay."""
     shared = [s.name for s in section.groups if s.share == "model" and s.dim != "rank"]
     if shared:
         raise ConfigError(
             f"{where}: group {shared[0]!r} has one choice for the whole model, of which only the "
             "blocks that run would be cut; let every block choose its own"
         )
-    ends = () if spec.drop_ends else (blocks[0], blocks[-1])
+    parent = blocks[0].rpartition(".")[0]
+    listed = blocks_of(model, blocks, where)
+    outer = () if spec.drop_ends else (f"{parent}.0", f"{parent}.{listed - 1}")
+    ends = tuple(block for block in blocks if block in outer)
     choices = spec.resolve(len(blocks), where, max(1, len(ends)))
-    require_alike(model, blocks, choices[-1], where, ends=spec.drop_ends)
     if choices[-1] < len(ends):
         raise ConfigError(
             f"{where}: depth {choices[-1]}, but the first and the last block stay; choose from "
             f"{len(ends)}..{len(blocks)}, or set drop_ends"
         )
-    between = [block for block in blocks if block not in ends]
+    between = tuple(block for block in blocks if block not in ends)
+    require_described(model, between, len(blocks) - choices[-1], where)
     name = f"{section.blocks}.{spec.name}"
-    return Group(name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends))
+    return Group(
+        name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends), listed=listed
+    )
 
 
 def _all_linear(

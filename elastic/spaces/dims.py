@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 KEY_VALUE = ("k_proj", "v_proj")
 QUERIES = "num_key_value_groups"
 """What attention modules call the number of query heads that share a key-value head."""
-HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-"""What attention modules call the size of a head."""
+HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+"""What attention modules call the size of a head, that of what its output reads."""
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_heads")
+"""What attention modules know whose keys and values are made from one latent state."""
 FIXED_HEADS = ("num_heads", "n_heads", "split_size")
 """Attributes of attention modules whose code counts on all their heads; others take as many as the
 projections give."""
@@ -170,22 +172,30 @@ def width(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) ->
     return Sites(_full(model, spec, cuts), cuts)
 
 
-def heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+def heads(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Whole key-value heads with the query heads that share them, so that grouped-query
     attention stays valid. A choice counts key-value heads; ConfigError where they cannot be cut."""
-    _, attention, head_size = _attention(model, block, spec)
+    name, attention, head_size = _attention(model, block, spec)
     shared = getattr(attention, QUERIES, 1)
-    units = {
-        name: head_size if name.rpartition(".")[2] in KEY_VALUE else head_size * shared
-        for name in (*spec.outputs, *spec.inputs)
+    units = dict.fromkeys(spec.inputs, head_size * shared)
+    layers = {
+        name: model.get_submodule(f"{block}.{name}") for name in (*spec.outputs, *spec.inputs)
     }
-    if spec.fused == "heads":
-        units |= dict.fromkeys(spec.outputs, head_size * (shared + 2))
+    full = layers[spec.inputs[0]].in_features // (head_size * shared)
+    for name in spec.outputs:
+        rows = layers[name].out_features
+        if not full or rows % full:
+            raise ConfigError(
+                f"group {spec.name!r}: {block}.{name} makes {rows} channels, which are no multiple "
+                f"of the {full} key-value heads that {block}.{spec.inputs[0]} reads"
+            )
+        # Of a head, beside its channels, its gates; of latent attention, keys and values together.
+        units[name] = rows // full
     cuts = _cuts(block, spec, {name: (unit,) for name, unit in units.items()})
     return Sites(_full(model, spec, cuts), cuts)
 
 
-def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -> Sites:
+def query_heads(model: PreTrainedModel, block: str, spec: GroupSpec, max_rank: int) -> Sites:
     """Query heads of every key-value head alike. A choice counts those of one key-value head,
     which keeps its own most important ones. ConfigError for attention that does not group them."""
     name, attention, head_size = _attention(model, block, spec)
@@ -195,7 +205,15 @@ def query_heads(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) ->
             f"group {spec.name!r}: {type(attention).__name__} does not say how many query heads "
             "share a key-value head, or keeps them in one layer with the keys; declare `dim: heads`"
         )
-    layer = model.get_submodule(f"{block}.{spec.outputs[0]}")
+    layer, reader = (
+        model.get_submodule(f"{block}.{name}") for name in (spec.outputs[0], spec.inputs[0])
+    )
+    if layer.out_features > reader.in_features:
+        raise ConfigError(
+            f"group {spec.name!r}: {block}.{spec.outputs[0]} makes {layer.out_features} channels, "
+            f"of which {block}.{spec.inputs[0]} reads {reader.in_features}: its query heads hold "
+            "more than queries; declare `dim: heads`"
+        )
     parts = (head_size,) * (layer.out_features // (head_size * shared))
     found = _cuts(block, spec, dict.fromkeys((*spec.outputs, *spec.inputs), parts))
     cuts = tuple(replace(cut, apart=True) for cut in found)
@@ -220,7 +238,7 @@ def _attention(model: nn.Module, block: str, spec: GroupSpec) -> tuple[str, nn.M
     head_size = head_size_of(attention)
     if head_size is None:
         raise ConfigError(f"group {spec.name!r}: {block}.{spec.outputs[0]} is not in attention")
-    fixed = [name for name in FIXED_HEADS if hasattr(attention, name)]
+    fixed = [] if is_latent(attention) else [n for n in FIXED_HEADS if hasattr(attention, n)]
     if fixed or spec.fused == "parts":
         raise ConfigError(
             f"group {spec.name!r}: the code of {type(attention).__name__} counts on all its heads; "
@@ -234,9 +252,20 @@ def numbers(blocks: Iterable[str]) -> list[int]:
     return [int(block.rpartition(".")[2]) for block in blocks]
 
 
+def places(blocks: Sequence[str]) -> list[int]:
+    """Of each among these blocks of one list, in the list's order."""
+    place = {number: at for at, number in enumerate(sorted(numbers(blocks)))}
+    return [place[number] for number in numbers(blocks)]
+
+
 def head_size_of(attention: nn.Module) -> int | None:
     """Channels of one attention head."""
     return next((getattr(attention, name) for name in HEAD_SIZES if hasattr(attention, name)), None)
+
+
+def is_latent(attention: nn.Module) -> bool:
+    """Whether keys and values of all its heads are made from one latent state."""
+    return all(hasattr(attention, name) for name in LATENT)
 
 
 def _cuts(block: str, spec: GroupSpec, parts: Mapping[str, tuple[int, ...]]) -> tuple[Cut, ...]:

@@ -343,7 +343,10 @@ def _tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
 
 def _config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several
+        return config
 
 
 def _first(places: list[Any], names: tuple[str, ...]) -> int | None:

@@ -12,6 +12,7 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
 from elastic.models.ties import ends_of
+from elastic.models.wrappers import is_in, outside
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS, Mixture, mixtures
 
@@ -23,20 +24,27 @@ class Cost:
     params: int
     """Elements of all distinct parameters, however many bits each takes."""
     macs: int
-    """Multiply-accumulates of the linear layers per token, the head included; of the experts of a
-    mixture those that a token is sent to."""
+    """Multiply-accumulates of the linear layers per token of text, the head included; of the
+    experts of a mixture those that a token is sent to."""
     active_params: int
     """Parameters without those of experts that a token is not sent to."""
 
 
 def count(model: nn.Module) -> Cost:
     """Of a plain model, as it stands."""
-    macs = sum(layer.in_features * layer.out_features for _, layer in modules_of(model, nn.Linear))
+    elsewhere = outside(model)
+    macs = sum(
+        layer.in_features * layer.out_features
+        for name, layer in modules_of(model, nn.Linear)
+        if not is_in(name, elsewhere)
+    )
     packed = modules_of(model, QuantisedLinear)  # whose weights are not parameters
     params = sum(layer.shape.numel() for _, layer in packed)
     params += sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for mixture in mixtures(model):
+        if is_in(mixture.experts, elsewhere):
+            continue
         of_experts = _of_experts(mixture, linear=False)
         macs += of_experts.macs
         idle += of_experts.params - of_experts.active_params

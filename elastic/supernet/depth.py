@@ -13,16 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
-from elastic.spaces.blocks import by_layer, counts
+from elastic.spaces.blocks import NUMBERS, counts, described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from elastic.spaces.bound import Group
-
-
-NUMBERS = ("layer_idx", "layer_id")
-"""What modules call the place of their block, by which they find their part of the cache."""
 
 
 class Blocks(nn.ModuleList):
@@ -44,10 +38,9 @@ class Blocks(nn.ModuleList):
 
 
 class Stack:
-    """The blocks of one group, with all that says how many there are."""
+    """The blocks of one list, with all that says how many there are and of which kind each is."""
 
-    def __init__(self, model: PreTrainedModel, group: Group) -> None:
-        name = group.blocks[0].rpartition(".")[0]
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.blocks = Blocks(list(model.get_submodule(name)))
         model.set_submodule(name, self.blocks)
         self._numbered = [
@@ -60,11 +53,7 @@ class Stack:
             for block in self.blocks
         ]
         self._counts = counts(model, name, len(self.blocks))
-        self._lists = [
-            (config, key, values)
-            for config, _ in self._counts
-            for key, values in by_layer(config, len(self.blocks))
-        ]
+        self._said = [(config, dict(vars(config))) for config, _ in self._counts]
 
     def run(self, kept: Sequence[int]) -> None:
         """Let the blocks in these places, ascending, run."""
@@ -72,10 +61,12 @@ class Stack:
         for place, number in enumerate(self.blocks.running):
             for module, name in self._numbered[number]:
                 setattr(module, name, place)
+        full = len(self._numbered)
         for config, key in self._counts:
             setattr(config, key, len(kept))
-        for config, key, values in self._lists:
-            setattr(config, key, [values[number] for number in self.blocks.running])
+        for config, values in self._said:
+            for key, value in described(values, kept, full).items():
+                setattr(config, key, value)
 
 
 def settle_(model: PreTrainedModel) -> PreTrainedModel:

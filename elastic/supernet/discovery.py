@@ -1,8 +1,8 @@
-"""A search space for a model nobody has written one for, found in the structure of its modules.
+"""A search space for a model nobody has written one for: what `elastic.supernet.structure` finds in
+its modules is tried on tensors without data before it is believed.
 
-Blocks are what a ModuleList repeats. In a block, layers that lead from the hidden size to another
-one and the layer that leads back are an MLP; modules that know the size of a head are attention.
-What was found is tried on tensors without data before it is believed.
+A trial has a control: the model as it is runs first, in the type that it will run in. What fails
+there is no cut's fault.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic.config import AdapterConfig, SpaceShowConfig, TrainConfig
-from elastic.console import busy, logging_at, say
+from elastic.config import AdapterConfig, ModelConfig, SpaceShowConfig, TrainConfig
+from elastic.console import busy, logging_at, say, tabulate
 from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
-from elastic.spaces.declared import SearchSpace, describe
-from elastic.spaces.dims import FIXED_HEADS, head_size_of
-from elastic.spaces.mixtures import groups_of, mixtures, routers_of
+from elastic.models.wrappers import language_model, text_config
+from elastic.spaces.declared import SearchSpace
+from elastic.supernet.few import FEW, alike, without
+from elastic.supernet.structure import DEPTHS, Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
+from elastic.supernet.wrapped import placed_in, require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-RANKS = [1.0, 0.5, 0.25]
-WIDTHS = [1.0, 0.875, 0.75, 0.625, 0.5]
-HEADS = [1.0, 0.75, 0.5]
 KNOWN = {
     "llama": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
     "phi3": ("phi3",),
@@ -47,10 +44,10 @@ KNOWN = {
     "bert": ("bert", "roberta", "xlm-roberta"),
 }
 """Shipped spaces, and the model types that they were tested with."""
-AUTO = "auto"
+AUTO, AUTO_DEEP = "auto", "auto-deep"
+"""The space shipped for a type of model, or discovered; discovered, and with depths."""
 RANK = 4
 """Of the factors that a cut is tried with."""
-Shape = tuple[int, int]
 
 
 def space_for(config: TrainConfig) -> SearchSpace:
@@ -69,15 +66,20 @@ def space_for(config: TrainConfig) -> SearchSpace:
 
 def declared_for(config: TrainConfig | SpaceShowConfig) -> SearchSpace:
     """The space of that name; of `auto`, the one shipped for this type of model or, if there is
-    none, the one discovered."""
-    if config.space != AUTO:
-        return SearchSpace.load(config.space)
-    model_type = loading.architecture_of(config.model).model_type
-    if shipped := shipped_for(model_type):
-        return shipped
+    none, the one discovered; of `auto-deep`, the one discovered with depths."""
+    if config.space not in (AUTO, AUTO_DEEP):
+        return placed_in(SearchSpace.load(config.space), config.model)
+    model_type = text_config(loading.architecture_of(config.model)).model_type
+    if config.space == AUTO and (shipped := shipped_for(model_type)):
+        return placed_in(shipped, config.model)
     with busy("looking for what can be cut"):
-        space = discover(loading.skeleton(config.model))
-    return told(space, model_type)
+        return discover(bare(config.model), deep=config.space == AUTO_DEEP)
+
+
+def bare(config: ModelConfig) -> PreTrainedModel:
+    """The model without memory, in the type that it will run in."""
+    device = loading.resolve_device(config.device)
+    return loading.skeleton(config, loading.resolve_dtype(config.dtype, device))
 
 
 def shipped_for(model_type: str) -> SearchSpace | None:
@@ -86,140 +88,57 @@ def shipped_for(model_type: str) -> SearchSpace | None:
     return SearchSpace.load(name) if name else None
 
 
-def told(space: SearchSpace, model_type: str) -> SearchSpace:
-    """The space, of which is said what it cuts."""
-    for line in describe(space):
-        say(f"Space of {model_type}: {line}")
-    return space
-
-
-def discover(model: PreTrainedModel) -> SearchSpace:
-    """Ranks, MLP widths and attention heads of any model of repeated blocks (meta tensors will do).
+def discover(model: PreTrainedModel, *, deep: bool = False) -> SearchSpace:
+    """What can be elastic in any model of repeated blocks (meta tensors will do): a section for
+    each kind of block, if `deep` with the number of those that run. Says what it found.
 
     ConfigError when no repeated block has a linear layer.
     """
     used = called(model)
-    sections = [section for section in _sections(model, used) if section["adapt"]]
-    if not sections:
+    kinds = [kind for kind in kinds_of(model, used, language_model(model)) if kind.section["adapt"]]
+    if not kinds:
         raise ConfigError(
             f"space auto: {type(model).__name__} repeats no block with linear layers; write a "
             "search space (see search_spaces/)"
         )
-    known = {re.sub(r"\.\d+", ".*", each.experts) for each in mixtures(model)}
-    for name in _experts(model):
-        cut = "not adapted" if name in known else "neither adapted nor cut"
-        say(f"Space auto: {name} are {cut}; their weights are no linear layers")
-    declared = [_tried(model, section, runs=used is not None) for section in sections]
+    declared = [kind.section for kind in kinds]
+    if used is None or refusal(model, SearchSpace.from_dict(declared), RANK):
+        declared = [_tried(model, section, runs=used is not None) for section in declared]
+    declared = [_chosen(model, section) for section in declared]
+    if deep:
+        declared = [_deep(model, section) for section in declared]
+    _tell(model, kinds, declared)
     return SearchSpace.from_dict(declared, "space auto")
 
 
-def _sections(model: nn.Module, used: set[str] | None) -> Iterator[dict[str, Any]]:
-    """Of layers that are called, as far as that is known; of others the code reads the weight."""
-    outer: list[str] = []
-    for name, blocks in modules_of(model, nn.ModuleList):
-        if any(name.startswith(f"{other}.") for other in outer):
-            continue
-        outer.append(name)
-        linears = [_linears(block) for block in blocks]
-        kinds = {tuple(sorted(each.items())) for each in linears}
-        if len(kinds) == 1 and len(blocks) > 1:
-            routers = routers_of(blocks[0])  # they are cut with the experts
-            known = {n: shape for n, shape in linears[0].items()
-                     if (used is None or f"{name}.0.{n}" in used)
-                     and not f"{n}.".startswith(routers)}  # fmt: skip
-            yield _section(f"{name}.*", blocks[0], known)
-
-
-def _linears(block: nn.Module) -> dict[str, Shape]:
-    """(out, in) by name."""
-    return {
-        name: (layer.out_features, layer.in_features)
-        for name, layer in modules_of(block, nn.Linear)
-    }
-
-
-def _section(pattern: str, block: nn.Module, linears: Mapping[str, Shape]) -> dict[str, Any]:
-    sizes = Counter(size for shape in linears.values() for size in shape)
-    hidden = sizes.most_common(1)[0][0] if sizes else 0
-    heads = {n: m for n, m in block.named_modules() if n and head_size_of(m) is not None}
-    inside = {name for name in linears if any(name.startswith(f"{other}.") for other in heads)}
-    mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
-    groups: dict[str, Any] = {}
-    adapted: set[str] = set()
-    for number, (ups, down, fused) in enumerate(mlps):
-        suffix = f"_{number}" if len(mlps) > 1 else ""
-        groups[f"mlp_width{suffix}"] = {
-            "dim": "width", "outputs": ups, "inputs": [down], "choices": WIDTHS, "align": 8,
-            **({"fused": "parts"} if fused else {}),
-        }  # fmt: skip
-        groups[f"mlp_rank{suffix}"] = {"dim": "rank", "of": ups, "choices": RANKS}
-        adapted |= {*ups, down}
-    for number, (name, module) in enumerate(heads.items()):
-        suffix = f"_{number}" if len(heads) > 1 else ""
-        reading = [
-            n for n, (_, into) in linears.items()
-            if n.startswith(f"{name}.") and into == hidden and not _leads_out(n)
-        ]  # fmt: skip
-        if not reading:
-            continue
-        groups[f"attention_rank{suffix}"] = {"dim": "rank", "of": reading, "choices": RANKS}
-        adapted |= set(reading)
-        out = _projection_out(name, reading, linears)
-        if len(reading) == 3 and out and not any(hasattr(module, n) for n in FIXED_HEADS):
-            groups[f"heads{suffix}"] = {
-                "dim": "heads", "outputs": reading, "inputs": [out], "choices": HEADS
-            }  # fmt: skip
-    groups |= groups_of(block)
-    if not adapted and linears:
-        groups["rank"] = {"dim": "rank", "of": list(linears), "choices": RANKS}
-        adapted |= set(linears)
-    return {"blocks": pattern, "adapt": [n for n in linears if n in adapted], "groups": groups}
-
-
-def _mlps(linears: Mapping[str, Shape], hidden: int) -> Iterator[tuple[list[str], str, bool]]:
-    """The layers that make channels, the one that reads them, and whether one layer makes several
-    parts of them: by sizes, and among alike ones by where they stand."""
-    for down, (out, width) in linears.items():
-        if out != hidden or width == hidden:
-            continue
-        for fused in (False, True):
-            made = [n for n, shape in linears.items() if shape == (width * (1 + fused), hidden)]
-            near = [n for n in made if n.rpartition(".")[0] == down.rpartition(".")[0]]
-            if made:
-                yield near or made, down, fused
-                break
-
-
-def _leads_out(name: str) -> bool:
-    """By its name: the projection back to the hidden size, which may be square."""
-    leaf = name.rpartition(".")[2]
-    return re.search(r"^(o|out|wo)(_|$)|output|^dense$|c_proj", leaf) is not None
-
-
-def _projection_out(
-    attention: str, reading: Sequence[str], linears: Mapping[str, Shape]
-) -> str | None:
-    """The layer that reads the heads: in the attention module, or beside it as in BERT."""
-    wide = max(linears[name][0] for name in reading)
-    beside = attention.rpartition(".")[0]
-    found = [
-        name
-        for name, (_, columns) in linears.items()
-        if columns == wide and _leads_out(name) and name.startswith(beside)
+def _tell(
+    model: PreTrainedModel, kinds: Sequence[Kind], declared: Sequence[Mapping[str, Any]]
+) -> None:
+    """A row for each kind of block, and what stays whole."""
+    rows = [
+        (
+            kind.blocks,
+            str(kind.count),
+            ", ".join(kind.parts),
+            ", ".join(section["groups"]),
+        )
+        for kind, section in zip(kinds, declared, strict=True)
     ]
-    return min(found, key=lambda name: not name.startswith(f"{attention}."), default=None)
-
-
-def _experts(model: nn.Module) -> list[str]:
-    """Modules that hold a weight for each of several experts in one tensor, numbers as *."""
-    tensors = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
-    modules = (re.sub(r"\.\d+", ".*", name.rpartition(".")[0]) for name in tensors)
-    return list(dict.fromkeys(name for name in modules if "experts" in name))
+    title = f"Space of {type(model).__name__}"
+    tabulate(title, ("blocks", "number", "found in them", "elastic"), rows)
+    if experts := list(dict.fromkeys(name for kind in kinds for name in kind.experts)):
+        say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
+            "linear layers")  # fmt: skip
+    if mixed := list(dict.fromkeys(name for kind in kinds for name in kind.mixtures)):
+        say(f"Space auto: {', '.join(mixed)} are not adapted; their weights are no linear layers")
+    if mixers := list(dict.fromkeys(name for kind in kinds for name in kind.mixers)):
+        say(f"Space auto: of {', '.join(mixers)} ranks alone are elastic; their convolutions and "
+            "states count on their inner sizes")  # fmt: skip
 
 
 def _tried(model: PreTrainedModel, section: dict[str, Any], *, runs: bool) -> dict[str, Any]:
     """The section without the groups whose cut the model's code does not follow, as far as it
-    `runs` uncut, and without those that have one size alone."""
+    `runs` uncut."""
     kept = {name: spec for name, spec in section["groups"].items() if spec["dim"] == "rank"}
     for name, spec in section["groups"].items():
         if spec["dim"] == "rank":
@@ -228,23 +147,54 @@ def _tried(model: PreTrainedModel, section: dict[str, Any], *, runs: bool) -> di
         reason = refusal(model, alone, RANK)
         if reason and not runs:
             reason = "uncut, the model does not run without data, so that no cut can be tried"
-        if reason is None and all(len(group.choices) < 2 for group in alone.bind(model, RANK)):
-            reason = "there is one size alone to choose from"
         if reason:
-            say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
+            _leave_out(name, section, reason)
         else:
             kept[name] = spec
     return {**section, "groups": kept}
+
+
+def _chosen(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
+    """The section without the groups that have one size alone."""
+    bound = SearchSpace.from_dict(section, "space auto").bind(model, RANK)
+    several = {group.name.rpartition(".")[2] for group in bound if len(group.choices) > 1}
+    kept = {}
+    for name, spec in section["groups"].items():
+        if name in several or spec["dim"] == "rank":
+            kept[name] = spec
+        else:
+            _leave_out(name, section, "there is one size alone to choose from")
+    return {**section, "groups": kept}
+
+
+def _deep(model: PreTrainedModel, section: dict[str, Any]) -> dict[str, Any]:
+    """The section with a depth, where the model can be described without some of its blocks."""
+    depth = {"depth": {"dim": "depth", "choices": DEPTHS}}
+    alone = SearchSpace.from_dict({**section, "groups": depth}, "space auto")
+    try:
+        [bound] = alone.bind(model, RANK)
+    except ConfigError as error:
+        _leave_out("depth", section, str(error))
+        return section
+    if len(bound.choices) < 2:
+        _leave_out("depth", section, "there is one size alone to choose from")
+        return section
+    return {**section, "groups": depth | section["groups"]}
+
+
+def _leave_out(name: str, section: Mapping[str, Any], reason: str) -> None:
+    say(f"Space auto leaves out {name} of {section['blocks']}: {reason}")
 
 
 def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
     """ConfigError for a space whose smallest sub-adapter the model cannot run, a layer left out of
     a group, say, or whose factors would do nothing. Nothing is said of a model whose code needs
     values, and runs at no size."""
-    used = called(model)
+    used, bound = called(model), space.bind(model, rank)
+    require_text(model, bound, space.source)
     if used is None:
         return
-    idle = next((site for site in space.bind(model, rank).targets if site not in used), None)
+    idle = next((site for site in bound.targets if site not in used), None)
     if idle:
         raise ConfigError(
             f"{space.source}: adapt: {type(model).__name__} never calls {idle!r} (it may read its "
@@ -259,15 +209,27 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
 
 
 def called(model: PreTrainedModel) -> set[str] | None:
-    """Names of the linear layers that are called; None if the model does not run without data."""
+    """Names of the linear layers that are called and answer with what they make, and nothing
+    besides; None if the model does not run without data. ConfigError if it wants other inputs than
+    tokens."""
     names: set[str] = set()
+
+    def tell(name: str, layer: nn.Linear, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape[-1] == layer.out_features:
+            names.add(name)
+
     with _without_data(model) as (empty, inputs):
         for name, layer in modules_of(empty, nn.Linear):
-            layer.register_forward_pre_hook(lambda *_, name=name: names.add(name))
-        try:
-            empty(**inputs)
-        except Exception:  # whatever the model's code says
+            layer.register_forward_hook(lambda layer, _, y, name=name: tell(name, layer, y))
+        kinds = alike(empty)
+        if reason := _fails(empty, inputs, kinds):
+            if reason.startswith(ValueError.__name__):  # what a model's code says of its inputs
+                raise ConfigError(f"{type(model).__name__} does not run on tokens alone: {reason}")
             return None
+    for kind in kinds:
+        for first in kind[:FEW]:
+            own = [name for name in names if name.startswith(f"{first}.")]
+            names.update(name.replace(first, other, 1) for name in own for other in kind)
     return names
 
 
@@ -277,18 +239,40 @@ def refusal(model: PreTrainedModel, space: SearchSpace, rank: int) -> str | None
     with _without_data(model) as (empty, inputs):
         try:
             net = Supernet(empty, space, AdapterConfig(rank=rank), start=False)
-            with net.active(net.space.minimal()) as small:
-                small(**inputs)
+            net.activate(net.space.minimal())
         except Exception as error:  # whatever the model's code says
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+            return _told(error)
+        return _fails(empty, inputs, alike(empty))
+
+
+def _fails(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], kinds: Sequence[Sequence[str]]
+) -> str | None:
+    """Why a model does not run; None if it does, at least with a few blocks of these kinds. Where
+    that fails it runs whole: its code may count on all of them."""
+    reason = None
+    for left_out in ([name for kind in kinds for name in kind[FEW:]], []):
+        try:
+            with without(model, left_out):
+                model(**inputs)
+            return None
+        except Exception as error:  # whatever the model's code says
+            reason = _told(error)
+        if not left_out:
+            break
+    return reason
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextlib.contextmanager
 def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
     """A copy of a model (meta tensors will do) on tensors without data, and inputs for it."""
     log = logging_at("torch._subclasses.fake_tensor", logging.CRITICAL)  # failures are asked for
-    with FakeTensorMode(), torch.no_grad(), log:
+    # Some classes make a tensor of a number while they are built.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), log:
         memory = {}
         for tensor in (*model.parameters(), *model.buffers()):
             bare = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -299,6 +283,6 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
             inputs["decoder_input_ids"] = inputs["input_ids"]
         empty = copy.deepcopy(model, memory)
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
-        if _experts(empty):  # one of their kernels knows one type, another looks at values
+        if any(routed(empty)):  # one of their kernels knows one type, another looks at values
             empty.set_experts_implementation("batched_mm")
         yield empty, inputs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import BoundSpace, Group
-from elastic.spaces.dims import VOCABULARY, Cut, numbers
+from elastic.spaces.dims import VOCABULARY, Cut, places
 from elastic.spaces.mixtures import EXPERT_WIDTH
 from elastic.supernet.depth import states
 from elastic.supernet.expert_importance import Routed, expert_norms
@@ -55,7 +55,7 @@ def channel_order(
     else:
         scores = _activation_scores(model, groups, batches)
     for group in groups:
-        scores[group.name][numbers(group.blocks[: group.staying])] = torch.inf
+        scores[group.name][places(group.blocks)[: group.staying]] = torch.inf
     return {
         name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()
     }
@@ -75,9 +75,9 @@ def _norm_scores(model: PreTrainedModel, group: Group) -> Tensor:
             total += _per_unit(rows, cut)
     for mixture in group.mixtures:
         total += expert_norms(model, mixture, group)
-    for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+    for place, block in zip(places(group.blocks), group.blocks, strict=True):
         layers = modules_of(model.get_submodule(block), nn.Linear)
-        total[number] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
+        total[place] = sum(float(layer.weight.double().abs().sum()) for _, layer in layers)
     return total
 
 
@@ -127,9 +127,9 @@ def _activation_scores(
     for group in groups:
         for mixture in group.mixtures:
             scores[group.name] += routed.scores(mixture, group)
-        for number, block in zip(numbers(group.blocks), group.blocks, strict=True):
+        for place, block in zip(places(group.blocks), group.blocks, strict=True):
             total, seen = changes[block]
-            scores[group.name][number] = total / max(seen, 1)
+            scores[group.name][place] = total / max(seen, 1)
     return scores
 
 

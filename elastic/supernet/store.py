@@ -26,7 +26,7 @@ from elastic.provenance import provenance
 from elastic.run import Chosen, Run
 from elastic.spaces.bound import BoundSpace, all_digits
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import numbers
+from elastic.spaces.dims import places
 from elastic.supernet.as_lora import AsLora
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.examples import require_tokenizer
@@ -137,14 +137,14 @@ def read_order(directory: Path, space: BoundSpace) -> dict[str, Tensor]:
         verb = "is missing" if strange[0] in groups else "is no group of this space"
         raise RunError(f"{directory / ORDER}: {strange[0]} {verb} ({len(strange)} groups differ)")
     for name, group in groups.items():
-        index, places = order[name], torch.arange(group.choices[0])
-        wanted = places.expand(blank(group).shape)
+        index, every = order[name], torch.arange(group.choices[0])
+        wanted = every.expand(blank(group).shape)
         if not torch.equal(index.long().sort().values, wanted) or index.is_floating_point():
             raise RunError(
-                f"{directory / ORDER}: {name} is no permutation of {len(places)} places, so that "
+                f"{directory / ORDER}: {name} is no permutation of {len(every)} places, so that "
                 "some would be doubled and others lost; the file is damaged, train again"
             )
-        staying = set(numbers(group.blocks[: group.staying]))
+        staying = set(places(group.blocks)[: group.staying])
         if set(index[: len(staying)].tolist()) != staying:
             raise RunError(f"{directory / ORDER}: {name} leaves out blocks that have to stay")
     return order

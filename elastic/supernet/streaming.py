@@ -161,7 +161,8 @@ def streamed(
 def take_settings_(model: PreTrainedModel, base: PreTrainedModel) -> None:
     """Give a model without data what its own class does not know of the base: how it pads and
     generates."""
-    model.config.pad_token_id = base.config.pad_token_id
+    if hasattr(base.config, "pad_token_id"):  # of a wrapper its language model may say it alone
+        model.config.pad_token_id = base.config.pad_token_id
     if base.can_generate():
         model.generation_config = base.generation_config
 

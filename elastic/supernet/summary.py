@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import SpaceShowConfig
 from elastic.console import wide
-from elastic.models import loading
 from elastic.spaces.bound import BoundSpace, all_digits, power_of_ten
 from elastic.supernet.cost import Cost, Counter
-from elastic.supernet.discovery import declared_for, require_fits
+from elastic.supernet.discovery import bare, declared_for, require_fits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,7 +83,7 @@ def short(number: float | None, unit: str = "") -> str:
 def show_space(config: SpaceShowConfig) -> SpaceTable:
     """`elastic space show`: reads no weights."""
     space = declared_for(config)
-    model = loading.skeleton(config.model)
+    model = bare(config.model)
     bound = space.bind(model, config.rank)
     require_fits(model, space, config.rank)
     return sizes_table(model, bound)

@@ -17,9 +17,10 @@ from elastic.config import AdapterConfig
 from elastic.console import say, track
 from elastic.errors import RunError
 from elastic.models.head import widen_head_
+from elastic.models.wrappers import text_config
 from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
-from elastic.spaces.dims import channel_index, numbers
+from elastic.spaces.dims import channel_index
 from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
@@ -69,7 +70,7 @@ class Supernet:
             for name, (mixture, _) in self.space.mixtures.items()
         }
         """By the name of their module of experts."""
-        config = model.config.get_text_config()
+        config = text_config(model.config)
         if self.mixtures and getattr(config, "output_router_logits", False):
             say("The loss that balances experts is off: it counts on as many in every layer")
             config.output_router_logits = False
@@ -82,7 +83,9 @@ class Supernet:
         """Which tokens the head knows; None where it knows all of them at every size."""
         if order is not None:
             self.reorder(order, is_ordered=is_ordered)
-        self._stacks = {group.name: Stack(model, group) for group in self.space.depths}
+        depths = {group.name: group.blocks[0].rpartition(".")[0] for group in self.space.depths}
+        stacks = {name: Stack(model, name) for name in depths.values()}
+        self._stacks = {group: (name, stacks[name]) for group, name in depths.items()}
         self.current = self.space.maximal()
         self.degree = 0.0
         """How much of what is cut is made up for now."""
@@ -199,11 +202,12 @@ class Supernet:
                 "sub-adapter: its groups are not those of this supernet, in their order; "
                 "`space.check` sorts them or names the strange ones"
             )
+        stacks: dict[str, Stack] = {}
         for (name, choice), (_, old) in zip(sub.choices, self.current.choices, strict=True):
             if choice in (old, 0):  # 0: its block does not run
                 continue
             if name in self._stacks:
-                self._stacks[name].run(self._blocks(name, choice))
+                stacks |= [self._stacks[name]]
             if self.vocabulary and name == self.vocabulary.group.name:
                 self.vocabulary.run(choice)
             for size, cut, leading in self._actions[name]:
@@ -219,6 +223,9 @@ class Supernet:
                 setattr(module, attribute, choice)
             for mixture in self._mixtures[name]:
                 mixture.keep(OF[self._dims[name]], choice)
+        kept = self.space.kept(sub) if stacks else {}
+        for name, stack in stacks.items():
+            stack.run(kept[name])
         self.current = sub
         if degree or self.degree:
             self._make_up(degree)
@@ -266,11 +273,6 @@ class Supernet:
     def _of_expert(self, name: str, channels: int, place: int) -> Tensor | None:
         assert self.compensation is not None
         return self.compensation(f"{name}.{place}", ((0, channels),))
-
-    def _blocks(self, depth: str, choice: int) -> list[int]:
-        """Places of the blocks that this choice of a depth runs, in the order as it is now."""
-        group = next(group for group in self.space.depths if group.name == depth)
-        return sorted(numbers(group.blocks[:choice]))
 
     @contextlib.contextmanager
     def active(self, sub: SubAdapter, degree: float = 0.0) -> Iterator[PreTrainedModel]:

@@ -25,8 +25,9 @@ from elastic.data.vocabulary import token_order
 from elastic.errors import ConfigError, DataMissing
 from elastic.models import loading
 from elastic.models.kinds import Kind, kind_of
-from elastic.models.modules import modules_of
+from elastic.models.modules import modules_of, without_values
 from elastic.models.quantised import packed_bytes
+from elastic.models.wrappers import is_in, outside
 from elastic.supernet.compensation import footprint
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.moments import ROOM
@@ -66,8 +67,10 @@ def estimate(*runs: TrainConfig) -> Estimate:
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         notes.append(f"no {device} here: kernels of the CPU, which may save more or less")
         device = torch.device("cpu")
+    skeleton = loading.skeleton(config.model, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = loading.skeleton(config.model, dtype, device)
+        # Made without data, not with it: some classes look at the values that they start with.
+        model = without_values(skeleton, device)
         parameters = sum(p.numel() for p in model.parameters())
         base = _bytes(model) - _spared(model, config.model.quantise)
         shapes = {name: layer.weight.shape for name, layer in modules_of(model, nn.Linear)}
@@ -83,7 +86,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         for _ in runs[1:]:  # each ends with the factors that the next one carries
             for _, adapter in net.adapters():
                 adapter.succeed(adapter.state_dict(), torch.Generator())
-    require_fits(loading.skeleton(config.model), space, config.adapter.rank)
+    require_fits(skeleton, space, config.adapter.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     memory = Memory(base, _bytes(model) - dense, gradients, 2 * gradients)
@@ -231,7 +234,12 @@ def _spared(model: PreTrainedModel, quantise: str) -> int:
     if quantise == "none":
         return 0
     head = model.get_output_embeddings()
-    layers = [layer for _, layer in modules_of(model, nn.Linear) if layer is not head]
+    elsewhere = outside(model)
+    layers = [
+        layer
+        for name, layer in modules_of(model, nn.Linear)
+        if layer is not head and not is_in(name, elsewhere)
+    ]
     return sum(
         layer.weight.nbytes - packed_bytes(quantise, *layer.weight.shape) for layer in layers
     )

@@ -6,30 +6,19 @@ one adds, every further one adds.
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic.adapters.experts import ElasticExperts
-from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.models.meter import Meter
-from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.depth import NUMBERS, running
+from elastic.supernet.few import FEW, alike, without
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
 from elastic.training.fake_experts import one_expert
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-FEW = 2
-"""The first block is none of the rest: what enters it has no gradient."""
 
 
 class MicroBatch(NamedTuple):
@@ -45,7 +34,7 @@ class MicroBatch(NamedTuple):
 def rehearse(net: Supernet, sub: SubAdapter, batch: Batch, distill: float = 0.0) -> MicroBatch:
     """As `ElasticTrainer` computes it, after others have left gradients."""
     with net.active(sub), one_expert(net.model):
-        kinds = _alike(net.model)
+        kinds = alike(net.model)
         try:
             few = _train(net, batch, distill, left_out=[name for k in kinds for name in k[FEW:]])
             total = few
@@ -61,55 +50,8 @@ def rehearse(net: Supernet, sub: SubAdapter, batch: Batch, distill: float = 0.0)
             return _train(net, batch, distill)
 
 
-def _alike(model: nn.Module) -> list[list[str]]:
-    """Names of blocks in one list that compute the same, where they are many."""
-    kinds: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    seen: list[str] = []
-    for name, blocks in modules_of(model, nn.ModuleList):
-        if any(name.startswith(f"{outer}.") for outer in seen):
-            continue
-        seen.append(name)
-        for number, block in running(blocks).items():
-            kinds[(name, *_signature(block))].append(f"{name}.{number}")
-    return [kind for kind in kinds.values() if len(kind) > 2 * FEW + 1]
-
-
-def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Classes, shapes, active sizes and plain settings of everything in a block, but its number."""
-    for name, module in block.named_modules():
-        settings: dict[str, Any] = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and key not in NUMBERS
-        }
-        if isinstance(module, ElasticLinear):
-            size = module.size
-            settings |= {"active": (size.rows, size.columns, size.rank)}
-        if isinstance(module, ElasticExperts):
-            settings |= {"active": (module.size.experts, module.size.channels)}
-        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors)
-        yield name, type(module), tuple(sorted(settings.items(), key=str)), shapes
-
-
-@contextlib.contextmanager
-def _without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
-    """The model as if these blocks were not there."""
-    lists = {name.rpartition(".")[0] for name in left_out}
-    whole = {name: model.get_submodule(name) for name in lists}
-    for name, blocks in whole.items():
-        own = running(blocks).items()
-        kept = [block for number, block in own if f"{name}.{number}" not in left_out]
-        model.set_submodule(name, nn.ModuleList(kept))
-    try:
-        yield
-    finally:
-        for name, blocks in whole.items():
-            model.set_submodule(name, blocks)
-
-
 def _train(net: Supernet, batch: Batch, distill: float, left_out: Sequence[str] = ()) -> MicroBatch:
-    with _without(net.model, left_out):
+    with without(net.model, left_out):
         model = net.model.train()
         inputs = {key: tensor.to(model.device) for key, tensor in batch.tensors(model).items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -23,7 +23,7 @@ from elastic.run import Run
 from elastic.spaces.bound import BoundSpace, power_of_ten
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compensation import Compensation
-from elastic.supernet.discovery import require_fits, space_for
+from elastic.supernet.discovery import bare, require_fits, space_for
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.importance import channel_order
 from elastic.supernet.moments import Moments, calibrated, save
@@ -105,7 +105,7 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     if config.packing:
         requirements.require_packing(config.model)
     with busy("trying the space on the model"):
-        skeleton = loading.skeleton(config.model)
+        skeleton = bare(config.model)
         bound = space.bind(skeleton, config.adapter.rank)
         check(config.adapter, skeleton, bound)
         require_fits(skeleton, space, config.adapter.rank)

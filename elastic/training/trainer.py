@@ -243,9 +243,10 @@ class ElasticTrainer(Trainer):
         return SimilarLengths(lengths, step, self.config.seed, epoch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        split = self.optimizer is not None  # under DeepSpeed this is called again with the first
         optimizer = super().create_optimizer(*args, **kwargs)
         ratio = self.net.adapter.lr_ratio
-        if ratio == 1:
+        if ratio == 1 or split:
             return optimizer
         adapters = (adapter for _, adapter in self.net.adapters())
         fast = {id(getattr(adapter, name)) for adapter in adapters for name in adapter.fast}

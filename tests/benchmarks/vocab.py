@@ -1,12 +1,14 @@
 """What cutting the head to the tokens of a task is worth, alone and beside everything else.
 
-    python -m tests.benchmarks.vocab RUN STUDY [--runtime openvino] [--budget 70%] [--trials 50]
+    python -m tests.benchmarks.vocab RUN STUDY [--runtimes openvino onnx torch] [--budget 70%]
+        [--trials 50] [--result NAME]
         [--new_tokens 6] [--choices 1.0 0.25 0.05 0.001] [--text FILE] [--save]
 
 RUN is a trained run of a language model. STUDY gets two copies of it (kept, so that interrupted
 searches go on): one as it is, and one with the vocabulary as one more dimension, which it can be
 given afterwards since no factors touch the head. Both are searched within the same budget of time
-per token. The full model, the head cut alone and the best of both then take turns.
+per token in the first runtime. The full model, the head cut alone and the best of both then take
+turns in every one.
 
 Gemma 3 270M comes in PyPI packages; trained so, it is RUN:
 
@@ -70,25 +72,50 @@ def searched(run: Run, given: argparse.Namespace, timing: TimingConfig):
     return search(config)
 
 
+def timed(net, subs: dict[str, SubAdapter], timing: TimingConfig) -> dict[str, dict[str, float]]:
+    """Latencies and memory of the full model and of these, in turns with it."""
+    full = net.space.maximal()
+    with Bench(net, timing) as bench:
+        found = bench.together([Candidate(sub) for sub in subs.values()], "timing")
+        rows = {
+            "full": {
+                "prefill ms": found[0].full.prefill_ms, "decode ms": found[0].full.decode_ms,
+                "prefill": 1.0, "decode": 1.0, "memory MB": bench.memory_mb(Candidate(full)),
+                "tokens": full[net.space.vocabulary.name], "control": found[0].control,
+            }
+        }  # fmt: skip
+        for (name, sub), one in zip(subs.items(), found, strict=True):
+            latency, ratio = one.latencies[CANDIDATE], one.ratios[CANDIDATE]
+            rows[name] = {
+                "prefill ms": latency.prefill_ms, "decode ms": latency.decode_ms,
+                "prefill": ratio.prefill_ms, "decode": ratio.decode_ms,
+                "memory MB": bench.memory_mb(Candidate(sub)),
+                "tokens": sub[net.space.vocabulary.name], "control": one.control,
+            }  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--runtime", choices=("torch", "onnx", "openvino"), default="openvino")
+    runtimes = ["openvino", "onnx", "torch"]
+    parser.add_argument("--runtimes", nargs="+", choices=runtimes, default=runtimes)
     parser.add_argument("--budget", default="70%")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--new_tokens", type=int, default=6)
     parser.add_argument("--choices", type=float, nargs="+", default=[1.0, 0.25, 0.05, 0.001])
     parser.add_argument("--text")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--result", default="vocab")
     given = parser.parse_args()
-    timing = TimingConfig(runtime=given.runtime, new_tokens=given.new_tokens)
+    timings = [TimingConfig(runtime=name, new_tokens=given.new_tokens) for name in given.runtimes]
     runs = [Run(given.study / name) for name in ("without", "with")]
     for run in runs:
         if not run.path.is_dir():
             shutil.copytree(given.run, run.path, ignore=shutil.ignore_patterns("search", "export"))
     give_vocabulary(runs[1], given.choices, given.text)
-    without, beside = (searched(run, given, timing).best for run in runs)
+    without, beside = (searched(run, given, timings[0]).best for run in runs)
     _, base, net = load_run(runs[1])
     whole, group = net.space.maximal().as_dict(), net.space.vocabulary
     chosen = {
@@ -107,32 +134,23 @@ def main() -> None:
         "best with": (beside.test, *beside.beside_full),
     }
     rows = {}
-    with Bench(net, timing) as bench:
-        timed = bench.together([Candidate(sub) for sub in subs.values()], "timing")
-        memory = bench.memory_mb(Candidate(net.space.maximal()))
-        rows["full"] = {"accuracy": beside.full_test.accuracy, "difference": 0.0,
-                        "prefill ms": timed[0].full.prefill_ms,
-                        "decode ms": timed[0].full.decode_ms, "memory MB": memory,
-                        "tokens": group.choices[0], "control": timed[0].control}  # fmt: skip
-        for (name, sub), found in zip(subs.items(), timed, strict=True):
-            score, gap, (low, high) = scores[name]
-            accuracy = score["accuracy"] if isinstance(score, dict) else score.accuracy
-            told, own = said_by(net, base.tokenizer, sub, test), found.latencies[CANDIDATE]
-            rows[name] = {
-                "accuracy": accuracy, "difference": gap, "low": low, "high": high,
-                "prefill ms": own.prefill_ms, "decode ms": own.decode_ms,
-                "prefill": found.ratios[CANDIDATE].prefill_ms,
-                "decode": found.ratios[CANDIDATE].decode_ms,
-                "memory MB": bench.memory_mb(Candidate(sub)), "tokens": sub[group.name],
-                "unsayable": told.unsayable if told else 0, "control": found.control,
+    for timing in timings:
+        for name, row in timed(net, subs, timing).items():
+            told = said_by(net, base.tokenizer, subs[name], test) if name in subs else None
+            score, gap, (low, high) = scores.get(name, (beside.full_test, 0.0, (0.0, 0.0)))
+            rows[f"{name}, {timing.runtime}"] = {
+                "accuracy": score["accuracy"] if isinstance(score, dict) else score.accuracy,
+                "difference": gap, "low": low, "high": high, **row,
+                "unsayable": told.unsayable if told else 0,
             }  # fmt: skip
     report(
         "vocab",
-        f"{given.run.name} in {given.runtime}, budget {given.budget} of the full model's time per "
-        f"token, {given.trials} evaluations each: accuracy and difference from the full model on "
-        f"n = {len(test)} test examples; prefill and decode in parts of the full model's, in turns "
-        "with it",
-        rows, save=given.save, command="python -m tests.benchmarks.vocab RUN STUDY",
+        f"{given.run.name}, budget {given.budget} of the full model's time per token in "
+        f"{given.runtimes[0]}, {given.trials} evaluations each: accuracy and difference from the "
+        f"full model on n = {len(test)} test examples; prefill and decode in parts of the full "
+        "model's, in turns with it",
+        rows, save=given.save, result=given.result,
+        command="python -m tests.benchmarks.vocab RUN STUDY",
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_counts_are_as_asked_and_prompts_distinct():
 
 
 def test_a_problem_drawn_twice_counts_once(monkeypatch):
-    def one_of_few(generator):
+    def one_of_few(generator, largest):
         return Example(f"problem {generator.randint(1, 300)}", "1")
 
     monkeypatch.setattr(problems, "_problem", one_of_few)
@@ -65,6 +65,18 @@ def test_a_problem_drawn_twice_counts_once(monkeypatch):
 
 def test_a_larger_split_begins_with_the_smaller_one():
     assert arithmetic(1, 50, 10, 10).train == arithmetic(1, 150, 10, 10).train[:50]
+
+
+@pytest.mark.parametrize("largest", [5, 10, 20])
+def test_no_number_is_larger_than_asked(largest):
+    task = load_task(TaskConfig(largest=largest, train_examples=300), 0)
+    seen = {int(number) for one in task.train for number in re.findall(r"\d+", one.prompt)}
+    assert max(seen) == largest
+
+
+def test_more_problems_than_there_are_is_a_line():
+    with pytest.raises(DataError, match=r"100000 train examples, but numbers up to 5 make about"):
+        load_task(TaskConfig(largest=5, train_examples=100_000), 0)
 
 
 VERBS = {

@@ -22,14 +22,16 @@ from transformers import (
 from elastic.errors import ExportError, RunError
 from elastic.files import new_directory
 from elastic.formats import gguf, gguf_tokenizer
+from elastic.formats.text_only import as_text
 from elastic.models.ties import untie_
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
-from tests.helpers import tiny
+from tests.helpers import tiny, wrappers
 from tests.helpers.exports import small_files
 from tests.helpers.families import LLAMA3, model_of
+from tests.helpers.laws import close
 
 TEXT = "Tom's 12 apples, and 345 pears; he said: \"I'll eat them all!\"  Ça va?\n\n"
 
@@ -119,6 +121,16 @@ def test_a_head_that_is_the_embeddings_no_longer_is_in_the_file_too(tmp_path):
     gguf.check(file, model)
     found = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(file).tensors}
     assert torch.equal(found["output.weight"], 2 * found["token_embd.weight"])
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen2-vl"])
+def test_of_a_model_that_reads_images_its_language_model_is_in_the_file(name, tmp_path):
+    whole = wrappers.whole(name, vocab_size=330, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    text = as_text(whole)
+    file = gguf.write(text, TOKENIZER, tmp_path, type="f32")
+    gguf.check(file, text)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.FILE)
+    close(tiny.logits(again.eval(), tiny.tokens()), tiny.logits(whole, tiny.tokens()), 1e-4)
 
 
 def test_a_full_disk_is_named_and_nothing_is_kept(tmp_path):

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from elastic.models.modules import linear_
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.mixtures import EXPERT_WIDTH
-from elastic.supernet.importance import blank
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import SMALL
@@ -79,18 +78,7 @@ def space_of(family: str, *dims: str) -> SearchSpace:
     )
 
 
-def permutations(net: Supernet, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A random order of experts, and of the channels of each of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def shuffled(group) -> torch.Tensor:
-        shape = blank(group).shape
-        return torch.rand(shape, generator=generator).argsort(-1)
-
-    return {group.name: shuffled(group) for group in net.space if group.dim != "rank"}
-
-
 def net_of(family: str, *dims: str, dtype: torch.dtype = torch.float64) -> Supernet:
     net = Supernet(model_of(family, dtype), space_of(family, *dims), tiny.ADAPTERS["lora"])
-    net.reorder(permutations(net))
+    net.reorder(tiny.permutations(net))
     return tiny.randomize_(net)

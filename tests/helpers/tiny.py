@@ -19,6 +19,7 @@ from transformers import (
 from elastic.config import AdapterConfig, OloraConfig, ProloraConfig, SosLoraConfig
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.uniform import kinds
+from elastic.supernet.importance import blank
 from elastic.supernet.supernet import Supernet
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -159,7 +160,9 @@ def permutations(net_or_space, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bound = getattr(net_or_space, "space", net_or_space)
     return {
-        group.name: torch.randperm(group.choices[0], generator=generator)
+        group.name: torch.rand(blank(group).shape, generator=generator).argsort(-1)
+        if group.mixtures
+        else torch.randperm(group.choices[0], generator=generator)
         for group in bound
         if group.dim != "rank"
     }

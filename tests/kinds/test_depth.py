@@ -314,7 +314,7 @@ def test_one_block_may_be_enough_if_the_ends_may_go():
 
 def test_part_of_a_list_has_no_depth():
     value = declared(choices=[1.0, 0.5]) | {"blocks": "model.layers.0"}
-    with pytest.raises(ConfigError, match="no list of several blocks, or has others"):
+    with pytest.raises(ConfigError, match="a depth counts several blocks of one list"):
         SearchSpace.from_dict(value).bind(tiny.llama(), tiny.RANK)
 
 
@@ -330,23 +330,48 @@ def test_code_that_computes_with_the_numbers_of_its_blocks_is_refused():
 def test_a_first_block_that_is_special_stays():
     value = SearchSpace.load("rwkv").as_dict()
     value["groups"]["depth"] = DEPTHS | {"drop_ends": True}
-    with pytest.raises(ConfigError, match=r"blocks\.0 is built otherwise.*leave drop_ends out"):
+    with pytest.raises(
+        ConfigError, match=r"without rwkv\.blocks\.0, .*built otherwise.*leave drop_ends"
+    ):
         SearchSpace.from_dict(value).bind(model_of("rwkv", layers=5), tiny.RANK)
 
 
-def test_blocks_that_differ_are_not_free_to_go():
-    """A mixture of experts with a dense layer in the middle, which its configuration numbers."""
+def mixed(**settings) -> tuple[Qwen3MoeForCausalLM, SearchSpace]:
+    """Mixtures of experts with dense layers among them, and a depth over all."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
              "num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}  # fmt: skip
+             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": tiny.VOCABULARY,
+             "initializer_range": 0.2}  # fmt: skip
     value = {"blocks": BLOCKS, "adapt": ["self_attn.q_proj"], "groups": {"depth": DEPTHS}}
-    config = Qwen3MoeConfig(**sizes, num_hidden_layers=5, mlp_only_layers=[1])
-    with pytest.raises(ConfigError, match=r"layers\.1 is built otherwise than the others"):
-        SearchSpace.from_dict(value).bind(Qwen3MoeForCausalLM(config), tiny.RANK)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_hidden_layers=5, **settings))
+    model.set_experts_implementation("eager")  # which takes float64
+    return model.double().eval(), SearchSpace.from_dict(value)
+
+
+def test_blocks_that_a_configuration_names_by_number_are_named_anew(tmp_path):
+    base, space = mixed(mlp_only_layers=[1, 3])
+    net = Supernet(base, space, tiny.ADAPTERS["lora"], order={DEPTH: torch.tensor([0, 4, 3, 2, 1])})
+    tiny.randomize_(net)
+    sub = net.space.at({DEPTH: 1})
+    with torch.no_grad():
+        expected, small = one_function(net, sub, output, 1e-10)
+        again = hf.load(hf.write(small, None, tmp_path), torch.float64)
+        again.set_experts_implementation("eager")
+        close(output(again), expected, 1e-10)
+    assert small.config.mlp_only_layers == [2] and base.config.mlp_only_layers == [1, 3]
+
+
+def test_blocks_whose_kinds_follow_a_rule_are_not_free_to_go():
+    """Every second one: without one of them the others would change theirs."""
+    base, space = mixed(decoder_sparse_step=2)
+    with pytest.raises(
+        ConfigError, match=r"layers\.2 is built otherwise.*a rule that knows no gaps"
+    ):
+        space.bind(base, tiny.RANK)
 
 
 def test_one_block_has_no_depth():
-    with pytest.raises(ConfigError, match="no list of several blocks"):
+    with pytest.raises(ConfigError, match="a depth counts several blocks of one list"):
         SearchSpace.from_dict(declared(choices=[1.0, 0.5])).bind(
             tiny.llama(num_hidden_layers=1), tiny.RANK
         )

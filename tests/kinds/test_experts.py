@@ -52,7 +52,6 @@ from tests.helpers.mixtures import (
     WIDTH,
     model_of,
     net_of,
-    permutations,
     space_of,
 )
 
@@ -77,7 +76,7 @@ def test_the_order_of_experts_and_channels_leaves_the_base_model_as_it_is(family
     expected = output(model_of(family))
     net = Supernet(model_of(family), space_of(family), tiny.ADAPTERS["lora"])
     before = {name: tensor.clone() for name, tensor in net.model.named_parameters()}
-    net.reorder(permutations(net))
+    net.reorder(tiny.permutations(net))
     close(output(net.model), expected, 1e-5)  # a sum in another order, in float32
     moved = {name for name, tensor in net.model.named_parameters()
              if not torch.equal(tensor, before[name])}  # fmt: skip
@@ -89,7 +88,7 @@ def test_the_order_of_experts_and_channels_leaves_the_base_model_as_it_is(family
 def test_streamed_from_the_base_it_is_bit_for_bit_the_same(family):
     base = model_of(family)
     net = Supernet(model_of(family), space_of(family), tiny.ADAPTERS["lora"])
-    order = permutations(net)
+    order = tiny.permutations(net)
     net.reorder(order)
     tiny.randomize_(net)
     bare = without_data(base, net, space_of(family), "lora", order)
@@ -360,7 +359,7 @@ def test_made_up_for_fewer_channels_say_nearly_what_all_do():
 def test_streamed_with_what_is_made_up_for_it_is_the_same():
     base = model_of("mixtral")
     net = Supernet(model_of("mixtral"), space_of("mixtral"), tiny.ADAPTERS["lora"])
-    order = permutations(net)
+    order = tiny.permutations(net)
     net.reorder(order)
     bare = without_data(base, tiny.randomize_(net), space_of("mixtral"), "lora", order)
     moments = second_moments(net, [{"input_ids": tiny.tokens(8, 16)}])
@@ -428,7 +427,7 @@ def test_beside_depth_or_shared_by_all_blocks_they_are_one_function(share):
     model = model_of("gpt-oss", num_hidden_layers=4, layer_types=["full_attention"] * 4)
     base = copy.deepcopy(model)
     net = Supernet(model, declared, tiny.ADAPTERS["lora"])
-    order = permutations(net) | ({"model.layers.*.depth": torch.tensor([0, 3, 2, 1])}
+    order = tiny.permutations(net) | ({"model.layers.*.depth": torch.tensor([0, 3, 2, 1])}
                                  if share == "block" else {})  # fmt: skip
     net.reorder(order)
     tiny.randomize_(net)
@@ -451,7 +450,7 @@ def test_a_loss_that_balances_experts_is_off():
 def test_a_mixture_that_is_not_in_memory_is_fitted_all_the_same(tmp_path):
     base, space = model_of("mixtral", torch.float32), space_of("mixtral")
     net = Supernet(copy.deepcopy(base), space, tiny.ADAPTERS["lora"])
-    order = permutations(net)
+    order = tiny.permutations(net)
     net.reorder(order)
     bare = without_data(base, tiny.randomize_(net), space, "lora", order)
     draws, sub = random.Random(3), net.space.minimal()

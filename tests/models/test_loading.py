@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from unittest.mock import Mock
 
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import filter_repo_objects
 
 from elastic import __main__
 from elastic.config import ModelConfig
@@ -114,6 +116,22 @@ def test_a_gated_model_says_where_access_is_asked_for(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ModelError, match=r"^model.path 'meta/big': .*ask at https://.*HF_TOKEN$"):
         loading.skeleton(ModelConfig(path="meta/big"))
+
+
+def test_a_chat_template_is_fetched_from_the_hub(tmp_path, monkeypatch):
+    there, here = tiny.save_tiny(tmp_path / "there"), tmp_path / "here"
+    (there / "chat_template.jinja").write_text("{{ messages }}")
+
+    def snapshot_download(name, allow_patterns):
+        here.mkdir(exist_ok=True)
+        names = [file.name for file in there.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(there / name, here)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = loading.load_tokenizer(ModelConfig(path="meta/big"))
+    assert found.chat_template == "{{ messages }}"
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, 2000])

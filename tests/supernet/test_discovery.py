@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig
 
 from elastic.config import AdapterConfig, ModelConfig, TrainConfig
 from elastic.errors import ConfigError
@@ -11,7 +11,7 @@ from elastic.models import loading
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.supernet import discovery
 from elastic.supernet.compact import compact
-from elastic.supernet.discovery import declared_for, discover
+from elastic.supernet.discovery import called, declared_for, discover
 from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
@@ -87,7 +87,8 @@ class Refusing(nn.Module):
 class Odd(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config = type("Config", (), {"is_encoder_decoder": False})()
+        self.config = PreTrainedConfig()
+        self.config.model_type = "odd"
         self.embed = nn.Embedding(tiny.VOCABULARY, 16)
         self.blocks = nn.ModuleList(kind() for _ in range(2))
 
@@ -112,9 +113,13 @@ class Odd(nn.Module):
         return self.embed.weight.dtype
 
 
-def test_a_cut_that_the_code_does_not_follow_is_left_out():
+def test_a_cut_that_the_code_does_not_follow_is_left_out(capsys):
     [section] = discover(Odd(Refusing)).sections
     assert [spec.dim for spec in section.groups] == ["rank"]
+    assert (
+        "leaves out mlp_width of blocks.*: RuntimeError: shape '[1, 2, 6, 8]'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,6 +150,62 @@ def test_a_model_that_does_not_run_uncut_is_not_blamed_on_a_cut(monkeypatch, cap
     assert "leaves out heads of model.layers.*: uncut, the model does not run without data" in said
 
 
+def test_a_model_that_wants_more_than_tokens_is_refused(monkeypatch):
+    def forward(*_, **__):
+        raise ValueError("pixel_values cannot be None")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ConfigError, match=r"does not run on tokens alone.*pixel_values"):
+        discover(tiny.llama())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_tried_has_the_type_that_it_will_run_in(dtype, tmp_path, monkeypatch):
+    """Not that of the folder."""
+    mixtral().to(torch.bfloat16).save_pretrained(tmp_path)
+    tried = []
+    monkeypatch.setattr(discovery, "called", lambda model: tried.append(model) or called(model))
+    config = TrainConfig(model=ModelConfig(path=str(tmp_path), dtype=dtype))
+    [section] = declared_for(config).sections
+    assert {model.dtype for model in tried} == {getattr(torch, dtype)}
+    assert {spec.dim for spec in section.groups} == {"rank", "heads", "experts", "expert_width"}
+
+
+class Counting(Odd):
+    """Its code goes through its blocks by their numbers."""
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for number in range(12):
+            x = x + self.blocks[number](x)
+        return x
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_model_that_runs_with_all_its_blocks_alone_is_tried_with_all():
+    model = Counting(Gated)
+    model.blocks = nn.ModuleList(Gated() for _ in range(12))
+    assert len(called(model)) == 24
+    [section] = discover(model).sections
+    assert {spec.dim for spec in section.groups} == {"rank", "width"}
+
+
+def test_weights_that_blocks_share_are_left_alone():
+    """What one block cuts the others would lose."""
+    model = Odd(Gated)
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    [section] = discover(model).sections
+    assert section.adapt == ("down",) and {spec.dim for spec in section.groups} == {"rank"}
+
+
 def test_a_group_of_one_size_is_no_group(capsys):
     """It would be put in order all the same."""
     [section] = discover(tiny.llama(num_attention_heads=2, num_key_value_heads=1)).sections
@@ -169,5 +230,8 @@ def test_an_unknown_type_trains_with_what_was_found(tiny_folder, tmp_path, monke
         tiny_folder, tmp_path / "run", space="auto", adapter=AdapterConfig(rank=8)
     )
     run = train_one(config)
-    assert "Space of llama: model.layers.*" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Space of LlamaForCausalLM" in told
+    [row] = [line for line in told.splitlines() if "model.layers.*" in line]
+    assert "LlamaAttention" in row and "attention_rank" in row
     assert {spec.dim for spec in run.space().sections[0].groups} == {"rank", "width", "heads"}

@@ -1,5 +1,7 @@
 """What is counted on tensors without data is what real ones take, of few blocks as of all."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -17,6 +19,7 @@ from elastic.training import estimate, fake_step
 from tests.helpers import tiny
 from tests.helpers.families import save_bloom
 from tests.helpers.flops import Flops
+from tests.helpers.hybrids import save_hybrid
 from tests.helpers.tiny_runs import train_config
 
 
@@ -107,12 +110,18 @@ def test_fake_tensors_count_what_real_ones_do(tmp_path, kind, dtype, method, dro
 DEEP = {
     "llama": KINDS["llama"],
     "t5": (tiny.save_t5, "t5-qv", {"num_layers": 8, "num_decoder_layers": 7}),
-}
+    "lfm2": (partial(save_hybrid, name="lfm2"), "auto", {
+             "num_hidden_layers": 12, "layer_types": ["conv", "full_attention"] * 6}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "distill"),
-    [("llama", True, 0.5), pytest.param("t5", False, 0.0, marks=pytest.mark.slow)],
+    [
+        ("llama", True, 0.5),
+        ("lfm2", False, 0.0),
+        pytest.param("t5", False, 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, distill):
     save, space, overrides = DEEP[kind]
@@ -134,7 +143,7 @@ def test_few_blocks_tell_what_all_of_them_take(tmp_path, kind, checkpointing, di
         assert min(trained) > 0  # blocks were left out in every measurement
         trained.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fake_step, "_alike", lambda model: [])
+            patch.setattr(fake_step, "alike", lambda model: [])
             assert rehearse(*arguments) == few
         assert trained == [0]
         trained.clear()
@@ -153,7 +162,7 @@ def test_blocks_that_differ_are_not_taken_for_each_other():
         net = tiny.supernet(num_hidden_layers=8)
         with net.active(net.space.maximal()):
             change(net)
-            return fake_step._alike(net.model)
+            return fake_step.alike(net.model)
 
     names = [f"model.layers.{number}" for number in range(8)]
     layer = names[3]
