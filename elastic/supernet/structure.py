@@ -123,24 +123,32 @@ def _kind(
     inside = {n for n in linears if any(n.startswith(f"{o}.") for o in (*attention, *mixers))}
     mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
     groups: dict[str, Any] = {}
+    adapted: set[str] = set()
+
+    def adapt(group: str, layers: Iterable[str]) -> None:
+        if left := [name for name in dict.fromkeys(layers) if name not in adapted]:
+            groups[group] = {"dim": "rank", "of": left, "choices": RANKS}
+            adapted.update(left)
+
     for suffix, (ups, down, fused) in _numbered(mlps):
         groups[f"mlp_width{suffix}"] = {
             "dim": "width", "outputs": ups, "inputs": [down], "choices": WIDTHS, "align": 8,
             **({"fused": "parts"} if fused else {}),
         }  # fmt: skip
-        groups[f"mlp_rank{suffix}"] = _ranks(ups)
-    adapted = {name for ups, down, _ in mlps for name in (*ups, down)}
+        adapt(f"mlp_rank{suffix}", [*ups, down])
     for suffix, (name, module) in _numbered(list(attention.items())):
-        for key, group in _of_attention(name, module, linears, hidden).items():
-            groups[f"{key}{suffix}"] = group
-            adapted |= set(group.get("of", ()))
+        outputs, out = _heads(name, module, linears, hidden)
+        own = [n for n in linears if n.startswith(f"{name}.")]
+        adapt(f"attention_rank{suffix}", [*own, *([out] if out else [])])
+        if outputs and out:
+            groups[f"heads{suffix}"] = {
+                "dim": "heads", "outputs": outputs, "inputs": [out], "choices": HEADS
+            }  # fmt: skip
     for suffix, (name, module) in _numbered(list(mixers.items())):
-        if reading := [n for n in linears if n.startswith(f"{name}.") and _is_adapted(module, n)]:
-            groups[f"mixer_rank{suffix}"] = _ranks(reading)
-            adapted |= set(reading)
+        own = [n for n in linears if n.startswith(f"{name}.") and _is_adapted(module, n)]
+        adapt(f"mixer_rank{suffix}", own)
     for name, rest in _rest(block, linears, {*adapted, *inside}).items():
-        groups[f"{name}_rank" if name else "rank"] = _ranks(rest)
-        adapted |= set(rest)
+        adapt(f"{name}_rank" if name else "rank", rest)
     cut = {each.experts for each in mixtures(block)}
     groups |= groups_of(block)
     experts: dict[str, int] = {n.rpartition(".")[0]: len(t) for n, t in routed(block)}
@@ -166,10 +174,6 @@ def _numbered(items: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         yield f"_{number}" if len(items) > 1 else "", item
 
 
-def _ranks(layers: Sequence[str]) -> dict[str, Any]:
-    return {"dim": "rank", "of": list(layers), "choices": RANKS}
-
-
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -192,53 +196,41 @@ def _token_mixers(block: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.
 # Attention
 
 
-def _of_attention(
-    name: str, module: nn.Module, linears: Mapping[str, Shape], hidden: int
-) -> dict[str, Any]:
-    """Ranks of the layers that make queries, keys and values, and heads where they may be cut."""
+def _heads(
+    name: str, module: Any, linears: Mapping[str, Shape], hidden: int
+) -> tuple[list[str], str | None]:
+    """The layers that make the heads of attention, none where its code counts on all of them, and
+    the layer that reads them, if it was found."""
     if is_latent(module):
-        return _of_latent_attention(name, module, linears)
+        return _latent_heads(name, module, linears)
     reading = [
         n for n, (_, into) in linears.items()
         if n.startswith(f"{name}.") and into == hidden and not _leads_out(n)
     ]  # fmt: skip
-    if not reading:
-        return {}
-    groups = {"attention_rank": _ranks(reading)}
-    out = _projection_out(name, reading, linears)
-    if out and not any(hasattr(module, n) for n in FIXED_HEADS):
-        channels = linears[out][1]
-        heads = channels // (head_size_of(module) or 1)
-        gates = [n for n in reading[3:] if linears[n][0] in (channels, heads)]
-        if len(reading) == 3 + len(gates):
-            groups["heads"] = _heads(reading, out)
-    return groups
+    out = _projection_out(name, reading, linears) if reading else None
+    if out is None or any(hasattr(module, n) for n in FIXED_HEADS):
+        return [], out
+    channels = linears[out][1]
+    gated = (channels, channels // (head_size_of(module) or 1))
+    gates = [n for n in reading[3:] if linears[n][0] in gated]
+    return reading if len(reading) == 3 + len(gates) else [], out
 
 
-def _of_latent_attention(name: str, module: Any, linears: Mapping[str, Shape]) -> dict[str, Any]:
-    """Keys and values of all heads are made from one latent state, which has none itself."""
+def _latent_heads(
+    name: str, module: Any, linears: Mapping[str, Shape]
+) -> tuple[list[str], str | None]:
+    """The same where keys and values of all heads are made from one latent state."""
     own = [n for n in linears if _parent(n) == name]
     out = next((n for n in own if _leads_out(n)), None)
-    reading = [n for n in own if n != out]
-    if not reading:
-        return {}
-    groups = {"attention_rank": _ranks(reading)}
-    heads = module.num_heads
-    keys = heads * (module.qk_nope_head_dim + module.v_head_dim)
-    queries = heads * (module.qk_nope_head_dim + module.qk_rope_head_dim)
-    last = getattr(module, "q_lora_rank", None)
+    keys = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
+    queries = module.num_heads * (module.qk_nope_head_dim + module.qk_rope_head_dim)
+    latent = getattr(module, "q_lora_rank", None)
     made = [
-        n for n in reading
+        n for n in own
         if linears[n] == (keys, module.kv_lora_rank)
-        or (linears[n][0] == queries and last in (None, linears[n][1]))
+        or (linears[n][0] == queries and latent in (None, linears[n][1]))
     ]  # fmt: skip
-    if out and len(made) == 2:
-        groups["heads"] = _heads(made, out)
-    return groups
-
-
-def _heads(outputs: Sequence[str], out: str) -> dict[str, Any]:
-    return {"dim": "heads", "outputs": list(outputs), "inputs": [out], "choices": HEADS}
+    return made if len(made) == 2 else [], out
 
 
 def _leads_out(name: str) -> bool:

@@ -68,7 +68,7 @@ def test_every_block_and_layer_is_adapted_once():
     space = discover(model_of("llama"))
     assert space.sections[0].blocks == "model.layers.*"
     assert set(space.sections[0].adapt) == {
-        *tiny.ATTENTION, *tiny.GATE_UP, "mlp.down_proj"
+        *tiny.ATTENTION, "self_attn.o_proj", *tiny.GATE_UP, "mlp.down_proj"
     }  # fmt: skip
     assert "mlp_width (mlp.gate_proj mlp.up_proj -> mlp.down_proj)" in describe(space)[0]
 
