@@ -21,8 +21,9 @@ PATTERNS = ("*processor_config.json", "chat_template.json", "chat_template.jinja
 def copy_beside(model: PreTrainedModel, directory: Path) -> None:
     """Copy the processor's files of the folder that a model was loaded from, those that are not
     there yet, without names of code; nothing of a model of text."""
-    source = Path(model.config.name_or_path)
-    if not wraps(model.config) or not source.is_dir():
+    name = model.config.name_or_path  # of a model that was made in memory, nothing
+    source = Path(name)
+    if not name or not wraps(model.config) or not source.is_dir():
         return
     for pattern in PATTERNS:
         for file in source.glob(pattern):

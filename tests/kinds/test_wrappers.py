@@ -188,6 +188,18 @@ def test_the_language_model_alone_computes_the_same_of_text(name, folders, tmp_p
         assert count(small).params - count(text).params == gone > 0
 
 
+def test_of_a_model_made_in_memory_no_processor_is_looked_for(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders["llava"])  # where there is one, of another model
+    folder = hf.write(wrappers.whole("llava"), None, tmp_path)
+    assert not list(folder.glob("*processor*"))
+
+
+def test_a_language_model_that_is_another_function_alone_is_refused():
+    """The class of Gemma 3's text bends its logits where the whole class does not."""
+    with pytest.raises(ExportError, match=r"Gemma3ForCausalLM computes something else of text"):
+        text_only(wrappers.whole("gemma3", final_logit_softcapping=2.0))
+
+
 def test_tensor_by_tensor_it_is_the_same_model(folders):
     base = wrappers.load(folders["mistral3"])
     net = net_of(wrappers.load(folders["mistral3"]), "mistral3")
