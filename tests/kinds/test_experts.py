@@ -17,6 +17,7 @@ from elastic.models.modules import plain_linear
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.compensation import Compensation
+from elastic.supernet.cost import Counter
 from elastic.supernet.discovery import discover
 from elastic.supernet.fitted_experts import Seen, fit_experts_
 from elastic.supernet.group_importance import group_importance
@@ -464,3 +465,17 @@ def test_a_mixture_that_is_not_in_memory_is_fitted_all_the_same(tmp_path):
     assert any("down_proj" in name for name in changed)
     for name, tensor in small.state_dict().items():
         close(found.tensors[name](), tensor, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_operations_and_active_parameters_are_those_of_the_experts_a_token_is_sent_to(family):
+    """By hand: three products with each of two experts, and one with the router, in two layers."""
+    net = net_of(family)
+    small = compact(net, net.space.minimal())
+    counted = Counter(net.model, net.space)(net.space.minimal())
+    experts, groups = 3, 2 if family == "deepseek-v3" else 1
+    one = 3 * HIDDEN * 8 + (2 * 8 + HIDDEN) * (family == "gpt-oss")  # with biases
+    linear = sum(x.weight.numel() for x in small.modules() if isinstance(x, torch.nn.Linear))
+    assert counted.params == sum(parameter.numel() for parameter in small.parameters())
+    assert counted.macs == linear + 2 * (2 * 3 * HIDDEN * 8 + groups * experts * HIDDEN)
+    assert counted.params - counted.active_params == 2 * (groups * experts - 2) * one
