@@ -136,8 +136,11 @@ def _named_sizes(
 
 
 def _sizes_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Shapes of linear layers, sizes of experts and query groups of attention modules, by name."""
-    return {**shapes_of(model), **expert_sizes(model), **query_groups(model)}
+    """Shapes of parameters, sizes of experts and query groups of attention modules, by name: one
+    word of a config may say the size of more than what is cut, as of fused experts beside a shared
+    one."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return {**shapes, **expert_sizes(model), **query_groups(model)}
 
 
 def _sizes_under(model: PreTrainedModel, values: Mapping[str, int]) -> dict[str, Any] | None:

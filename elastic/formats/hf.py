@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -68,7 +69,7 @@ few lines below; the computation is all {base}'s.
 """
 
 from torch import nn
-from transformers import {base}, {config}
+from transformers import {names}
 from transformers.pytorch_utils import Conv1D
 {imports}
 
@@ -85,7 +86,7 @@ class Elastic{config}({config}):
         self.tensor_sizes = tensor_sizes or {{}}
         super().__init__(**kwargs)
 
-
+{inner}
 class Elastic{base}({ahead}{base}):
     config_class = Elastic{config}
 
@@ -136,6 +137,14 @@ _HEAD = """            if layer is self.get_output_embeddings():
                     tied = {key: at for key, at in pairs if not (key + at).count(name + ".")}
                     self._tied_weights_keys = tied
                 continue
+"""
+_INNER = """
+class Elastic{inner}({inner}):
+    config_class = Elastic{config}
+
+
+AutoModel.register(Elastic{config}, Elastic{inner})  # the class below asks it for its stack
+
 """
 _IMPORT = f"from .{cut_head.__name__.rpartition('.')[2]} import {cut_head.CutHead.__name__}"
 """Where the head computes some tokens alone."""
@@ -200,12 +209,21 @@ def code_of(
     tokens if `cuts_head` (`elastic.models.cut_head` then goes with it)."""
     base, kind = type(model).__name__, type(model.config).__name__
     imports = "\n".join(filter(None, [imports, _IMPORT if cuts_head else ""]))
+    inner = type(model.base_model).__name__ if asks_auto(type(model)) else None
+    names = ", ".join(filter(None, ["AutoModel" if inner else None, base, kind, inner]))
     return _CLASS.format(
         base=base, config=kind, model_type=PREFIX + model.config.model_type, auto=auto_of(base),
+        names=names, inner=_INNER.format(inner=inner, config=kind) if inner else "",
         ahead=ahead and f"{ahead}, ", imports=imports and f"\n{imports}\n",
         head=_HEAD if cuts_head else "",
         **(_LAYERS if by_layer else dict.fromkeys(_LAYERS, "")),
     )  # fmt: skip
+
+
+def asks_auto(kind: type[PreTrainedModel]) -> bool:
+    """Whether models of this class have AutoModel build their stack, by the type of configuration:
+    classes with a head for all families do."""
+    return issubclass(kind, GenericForSequenceClassification)
 
 
 def write_module(module: ModuleType, directory: Path) -> None:
@@ -337,6 +355,9 @@ def why_not(model: PreTrainedModel) -> str | None:
             f"layers have sizes of their own, and {type(model).__name__}, which would have to "
             "rebuild them, is code of the base's folder: choose hf.uniform true or hf.padded true"
         )
+    kind, auto = model.config.model_type, auto_of(type(model).__name__)
+    if not model.is_remote_code() and kind not in _known().get(auto, (kind,)):
+        return f"{auto} loads no model of the type {kind}, which is part of a larger one"
     return None
 
 
@@ -373,10 +394,27 @@ def auto_of(architecture: str) -> str:
     for ending, auto in AUTO.items():
         if architecture.endswith(ending):
             return auto
+    for auto, classes in _known().items():
+        if architecture in classes.values():
+            return auto
     raise ExportError(f"hf: which auto class loads {architecture} is not known")
 
 
 def has_auto(model: PreTrainedModel) -> bool:
     """Whether an auto class loads models of this class."""
-    name = type(model).__name__
-    return name.endswith(tuple(AUTO)) or wrappers.auto_of(name) is not None
+    try:
+        return bool(auto_of(type(model).__name__))
+    except ExportError:
+        return False
+
+
+def _known() -> dict[str, Mapping[str, str]]:
+    """By auto class, the name of the class for every type of model."""
+    from transformers.models.auto import modeling_auto as names
+
+    return {
+        "AutoModelForCausalLM": names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForMaskedLM": names.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    }

@@ -120,7 +120,7 @@ def traced(trace: Trace, folder: Path) -> ModelProto:
 
 
 def _export(trace: Trace, path: Path) -> None:
-    with warnings.catch_warnings(), _muted(), busy("tracing the graph"):
+    with warnings.catch_warnings(), _muted(), _repeating(), busy("tracing the graph"):
         # The exporter's own deprecation, and the tracer on branches over Python ints.
         warnings.simplefilter("ignore")
         try:
@@ -144,6 +144,24 @@ def _export(trace: Trace, path: Path) -> None:
             raise ExportError(
                 f"onnx: {kind.__name__} cannot be traced: {reason}; hf and peft need no trace"
             ) from error
+
+
+@contextmanager
+def _repeating() -> Iterator[None]:
+    """The exporter's own translation of `repeat_interleave`, with a dimension of its own. Where it
+    is counted from the end, as in the rotary embeddings of Cohere, GLM and ERNIE, the exporter
+    counts it from the front in place: in the constant that other operations read, too."""
+    from torch.onnx import symbolic_helper, symbolic_opset13
+
+    @symbolic_helper.parse_args("v", "v", "i", "v")
+    def repeat_interleave(graph: Any, tensor: Any, repeats: Any, dim: Any, size: Any) -> Any:
+        return symbolic_opset13.repeat_interleave(graph, tensor, repeats, dim, size)
+
+    torch.onnx.register_custom_op_symbolic("aten::repeat_interleave", repeat_interleave, OPSET)
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::repeat_interleave", OPSET)
 
 
 @contextmanager

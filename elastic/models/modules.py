@@ -95,11 +95,14 @@ def of_family_(config: PretrainedConfig) -> PretrainedConfig:
 
 def as_cut_(model: PreTrainedModel) -> PreTrainedModel:
     """A model of a small class as one of its family's, in place."""
+    from transformers import PreTrainedModel
+
     if model.config.model_type.startswith(PREFIX):
-        model.__class__ = _family(type(model))
         for module in model.modules():  # encoders and decoders have copies of their own
             if hasattr(module, "config"):
                 of_family_(module.config)
+            if isinstance(module, PreTrainedModel):  # a stack may have a small class, too
+                module.__class__ = _family(type(module))
         model.config.architectures = [type(model).__name__]
     return model
 

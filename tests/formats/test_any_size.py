@@ -52,7 +52,9 @@ def same(folder, one, rounded: float | None = 1e-12) -> None:
             close(output(found), output(expected), rounded)
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "phi3", "gpt2", "bert, classes", "t5"])
+@pytest.mark.parametrize(
+    "family", ["llama, tied", "phi3", "gpt2", "bert, classes", "llama, classes", "t5"]
+)
 def test_every_kind_of_family(family, tmp_path):
     """With layers of its own, and a classifier's head."""
     _, net, _ = pair(family)

@@ -8,7 +8,9 @@ import torch
 
 from elastic.errors import ConfigError
 from elastic.formats import onnx, onnx_session, openvino, tracing
+from tests.helpers import tiny
 from tests.helpers.graphs import VOCAB, run, sliced_llama, tokens
+from tests.zoo.building import config_of, model_of
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -176,6 +178,15 @@ def test_writing_leaves_the_model_as_it_was(tmp_path, training):
     onnx.write(model, tmp_path)
     assert {module.training for module in model.modules()} == {training}
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2", "ernie4_5"])
+def test_rotary_embeddings_that_repeat_their_frequencies(family, tmp_path):
+    """torch's exporter spoils the constants that stand beside them, unless it gets its own."""
+    model = model_of(config_of(family, "causal"), "causal", torch.float32)
+    prompt, steps = tiny.tokens(2, 5).numpy(), tiny.tokens(2, 3, seed=1).numpy()
+    assert_close(run(onnx.OnnxRunner(onnx.write(model, tmp_path)), prompt, steps),
+                 follow(model, prompt, steps))  # fmt: skip
 
 
 def test_refuses_what_it_cannot_write(model, tmp_path):

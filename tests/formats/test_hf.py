@@ -5,17 +5,24 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+)
 
+from elastic.errors import ExportError
 from elastic.formats import hf
 from elastic.formats.padding import padded
-from elastic.models.modules import plain_linear
+from elastic.models.modules import as_cut_, plain_linear
 from elastic.supernet.compact import compact
 from tests.formats.test_nemotron_nas import cut
 from tests.formats.test_nemotron_nas import net_of as wide_net_of
 from tests.helpers import tiny
 from tests.helpers.families import LLAMA3, model_of, net_of
 from tests.helpers.laws import close, mixed
+from tests.zoo import building as zoo
 
 
 def stored(folder) -> dict[str, str]:
@@ -99,6 +106,45 @@ def test_uneven_layers_of_a_class_that_a_folder_brings_are_refused(monkeypatch):
     monkeypatch.setattr(type(even), "_auto_class", "AutoModelForCausalLM")
     assert hf.why_not(even) is None
     assert "LlamaForCausalLM" in hf.why_not(uneven) and "hf.padded true" in hf.why_not(uneven)
+
+
+def test_one_word_that_says_two_sizes_is_not_changed_for_one_of_them(tmp_path):
+    """HunYuan's experts, which are no linear layers, are as wide as the MLP beside them."""
+    model = zoo.model_of(zoo.config_of("hunyuan_v1_moe", "causal"), "causal", torch.float32)
+    for layer in model.model.layers:
+        mlp = layer.mlp.shared_mlp
+        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            weight = getattr(mlp, name).weight
+            mlp.set_submodule(name, plain_linear(weight.narrow(axis, 0, 48), None))
+    hf.write(model, None, tmp_path)
+    loaded = hf.load(tmp_path, torch.float32)
+    assert loaded.config.intermediate_size == 96 and (tmp_path / hf.CODE).is_file()
+    close(tiny.logits(loaded, tiny.tokens()), tiny.logits(model, tiny.tokens()), 1e-6)
+
+
+def test_the_stack_below_a_head_is_the_family_s_own(tmp_path):
+    """transformers asks AutoModel for it, which is told of the small class's configuration."""
+    model = model_of("llama, classes", torch.float32)
+    layer = model.model.layers[1]
+    layer.mlp.set_submodule("up_proj", plain_linear(layer.mlp.up_proj.weight[:96], None))
+    layer.mlp.set_submodule("gate_proj", plain_linear(layer.mlp.gate_proj.weight[:96], None))
+    layer.mlp.set_submodule("down_proj", plain_linear(layer.mlp.down_proj.weight[:, :96], None))
+    hf.write(model, None, tmp_path)
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    again = as_cut_(found)
+    assert [type(again), type(again.model)] == [type(model), type(model.model)]
+    assert again.model.config is again.config and type(again.config) is type(model.config)
+
+
+@pytest.mark.parametrize(
+    "name, auto",
+    [("MarianMTModel", "AutoModelForSeq2SeqLM"), ("BertGenerationDecoder", "AutoModelForCausalLM"),
+     ("ReformerModelWithLMHead", "AutoModelForCausalLM")],
+)  # fmt: skip
+def test_a_class_without_the_usual_ending_has_its_auto_class(name, auto):
+    assert hf.auto_of(name) == auto
+    with pytest.raises(ExportError, match=f"{name}2 is not known"):
+        hf.auto_of(f"{name}2")
 
 
 def test_buffers_that_are_in_no_file_are_filled_when_it_loads(tmp_path):

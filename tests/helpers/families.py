@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, space, settings
     "bert, classes": ("BertForSequenceClassification", "bert", {**DECODER, "num_labels": 3}),
     "bert, a score": ("BertForSequenceClassification", "bert", {**DECODER, "num_labels": 1,
                       "initializer_range": 0.4}),
+    "llama, classes": ("LlamaForSequenceClassification", "llama", {**GROUPED, "num_labels": 3}),
     "roberta": ("RobertaForSequenceClassification", "bert", {**DECODER, "num_labels": 3}),
     "minilm": ("BertForMaskedLM", "bert", DECODER),
     "t5": ("T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "relu"}),
