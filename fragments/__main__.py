@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fragments import names, pictures, results, settings
+from fragments import names, pictures, results, settings, zoo
 
 WHERE = Path("build/fragments")
 
@@ -18,6 +18,7 @@ def main() -> None:
         "names": names.pages(),
         "results": results.tables(),
         "pictures": pictures.drawings(),
+        "zoo": zoo.pages(),
     }
     for folder, texts in parts.items():
         (WHERE / folder).mkdir(parents=True)

@@ -40,7 +40,7 @@ from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import compat, cut_head, wrappers
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.models.vocabulary import cut_head_of
-from elastic.models.wrappers import text_config, wraps
+from elastic.models.wrappers import OWN, text_config, wraps
 from elastic.spaces.dims import QUERIES
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def write_settings(
     words = compat.rotary_words(config)
     words["dtype"] = str(dtype).removeprefix("torch.")
     if own:
-        words["architectures"] = [f"Elastic{type(model).__name__}"]
+        words["architectures"] = [f"{OWN}{type(model).__name__}"]
     if by_layer:
         words["per_layer_config"] = dict(by_layer)
     write_config(config, directory, **words)
@@ -333,7 +333,7 @@ def _sized_config(model: PreTrainedModel, code: bool) -> PretrainedConfig:
 def own_config(config: PretrainedConfig, base: str) -> PretrainedConfig:
     """The same of the type that `code_of` models of the class `base` gives."""
     kind, stem = type(config).__name__, Path(CODE).stem
-    custom = type(f"Elastic{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
+    custom = type(f"{OWN}{kind}", (type(config),), {"model_type": PREFIX + config.model_type})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     config = custom(**values)
     config.auto_map = {
@@ -391,11 +391,12 @@ def auto_of(architecture: str) -> str:
     ExportError if there is none."""
     if whole := wrappers.auto_of(architecture):
         return whole
-    for ending, auto in AUTO.items():
-        if architecture.endswith(ending):
-            return auto
+    name = architecture.removeprefix(OWN)
     for auto, classes in _known().items():
-        if architecture in classes.values():
+        if name in classes.values():
+            return auto
+    for ending, auto in AUTO.items():  # of classes from elsewhere
+        if name.endswith(ending):
             return auto
     raise ExportError(f"hf: which auto class loads {architecture} is not known")
 

@@ -142,7 +142,7 @@ def test_the_stack_below_a_head_is_the_family_s_own(tmp_path):
      ("ReformerModelWithLMHead", "AutoModelForCausalLM")],
 )  # fmt: skip
 def test_a_class_without_the_usual_ending_has_its_auto_class(name, auto):
-    assert hf.auto_of(name) == auto
+    assert hf.auto_of(name) == hf.auto_of(f"Elastic{name}") == auto
     with pytest.raises(ExportError, match=f"{name}2 is not known"):
         hf.auto_of(f"{name}2")
 

@@ -14,7 +14,8 @@ WIDE, INNER, HEADS, HEAD, LAYERS, EXPERTS, LENGTH = 32, 96, 4, 8, 2, 4, 64
 SIZES: dict[str, Any] = {
     # Tokens, as the tokenizer of the tests has them
     "vocab_size": tiny.VOCABULARY, "pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS,
-    "eos_token_id": tiny.EOS, "decoder_start_token_id": tiny.PAD, "type_vocab_size": 2,
+    "eos_token_id": tiny.EOS, "decoder_start_token_id": tiny.PAD, "blank_token_id": tiny.PAD,
+    "type_vocab_size": 2,
     # The residual stream
     "hidden_size": WIDE, "d_model": WIDE, "n_embd": WIDE, "dim": WIDE, "emb_dim": WIDE,
     "embedding_size": WIDE, "word_embed_proj_dim": WIDE, "embedding_dim": WIDE,
@@ -133,10 +134,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": ALIKE,
     "luke": {"entity_vocab_size": 20, "entity_emb_size": WIDE},
     "mamba2": {"num_heads": 8},
+    "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
     "mellum": {"mlp_layer_types": ["dense", "sparse"]},
     "minicpm3": ALIKE,
     "ministral": SLIDING,
-    "nemo_speechlm": {"diarization_config": {"head_config": {"audio_hidden_size": WIDE}}},
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": WIDE}}},
+    },
     "olmo3": SLIDING,
     "perceiver": {
         "num_latents": 8, "d_latents": WIDE, "num_self_attends_per_block": 2,
