@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from elastic.formats.onnx_session import cache_names, filled, flattened
+from elastic.errors import ExportError
+from elastic.formats.onnx_session import cache_names, filled, flattened, layers_of
 from elastic.formats.tracing import Flat, Trace, ones
 from elastic.models import compat
+from elastic.models.kinds import first_position
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""What transformers calls layers of a cache that hold nothing else."""
 
 
 def decoder_trace(model: PreTrainedModel, logits: str) -> Trace:
@@ -27,7 +32,7 @@ def decoder_trace(model: PreTrainedModel, logits: str) -> Trace:
         output = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids + first_position(model),
             use_cache=True,
             logits_to_keep=last if logits == "last" else 0,
             **compat.given(model, filled(past)),
@@ -46,10 +51,22 @@ def decoder_trace(model: PreTrainedModel, logits: str) -> Trace:
 
 
 def _example(model: PreTrainedModel) -> tuple[list[str], tuple[Tensor, ...]]:
-    """Names of the cached tensors and sample arguments to trace with, none of their axes 0 or 1."""
+    """Names of the cached tensors and sample arguments to trace with, none of their axes 0 or 1.
+    ExportError where more is cached than keys and values, or less."""
     batch, sequence = 2, 3
     ids = ones(model, batch, sequence)
-    past = flattened(compat.cache_of(model(input_ids=ids, use_cache=True)))
+    cache = compat.cache_of(model(input_ids=ids, use_cache=True))
+    if cache is None:
+        raise ExportError(
+            f"onnx: {type(model).__name__} caches nothing that a graph could go on from"
+        )
+    kinds = [type(layer).__name__ for layer in layers_of(cache)]
+    if strange := next((kind for kind in kinds if kind not in KEYS_AND_VALUES), None):
+        raise ExportError(
+            f"onnx: {type(model).__name__} caches more than keys and values ({strange}), for which "
+            "graphs have no inputs"
+        )
+    past = flattened(cache)
     length = past[0].shape[2]
     mask = ones(model, batch, length + sequence)
     positions = torch.arange(length, length + sequence, device=model.device).repeat(batch, 1)

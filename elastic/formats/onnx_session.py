@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.errors import MissingExtra
+from elastic.errors import ExportError, MissingExtra
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -43,7 +43,12 @@ def filled(tensors: Sequence[Tensor]) -> Cache:
 
 def flattened(cache: Cache) -> list[Tensor]:
     """`key, value` of every layer."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [tensor for layer in layers_of(cache) for tensor in (layer.keys, layer.values)]
+
+
+def layers_of(cache: Cache) -> list[Any]:
+    """Of self-attention, where there is room for an encoder's keys and values beside them."""
+    return getattr(cache, "self_attention_cache", cache).layers
 
 
 def session_of(path: Path, threads: int | None = None) -> InferenceSession:
@@ -144,7 +149,12 @@ class OnnxRunner(CachingRunner):
         # Cross-attention's keys and values come with the first token alone.
         wanted = [name for name in self._outputs if not self._length or ".encoder." not in name]
         feeds = self._values(inputs) | self._given | self._past
-        computed = self._session.run_with_ort_values(wanted, feeds)
+        try:
+            computed = self._session.run_with_ort_values(wanted, feeds)
+        except Exception as error:  # the runtime raises many kinds, alike in nothing
+            raise ExportError(
+                f"onnx: the graph does not run: {str(error).splitlines()[0]}"
+            ) from error
         present = dict(zip(wanted, computed, strict=True))
         logits = present.pop("logits")
         self._past |= {name.replace(PRESENT, PAST): value for name, value in present.items()}

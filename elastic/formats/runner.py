@@ -31,7 +31,8 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """A transformers model, called as `generate` calls it: only the last position has logits.
+    """A transformers model, called as `generate` calls it: only the last position has logits, and
+    a model that caches nothing (GPT-1's) reads everything again for every token.
 
     Logits come back as float32 or wider; fetching them waits for the device.
     """
@@ -41,15 +42,22 @@ class TorchRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._cache: Any = None
+        self._read: torch.Tensor | None = None
+        """All tokens so far, where there is no cache."""
 
     def prefill(self, input_ids: np.ndarray, types: np.ndarray | None = None) -> np.ndarray:
-        self._cache = None
+        self._cache = self._read = None
         compat.forget_(self.model)
         return self.decode(input_ids)
 
     def decode(self, input_ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return self._fetch(self._forward(self._tensor(input_ids)))
+            tokens = self._tensor(input_ids)
+            if self._read is not None:
+                tokens = torch.cat([self._read, tokens], dim=1)
+            logits = self._fetch(self._forward(tokens))
+            self._read = tokens if self._cache is None else None
+            return logits
 
     def _tensor(self, input_ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device)

@@ -80,10 +80,20 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     longest = tokenizer.model_max_length
     if positions := getattr(text_config(model.config), "max_position_embeddings", None):
         longest = min(longest, positions)
-    table: Any = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's begin behind the padding's
-        longest = min(longest, table.num_embeddings - table.padding_idx - 1)
+    if first := first_position(model):
+        longest = min(longest, _positions(model).num_embeddings - first)
     return longest
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Where the first token stands in the model's table of positions: behind the padding's, in
+    RoBERTa's and its kin."""
+    padding = getattr(_positions(model), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def _positions(model: PreTrainedModel) -> Any:
+    return getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
 
 
 def learnt_positions(model: PreTrainedModel) -> int | None:
