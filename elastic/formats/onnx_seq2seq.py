@@ -126,8 +126,10 @@ def _called(
     mask: Tensor | None = None,
     past: EncoderDecoderCache | None = None,
 ) -> tuple[Tensor, EncoderDecoderCache]:
+    from transformers.modeling_outputs import BaseModelOutput
+
     output = model(
-        encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids,
+        encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, decoder_input_ids=ids,
         use_cache=True, **compat.given(model, past),
     )  # fmt: skip
     return output.logits, compat.cache_of(output)

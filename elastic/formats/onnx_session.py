@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ def layers_of(cache: Cache) -> list[Any]:
 
 
 def session_of(path: Path, threads: int | None = None) -> InferenceSession:
-    """The graph, ready to run on the CPU; MissingExtra without onnxruntime."""
+    """The graph, ready to run on the CPU; MissingExtra without onnxruntime, ExportError where it
+    cannot run."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -60,7 +62,19 @@ def session_of(path: Path, threads: int | None = None) -> InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
+    with _runs():
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+
+@contextmanager
+def _runs() -> Iterator[None]:
+    """ExportError for whatever onnxruntime raises of a graph; its errors have no class of their
+    own."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"onnx: the graph does not run: {str(error).splitlines()[0]}") from error
 
 
 def step_inputs(
@@ -149,12 +163,8 @@ class OnnxRunner(CachingRunner):
         # Cross-attention's keys and values come with the first token alone.
         wanted = [name for name in self._outputs if not self._length or ".encoder." not in name]
         feeds = self._values(inputs) | self._given | self._past
-        try:
+        with _runs():
             computed = self._session.run_with_ort_values(wanted, feeds)
-        except Exception as error:  # the runtime raises many kinds, alike in nothing
-            raise ExportError(
-                f"onnx: the graph does not run: {str(error).splitlines()[0]}"
-            ) from error
         present = dict(zip(wanted, computed, strict=True))
         logits = present.pop("logits")
         self._past |= {name.replace(PRESENT, PAST): value for name, value in present.items()}

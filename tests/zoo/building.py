@@ -27,7 +27,7 @@ AUTO = {
 }  # fmt: skip
 FOR = {
     "causal": {"is_decoder": True, "is_encoder_decoder": False},
-    "encoder-decoder": {},
+    "encoder-decoder": {"decoder_start_token_id": tiny.PAD},
     "classification": {"num_labels": 3},
 }
 """What a configuration says besides its sizes."""
@@ -36,16 +36,16 @@ FOR = {
 def config_of(model_type: str, use: str) -> PreTrainedConfig:
     """The family's configuration, small."""
     kind = CONFIG_MAPPING[model_type]
-    known = {field.name for field in dataclasses.fields(kind)} | {"num_labels"}
-    what_for = {name: value for name, value in FOR[use].items() if name in known}
-    config = kind(**_settings(kind, SPECIAL.get(model_type, {})) | what_for)
+    # Most causal models are nothing else, and have no word for it.
+    said = {k: v for k, v in FOR[use].items() if use != "causal" or k in _names(kind)}
+    config = kind(**_settings(kind, SPECIAL.get(model_type, {})) | said)
     config.use_cache = False
     return config
 
 
 def _settings(kind: type[PreTrainedConfig], special: dict[str, Any]) -> dict[str, Any]:
     """Those of `SIZES` that this class knows, in the configurations within it as well."""
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = _names(kind)
     settings = {name: value for name, value in SIZES.items() if name in known}
     inner = [name for name in kind.sub_configs if name in known]
     for name in inner:
@@ -53,6 +53,10 @@ def _settings(kind: type[PreTrainedConfig], special: dict[str, Any]) -> dict[str
         if (one := _inner(kind, name, said)) is not None:
             settings[name] = {**_settings(one, said), "model_type": one.model_type}
     return settings | {name: value for name, value in special.items() if name not in inner}
+
+
+def _names(kind: type[PreTrainedConfig]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _inner(
