@@ -52,8 +52,9 @@ def write(model: PreTrainedModel, directory: Path, *, logits: str = "last") -> P
     directory.mkdir(parents=True, exist_ok=True)
     kind = kind_of(model)
     if kind is Kind.ENCODER_DECODER:
-        return onnx_seq2seq.write(model, directory, logits=logits)
-    with tracing.traceable(model):
+        with tracing.refusing(type(model)):
+            return onnx_seq2seq.write(model, directory, logits=logits)
+    with tracing.refusing(type(model)), tracing.traceable(model):
         trace = _classifier(model) if kind is Kind.CLASSIFIER else decoder_trace(model, logits)
         return tracing.write_traced(trace, directory / FILE)
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic.console import busy
-from elastic.errors import ConfigError, ExportError, MissingExtra
+from elastic.errors import ConfigError, ElasticError, ExportError, MissingExtra
 from elastic.formats.traced_experts import written_out
+from elastic.formats.translations import translated
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -120,10 +121,10 @@ def traced(trace: Trace, folder: Path) -> ModelProto:
 
 
 def _export(trace: Trace, path: Path) -> None:
-    with warnings.catch_warnings(), _muted(), _repeating(), busy("tracing the graph"):
+    with warnings.catch_warnings(), _muted(), translated(OPSET), busy("tracing the graph"):
         # The exporter's own deprecation, and the tracer on branches over Python ints.
         warnings.simplefilter("ignore")
-        try:
+        with refusing(type(next(trace.module.children()))):
             torch.onnx.export(
                 trace.module,
                 trace.example,
@@ -136,32 +137,21 @@ def _export(trace: Trace, path: Path) -> None:
                 # Folding would store each tied head a second time, transposed.
                 do_constant_folding=False,
             )
-        except OSError:  # a full disk
-            raise
-        except Exception as error:  # what a model's own code raises is of any kind
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
-            kind = type(next(trace.module.children()))
-            raise ExportError(
-                f"onnx: {kind.__name__} cannot be traced: {reason}; hf and peft need no trace"
-            ) from error
 
 
 @contextmanager
-def _repeating() -> Iterator[None]:
-    """The exporter's own translation of `repeat_interleave`, with a dimension of its own. Where it
-    is counted from the end, as in the rotary embeddings of Cohere, GLM and ERNIE, the exporter
-    counts it from the front in place: in the constant that other operations read, too."""
-    from torch.onnx import symbolic_helper, symbolic_opset13
-
-    @symbolic_helper.parse_args("v", "v", "i", "v")
-    def repeat_interleave(graph: Any, tensor: Any, repeats: Any, dim: Any, size: Any) -> Any:
-        return symbolic_opset13.repeat_interleave(graph, tensor, repeats, dim, size)
-
-    torch.onnx.register_custom_op_symbolic("aten::repeat_interleave", repeat_interleave, OPSET)
+def refusing(kind: type[nn.Module]) -> Iterator[None]:
+    """ExportError for whatever the code of a model of this class raises while it is called or
+    traced."""
     try:
         yield
-    finally:
-        torch.onnx.unregister_custom_op_symbolic("aten::repeat_interleave", OPSET)
+    except (ElasticError, OSError):  # a full disk
+        raise
+    except Exception as error:  # what a model's own code raises is of any kind
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ExportError(
+            f"onnx: {kind.__name__} cannot be traced: {reason}; hf and peft need no trace"
+        ) from error
 
 
 @contextmanager

@@ -148,7 +148,16 @@ def no_graph(kind: Kind, architecture: PretrainedConfig) -> str | None:
             "some of its blocks carry a state along the sequence, and graphs are written of keys "
             "and values alone"
         )
+    if in_pieces(architecture):
+        return "its code cuts the text into pieces, of which tracing would fix the number"
     return None
+
+
+def in_pieces(architecture: PretrainedConfig) -> bool:
+    """Whether attention is computed piece by piece of the text, as Longformer's and LED's, and
+    BigBird's where it reads long texts."""
+    sparse = getattr(architecture, "attention_type", None) == "block_sparse"
+    return sparse or hasattr(architecture, "attention_window")
 
 
 def require(config: ModelConfig, architecture: PretrainedConfig) -> None:

@@ -8,6 +8,7 @@ import torch
 from elastic.errors import ExportError
 from elastic.formats import onnx
 from elastic.formats.runner import runner_of
+from elastic.models.kinds import Kind, no_graph
 from tests.helpers import tiny
 from tests.helpers.clock import drive
 from tests.zoo.building import config_of, model_of
@@ -34,9 +35,19 @@ def test_what_a_graph_cannot_go_on_from_is_refused_before_it_is_traced(family, w
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["roberta", "megatron-bert"])
-def test_encoders_that_go_on_from_a_text_are_written_as_graphs(family, tmp_path):
-    """RoBERTa's positions begin behind its padding's, the graph's at 0."""
+@pytest.mark.parametrize("family", ["big_bird", "longformer"])
+def test_attention_in_pieces_is_no_graph(family):
+    """Both would compute something else of long texts."""
+    config = config_of(family, "classification")
+    assert "cuts the text into pieces" in no_graph(Kind.CLASSIFIER, config)
+    config.attention_type = "original_full"
+    assert (no_graph(Kind.CLASSIFIER, config) is None) is (family == "big_bird")
+
+
+@pytest.mark.parametrize("family", ["roberta", "megatron-bert", "apertus", "diffllama"])
+def test_families_with_a_way_of_their_own_are_written_as_graphs(family, tmp_path):
+    """RoBERTa's positions begin behind its padding's, the graph's at 0; Megatron's cache has room
+    for an encoder's; the exporter does not know operations of the others."""
     model = model_of(config_of(family, "causal"), "causal", torch.float32)
     ids = tiny.tokens().numpy()
     expected = torch.from_numpy(drive(runner_of(model), ids, 4))

@@ -101,6 +101,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "esmc": ALIKE,
     "exaone4": SLIDING,
     "exaone_moe": SLIDING,
+    "falcon_h1": {
+        "ssm_multipliers": [0.5, 0.25, 2.0, 4.0, 0.125], "mlp_multipliers": [0.5, 2.0],
+        "key_multiplier": 0.5, "attention_out_multiplier": 2.0, "lm_head_multiplier": 0.5,
+    },
     "gemma3": {"text_config": SLIDING},
     "gemma3_text": SLIDING,
     "gemma3n_text": {
@@ -132,6 +136,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": CHUNKED},
     "llama4_text": CHUNKED,
     "longcat_flash": ALIKE,
+    "longt5": {"local_radius": 3, "global_block_size": 2},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": WIDE},
     "mamba2": {"num_heads": 8},
     "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
@@ -142,6 +147,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": WIDE}}},
     },
     "olmo3": SLIDING,
+    "pegasus_x": {"block_size": 4, "num_global_tokens": 2},
     "perceiver": {
         "num_latents": 8, "d_latents": WIDE, "num_self_attends_per_block": 2,
         "num_self_attention_heads": HEADS, "num_cross_attention_heads": HEADS,
