@@ -27,13 +27,15 @@ def pages() -> dict[str, str]:
     told = (
         f"Of {len(families)} pairs of a model type and a use in transformers "
         f"{stored['transformers']}, {counts['right']} are right, {counts['refused']} are refused, "
-        f"and {counts['not built']} cannot be built where this was made."
+        f"and {counts['not built']} cannot be built where this was made. As ONNX, "
+        f"{sum(one.get('onnx') == 'right' for one in families.values())} are right."
     )
     return {
         "counts.md": f"{told}\n",
         "right.md": f"{right(families)}\n",
         "refused.md": f"{by_reason(families, 'refused')}\n",
         "not-built.md": f"{by_reason(families, 'not built')}\n",
+        "no-graph.md": f"{table(['reason', 'families'], without_graph(families))}\n",
     }
 
 
@@ -56,17 +58,30 @@ def right(families: Families) -> str:
 
 
 def _cell(one: Mapping[str, Any]) -> str:
-    return ", ".join(one["elastic"]) if one.get("what") == "right" else one.get("what", "")
+    if one.get("what") != "right":
+        return one.get("what", "")
+    return ", ".join(one["elastic"]) + ("" if one["onnx"] == "right" else "; no ONNX")
 
 
 def by_reason(families: Families, what: str) -> str:
     """A row for every reason, with all that it is given for."""
+    words = {name: one["words"] for name, one in families.items() if one["what"] == what}
+    return table(["reason", "families"], _grouped(words))
+
+
+def without_graph(families: Families) -> list[list[str]]:
+    """The same of families that are right, but not as ONNX."""
+    words = {name: one["onnx"] for name, one in families.items() if one["what"] == "right"}
+    return _grouped({name: reason for name, reason in words.items() if reason != "right"})
+
+
+def _grouped(words: Mapping[str, str]) -> list[list[str]]:
+    """Reason and families, the reason of most families first."""
     found: dict[str, list[str]] = {}
-    for name, one in families.items():
-        if one["what"] == what:
-            found.setdefault(_reason(one["words"]), []).append(name)
+    for name, reason in words.items():
+        found.setdefault(_reason(reason), []).append(name)
     lines = sorted(found.items(), key=lambda item: -len(item[1]))
-    return table(["reason", "families"], ([reason, _named(names)] for reason, names in lines))
+    return [[reason, ", ".join(_by_use(names))] for reason, names in lines]
 
 
 def _reason(words: str) -> str:
@@ -74,10 +89,6 @@ def _reason(words: str) -> str:
     words = words.removeprefix("model.path FOLDER/base: ")
     words = re.sub(r"(Unrecognized configuration class) .*", r"\1", words)
     return re.sub(r"\b[A-Z]\w*For[A-Z]\w*", "...", words)
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(_by_use(names))
 
 
 def _by_use(names: list[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from elastic.errors import ModelError
 from elastic.models import compat
 from elastic.models.kinds import Kind, kind_of
 
@@ -55,12 +56,26 @@ class TorchRunner:
             tokens = self._tensor(input_ids)
             if self._read is not None:
                 tokens = torch.cat([self._read, tokens], dim=1)
-            logits = self._fetch(self._forward(tokens))
+            logits = self._fetch(self._logits(tokens))
             self._read = tokens if self._cache is None else None
             return logits
 
     def _tensor(self, input_ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(input_ids)).to(self.model.device)
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """ModelError for whatever the model's code raises, such as of a cache that it cannot go on
+        from."""
+        try:
+            return self._forward(tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{type(self.model).__name__} does not run token by token: "
+                f"{type(error).__name__}: {reason}"
+            ) from error
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self._called(input_ids=input_ids, logits_to_keep=1)

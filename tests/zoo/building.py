@@ -47,6 +47,8 @@ def _settings(kind: type[PreTrainedConfig], special: dict[str, Any]) -> dict[str
     """Those of `SIZES` that this class knows, in the configurations within it as well."""
     known = _names(kind)
     settings = {name: value for name, value in SIZES.items() if name in known}
+    if "kv_lora_rank" in known:  # keys and values of all heads come from one latent state
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     inner = [name for name in kind.sub_configs if name in known]
     for name in inner:
         said = special.get(name, {})

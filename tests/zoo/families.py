@@ -15,7 +15,7 @@ SIZES: dict[str, Any] = {
     # Tokens, as the tokenizer of the tests has them
     "vocab_size": tiny.VOCABULARY, "pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS,
     "eos_token_id": tiny.EOS, "decoder_start_token_id": tiny.PAD, "blank_token_id": tiny.PAD,
-    "type_vocab_size": 2,
+    "type_vocab_size": 2, "unpadded_vocab_size": tiny.VOCABULARY,
     # The residual stream
     "hidden_size": WIDE, "d_model": WIDE, "n_embd": WIDE, "dim": WIDE, "emb_dim": WIDE,
     "embedding_size": WIDE, "word_embed_proj_dim": WIDE, "embedding_dim": WIDE,
@@ -62,7 +62,6 @@ SIZES: dict[str, Any] = {
     "max_seq_len": LENGTH, "max_source_positions": LENGTH, "max_target_positions": LENGTH,
     "max_encoder_position_embeddings": LENGTH, "max_decoder_position_embeddings": LENGTH,
 }  # fmt: skip
-ALIKE = {"num_key_value_heads": HEADS}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
@@ -91,14 +90,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dory": SLIDING,
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {
-        "text_config": ALIKE,
         "vision_config": {
             "pyramid_num_routed": [-1, 2], "adapter_in_dim": WIDE, "adapter_out_dim": WIDE,
         },
         "audio_config": {"adapter_input_size": WIDE, "adapter_out_dim": WIDE},
     },
-    "dots3_note_text": ALIKE,
-    "esmc": ALIKE,
+    "esmc": {"num_key_value_heads": HEADS},
     "exaone4": SLIDING,
     "exaone_moe": SLIDING,
     "falcon_h1": {
@@ -135,13 +132,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48},
     "llama4": {"text_config": CHUNKED},
     "llama4_text": CHUNKED,
-    "longcat_flash": ALIKE,
     "longt5": {"local_radius": 3, "global_block_size": 2},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": WIDE},
     "mamba2": {"num_heads": 8},
     "markuplm": {"max_depth": 4, "xpath_unit_hidden_size": 8},
     "mellum": {"mlp_layer_types": ["dense", "sparse"]},
-    "minicpm3": ALIKE,
     "ministral": SLIDING,
     "nemo_speechlm": {
         "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": WIDE}}},
@@ -173,10 +168,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": WAVES, "semantic_tokenizer_encoder_config": WAVES,
     },
     "xmod": {"default_language": "en_XX"},
-    "youtu": ALIKE,
     "zamba": SHARED,
     "zamba2": SHARED,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-FLOAT32 = {"canine", "xglm", "xlnet", "fsmt", "mra", "inkling2_text", "inkling2_loop_text"}
+FLOAT32 = {"canine", "hy_v4", "xglm", "xlnet", "fsmt", "mra", "inkling2_text", "inkling2_loop_text"}
 """Families whose code fixes this type somewhere."""

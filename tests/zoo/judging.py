@@ -36,6 +36,8 @@ class Outcome:
     what: str
     words: str = ""
     elastic: tuple[str, ...] = ()
+    onnx: str = ""
+    """As `tests.zoo.graphs` says; nothing where that was not asked."""
 
     def as_dict(self) -> dict[str, Any]:
         """As the file of outcomes has it."""
@@ -51,14 +53,15 @@ def judge(model_type: str, use: str) -> Outcome:
             return Outcome(RIGHT, elastic=tuple(sorted(elastic)))
         except ElasticError as error:
             missing = isinstance(error.__cause__, ImportError)
-            words = str(error.__cause__ if missing else error).replace(folder, "FOLDER")
-            return Outcome(NOT_BUILT if missing else REFUSED, _shortened(words))
+            words = str(error.__cause__ if missing else error)
+            return Outcome(NOT_BUILT if missing else REFUSED, shortened(words, folder))
         except Exception as error:  # what must not be: a wrong number, or no line of ours
-            return Outcome(WRONG, _shortened(f"{type(error).__name__}: {error}"))
+            return Outcome(WRONG, shortened(f"{type(error).__name__}: {error}", folder))
 
 
-def _shortened(words: str) -> str:
-    return " ".join(words.split())[:200].rstrip()
+def shortened(words: str, folder: str) -> str:
+    """On one line, without the folder's name, which is another every time."""
+    return " ".join(words.replace(folder, "FOLDER").split())[:200].rstrip()
 
 
 def _held_to_the_laws(model_type: str, use: str, folder: Path) -> set[str]:
@@ -67,7 +70,7 @@ def _held_to_the_laws(model_type: str, use: str, folder: Path) -> set[str]:
     dtype = dtype_of(model_type)
     precision = 1e-3 if dtype == torch.float32 else 1e-5  # norms round to float32 in any type
     config = config_of(model_type, use)
-    space = discover(_skeleton(config, model_type, use, folder / "base"))
+    space = discover(skeleton_of(config, model_type, use, folder / "base"))
     net = Supernet(model_of(config, use, dtype), space, tiny.ADAPTERS["lora"])
     expected = output(net.model)
     net.reorder(tiny.permutations(net))
@@ -81,7 +84,9 @@ def _held_to_the_laws(model_type: str, use: str, folder: Path) -> set[str]:
     return {group.dim for group in net.space}
 
 
-def _skeleton(config: PreTrainedConfig, model_type: str, use: str, folder: Path) -> PreTrainedModel:
+def skeleton_of(
+    config: PreTrainedConfig, model_type: str, use: str, folder: Path
+) -> PreTrainedModel:
     """What is made of the configuration alone, as of a user's folder."""
     config.architectures = [MAPPINGS[use][model_type]]
     config.save_pretrained(folder)
