@@ -72,7 +72,7 @@ def uniform_sizes(
     """Config values under which the family's own class has these sizes; None if there are none."""
     if not changed:
         return {}
-    if model.config.is_heterogeneous:  # it has no size for all layers
+    if text_config(model.config).is_heterogeneous:  # it has no size for all layers
         return None
     found = _named_sizes(model, changed, expected, query_groups(model))
     # Where layers differ in size, no one value fits them all.
