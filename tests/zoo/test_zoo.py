@@ -4,6 +4,8 @@ A third of them with every change, all by hand: `pytest -m slow tests/zoo`. A ch
 is written by `python -m tests.zoo`.
 """
 
+import gc
+
 import pytest
 
 from fragments import zoo
@@ -14,6 +16,17 @@ from tests.zoo.outcomes import difference, in_ci, name_of
 
 EXPECTED = outcomes.read()
 pytestmark = pytest.mark.skipif(not EXPECTED, reason="seen with another release of transformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_collections():
+    """Whole collections look through all modules every time, seconds in all."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
 
 
 def as_it_was(family) -> None:
