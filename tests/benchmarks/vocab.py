@@ -1,7 +1,7 @@
 """What cutting the head to the tokens of a task is worth, alone and beside everything else.
 
     python -m tests.benchmarks.vocab RUN STUDY [--runtimes openvino onnx torch] [--budget 70%]
-        [--trials 50] [--result NAME]
+        [--trials 50] [--screen 32] [--result NAME]
         [--new_tokens 6] [--choices 1.0 0.25 0.05 0.001] [--text FILE] [--save]
 
 RUN is a trained run of a language model. STUDY gets two copies of it (kept, so that interrupted
@@ -67,7 +67,7 @@ def give_vocabulary(run: Run, choices: list[float], text: str | None) -> None:
 def searched(run: Run, given: argparse.Namespace, timing: TimingConfig):
     config = SearchConfig(
         run=str(run.path), timing=timing, budget=BudgetConfig(decode_ms=given.budget),
-        objectives=["accuracy", "decode_ms"], trials=given.trials,
+        objectives=["accuracy", "decode_ms"], trials=given.trials, screen=given.screen,
     )  # fmt: skip
     return search(config)
 
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", choices=runtimes, default=runtimes)
     parser.add_argument("--budget", default="70%")
     parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--screen", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=6)
     parser.add_argument("--choices", type=float, nargs="+", default=[1.0, 0.25, 0.05, 0.001])
     parser.add_argument("--text")
