@@ -20,7 +20,7 @@ from elastic.config import (
     SpaceShowConfig,
     StageConfig,
 )
-from elastic.errors import ConfigError, ModelError
+from elastic.errors import ConfigError, ExportError, ModelError
 from elastic.exporting.command import export
 from elastic.files import read_json
 from elastic.formats import hf, slices
