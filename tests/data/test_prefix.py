@@ -19,7 +19,16 @@ from tests.helpers import tiny
 from tests.helpers.families import DECODER, FAMILIES, GROUPED, ROUNDED, SMALL, model_of
 
 TOKENIZER = tiny.tokenizer()
-OTHERS = ("rwkv", "bert, classes", "bert, a score", "roberta", "minilm", "t5", "flan-t5")
+OTHERS = (
+    "rwkv",
+    "llama, classes",
+    "bert, classes",
+    "bert, a score",
+    "roberta",
+    "minilm",
+    "t5",
+    "flan-t5",
+)
 DECODERS = [family for family in FAMILIES if family not in OTHERS]
 START = "Below is an instruction. "
 ASKED = [

@@ -37,7 +37,7 @@ PRECISION = 1e-5
 def test_active_sliced_merged_and_reloaded_are_one_function(family, tmp_path):
     base = hybrid(family)
     net = Supernet(hybrid(family), discover(base), tiny.ADAPTERS["lora"])
-    assert {group.dim for group in net.space} == {"heads", "rank", "width"}
+    assert {group.dim for group in net.space} >= {"heads", "rank", "width"}
     with torch.no_grad():
         net.reorder(tiny.permutations(net))
         full = output(base)
