@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from elastic.config import ModelConfig
 from elastic.errors import ConfigError
 from elastic.models import loading
+from elastic.models.packaged import PACKAGED
 from elastic.models.wrappers import auto_for, is_in, language_model, outside
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.pattern import matching
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def placed_in(space: SearchSpace, config: ModelConfig) -> SearchSpace:
     """The space as `placed` has it for the model that this is the configuration of; reads no
     weights."""
-    if auto_for(loading.architecture_of(config)) is None:
+    # Those that come in packages are models of text, and need not be there to be told so.
+    if config.path in PACKAGED or auto_for(loading.architecture_of(config)) is None:
         return space
     return placed(space, loading.skeleton(config))
 
