@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elastic.models.modules import plain_linear
+from elastic.models.modules import instead, plain_linear
 from elastic.spaces.mixtures import mixtures
 
 if TYPE_CHECKING:
@@ -57,11 +57,6 @@ def _layers(experts: Any, name: str) -> nn.ModuleList:
 @contextlib.contextmanager
 def written_out(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block every mixture of the model computes so."""
-    found = {each.experts: model.get_submodule(each.experts) for each in mixtures(model)}
-    for name, module in found.items():
-        model.set_submodule(name, EveryExpert(module))
-    try:
+    names = [each.experts for each in mixtures(model)]
+    with instead(model, {name: EveryExpert(model.get_submodule(name)) for name in names}):
         yield
-    finally:
-        for name, module in found.items():
-            model.set_submodule(name, module)

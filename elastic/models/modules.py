@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +25,28 @@ def modules_of(model: nn.Module, kind: type[ModuleType]) -> Iterator[tuple[str, 
     for name, module in list(model.named_modules()):
         if isinstance(module, kind):
             yield name, module
+
+
+def outermost(model: nn.Module, kind: type[ModuleType]) -> Iterator[tuple[str, ModuleType]]:
+    """Those of them that are in no other."""
+    outer: list[str] = []
+    for name, module in modules_of(model, kind):
+        if not any(name.startswith(f"{other}.") for other in outer):
+            outer.append(name)
+            yield name, module
+
+
+@contextlib.contextmanager
+def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the block these modules stand in the model, in the places of those of their names."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -160,6 +160,14 @@ def _made_of(block: nn.Module) -> Iterator[tuple[str, Any]]:
         yield key, parameter.shape
     for name, module in block.named_modules():
         yield name, type(module)
-        for key, value in vars(module).items():
-            if isinstance(value, bool | int | float | str) and key not in NUMBERS:
-                yield f"{name}.{key}", value
+        for key, value in settings_of(module).items():
+            yield f"{name}.{key}", value
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of a module, without the number of its block."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and key not in NUMBERS
+    }

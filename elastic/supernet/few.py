@@ -11,8 +11,8 @@ from torch import nn
 
 from elastic.adapters.experts import ElasticExperts
 from elastic.adapters.layers import ElasticLinear
-from elastic.models.modules import modules_of
-from elastic.spaces.blocks import NUMBERS, counts, described
+from elastic.models.modules import instead, outermost
+from elastic.spaces.blocks import NUMBERS, counts, described, settings_of
 from elastic.supernet.depth import running
 
 if TYPE_CHECKING:
@@ -25,11 +25,7 @@ FEW = 2
 def alike(model: nn.Module) -> list[list[str]]:
     """Names of blocks in one list that compute the same, where they are many."""
     kinds: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    seen: list[str] = []
-    for name, blocks in modules_of(model, nn.ModuleList):
-        if any(name.startswith(f"{outer}.") for outer in seen):
-            continue
-        seen.append(name)
+    for name, blocks in outermost(model, nn.ModuleList):
         for number, block in running(blocks).items():
             kinds[(name, *_signature(block))].append(f"{name}.{number}")
     return [kind for kind in kinds.values() if len(kind) > 2 * FEW + 1]
@@ -38,11 +34,7 @@ def alike(model: nn.Module) -> list[list[str]]:
 def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Classes, shapes, active sizes and plain settings of everything in a block, but its number."""
     for name, module in block.named_modules():
-        settings: dict[str, Any] = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and key not in NUMBERS
-        }
+        settings = settings_of(module)
         if isinstance(module, ElasticLinear):
             size = module.size
             settings |= {"active": (size.rows, size.columns, size.rank)}
@@ -58,14 +50,15 @@ def without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
     """The model as if these blocks were not there: its configuration and the numbers of the others
     say so, too."""
     lists = {name.rpartition(".")[0] for name in left_out}
-    whole = {name: model.get_submodule(name) for name in lists}
+    few: dict[str, nn.Module] = {}
     before: list[tuple[Any, dict[str, Any]]] = []
 
     def change(thing: Any, values: dict[str, Any]) -> None:
         before.append((thing, {key: vars(thing)[key] for key in values}))
         vars(thing).update(values)
 
-    for name, blocks in whole.items():
+    for name in lists:
+        blocks: Any = model.get_submodule(name)
         numbers, own = zip(*running(blocks).items(), strict=True)
         kept = [at for at, number in enumerate(numbers) if f"{name}.{number}" not in left_out]
         for config, key in counts(model, name, len(own)):
@@ -74,11 +67,10 @@ def without(model: PreTrainedModel, left_out: Sequence[str]) -> Iterator[None]:
             for module in own[at].modules():
                 numbered = (n for n in NUMBERS if isinstance(vars(module).get(n), int))
                 change(module, dict.fromkeys(numbered, place))
-        model.set_submodule(name, nn.ModuleList([own[at] for at in kept]))
+        few[name] = nn.ModuleList([own[at] for at in kept])
     try:
-        yield
+        with instead(model, few):
+            yield
     finally:
         for thing, values in reversed(before):
             vars(thing).update(values)
-        for name, blocks in whole.items():
-            model.set_submodule(name, blocks)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elastic.models.modules import modules_of
+from elastic.models.modules import modules_of, outermost
 from elastic.spaces.dims import FIXED_HEADS, head_size_of, is_latent
 from elastic.spaces.mixtures import groups_of, mixtures, routers_of
 from elastic.spaces.pattern import pattern_of
@@ -54,13 +54,8 @@ def kinds_of(model: nn.Module, used: set[str] | None, inside: str = "") -> Itera
     """Of every outermost list of several blocks, those `inside` of the module of that name alone.
     Layers that carry factors are `used`, as far as that is known; of others the code reads the
     weight."""
-    outer: list[str] = []
-    for name, blocks in modules_of(model, nn.ModuleList):
-        if not name.startswith(inside and f"{inside}."):
-            continue
-        if any(name.startswith(f"{other}.") for other in outer):
-            continue
-        outer.append(name)
+    for place, blocks in outermost(model.get_submodule(inside), nn.ModuleList):
+        name = f"{inside}.{place}" if inside else place
         if len(blocks) < 2:
             continue
         alike: dict[Any, list[int]] = {}

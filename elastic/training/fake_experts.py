@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from elastic.adapters.experts import ElasticExperts
+from elastic.models.modules import instead
 from elastic.spaces.mixtures import core, mixtures
 from elastic.supernet.routed import given
 
@@ -47,11 +48,6 @@ def _linear(x: Tensor, tensors: dict[str, Tensor], name: str, own: Any) -> Tenso
 @contextlib.contextmanager
 def one_expert(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block every mixture of the model computes so."""
-    found = {each.experts: model.get_submodule(each.experts) for each in mixtures(model)}
-    for name, module in found.items():
-        model.set_submodule(name, OneExpert(module))
-    try:
+    names = [each.experts for each in mixtures(model)]
+    with instead(model, {name: OneExpert(model.get_submodule(name)) for name in names}):
         yield
-    finally:
-        for name, module in found.items():
-            model.set_submodule(name, module)

@@ -57,6 +57,15 @@ def one_function(
     return expected, small
 
 
+def every_factor_learns(net: Supernet, output: Callable[[PreTrainedModel], torch.Tensor]) -> None:
+    """Of the minimal sub-adapter, none is left without a gradient."""
+    with net.active(net.space.minimal()) as model:
+        (output(model) * torch.randn(output(model).shape, dtype=torch.float64)).sum().backward()
+    for site, adapter in net.adapters():
+        for name, parameter in adapter.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, (site, name)
+
+
 def several(net: Supernet, draws: int = 3) -> list[SubAdapter]:
     generator = random.Random(0)
     named = [net.space.maximal(), net.space.minimal(), net.space.heuristic()]

@@ -15,7 +15,7 @@ from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, ROUNDED, model_of, net_of, output
-from tests.helpers.laws import close, one_function, several
+from tests.helpers.laws import close, every_factor_learns, one_function, several
 
 BLOOM = ("self_attention.query_key_value", "self_attention.dense")
 FIXED_WIDTH = {"bloom"}
@@ -78,12 +78,7 @@ def test_uniform_heads_are_plain_where_the_config_may_say_so(tmp_path, kept, pla
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_active_factor_gets_a_gradient(family):
-    net = net_of(family)
-    with net.active(net.space.minimal()) as model:
-        (output(model) * torch.randn(output(model).shape, dtype=torch.float64)).sum().backward()
-    for site, adapter in net.adapters():
-        for name, parameter in adapter.named_parameters():
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, (site, name)
+    every_factor_learns(net_of(family), output)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,6 +33,16 @@ PRECISION = 1e-5
 """Norms, routers and scans round to float32, whatever the type."""
 
 
+def goes_on_alike(net, sub, small: PreTrainedModel, expected: torch.Tensor, folder) -> None:
+    """Written and loaded again it is the same function, and all three generate the same tokens."""
+    again = runnable_(hf.load(hf.write(small, None, folder), torch.float64))
+    close(output(again), expected, PRECISION)
+    with net.active(sub):
+        tokens = net.model.generate(tiny.tokens(2, 6), **GENERATED)
+    assert torch.equal(small.generate(tiny.tokens(2, 6), use_cache=False, **GENERATED), tokens)
+    assert torch.equal(again.generate(tiny.tokens(2, 6), **GENERATED), tokens)
+
+
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_active_sliced_merged_and_reloaded_are_one_function(family, tmp_path):
     base = hybrid(family)
@@ -46,12 +56,7 @@ def test_active_sliced_merged_and_reloaded_are_one_function(family, tmp_path):
         for sub in (net.space.minimal(), net.space.random(random.Random(1))):
             expected, small = one_function(net, sub, output, PRECISION)
             assert (expected - full).abs().max() > 1e-3 * full.abs().max()
-        again = runnable_(hf.load(hf.write(small, None, tmp_path), torch.float64))
-        close(output(again), expected, PRECISION)
-        with net.active(sub):
-            tokens = net.model.generate(tiny.tokens(2, 6), **GENERATED)
-        assert torch.equal(small.generate(tiny.tokens(2, 6), use_cache=False, **GENERATED), tokens)
-        assert torch.equal(again.generate(tiny.tokens(2, 6), **GENERATED), tokens)
+        goes_on_alike(net, sub, small, expected, tmp_path)
 
 
 DEEP = {
@@ -97,12 +102,7 @@ def test_blocks_of_every_kind_may_be_left_out(family, tmp_path):
         assert (expected - full).abs().max() > 1e-3 * full.abs().max()
         close(output(net.model), full, 1e-12)  # as before
         assert [type_of(block) for block in small.model.layers] == [blocks[n] for n in kept]
-        again = runnable_(hf.load(hf.write(small, None, tmp_path), torch.float64))
-        close(output(again), expected, PRECISION)
-        with net.active(sub):
-            tokens = net.model.generate(tiny.tokens(2, 6), **GENERATED)
-        assert torch.equal(small.generate(tiny.tokens(2, 6), use_cache=False, **GENERATED), tokens)
-        assert torch.equal(again.generate(tiny.tokens(2, 6), **GENERATED), tokens)
+        goes_on_alike(net, sub, small, expected, tmp_path)
 
 
 def type_of(block: nn.Module) -> list[str]:
