@@ -133,12 +133,14 @@ def best_of(
     cost: str,
     limits: Mapping[str, float],
 ) -> int:
-    """The number (from 1) of the preferred one among those that meet the budget as measured too,
-    where that can be trusted; if none does, of the cheapest, the first."""
+    """The number (from 1) of the preferred one among those that are not certainly over the budget
+    as measured, where that can be trusted; if all are, of the cheapest, the first."""
 
     def meets(number: int) -> bool:
         one, timing = chosen[number - 1], measured[number - 1]
-        return timing is None or not timing.trusted or met(timing.instead_of(one.judged), limits)
+        if timing is None or not timing.trusted:
+            return True
+        return met(timing.at_least().instead_of(one.judged), limits)
 
     numbers = [number for number in range(1, len(chosen) + 1) if meets(number)]
     return min(numbers, key=lambda n: preference(chosen[n - 1], cost, limits), default=1)

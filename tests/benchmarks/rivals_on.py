@@ -74,8 +74,8 @@ def main() -> None:
     }
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     print(f"ready after {time.perf_counter() - began:.0f} s on {device}", flush=True)
-    for name in names:
-        for units in map(float, given.units.split(",")):
+    for units in map(float, given.units.split(",")):
+        for name in names:
             if (name, units) in done:
                 continue
             began = time.perf_counter()

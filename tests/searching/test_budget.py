@@ -12,8 +12,8 @@ from elastic import __main__
 from elastic.config import BudgetConfig, CompensationConfig, SearchConfig
 from elastic.errors import BudgetError
 from elastic.models import loading
-from elastic.searching.budget import room
-from elastic.searching.finalists import best_of
+from elastic.searching.budget import met, room
+from elastic.searching.finalists import best_of, preference
 from elastic.searching.front import Evaluated, Measured
 from elastic.searching.objective import Figures
 from elastic.searching.study import search
@@ -247,6 +247,15 @@ def test_the_best_meets_the_budget_as_measured(limits, measured, best):
     assert best_of(chosen, [None] * 3, "prefill_ms", limits) == untimed
     busy = [replace(each, trusted=False) for each in times]
     assert best_of(chosen, busy, "prefill_ms", limits) == untimed
+    unsure = [
+        replace(each, least_prefill_ms=10.0 * n, least_decode_ms=float(n))
+        for n, each in enumerate(times, 1)
+    ]
+    as_predicted = min(
+        (n for n in (1, 2, 3) if met(chosen[n - 1].judged, limits)),
+        key=lambda n: preference(chosen[n - 1], "prefill_ms", limits),
+    )
+    assert best_of(chosen, unsure, "prefill_ms", limits) == as_predicted
 
 
 def test_a_best_one_over_the_budget_as_measured_says_so(trained, tmp_path, monkeypatch, capsys):
@@ -259,6 +268,10 @@ def test_a_best_one_over_the_budget_as_measured_says_so(trained, tmp_path, monke
     replace(front, members=[best]).show()
     said = capsys.readouterr().out
     assert f"None meets the budget as measured; {best.name} has prefill_ms" in said
+    unsure = replace(best.measured, least_prefill_ms=limit - 1)
+    replace(front, members=[replace(best, measured=unsure)]).show()
+    said = capsys.readouterr().out
+    assert f"As measured {best.name} has prefill_ms" in said and "None meets" not in said
 
 
 def test_an_accuracy_nobody_reaches_is_reported_at_the_end(trained, tmp_path, asked):
