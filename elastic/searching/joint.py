@@ -28,6 +28,9 @@ NOISES = (0.3, 1.0)
 are of the same examples."""
 LEAST = 0.1
 """Of 1 + δ: nothing is believed to gain by being cut."""
+LEAST_LOSS = 0.5
+"""Of b, in standard errors of one accuracy. Accuracies of few examples may rise by chance as more
+is cut; then they cannot tell a small loss from none, and the order of the divergences decides."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,18 @@ class Joint:
         if known not in self._tuned:
             self._tuned[known] = self._tune(choices[:known], values[:known], noise)
         power, spread, left = self._tuned[known]
-        mean, slopes = self._linear(choices, values, power)
+        mean, slopes = self._linear(choices, values, power, noise)
         # Of what a and b leave, which are as free as without a prior.
         inverse = np.linalg.inv(left * np.eye(len(values)) + spread**2 * slopes @ slopes.T)
         covariance = np.linalg.pinv(mean.T @ inverse @ mean)
+        b, rest = float((covariance @ mean.T @ inverse @ values)[1]), values
+        if b < (floor := LEAST_LOSS * noise**0.5):
+            b, rest, mean = floor, values - floor * mean[:, 1], mean[:, :1]
+            covariance = np.linalg.pinv(mean.T @ inverse @ mean)
         weigh = inverse - inverse @ mean @ covariance @ mean.T @ inverse
-        asked = weigh @ values
+        asked = weigh @ rest
         fitted = values - left * asked
         delta = spread**2 * slopes.T @ asked
-        b = max(float((covariance @ mean.T @ inverse @ values)[1]), 1e-9)
         parts = self._moved(self._parts, delta)
         a = float((fitted + b * _chosen(parts, choices).sum(1) ** power).mean())
         at = a, b, power
@@ -115,13 +121,13 @@ class Joint:
         return moved
 
     def _linear(
-        self, choices: np.ndarray, values: np.ndarray, power: float
+        self, choices: np.ndarray, values: np.ndarray, power: float, noise: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features of a and b (evaluations, 2), and slopes in δ (evaluations, groups + kinds)."""
         parts = _chosen(self._parts, choices)
         total = np.maximum(parts.sum(1), 1e-9)
         mean = np.stack([np.ones(len(values)), -(total**power)], 1)
-        b = max(float(np.linalg.lstsq(mean, values, rcond=None)[0][1]), 1e-9)
+        b = max(float(np.linalg.lstsq(mean, values, rcond=None)[0][1]), LEAST_LOSS * noise**0.5)
         slopes = -b * power * total[:, None] ** (power - 1) * parts
         return mean, np.hstack([slopes, slopes @ self._of_kind])
 
@@ -131,7 +137,7 @@ class Joint:
         """Power, spread and noise of the largest restricted likelihood."""
         best, chosen = -np.inf, (POWERS[0], SPREADS[0], noise)
         for power in POWERS:
-            mean, slopes = self._linear(choices, values, power)
+            mean, slopes = self._linear(choices, values, power, noise)
             found, vectors = np.linalg.eigh(slopes @ slopes.T)
             turned, seen = vectors.T @ mean, vectors.T @ values
             for spread, part in itertools.product(SPREADS, NOISES):

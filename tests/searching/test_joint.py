@@ -74,3 +74,12 @@ def test_two_extremes_are_enough_to_begin(world):
     belief = Joint(KINDS, parts).fit(ends, np.array([0.8, 0.5]), 1e-4)
     assert np.isclose(belief.effects.min(1).sum(), -0.3, rtol=0.05)
     assert np.allclose(belief.predict(ends), [0.8, 0.5], atol=0.01)
+
+
+def test_where_accuracies_rise_by_chance_divergences_decide(world):
+    parts, _, at, _ = world
+    lost = np.take_along_axis(parts, at.T, 1).sum(0)
+    belief = Joint(KINDS, parts).fit(at, 0.8 + 0.02 * lost, 0.03**2)
+    assert belief.effects.min(1).sum() < -0.4 * 0.03
+    assert np.corrcoef(belief.fitted, lost)[0, 1] < -0.9
+    assert np.corrcoef(belief.predict(at), lost)[0, 1] < -0.9
