@@ -104,9 +104,9 @@ def report(
         "description": description,
         "command": f"python -m tests.benchmarks.{name}",
         "date": datetime.date.today().isoformat(),
-        **values,
         "rows": rows,
         **provenance("cpu" if not torch.cuda.is_available() else "cuda:0"),
+        **values,
     }
     print(json.dumps(found))
     if save:
