@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import elastic
 from elastic import config
@@ -23,6 +23,21 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    """Who reads the output may stop before its end, as `head` does: that ends the command without a
+    traceback, as https://docs.python.org/3/library/signal.html#note-on-sigpipe has it."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # at exit it would be too late to say nothing
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+@_unread()
 def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
     """Run one command; the exit code is 0, 1 for an error, 2 for a budget nobody meets."""
     from elastic.errors import ConfigError, unknown
@@ -41,6 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "elastic") -> int:
     return run(command, arguments[words:], prog=f"{prog} {command}")
 
 
+@_unread()
 def run(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, call, print: what each entry does."""
     from elastic.config.parsing import parse

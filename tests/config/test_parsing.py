@@ -1,6 +1,7 @@
 """Settings come from YAML and flags; a wrong one is refused by its name, before anything loads."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import typing
@@ -301,6 +302,19 @@ def test_help_waits_for_no_heavy_library():
     )
     assert done.returncode == 0, done.stderr
     assert "--adapter.rank" in done.stdout and "Inner size of the maximal" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_may_stop_before_the_end(arguments, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic", *arguments], stdout=writing, stderr=subprocess.PIPE,
+        check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writing)
+    assert done.stderr == b"" and done.returncode in (0, 1)
 
 
 def test_usage_and_unknown_commands(capsys):
