@@ -9,15 +9,53 @@ the divergences themselves: Bercovich et al. 2024, arXiv 2411.19146.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.console import track
-from elastic.spaces.bound import Point, Space
+from elastic.config import SearchConfig
+from elastic.console import say, track
+from elastic.files import tag
+from elastic.searching.objective import Objective
+from elastic.spaces.bound import Candidate, Point, Space
 
+if TYPE_CHECKING:
+    import optuna
+
+LONGEST, FEWEST = 25, 4
+"""Accuracies that screening may take as long as, however many trials there will be, and examples
+below which it is not worth it."""
 POWERS = np.linspace(0.3, 1.5, 25)
 ALONE, TOGETHER = "alone", "together"
+_KEPT = "divergence "
+"""Of what a study keeps, the start of the names of these."""
+
+
+def rows_of(config: SearchConfig, objective: Objective) -> int:
+    """Examples of every divergence; 0 where nothing is tried alone, or would take too long."""
+    if config.sampler != "additive":
+        return 0
+    room = LONGEST * len(objective.examples)
+    rows = min(config.screen, room // count(objective.space))
+    return rows if rows >= min(config.screen, FEWEST) else 0
+
+
+def screened(study: optuna.Study, objective: Objective, rows: int) -> dict[str, Any]:
+    """`screen` of the objective's divergences on so many examples. The study keeps each as it
+    comes, so that what a kill ends goes on; it is of one super-adapter, task and settings."""
+    kept = {name: value for name, value in study.user_attrs.items() if name.startswith(_KEPT)}
+
+    def divergence(candidate: Candidate) -> float:
+        name = _KEPT + tag(f"{candidate} {rows}")
+        if name not in kept:
+            kept[name] = objective.divergence(candidate, rows)
+            study.set_user_attr(name, kept[name])
+        return float(kept[name])
+
+    before = f", of which {len(kept)} were tried before" if kept else ""
+    choices = count(objective.space)
+    say(f"Trying {choices} choices alone{before}, on {rows} validation examples each")
+    return screen(objective.space, divergence)
 
 
 def screen(
@@ -31,8 +69,7 @@ def screen(
     asked = [(group, choice) for group in space for choice in range(1, len(group.choices))]
     alone = {group.name: [0.0] for group in space}
     for group, choice in track(asked, "each choice alone", quiet=quiet):
-        found = divergence(space.at({**full, group.name: choice}))
-        alone[group.name].append(found)
+        alone[group.name].append(divergence(space.at({**full, group.name: choice})))
     together = [[[space.indices(rung)[name] for name in names], divergence(rung)] for rung in rungs]
     return {ALONE: list(alone.values()), TOGETHER: together}
 

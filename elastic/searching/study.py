@@ -65,9 +65,6 @@ UNRELATED = (
     "table", "recover", "report_to",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
-SCREENING, FEWEST = 25, 4
-"""Accuracies that screening may take as long as, however many trials there will be, and examples
-below which it is not worth it."""
 FAILURES = 3
 """Trials in a row without figures that end the search."""
 PATIENCE = 200
@@ -122,10 +119,10 @@ def search(config: SearchConfig) -> Front:
             net, base.tokenizer, task.validation, config, timetables, held_out, clock
         )
         importance = parts = None
-        if rows := _screened_rows(config, objective):
+        if rows := screening.rows_of(config, objective):
+            ask = functools.partial(screening.screened, study, objective, rows)
             with clock.during("screening"):
-                screened = worker.once("screened", functools.partial(_screened, objective, rows))
-            parts = screening.parts(screened)
+                parts = screening.parts(worker.once("screened", ask))
         if config.sampler == "additive" and config.importance_examples and parts is None:
             asked = task.train[: config.importance_examples]
             measured = functools.partial(_importance, net, base.tokenizer, asked)
@@ -241,22 +238,6 @@ def _importance(
     say(f"Asking the gradients of {len(sequences)} training examples what matters")
     batches = list(collated(sequences, IMPORTANCE_BATCH, tokenizer.pad_token_id, net.model.device))
     return group_importance(net, track(batches, "gradients"))
-
-
-def _screened_rows(config: SearchConfig, objective: Objective) -> int:
-    """Of every divergence; 0 where nothing is tried alone, or would take too long."""
-    if config.sampler != "additive":
-        return 0
-    room = SCREENING * len(objective.examples)
-    rows = min(config.screen, room // screening.count(objective.space))
-    return rows if rows >= min(config.screen, FEWEST) else 0
-
-
-def _screened(objective: Objective, rows: int) -> dict[str, Any]:
-    """What every choice alone makes of the answers."""
-    space = objective.space
-    say(f"Trying {screening.count(space)} choices alone, on {rows} validation examples each")
-    return screening.screen(space, lambda candidate: objective.divergence(candidate, rows))
 
 
 def _begun(
