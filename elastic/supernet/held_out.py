@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 
 SEQUENTIAL = "sequential"
+LOW = -1e9
+"""Of a token that cannot be said: far below every logit, and a number, also times 0."""
 
 
 @dataclass(frozen=True)
@@ -192,21 +194,22 @@ class HeldOut:
     def divergence(self, model: PreTrainedModel, rows: int | None = None) -> float:
         """From the full model, on the held-out examples, or on the first batches that have so many
         of them."""
-        full = self._full
+        asked = self._answered
         if rows is not None:
-            ends = itertools.accumulate(len(batch["labels"]) for batch in self.batches)
-            full = full[: sum(end < rows for end in ends) + 1]
-        return divergence(model, self.batches, full)
+            ends = itertools.accumulate(len(batch["labels"]) for batch, _ in asked)
+            asked = asked[: sum(end < rows for end in ends) + 1]
+        return divergence(model, asked)
 
     @functools.cached_property
-    def _full(self) -> list[Tensor]:
-        """Logits of the maximal sub-adapter for the answers of the first batches, one at least."""
-        found: list[Tensor] = []
+    def _answered(self) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """The first batches, one at least, with the logits of the maximal sub-adapter for their
+        answers."""
+        found: list[tuple[dict[str, Tensor], Tensor]] = []
         with self.net.active(self.net.space.maximal()) as model, torch.no_grad():
             for batch in track(self.batches, "asking the full model"):
-                if sum(logits.nbytes for logits in found) > self.config.room_mb * 1e6:
+                if sum(logits.nbytes for _, logits in found) > self.config.room_mb * 1e6:
                     break
-                found.append(answer_logits(model, batch)[0])
+                found.append((batch, answer_logits(model, batch)[0]))
         return found
 
 
@@ -282,17 +285,25 @@ def decide(
 
 
 @torch.no_grad()
-def divergence(
-    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], full: Sequence[Tensor]
-) -> float:
+def divergence(model: PreTrainedModel, asked: Sequence[tuple[dict[str, Tensor], Tensor]]) -> float:
     """Mean over answer tokens of KL(full ‖ model), in nats; of a number, half the mean squared
-    difference. `full` are the full model's logits (batch, width, vocabulary) of the answers in the
-    first batches, which are asked."""
+    difference. `asked` are batches with the full model's logits (batch, width, vocabulary) of their
+    answers.
+
+    Of a head that lacks tokens, from which all are infinitely far: KL among those that it has, and
+    -log of the probability that the full model gives these together.
+    """
     total = tokens = 0.0
-    for batch, answers in track([*zip(batches, full, strict=False)], "asking held-out examples"):
+    for batch, answers in track(asked, "asking held-out examples"):
         logits, labels = answer_logits(model, batch)
+        counted = labels != IGNORED
+        lacking = logits.isneginf()
+        if lacking.any():
+            before = answers.logsumexp(-1)
+            logits, answers = (each.masked_fill(lacking, LOW) for each in (logits, answers))
+            total += float((before - answers.logsumexp(-1))[counted].sum())
         total += float(answer_loss(logits, labels, answers, distill=1.0))
-        tokens += float((labels != IGNORED).sum())
+        tokens += float(counted.sum())
     return total / max(tokens, 1)
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from elastic.config import CompensationConfig
+from elastic.data.answers import answer_logits
+from elastic.data.collating import IGNORED
 from elastic.errors import ConfigError
 from elastic.formats import hf
 from elastic.models.cut_head import CutHead
@@ -19,6 +22,7 @@ from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import VOCABULARY
 from elastic.supernet.compact import compact, sliced
 from elastic.supernet.cost import Counter, count
+from elastic.supernet.held_out import HeldOut
 from elastic.supernet.streaming import streamed
 from elastic.supernet.supernet import Supernet
 from elastic.training.checks import require_cut_head
@@ -137,6 +141,23 @@ def test_greedy_answers_are_those_of_the_full_model_among_kept_tokens(family):
         start = 1 if net.model.config.is_encoder_decoder else ids.shape[1]
         assert torch.equal(found, full)
         assert set(found[0, start:].tolist()) <= set(kept.tolist())
+
+
+def test_a_head_that_lacks_tokens_is_as_far_from_the_full_model_as_these_are_likely():
+    net = net_of("llama")
+    batch = batch_of("a b c", "d e")
+    held = HeldOut(net, CompensationConfig(), [batch])
+    with net.active(net.space.maximal()) as model, torch.no_grad():
+        full, labels = answer_logits(model, batch)
+    full = full[labels != IGNORED].log_softmax(-1)
+    for whole, cut, kept in sizes(net):
+        with net.active(whole) as model, torch.no_grad():
+            logits = answer_logits(model, batch)[0][labels != IGNORED]
+        mine, theirs = (each[:, kept].log_softmax(-1) for each in (logits, full))
+        apart = (theirs.exp() * (theirs - mine)).sum(-1) - full[:, kept].logsumexp(-1)
+        with net.active(cut) as model:
+            assert held.divergence(model) == pytest.approx(float(apart.mean()), rel=1e-5)
+        assert float(apart.mean()) > 0.01
 
 
 def test_tokens_that_answers_need_stay_at_every_choice():

@@ -109,6 +109,15 @@ def test_of_what_the_full_model_says_no_more_is_held_than_there_is_room_for(load
         assert held.divergence(model) == first.divergence(model) != 0
 
 
+@pytest.mark.parametrize("rows, batches", [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (9, 3)])
+def test_few_rows_are_those_of_the_first_batches(loaded, rows, batches):
+    _, _, net = loaded
+    given = [batch_of("a b", "c d e"), batch_of("f g", "h i j"), batch_of("k l m")]
+    held, first = (HeldOut(net, CompensationConfig(), each) for each in (given, given[:batches]))
+    with net.active(net.space.minimal()) as model:
+        assert held.divergence(model, rows) == first.divergence(model) != 0
+
+
 def test_test_examples_decide_nothing(loaded):
     run, tokenizer, net = loaded
     config = run.config()
