@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic.config import CompensationConfig, SearchConfig, TaskConfig
 from elastic.latency.measure import Latency
@@ -14,6 +14,9 @@ from elastic.spaces.bound import SubAdapter
 from elastic.training.one_task import train_one
 from tests.helpers.tiny_runs import ONE_ROUND, randomize_factors, space_file, train_config
 
+GRAPH = replace(ONE_ROUND, runtime="onnx")
+SPEED = {None: 1.0, "int8": 0.5, "int4": 0.7}
+"""Parts of the time that weights as they are take: fewer bits need not be faster."""
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia")
 
 

@@ -3,7 +3,6 @@ stands in it is exported so. Latency is a function of size and bits here; accura
 
 import json
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +16,10 @@ from elastic.data import load_task
 from elastic.errors import ConfigError, RunError
 from elastic.evaluation.evaluate import evaluate
 from elastic.formats.rounding import round_
-from elastic.latency import bench
 from elastic.latency.bench import Bench
 from elastic.latency.command import time_run
 from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import record
-from elastic.latency.measure import Latency
 from elastic.latency.target import Target
 from elastic.searching.objective import Objective
 from elastic.searching.sampler import AdditiveSampler
@@ -32,41 +29,13 @@ from elastic.supernet.compact import compact
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import load_run
 from tests.helpers import tiny
-from tests.helpers.searches import config, sub_of, trials_of
-from tests.helpers.tiny_runs import ONE_ROUND, copy_run, decode_of, measurement, prefill_of
+from tests.helpers.searches import GRAPH, SPEED, config, sub_of, trials_of
+from tests.helpers.tiny_runs import copy_run, prefill_of
 
 MODES = ["int8", "int4"]
 SPACE = tiny.space(heads=True).bind(tiny.llama(), tiny.RANK)
 WIDE = CandidateSpace.of(SPACE, MODES)
-SPEED = {None: 1.0, "int8": 0.5, "int4": 0.7}
-"""Parts of the time that weights as they are take: fewer bits need not be faster."""
-GRAPH = replace(ONE_ROUND, runtime="onnx")
 CANDIDATES = st.integers(0, 2**32).map(lambda seed: WIDE.random(random.Random(seed)))
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch, tmp_path):
-    """Nothing is written: a model and its compression take as long as their size and mode say."""
-    opened = []
-
-    def open_runner(timing, model, directory, compress=None):
-        opened.append(compress)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        return SimpleNamespace(size=size, mode=compress)
-
-    def measure(runners, timing, **_):
-        found = {
-            name: Latency(
-                prefill_of(each.size) * SPEED[each.mode], decode_of(each.size) * SPEED[each.mode], 0
-            )
-            for name, each in runners.items()
-        }
-        return measurement(found, timing)
-
-    monkeypatch.setattr(bench, "open_runner", open_runner)
-    monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setenv("ELASTIC_CACHE", str(tmp_path / "cache"))
-    return opened
 
 
 @given(CANDIDATES)
