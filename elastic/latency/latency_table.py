@@ -6,6 +6,7 @@ A search then knows the latency of whatever it may propose, and measures only wh
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -78,6 +79,8 @@ class Timetable:
     about: Mapping[str, Any]
     full: Mapping[str, float]
     """Latencies of the full model, not compressed, in the same rounds."""
+    rounds: int
+    """In which all took turns; 0 of an earlier version, which did not keep it."""
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
@@ -147,6 +150,7 @@ class Timetable:
             "unseen": [timed.as_dict() for timed in self.unseen],
             "errors": {metric: asdict(error) for metric, error in self.errors.items()},
             "asked": list(self.asked),
+            "rounds": self.rounds,
             "control": self.control,
             "tolerance": self.tolerance,
             "about": dict(self.about),
@@ -169,6 +173,7 @@ class Timetable:
             Target(**value["target"]), space, seen, timed(value["unseen"]), tuple(value["asked"]),
             value["control"], value["tolerance"], value["about"],
             value.get("full") or {name: seen[0].values[name] for name in LATENCIES},
+            value.get("rounds", 0),
         )  # fmt: skip
 
 
@@ -215,13 +220,17 @@ def _target_in(value: Any, file: Path | str) -> Target:
 
 
 def known_timetable(target: Target, table: TableConfig) -> dict[str, Any] | None:
-    """What was measured here before, for a model and space like these, of as many sub-adapters."""
+    """What was measured here before, for a model and space like these, of as many sub-adapters and
+    in as many rounds."""
     file = _cache_file(target)
     if not file.is_file():
         return None
     found = read_timetable(file, target)
-    wanted = (table.seen, table.unseen)
-    return found if tuple(found["asked"]) >= wanted and found["asked"][1] >= wanted[1] else None
+    has, wanted = (
+        (*found["asked"], found.get("rounds", 0)),
+        (table.seen, table.unseen, table.rounds),
+    )
+    return found if all(map(operator.ge, has, wanted)) else None
 
 
 def record(
@@ -254,7 +263,7 @@ def record(
     made = Timetable(
         target, space, rows[: table.seen + 1], rows[table.seen + 1 :], (table.seen, table.unseen),
         float(np.median([each.control for _, each in found])), timing.tolerance,
-        {**provenance(str(net.model.device)), "clocks": clocks}, full,
+        {**provenance(str(net.model.device)), "clocks": clocks}, full, table.rounds,
     )  # fmt: skip
     if made.trusted:
         write_json(_cache_file(target), made.as_dict())

@@ -11,7 +11,7 @@ import torch
 from elastic import __main__
 from elastic.config import LatencyConfig, TableConfig, TimingConfig
 from elastic.errors import ConfigError, RunError
-from elastic.latency import bench
+from elastic.latency import bench, latency_table
 from elastic.latency.bench import CANDIDATE, Bench
 from elastic.latency.command import time_run
 from elastic.latency.latency_table import Timetable, known_timetable, record, spearman
@@ -125,8 +125,25 @@ def test_it_is_measured_once_for_a_target(trained, tmp_path, counted, nothing_kn
     assert known_timetable(Target.of(trained, replace(ONE_ROUND, batch=2)), TableConfig()) is None
     here = Target.of(trained, ONE_ROUND)
     assert known_timetable(here, TableConfig()) is not None
-    for more in (TableConfig(seen=10), TableConfig(unseen=5)):
+    for more in (TableConfig(seen=10), TableConfig(unseen=5), TableConfig(rounds=6)):
         assert known_timetable(here, more) is None
+    for less in (TableConfig(seen=8), TableConfig(unseen=3), TableConfig(rounds=4)):
+        assert known_timetable(here, less) is not None
+    file = latency_table._cache_file(here)
+    kept = json.loads(file.read_text())
+    assert kept.pop("rounds") == 5
+    file.write_text(json.dumps(kept))  # as an earlier version kept it
+    assert known_timetable(here, TableConfig()) is None
+
+
+def test_a_table_of_few_rounds_is_measured_again_for_more(
+    trained, tmp_path, counted, nothing_known
+):
+    for number, (rounds, measured) in enumerate([(3, 13), (5, 13), (4, 0)]):
+        run = copy_run(trained, tmp_path / str(number))
+        search(config(run, trials=2, screen=0, table=TableConfig(rounds=rounds)))
+        assert len(counted) == measured + 2  # those of the front
+        counted.clear()
 
 
 def test_what_a_busy_machine_says_is_told_and_not_kept(
