@@ -152,7 +152,7 @@ def fake_latency(tmp_path_factory):
 def no_plot(monkeypatch):
     """Drawing takes longer than these searches; the one in `searched`, made before this, draws."""
     for module in collected("elastic.searching.front"):
-        monkeypatch.setattr(module.Front, "_plot", lambda self, path: None)
+        monkeypatch.setattr(module, "draw", lambda front, path: None)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import Measurement
 from elastic.run import Run
 from elastic.searching.budget import violations
+from elastic.searching.drawing import COSTS, draw
 from elastic.searching.objective import Figures
 from elastic.searching.sampler import Foresight
 from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
@@ -29,29 +29,6 @@ from elastic.supernet.held_out import Compensated
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How a cost is written."""
-
-    title: str
-    unit: str
-    scale: float = 1
-    """One unit, in what is measured."""
-
-    def __call__(self, amount: float) -> str:
-        return f"{amount / self.scale:.1f} {self.unit}"
-
-
-COSTS = {
-    "prefill_ms": Axis("prefill (time to first token), milliseconds", "ms"),
-    "decode_ms": Axis("decode, milliseconds per token", "ms"),
-    "memory_mb": Axis("weights and what a prefill holds beside them, MB", "MB"),
-    "params": Axis("parameters, millions", "M", 1e6),
-    "macs": Axis("multiply-accumulates per token, millions", "M", 1e6),
-}
-"""What accuracy may be traded against."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +211,7 @@ class Front:
                     write_json(building / f"{name}.json", self._told(member))
         write_text(directory / "trials.csv", self._csv())
         if plotting.draws(plot := directory / "front.png"):
-            self._plot(plot)
+            draw(self, plot)
         write_json(self.run.front, [self._told(member) for member in self.members])
 
     def _told(self, member: Member) -> dict[str, Any]:
@@ -357,58 +334,6 @@ class Front:
             if amount > 0
         ]
         return f"{self.best.name} has {', '.join(told)}" if told else None
-
-    def _plot(self, path: Path) -> None:
-        figure, axes = plotting.canvas(8, 5)
-
-        drawn = self.costs[0]
-        axis = COSTS[drawn]
-
-        def cost(figures: Figures) -> float:
-            return float(getattr(figures, drawn)) / axis.scale
-
-        for feasible, colour, label in (
-            (True, "#8aa9c9", "evaluated"),
-            (False, "#d8d8d8", "over budget"),
-        ):
-            trials = [one for one in self.trials if one.feasible == feasible]
-            if trials:
-                axes.scatter(
-                    [cost(one.figures) for one in trials],
-                    [100 * one.estimate for one in trials],
-                    s=22,
-                    color=colour,
-                    label=f"{label} (estimate on n={self.full.accuracy_n})",
-                )
-        xs = [cost(member.figures) for member in self.members]
-        ys, bars = plotting.percent_bars(
-            (member.test["accuracy"] for member in self.members),
-            (member.test["accuracy_interval"] for member in self.members),
-        )
-        n = self.members[0].test["accuracy_n"]
-        axes.errorbar(
-            xs, ys, yerr=bars, fmt="o-", color="#1f4e79", capsize=3, linewidth=1.2,
-            label=f"front (test, n={n}, 95 % interval)",
-        )  # fmt: skip
-        best = self.best
-        axes.scatter(
-            [cost(best.figures)], [100 * best.test["accuracy"]], s=170, zorder=5,
-            facecolors="none", edgecolors="#c0392b", linewidths=2, label=f"best: {best.name}",
-        )  # fmt: skip
-        whole = 100 * best.full_test.accuracy
-        axes.plot(
-            [cost(self.full)], [whole], marker="*", markersize=13, linestyle="", color="#444444",
-            label=f"full model (test), {axis(getattr(self.full, drawn))}",
-        )  # fmt: skip
-        if drawn in self.limits:
-            limit = self.limits[drawn]
-            axes.axvline(
-                limit / axis.scale, color="#c0392b", linestyle="--", label=f"budget, {axis(limit)}"
-            )
-        axes.set_xlabel(axis.title)
-        axes.set_ylabel("accuracy, %")
-        axes.legend(fontsize=8, loc="lower right")
-        plotting.save(figure, path)
 
 
 def _recovered(recovery: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ from elastic import plotting
 from elastic.files import write_text
 from elastic.latency.cost_table import kinds
 from elastic.latency.target import LATENCIES
-from elastic.searching.front import COSTS, Evaluated, Front
+from elastic.searching.drawing import COSTS
+from elastic.searching.front import Evaluated, Front
 from elastic.searching.pareto import hypervolume
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from elastic.config import CompensationConfig, SearchConfig, StudyConfig
 from elastic.latency import bench
-from elastic.searching.front import Front
+from elastic.searching import front
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
 from tests.helpers.children import ended, forked
@@ -47,7 +47,7 @@ def work(config: SearchConfig, *, doomed: bool) -> None:
         return call(self, sub, *rivals)
 
     bench.measure = fake_measure
-    Front._plot = lambda self, path: None  # every worker would draw what nobody looks at
+    front.draw = lambda front, path: None  # every worker would draw what nobody looks at
     Objective.__call__ = told
     search(config)
 

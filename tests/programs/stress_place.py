@@ -15,7 +15,7 @@ from elastic.__main__ import main as elastic_main
 from elastic.files import write_bytes
 from elastic.latency import bench
 from elastic.run import Run
-from elastic.searching.front import Front
+from elastic.searching import front
 from elastic.searching.objective import Objective
 from tests.helpers.tiny_runs import fake_measure
 
@@ -88,4 +88,4 @@ def as_told(folder: Path) -> None:
 
     Objective.__call__ = told
     bench.measure = fake_measure
-    Front._plot = lambda self, path: write_bytes(path, b"plot")
+    front.draw = lambda _, path: write_bytes(path, b"plot")
