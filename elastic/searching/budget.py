@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from elastic.config import BudgetConfig, SearchConfig, TrainConfig
 from elastic.config.search import excess
@@ -17,13 +18,20 @@ from elastic.supernet.cost import Counter
 DECODING = ("decode_ms", "tokens_per_second")
 
 
-def violations(figures: Figures, limits: Mapping[str, float]) -> dict[str, float]:
+class Limited(Protocol):
+    """What a budget is held against."""
+
+    def budget_values(self) -> Mapping[str, float]:
+        """By the names of its limits."""
+
+
+def violations(figures: Limited, limits: Mapping[str, float]) -> dict[str, float]:
     """Amount past each limit; at most 0 is met (Optuna's sign)."""
     values = figures.budget_values()
     return {name: excess(name, values[name], limit) for name, limit in limits.items()}
 
 
-def met(figures: Figures, limits: Mapping[str, float]) -> bool:
+def met(figures: Limited, limits: Mapping[str, float]) -> bool:
     """Whether every limit holds."""
     return all(amount <= 0 for amount in violations(figures, limits).values())
 

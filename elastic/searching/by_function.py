@@ -1,5 +1,5 @@
 """A search in memory, whose accuracy and latency are any functions of the compact model: the same
-sampler, beliefs and front as `elastic.searching.study`, without a run directory."""
+loop, sampler and beliefs as `elastic.searching.study`, without a run directory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 
 from elastic.config import TableConfig, TimingConfig
+from elastic.config.search import limits_accuracy_alone
 from elastic.console import counting, say
 from elastic.errors import BudgetError, ConfigError, RunError, unknown
 from elastic.formats import graphs
@@ -19,9 +20,11 @@ from elastic.latency.cost_table import Table
 from elastic.latency.latency_table import Timetable, known_timetable, record
 from elastic.latency.target import Target, sizes_of
 from elastic.models.kinds import Kind, kind_of
+from elastic.searching.budget import met
+from elastic.searching.loop import Loop, enqueue_starts
 from elastic.searching.pareto import non_dominated
 from elastic.searching.sampler import AdditiveSampler, learn
-from elastic.searching.study import FAILURES, PATIENCE, enqueue_starts, suggest
+from elastic.searching.workers import Alone
 from elastic.spaces.bound import Candidate, CandidateSpace, SubAdapter
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
@@ -62,10 +65,19 @@ class Scored:
         """Whether both are numbers."""
         return math.isfinite(self.accuracy) and math.isfinite(self.latency)
 
-    def figures(self) -> dict[str, float]:
-        """What was measured, for JSON."""
+    def numbers(self) -> dict[str, float]:
+        """What was measured."""
         names = ("accuracy", "latency", "params", "macs", "degree")
         return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was measured, for JSON."""
+        return self.numbers()
+
+    def budget_values(self) -> dict[str, float]:
+        """What limits are held against, by their names."""
+        known = self.accuracy if math.isnan(self.estimate) else self.estimate
+        return {"latency": self.latency, "min_accuracy": known}
 
     def __str__(self) -> str:
         return f"accuracy {self.accuracy:.4g}, latency {self.latency:.4g}, {self.params:,} params"
@@ -141,14 +153,20 @@ def search(
     _absolute(at_most, 1.0)
     space = CandidateSpace.of(net.space, ())
     judge = _Judge(net, accuracy, latency, degree, timing or TimingConfig(), seed)
-    known = _seen(study, space)
-    for sub in (net.space.maximal(), net.space.minimal()):
-        if sub not in known:
-            known[sub] = judge(sub)
-        if not known[sub].is_finite:
-            raise RunError(f"search: {known[sub]}: accuracy and latency must be finite")
-    full, least = known[net.space.maximal()], known[net.space.minimal()]
+    loop = Loop(
+        study, space, Alone(), ("accuracy", "latency"), SCORED,
+        lambda candidate, kept: Scored(candidate.sub_adapter, **kept),
+    )  # fmt: skip
+    known = loop.seen()
+    for end in (space.maximal(), space.minimal()):
+        if end not in known:
+            known[end] = judge(end.sub_adapter)
+        if not known[end].is_finite:
+            raise RunError(f"search: {known[end]}: accuracy and latency must be finite")
+    full, least = known[space.maximal()], known[space.minimal()]
     limit = _absolute(at_most, full.latency)
+    asked = {"latency": limit, "min_accuracy": min_accuracy}
+    limits = {name: value for name, value in asked.items() if value is not None}
     if mine:
         room = None
         if limit is not None and full.latency != least.latency:
@@ -159,9 +177,16 @@ def search(
         )  # fmt: skip
     if not study.get_trials(deepcopy=False):
         enqueue_starts(study, space, starts, seed)
+
+    def judged(candidate: Candidate, _: Mapping[Candidate, Scored]) -> Scored:
+        return known.get(candidate) or judge(candidate.sub_adapter)
+
+    with counting("searching", min(trials, space.size), len(loop.seen())) as steps:
+        for count, _ in loop.run(judged, trials, limits):
+            steps.to(count)
     # Of a study that others began the extremes may be none of its trials.
-    scored = known | _evaluate(study, space, judge, known, min(trials, space.size))
-    measured = {Candidate(sub): one.accuracy for sub, one in scored.items()}
+    scored = known | loop.seen()
+    measured = {candidate: one.accuracy for candidate, one in scored.items()}
     estimates = np.array(list(measured.values()))
     if examples:
         estimates = learn(space, measured, examples, importance).fitted.clip(0, 1)
@@ -169,7 +194,7 @@ def search(
         replace(one, estimate=float(estimate))
         for one, estimate in zip(scored.values(), estimates, strict=True)
     )
-    return _front(told, net.space.maximal(), limit, min_accuracy, study)
+    return _front(told, net.space.maximal(), limits, study)
 
 
 class _Judge:
@@ -254,71 +279,23 @@ def _absolute(limit: float | str | None, full: float) -> float | None:
     return value
 
 
-def _seen(study: optuna.Study, space: CandidateSpace) -> dict[SubAdapter, Scored]:
-    """What this study has evaluated already, in order, each once."""
-    found: dict[SubAdapter, Scored] = {}
-    for trial in study.get_trials(deepcopy=False):
-        if SCORED in trial.user_attrs and trial.state.is_finished():
-            sub = space.at(trial.params).sub_adapter
-            found.setdefault(sub, Scored(sub, **trial.user_attrs[SCORED]))
-    return found
-
-
-def _evaluate(
-    study: optuna.Study,
-    space: CandidateSpace,
-    judge: Callable[[SubAdapter], Scored],
-    known: Mapping[SubAdapter, Scored],
-    wanted: int,
-) -> dict[SubAdapter, Scored]:
-    """Ask, evaluate, tell, until the study has so many sub-adapters; RunError where several in a
-    row have no numbers."""
-    results = _seen(study, space)
-    repeats = failures = 0
-    with counting("searching", wanted, len(results)) as steps:
-        while len(results) < wanted and repeats < PATIENCE:
-            trial = study.ask()
-            sub = suggest(study, trial, space).sub_adapter
-            repeats = repeats + 1 if sub in results else 0
-            scored = results.get(sub) or known.get(sub) or judge(sub)
-            if not scored.is_finite:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                failures += 1
-                say(f"Trial {trial.number} failed: {scored}")
-                if failures > FAILURES:
-                    raise RunError(f"search: {failures} sub-adapters in a row have no figures, the "
-                                   f"last: {scored}")  # fmt: skip
-                continue
-            failures = 0
-            trial.set_user_attr(SCORED, scored.figures())
-            study.tell(trial, [scored.accuracy, scored.latency])
-            results[sub] = scored
-            steps.to(len(results))
-    return results
-
-
 def _front(
     scored: tuple[Scored, ...],
     maximal: SubAdapter,
-    limit: float | None,
-    min_accuracy: float | None,
+    limits: Mapping[str, float],
     study: optuna.Study,
 ) -> ParetoFront:
     """Of those within the limits; BudgetError where there are none."""
     [full] = (one for one in scored if one.sub_adapter == maximal)
-    within = [
-        one for one in scored
-        if (limit is None or one.latency <= limit)
-        and (min_accuracy is None or one.estimate >= min_accuracy)
-    ]  # fmt: skip
+    within = [one for one in scored if met(one, limits)]
     if not within:
         fastest = min(scored, key=lambda one: one.latency)
         surest = max(scored, key=lambda one: one.estimate)
         raise BudgetError(
-            f"search: no sub-adapter has latency up to {limit} and accuracy from {min_accuracy}; "
-            f"the fastest: {fastest}; the most accurate: {surest}"
+            f"search: no sub-adapter has latency up to {limits.get('latency')} and accuracy from "
+            f"{limits.get('min_accuracy')}; the fastest: {fastest}; the most accurate: {surest}"
         )
     front = non_dominated([(one.latency, -one.estimate) for one in within])
     members = tuple(within[index] for index in front)
-    cheapest = limit is None and min_accuracy is not None
+    cheapest = limits_accuracy_alone(limits)
     return ParetoFront(members, members[0 if cheapest else -1], full, scored, study)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 from optuna import samplers
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 
 from elastic import trackers
@@ -37,16 +34,15 @@ from elastic.searching.budget import (
     refuse_by_extremes,
     refuse_decoding,
     room,
-    violations,
 )
 from elastic.searching.finalists import finish, shown
 from elastic.searching.front import Front
+from elastic.searching.loop import Loop, enqueue_starts
 from elastic.searching.objective import Figures, Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.tables import read_tables, require_same_tables, tables_of
 from elastic.searching.wall_clock import WallClock
-from elastic.searching.workers import POLL, Worker, experimental, open_storage
-from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
+from elastic.searching.workers import Worker, experimental, open_storage
 from elastic.spaces.dims import BITS
 from elastic.supernet.examples import digests_of, task_of
 from elastic.supernet.group_importance import group_importance
@@ -65,10 +61,6 @@ UNRELATED = (
     "table", "recover", "report_to",
 )  # fmt: skip
 """Settings that change no figure of a trial."""
-FAILURES = 3
-"""Trials in a row without figures that end the search."""
-PATIENCE = 200
-"""Proposals in a row that were all seen before; then the sampler has nothing new to offer."""
 
 
 def search(config: SearchConfig) -> Front:
@@ -138,17 +130,21 @@ def search(config: SearchConfig) -> Front:
             finish, run, config, objective, study, test=task.test, here=targets[None],
             importance=importance, parts=parts,
         )  # fmt: skip
+        loop = Loop(
+            study, objective.space, worker, config.chosen_objectives, "figures",
+            lambda _, kept: Figures(**kept), clock,
+        )  # fmt: skip
         try:
-            results = _evaluate(study, worker, objective, limits, config, reports)
+            _evaluate(loop, objective, limits, config.trials, reports)
         except KeyboardInterrupt:
-            results = _seen(study, objective.space)
-            if results:
+            if results := loop.seen():
                 say(f"Interrupted: writing the front of {len(results)} sub-adapters")
                 with contextlib.suppress(BudgetError):
                     write(results)
             raise
         # One after another: workers on one machine would spoil each other's times.
         worker.wait_to_lead()
+        results = loop.seen()
         front = write(results)
         reports.log(front.figures(), len(results) + 1)
         say(f"The search took {clock}")
@@ -251,62 +247,21 @@ def _begun(
 
 
 def _evaluate(
-    study: optuna.Study,
-    worker: Worker,
+    loop: Loop[Figures],
     objective: Objective,
     limits: Mapping[str, float],
-    config: SearchConfig,
+    trials: int,
     reports: Reports,
-) -> dict[Candidate, Figures]:
-    """Ask, measure, tell, until the study has its sub-adapters; those of other workers count."""
-    space = objective.space
-    wanted = min(config.trials, space.size)
-    results = _seen(study, space)
-    if results:
-        say(f"Continuing after {len(results)} sub-adapters")
-    repeats = failures = 0
-    with counting("searching", wanted, len(results)) as steps:
-        while repeats < PATIENCE:
-            others = len(worker.running())
-            results = _seen(study, space)
-            refuse_by_extremes(results, objective, limits)
-            if len(results) >= wanted:
-                break
-            if len(results) + others >= wanted:
-                time.sleep(POLL)
-                continue
-            try:
-                with objective.clock.during("proposals"):
-                    trial = study.ask()
-                    worker.take(trial)
-                    candidate = suggest(study, trial, space)
-                repeats = repeats + 1 if candidate in results else 0
-                if worker.gives_way(trial):
-                    continue
-            except UpdateFinishedTrialError:  # by another worker that had been given it too
-                continue
-            # The same one proposed twice is evaluated once.
-            figures = results.get(candidate) or objective(candidate, results)
-            lost = not worker.holds(trial)
-            try:
-                told = not lost and _tell(study, trial, figures, limits, config.chosen_objectives)
-            except (UpdateFinishedTrialError, ValueError):
-                lost = not worker.holds(trial)  # in this very moment
-                if not lost:
-                    raise
-            if lost:
-                say(f"Trial {trial.number} went to another worker while this one was silent")
-                continue
-            failures = 0 if told else failures + 1
-            if failures > FAILURES:
-                raise RunError(f"{failures} sub-adapters in a row have no figures: {figures}")
-            if candidate not in results and not failures:
-                results[candidate] = figures
-                last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms"
-                steps.to(len(results), f"searching, last {last}")
-                numbers = figures.numbers()
-                reports.log({f"search/{k}": v for k, v in numbers.items()}, len(results))
-    return results
+) -> None:
+    """Show and report what comes."""
+    if before := len(loop.seen()):
+        say(f"Continuing after {before} sub-adapters")
+    check = functools.partial(refuse_by_extremes, objective=objective, limits=limits)
+    with counting("searching", min(trials, loop.space.size), before) as steps:
+        for count, figures in loop.run(objective, trials, limits, check):
+            last = f"{figures.accuracy:.1%} at {figures.prefill_ms:.0f} ms"
+            steps.to(count, f"searching, last {last}")
+            reports.log({f"search/{k}": v for k, v in figures.numbers().items()}, count)
 
 
 def _sampler(
@@ -342,52 +297,3 @@ def _sampler(
             return samplers.GPSampler(seed=seed, n_startup_trials=config.starts)
         case "random":
             return samplers.RandomSampler(seed=seed)
-
-
-def suggest(study: optuna.Study, trial: optuna.Trial, space: CandidateSpace) -> Candidate:
-    """Indices into the descending choices: stable names, and an order NSGA-II can cross."""
-    if isinstance(study.sampler, samplers.BaseGASampler):
-        # Its population is of trials with a generation, which enqueued ones lack.
-        asked = study.get_trials(deepcopy=False)[trial.number]
-        study.sampler.get_trial_generation(study, asked)
-    return space.at({g.name: trial.suggest_int(g.name, 0, len(g.choices) - 1) for g in space})
-
-
-def _tell(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    figures: Figures,
-    limits: Mapping[str, float],
-    objectives: Sequence[str],
-) -> bool:
-    """Whether the figures are numbers; a trial without has failed, and the search goes on."""
-    if not all(map(math.isfinite, figures.numbers().values())):
-        say(f"Trial {trial.number} failed: {figures}")
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return False
-    trial.set_user_attr("figures", figures.as_dict())
-    for name, amount in violations(figures, limits).items():
-        trial.set_constraint(name, amount)
-    study.tell(trial, [getattr(figures, name) for name in objectives])
-    return True
-
-
-def _seen(study: optuna.Study, space: CandidateSpace) -> dict[Candidate, Figures]:
-    """Everything evaluated so far, in order, each once."""
-    results: dict[Candidate, Figures] = {}
-    for trial in study.get_trials(deepcopy=False):
-        if "figures" in trial.user_attrs and trial.state.is_finished():
-            results.setdefault(space.at(trial.params), Figures(**trial.user_attrs["figures"]))
-    return results
-
-
-def enqueue_starts(study: optuna.Study, space: CandidateSpace, count: int, seed: int) -> None:
-    """The two extremes, the ladder between them, then stratified sub-adapters: so many in all."""
-    starts = dict.fromkeys([space.maximal(), space.minimal(), *space.ladder()])
-    generator = generator_for(seed, "starts")
-    for _ in range(20 * count):
-        if len(starts) >= count:
-            break
-        starts[space.stratified(generator)] = None
-    for candidate in list(starts)[:count]:
-        study.enqueue_trial(space.indices(candidate), skip_if_exists=True)

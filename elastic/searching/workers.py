@@ -322,6 +322,22 @@ class Worker:
         self.study.set_user_attr(_WORKER + self.name, [self._order, beats])
 
 
+class Alone:
+    """Instead of a `Worker`, of a study that nobody else is at, and that keeps no names."""
+
+    def running(self) -> list[FrozenTrial]:
+        return []
+
+    def take(self, trial: Trial) -> None:
+        pass
+
+    def holds(self, trial: Trial) -> bool:
+        return True
+
+    def gives_way(self, trial: Trial) -> bool:
+        return False
+
+
 def _first(living: Mapping[str, int]) -> str:
     """The one of them that came first."""
     return min(living, key=lambda name: (living[name], name))

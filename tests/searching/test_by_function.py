@@ -136,6 +136,20 @@ def test_an_own_study_brings_its_sampler_and_goes_on(net):
     assert len(calls) == 12 and again.members == second.members
 
 
+def test_an_own_study_is_told_what_limits_allow(net):
+    """A sampler of its own may prefer what meets them."""
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0)
+    )
+    limits = {"at_most": "70%", "min_accuracy": 0.4}
+    front = search(net, score, size, degree=half, trials=8, starts=2, study=study, **limits)
+    for trial, one in zip(study.trials, front.scored, strict=True):
+        over = one.latency - 0.7 * front.full.latency
+        expected = {"latency": over, "min_accuracy": 0.4 - one.accuracy}
+        assert trial.constraints == pytest.approx(expected)
+    assert {one in front.scored for one in front} == {True}
+
+
 def test_noise_is_taken_out_of_a_share_of_examples(net):
     generator = torch.Generator().manual_seed(0)
 
