@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) with an elastic rank."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) with an elastic rank, of linear layers and of experts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +35,37 @@ class Lora(Adapter):
         if rank == self.max_rank:
             return self.A, self.B
         return self.A[:rank], self.B[:, :rank]
+
+
+class ExpertLora(Adapter):
+    """The same for every expert of a mixture: ΔW_e = alpha / max_rank · B_e A_e.
+
+    All experts have one rank. A smaller one keeps the leading ranks of each.
+
+    Shapes: A (experts, max_rank, in_features), B (experts, out_features, max_rank); so are the
+    factors.
+    """
+
+    along_in: ClassVar = {"A": 2}
+    along_out: ClassVar = {"B": 1}
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        experts: int,
+        out_features: int,
+        in_features: int,
+        **factory: Any,
+    ) -> None:
+        super().__init__(config, out_features, in_features)
+        self.A = nn.Parameter(torch.zeros(experts, config.rank, in_features, **factory))
+        self.B = nn.Parameter(torch.zeros(experts, out_features, config.rank, **factory))
+
+    def start(self, weight: Tensor, generator: torch.Generator) -> None:
+        kaiming_(self.A, self.A.shape[2], generator)
+        nn.init.zeros_(self.B)
+
+    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
+        if rank == self.max_rank:
+            return self.A, self.B
+        return self.A[:, :rank], self.B[:, :, :rank]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.adapters import METHODS, check
+from elastic.adapters.experts import ElasticExperts
 from elastic.adapters.layers import ElasticLinear
 from elastic.attached.fingerprint import fingerprint
 from elastic.attached.model import ElasticModel
@@ -120,5 +121,5 @@ def _require_bare(model: PreTrainedModel) -> None:
             "attach: the model carries an adapter of PEFT; merge it first (merge_and_unload), or "
             "take it over with elastic train --adapter.from FOLDER"
         )
-    if next(modules_of(model, ElasticLinear), None):
+    if any(next(modules_of(model, kind), None) for kind in (ElasticLinear, ElasticExperts)):
         raise ModelError("attach: the model carries a super-adapter already; load the base anew")

@@ -29,6 +29,8 @@ from elastic.formats.runner import runner_of
 from elastic.models import loading
 from elastic.models.head import head_of
 from elastic.models.ties import untie_
+from elastic.spaces.targets import is_transposed
+from elastic.supernet.base_order import factors_of_base
 from elastic.supernet.store import ABOUT, load_super_adapter, read_super_adapter
 
 ROUNDING = 1e-4
@@ -110,16 +112,14 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
     """The maximal sub-adapter's update; factors are read, base weights are not."""
     dtype = loading.resolve_dtype(model.dtype, loading.resolve_device(model.device))
     net = load_super_adapter(loading.skeleton(model).to(dtype), base_digest, folder, updates=True)
-    moved = net.permutations()
+    scales = {site: adapter.scale for site, adapter in net.adapters()}
     deltas, ranks = {}, set()
-    for site, adapter in net.adapters():
-        A, B = adapter.factors(adapter.max_rank)
-        ranks.add(len(A))
-        if (site, "in") in moved:
-            A = A[:, torch.argsort(moved[site, "in"])]
-        if (site, "out") in moved:
-            B = B[torch.argsort(moved[site, "out"])]
-        deltas[f"{site}.weight"] = (B @ A).detach()
+    for site, A, B in factors_of_base(net):
+        ranks.add(B.shape[-1])
+        name, delta = f"{site}.weight", scales[site] * B @ A
+        if mixture := net.space.experts_of(site):
+            name, delta = site, delta.mT if is_transposed(mixture) else delta
+        deltas[name] = delta
     kind = f"{net.adapter.resolved_method}, LoRA rank {max(ranks)}"
     return Update(name_of(str(folder)), kind, deltas)
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastic.adapters.experts import ElasticExperts, reordered
-from elastic.adapters.layers import ElasticLinear, FactorLinear
+from elastic.adapters.layers import ElasticLinear
 from elastic.config import MergeConfig
 from elastic.errors import RunError
 from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear, put_
 from elastic.models.ties import ends_of, settle_ties_
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.compact import sliced, wide_type
+from elastic.supernet.compact import part_, sliced, wide_type
 from elastic.supernet.depth import renamed
 from elastic.supernet.supernet import Supernet
 
@@ -43,11 +43,8 @@ def combine(
     cutting, and the cosines between the cut updates.
     """
     small = sliced(net, sub, degree)
-    own = {}
-    for site, layer in modules_of(small, FactorLinear):
-        own[f"{site}.weight"] = (layer.B @ layer.A).to(wide_type(layer.weight))
-        bias = None if layer.bias is None else layer.bias.data
-        small.set_submodule(site, plain_linear(layer.weight.data, bias))
+    own = {name: (B @ A).to(wide_type(small.get_parameter(name)))
+           for name, (A, B) in part_(small).items()}  # fmt: skip
     cut = [own, *(_cut(net, sub, update, degree) for update in updates)]
     weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
     tied, done = ends_of(small), set()

@@ -185,7 +185,9 @@ class Peft(_Torch):
         return {"rank": read_json(directory / peft.PEFT_CONFIG)["r"]}
 
 
-NO_MIXTURES = "its space cuts mixtures of experts, and the folder holds sizes of layers alone"
+NO_MIXTURES = (
+    "its space cuts or adapts mixtures of experts, and the folder holds sizes of layers alone"
+)
 
 
 class Elastic(_AsStored):

@@ -14,6 +14,7 @@ from torch import nn
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.errors import BaseMismatch, ExportError, RunError
+from elastic.formats import peft_parameters
 from elastic.formats.peft_config import (
     CHANGES_BASE,
     PEFT_CONFIG,
@@ -25,6 +26,7 @@ from elastic.models.kinds import Kind, classes_of, kind_of
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.dims import VOCABULARY
+from elastic.supernet.base_order import factors_of_base
 from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -77,31 +79,29 @@ def write(
 
     if reason := why_not(net, sub):
         raise ExportError(f"peft: {reason}")
-    original = {key: torch.argsort(index) for key, index in net.permutations().items()}
+    scales = {site: adapter.scale for site, adapter in net.adapters()}
+    experts = _stored_experts(net)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     with net.active(sub), torch.no_grad():
-        for site, layer in modules_of(net.model, ElasticLinear):
-            if layer.adapter is None or (factors := layer.factors()) is None:
-                continue
-            A, B = factors
-            B = B / layer.adapter.scale
-            if (site, "in") in original:
-                A = A[:, original[site, "in"]]
-            if (site, "out") in original:
-                B = B[original[site, "out"]]
-            ranks[site] = A.shape[0]
-            alphas[site] = layer.adapter.scale * A.shape[0]
-            tensors[f"base_model.model.{site}.lora_A.weight"] = A.contiguous().cpu()
-            tensors[f"base_model.model.{site}.lora_B.weight"] = B.contiguous().cpu()
+        for site, A, B in factors_of_base(net):
+            ranks[site] = B.shape[-1]
+            alphas[site] = scales[site] * ranks[site]
+            if site in experts:
+                A, B = peft_parameters.as_stored(A, B)
+            name = f"base_model.model.{experts.get(site, site)}"
+            tensors[f"{name}.lora_A.weight"] = A.contiguous().cpu()
+            tensors[f"{name}.lora_B.weight"] = B.contiguous().cpu()
         for name, parameter in net.head.items():
             tensors[f"base_model.model.{name}"] = parameter.contiguous().cpu()
-    rank, alpha = max(ranks.values()), max(alphas.values())
+    # PEFT warns of patterns for parameters, which it follows all the same.
+    rank, alpha = (max(sizes[site] for site in experts or sizes) for sizes in (ranks, alphas))
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type] # PEFT computes with fractions, too
-        target_modules=_targets(net, ranks),
+        target_modules=_targets(net, [site for site in ranks if site not in experts]),
+        target_parameters=peft_parameters.targets_of(net.model, experts) if experts else None,
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: a for site, a in alphas.items() if a != alpha},
         base_model_name_or_path=base_model,
@@ -116,6 +116,17 @@ def write(
         metadata["classes"] = json.dumps(classes_of(net.model))
     save_file(tensors, directory / PEFT_WEIGHTS, metadata=metadata)
     return directory
+
+
+def _stored_experts(net: Supernet) -> dict[str, str]:
+    """By matrix of all experts with factors, what PEFT calls its wrapper."""
+    found: dict[str, str] = {}
+    for mixture in net.space.adapted:
+        adapted = net.mixtures[mixture.experts].experts.factors
+        parameters = [held.name for held in mixture.tensors]
+        names = peft_parameters.stored_names(mixture.experts, parameters, adapted)
+        found |= {f"{mixture.experts}.{leaf}": name for leaf, name in names.items()}
+    return found
 
 
 def _saved_whole(net: Supernet) -> list[str] | None:

@@ -120,7 +120,9 @@ class Space(Generic[Point]):
 
     groups: tuple[Group, ...]
     targets: tuple[str, ...]
-    """Linear layers that carry factors."""
+    """Linear layers that carry factors, and matrices of all experts that do."""
+    adapted: tuple[Mixture, ...] = ()
+    """The mixtures of such matrices, cut or not."""
 
     @cached_property
     def size(self) -> int:
@@ -157,6 +159,14 @@ class Space(Generic[Point]):
             for mixture in group.mixtures:
                 found.setdefault(mixture.experts, (mixture, {}))[1][group.dim] = group
         return found
+
+    @cached_property
+    def _adapted(self) -> dict[str, Mixture]:
+        return {mixture.experts: mixture for mixture in self.adapted}
+
+    def experts_of(self, target: str) -> Mixture | None:
+        """The mixture to whose experts a target belongs; None of a linear layer."""
+        return self._adapted.get(target.rpartition(".")[0])
 
     def is_leading(self, cut: Cut) -> bool:
         """Whether what is left of its axis are the first channels, whatever is chosen."""
@@ -345,7 +355,7 @@ class BoundSpace(Space[SubAdapter]):
                 blocks = tuple(by_place[int(place)] for place in order[group.name])
                 group = replace(group, blocks=blocks)
             groups.append(group)
-        return BoundSpace(tuple(groups), self.targets)
+        return replace(self, groups=tuple(groups))
 
     def named(self, name: str, seed: int = 0) -> SubAdapter:
         """maximal, heuristic, minimal, random or uniform-FRACTION; RunError for another name."""
@@ -393,7 +403,7 @@ class CandidateSpace(Space[Candidate]):
         """Sub-adapters as they are and in these modes, of which no two have the same bits."""
         ordered = tuple(sorted([None, *modes], key=bits_of, reverse=True))
         bits = (Group(BITS, BITS, tuple(map(bits_of, ordered)), ()),) if modes else ()
-        return cls((*space.groups, *bits), space.targets, ordered)
+        return cls((*space.groups, *bits), space.targets, space.adapted, ordered)
 
     def at(self, indices: Mapping[str, int]) -> Candidate:
         choices = self._sizes(indices).as_dict()

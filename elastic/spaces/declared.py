@@ -18,6 +18,7 @@ from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, VOCABULARY, GroupSpec
 from elastic.spaces.mixtures import ALIGN, EXPERT_DIMS, EXPERT_WIDTH, Mixture
 from elastic.spaces.pattern import matching
+from elastic.spaces.targets import linears_of, matrices_of, require_known
 from elastic.spaces.vocabulary import vocabulary
 
 
@@ -247,7 +248,7 @@ class SearchSpace:
         ConfigError when a pattern matches nothing or a choice does not fit.
         """
         bound = [self._bind(section, model, max_rank) for section in self.sections]
-        groups = [group for found, _ in bound for group in found]
+        groups = [group for found, *_ in bound for group in found]
         if sum(group.dim == VOCABULARY for group in groups) > 1:
             raise ConfigError(f"{self.source}: two groups cut the vocabulary; declare it once")
         taken: dict[tuple[str, str, bool], str] = {}
@@ -263,13 +264,15 @@ class SearchSpace:
                         f"{self.source}: {place[0]} ({place[1]}) is cut by both "
                         f"{other!r} and {group.name!r}; give it one group"
                     )
-        targets = dict.fromkeys(target for _, found in bound for target in found)
-        return BoundSpace(tuple(groups), tuple(targets))
+        targets = dict.fromkeys(target for _, found, _ in bound for target in found)
+        adapted = {mixture.experts: mixture for *_, found in bound for mixture in found}
+        return BoundSpace(tuple(groups), tuple(targets), tuple(adapted.values()))
 
     def _bind(
         self, section: Section, model: nn.Module, max_rank: int
-    ) -> tuple[list[Group], list[str]]:
-        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ) -> tuple[list[Group], list[str], list[Mixture]]:
+        """Groups, what carries factors, and the mixtures whose matrices do."""
+        linears = linears_of(model)
         names = [name for name, _ in model.named_modules()]
         pattern = matching(section.blocks, self.source)
         blocks = [name for name in names if pattern.fullmatch(name)]
@@ -279,8 +282,9 @@ class SearchSpace:
                 f"{type(model).__name__}; its modules are {_outline(names)}"
             )
         targets = [f"{block}.{name}" for block in blocks for name in section.adapt]
-        adapted = set(targets)
-        _all_linear(targets, linears, f"{self.source}: adapt")
+        matrices = {} if linears.issuperset(targets) else matrices_of(model)
+        carriers = "linear layer or matrix of all experts" if matrices else "linear layer"
+        require_known(targets, linears | set(matrices), f"{self.source}: adapt", carriers)
         groups: dict[str, Group] = {}
         specs = [part for whole in section.groups for part in whole.parted()]
         for spec in specs:
@@ -295,10 +299,11 @@ class SearchSpace:
             for spec in (spec for spec in specs if spec.dim not in (DEPTH, VOCABULARY)):
                 where = f"{self.source}: group {spec.name!r}"
                 sites = [f"{block}.{name}" for name in (*spec.of, *spec.outputs, *spec.inputs)]
-                if spec.dim not in EXPERT_DIMS:
-                    _all_linear(sites, linears, where)
                 if spec.dim == "rank":
-                    _all_linear(sites, adapted, where, kind="adapted layer (see `adapt`)")
+                    require_known(sites, linears | set(matrices), where, carriers)
+                    require_known(sites, set(targets), where, "adapted layer (see `adapt`)")
+                elif spec.dim not in EXPERT_DIMS:
+                    require_known(sites, linears, where)
                 found = {**DIMS, **EXPERT_DIMS}[spec.dim](model, block, spec, max_rank)
                 _no_router(targets, found.mixtures, where)
                 name = f"{section.blocks if spec.share == 'model' else block}.{spec.name}"
@@ -317,7 +322,7 @@ class SearchSpace:
                     mixtures=found.mixtures,
                 )
                 groups[name] = own.joined(groups[name], where) if name in groups else own
-        return list(groups.values()), targets
+        return list(groups.values()), targets, [matrices[t] for t in targets if t in matrices]
 
 
 def _no_router(targets: Sequence[str], mixtures: Sequence[Mixture], where: str) -> None:
@@ -358,14 +363,6 @@ def _depth(
     return Group(
         name, DEPTH, choices, (), blocks=(*ends, *between), staying=len(ends), listed=listed
     )
-
-
-def _all_linear(
-    sites: tuple[str, ...] | list[str], known: set[str], where: str, kind: str = "linear layer"
-) -> None:
-    missing = [site for site in sites if site not in known]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]!r} matches no {kind} of the model")
 
 
 def _outline(names: list[str]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastic.adapters.experts import ElasticExperts
+from elastic.adapters.experts import ElasticExperts, FactorExperts
 from elastic.adapters.layers import ElasticLinear, FactorLinear
 from elastic.console import busy
 from elastic.models.modules import (
@@ -53,30 +53,56 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
 
 
 def _plain_experts(layer: ElasticExperts) -> nn.Module:
-    """The family's own module with what is active; `layer` is the slice's own."""
-    for name, tensor in layer.active().items():
+    """The family's own module with what is active, perhaps with factors beside it; `layer` is the
+    slice's own."""
+    for name, tensor in layer.without_update().items():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         is_parameter = name in dict(layer.base.named_parameters())
         put_(layer.base, name, nn.Parameter(tensor, False) if is_parameter else tensor)
-    return layer.base
+    if not layer.factors:
+        return layer.base
+    factors = {}
+    for name, own in layer.factors.items():
+        A, B = own.active(layer.size, layer.full)
+        A = A.clone(memory_format=torch.contiguous_format)
+        factors[name] = A, (own.adapter.scale * B).contiguous()
+    return FactorExperts(layer.base, factors)
 
 
 @torch.no_grad()
 def merge_(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every factor layer of a sliced model by a plain linear with weight W + B A, in place.
+    """Replace every layer with factors of a sliced model by a plain one with weight W + B A, in
+    place.
 
     Update and sum are formed in float32 (float64 for a float64 model) and cast once, so the error
     is half a unit in the last place of the weight's type.
     """
-    for site, layer in modules_of(model, FactorLinear):
-        merged = merged_weight(layer.weight, layer.A, layer.B)
-        bias = None if layer.bias is None else layer.bias.data
-        model.set_submodule(site, plain_linear(merged, bias))
+    for name, (A, B) in part_(model).items():
+        merged = merged_weight(model.get_parameter(name), A, B)
+        put_(model, name, nn.Parameter(merged, requires_grad=False))
     return model
 
 
+def part_(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Replace every layer with factors of a sliced model by a plain one without them, in place; A
+    and B by the parameter that B A belongs to."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for site, layer in modules_of(model, FactorLinear):
+        factors[f"{site}.weight"] = layer.A.data, layer.B.data
+        bias = None if layer.bias is None else layer.bias.data
+        model.set_submodule(site, plain_linear(layer.weight.data, bias))
+    for site, experts in modules_of(model, FactorExperts):
+        for name, A in experts.A.items():
+            factors[f"{site}.{name}"] = A.data, experts.B[name].data
+        model.set_submodule(site, experts.base)
+    return factors
+
+
 def merged_weight(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """weight + B A, (out, in), formed in float32 (float64 if it is) and rounded once."""
+    """weight + B A, (out, in) or for every expert, formed in float32 (float64 if it is) and rounded
+    once."""
+    if weight.dim() == 3:  # one at a time: the wide type takes room
+        return torch.stack([merged_weight(*one) for one in zip(weight, A, B, strict=True)])
     wide = wide_type(weight)
     return torch.addmm(weight.to(wide), B.to(wide), A.to(wide)).to(weight.dtype)
 

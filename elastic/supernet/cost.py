@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.adapters.experts import ExpertFactors
 from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import modules_of
 from elastic.models.quantised import QuantisedLinear
@@ -143,6 +144,7 @@ def _less(one: Cost, other: Cost) -> Cost:
 
 def _without_factors(model: nn.Module) -> Cost:
     adapters = [layer.adapter for _, layer in modules_of(model, ElasticLinear) if layer.adapter]
+    adapters += [factors.adapter for _, factors in modules_of(model, ExpertFactors)]
     extra = sum(p.numel() for adapter in adapters for p in adapter.parameters())
     whole = count(model)
     return Cost(whole.params - extra, whole.macs, whole.active_params - extra)

@@ -194,7 +194,8 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
     require_text(model, bound, space.source)
     if used is None:
         return
-    idle = next((site for site in bound.targets if site not in used), None)
+    linear = (site for site in bound.targets if not bound.experts_of(site))
+    idle = next((site for site in linear if site not in used), None)
     if idle:
         raise ConfigError(
             f"{space.source}: adapt: {type(model).__name__} never calls {idle!r} (it may read its "

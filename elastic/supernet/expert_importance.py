@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from elastic.spaces.mixtures import EXPERTS, Mixture, core
-from elastic.supernet.routed import channels, given, outputs
+from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS, Mixture, core
+from elastic.supernet.routed import channels, given, outputs, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,8 +91,9 @@ def experts_watched(
     """Hooks that tell the products (examples, tokens, hidden) of gradients and what would be gone
     of the experts with this group at its smallest choice; the last of `starts` has the batch in
     front."""
-    for mixture in group.mixtures:
-        layers = net.mixtures[mixture.experts]
+    of_ranks = (net.space.experts_of(cut.site) for cut in group.cuts)
+    names = dict.fromkeys(m.experts for m in (*group.mixtures, *of_ranks) if m)
+    for layers in (net.mixtures[name] for name in names):
 
         def hook(
             _: nn.Module,
@@ -115,10 +116,15 @@ def _lost(layers: MixtureLayers, group: Group, given: tuple[Tensor, Tensor, Tens
     """What all experts add, less what is left at the smallest choice, (tokens, hidden)."""
     hidden, chosen, weights = given
     module, mixture, least = layers.experts, layers.mixture, group.choices[-1]
+    full = whole(module)
     if group.dim == EXPERTS:  # the last ones of every group are gone
         gone = chosen % mixture.count >= least
-        return module.base.forward(hidden, chosen, weights * gone)
-    size = replace(module.full, channels=least)
-    small = {name: module.cut(name, tensor, size) for name, tensor in module.tensors().items()}
-    whole = module.base.forward(hidden, chosen, weights)
-    return whole - functional_call(module.base, small, (hidden, chosen, weights))
+        return functional_call(module.base, full, (hidden, chosen, weights * gone))
+    if group.dim == EXPERT_WIDTH:
+        small = module.at(replace(module.full, channels=least))
+    else:
+        sites = {cut.site for cut in group.cuts}
+        ranks = {name: least for name in module.factors if f"{mixture.experts}.{name}" in sites}
+        small = module.at(module.full, ranks)
+    all_of_it: Tensor = functional_call(module.base, full, given)
+    return all_of_it - functional_call(module.base, small, given)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from elastic.adapters.experts import ElasticExperts
+from elastic.adapters.experts import ElasticExperts, ExpertFactors
 from elastic.adapters.layers import ElasticLinear
 from elastic.models.modules import instead, outermost
 from elastic.spaces.blocks import NUMBERS, counts, described, settings_of
@@ -40,6 +40,8 @@ def _signature(block: nn.Module) -> Iterator[tuple[Any, ...]]:
             settings |= {"active": (size.rows, size.columns, size.rank)}
         if isinstance(module, ElasticExperts):
             settings |= {"active": (module.size.experts, module.size.channels)}
+        if isinstance(module, ExpertFactors):
+            settings |= {"active": module.size.rank}
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors)
         yield name, type(module), tuple(sorted(settings.items(), key=str)), shapes

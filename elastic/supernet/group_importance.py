@@ -86,7 +86,7 @@ def _watched(
             yield net.layer(cut.site).register_forward_pre_hook(
                 lambda _layer, inputs, behind=behind: _channels(inputs[0], behind, tell)
             )
-        elif cut.axis == "rank":
+        elif cut.axis == "rank" and not net.space.experts_of(cut.site):
             yield net.layer(cut.site).register_forward_hook(
                 lambda layer, inputs, y: _ranks(layer, inputs[0], y, group.choices[-1], tell)
             )

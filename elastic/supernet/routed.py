@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from elastic.adapters.experts import ElasticExperts
 from elastic.spaces.mixtures import DOWN, EXPERT_WIDTH, core
 
 if TYPE_CHECKING:
@@ -48,9 +49,18 @@ def outputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every place of the top k: which expert each token is sent to, (tokens,), and what that
     one adds for it, (tokens, hidden)."""
+    base, own = core(experts), whole(experts)
     for place in range(chosen.shape[1]):
         one = slice(place, place + 1)
-        yield chosen[:, place], core(experts).forward(hidden, chosen[:, one], weights[:, one])
+        given = hidden, chosen[:, one], weights[:, one]
+        yield chosen[:, place], functional_call(base, own, given)
+
+
+def whole(experts: nn.Module) -> dict[str, Tensor]:
+    """What its module computes with in full, where that is not what it holds: with factors."""
+    if isinstance(experts, ElasticExperts) and experts.factors:
+        return experts.at(experts.full)
+    return {}
 
 
 def channels(
@@ -58,7 +68,7 @@ def channels(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every place of the top k: which expert each token is sent to, (tokens,), and what its
     channels hold, times the weight, (tokens, channels)."""
-    base = core(experts)
+    base, own = core(experts), whole(experts)
     down: Tensor = base.down_proj
     width = down.shape[1 if base.is_transposed else 2]
     eye = torch.eye(width, dtype=down.dtype, device=down.device)
@@ -70,7 +80,7 @@ def channels(
             some = eye[start : start + hidden.shape[1]]
             passing[: len(some)] = some
             passing = passing.T if base.is_transposed else passing
-            instead = {DOWN: passing.expand(len(down), -1, -1)}
+            instead = {**own, DOWN: passing.expand(len(down), -1, -1)}
             if base.has_bias:
                 instead["down_proj_bias"] = torch.zeros_like(base.down_proj_bias)
             got = functional_call(base, instead, (hidden, chosen[:, one], weights[:, one]))

@@ -28,10 +28,10 @@ from elastic.adapters.experts import (
     expert_index,
     reordered,
 )
-from elastic.adapters.layers import ElasticLinear, FactorLinear, Size
-from elastic.models.modules import modules_of, plain_linear, put_
+from elastic.adapters.layers import ElasticLinear, Size
+from elastic.models.modules import modules_of, put_
 from elastic.spaces.bound import SubAdapter
-from elastic.supernet.compact import merged_weight, sliced, wide_type
+from elastic.supernet.compact import merged_weight, part_, sliced, wide_type
 from elastic.supernet.depth import original
 from elastic.supernet.supernet import Supernet
 
@@ -121,12 +121,7 @@ def streamed(
     head = head or {}
     sub = net.space.check(sub)
     model = sliced(net, sub, degree)
-    updates = {}
-    for site, layer in modules_of(model, FactorLinear):
-        if merged:
-            updates[site] = layer.A.data, layer.B.data
-        bias = None if layer.bias is None else layer.bias.data
-        model.set_submodule(site, plain_linear(layer.weight.data, bias))
+    updates = part_(model)
     left, kept = _left(net, sub, degree, is_ordered), net.space.kept(sub)
     if net.vocabulary and net.space.cuts_vocabulary(sub):
         group = net.vocabulary.group
@@ -147,8 +142,8 @@ def streamed(
             tensor = experts[f"{source}.{leaf}"](tensor)
         if source in left:
             tensor = left[source](tensor, leaf)
-        if site in updates and leaf == "weight":
-            tensor = merged_weight(tensor, *updates[site])
+        if merged and name in updates:
+            tensor = merged_weight(tensor, *updates[name])
         return tensor.detach()
 
     names = model.state_dict()

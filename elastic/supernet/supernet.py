@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elastic.adapters import METHODS, Adapter, check
+from elastic.adapters import METHODS, Adapter, check, method_for
 from elastic.adapters.experts import ElasticExperts, MixtureLayers
 from elastic.adapters.layers import ElasticLinear, reorder_linear
 from elastic.config import AdapterConfig
@@ -22,6 +22,7 @@ from elastic.spaces.bound import BoundSpace, SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import channel_index
 from elastic.spaces.mixtures import EXPERT_WIDTH, EXPERTS
+from elastic.spaces.targets import sizes_of
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.depth import Stack
 from elastic.supernet.vocabulary import Vocabulary
@@ -64,14 +65,17 @@ class Supernet:
         # What is trained stays float32 under a base in half precision, whose rounding would swallow
         # its updates.
         self.head = widen_head_(model, torch.promote_types(model.dtype, torch.float32))
-        self._attach(torch.Generator().manual_seed(seed) if start else None)
+        generator = torch.Generator().manual_seed(seed) if start else None
+        self._attach(generator)
+        cut = [mixture for mixture, _ in self.space.mixtures.values()]
         self.mixtures = {
-            name: MixtureLayers(model, mixture)
-            for name, (mixture, _) in self.space.mixtures.items()
+            mixture.experts: MixtureLayers(model, mixture)
+            for mixture in {each.experts: each for each in (*cut, *self.space.adapted)}.values()
         }
-        """By the name of their module of experts."""
+        """Those that are cut or carry factors, by the name of their module of experts."""
+        self._adapt_experts(generator)
         config = text_config(model.config)
-        if self.mixtures and getattr(config, "output_router_logits", False):
+        if cut and getattr(config, "output_router_logits", False):
             say("The loss that balances experts is off: it counts on as many in every layer")
             config.output_router_logits = False
         # A head that gets the last positions of every sequence gets a view with gaps, and would be
@@ -113,7 +117,8 @@ class Supernet:
         return torch.device("cpu") if device.type == "meta" else device
 
     def layer(self, site: str) -> ElasticLinear:
-        """The layer with factors at this place in the model."""
+        """The layer with factors at this place in the model, or what stands for a matrix of all
+        experts there (`ExpertFactors`)."""
         return self.model.get_submodule(site)
 
     def adapters(self) -> Iterator[tuple[str, Adapter]]:
@@ -123,13 +128,14 @@ class Supernet:
                 yield site, adapter
 
     def _attach(self, generator: torch.Generator | None) -> None:
-        cut_sites = (cut.site for group in self.space for cut in group.cuts)
+        cut_sites = (c.site for group in self.space for c in group.cuts if c.axis != "rank")
         targets = set(self.space.targets)
         name = self.adapter.resolved_method
         method = METHODS[name]
         # Factors of a base without data (meta) can still be loaded.
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        sites = list(dict.fromkeys((*self.space.targets, *cut_sites)))
+        linear = (site for site in self.space.targets if not self.space.experts_of(site))
+        sites = list(dict.fromkeys((*linear, *cut_sites)))
         for site in track(sites, f"attaching {name}", quiet=generator is None):
             base = self.model.get_submodule(site)
             adapter = None
@@ -139,6 +145,20 @@ class Supernet:
                 if generator is not None:
                     adapter.start(base.weight, generator)
             self.model.set_submodule(site, ElasticLinear(base, adapter, self.adapter.dropout))
+
+    def _adapt_experts(self, generator: torch.Generator | None) -> None:
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        for site in self.space.targets:
+            if mixture := self.space.experts_of(site):
+                leaf = site.rpartition(".")[2]
+                sizes = sizes_of(mixture, leaf)
+                method = method_for(self.adapter.resolved_method, sizes)
+                assert method is not None  # as checked
+                adapter = method(self.adapter, *sizes, dtype=dtype, device=self.device)
+                layers = self.mixtures[mixture.experts]
+                if generator is not None:
+                    adapter.start(layers.experts.tensors()[leaf], generator)
+                layers.adapt(leaf, adapter)
 
     def reorder(self, order: Mapping[str, Tensor], *, is_ordered: bool = False) -> None:
         """Permute the channels of every group in `order`, once; RunError the second time. The
@@ -153,8 +173,10 @@ class Supernet:
             if layer.adapter is not None:
                 layer.adapter.reorder(axis, index)
         for name, mixture in self.mixtures.items():
+            orders = self.expert_orders(name)
             if not is_ordered:
-                mixture.reorder(*self.expert_orders(name))
+                mixture.reorder(*orders)
+            mixture.reorder_factors(*orders)
         if self.vocabulary and self.vocabulary.group.name in order:
             self.vocabulary.order = order[self.vocabulary.group.name].cpu()
         self.space = self.space.ordered(order)
@@ -175,7 +197,7 @@ class Supernet:
         """Of the module of experts of this name: the order of its experts, (experts,) or (groups,
         experts of one), and of the channels of each, (all experts, channels), as the base model has
         its experts; None: as they stand."""
-        groups = self.space.mixtures[name][1]
+        groups = self.space.mixtures[name][1] if name in self.space.mixtures else {}
         orders = (self.order.get(groups[dim].name) if dim in groups else None for dim in OF)
         experts, channels = orders
         return experts, channels

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic.adapters import METHODS
+from elastic.adapters import METHODS, method_for
 from elastic.config import StageConfig, TrainConfig
 from elastic.data import load_task
 from elastic.data.encoding import encode_all, padded
@@ -28,6 +28,7 @@ from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import modules_of, without_values
 from elastic.models.quantised import packed_bytes
 from elastic.models.wrappers import is_in, outside
+from elastic.spaces.targets import sizes_of
 from elastic.supernet.compensation import footprint
 from elastic.supernet.discovery import require_fits, space_for
 from elastic.supernet.moments import ROOM
@@ -109,7 +110,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         dtype=str(dtype).removeprefix("torch."),
         method=config.adapter.resolved_method,
         trained=sum(parameter.numel() for parameter in trained),
-        trained_by=_trained_by(net, [shapes[site] for site in net.space.targets]),
+        trained_by=_trained_by(net, [_shape(net, shapes, site) for site in net.space.targets]),
         batch=batch,
         accumulation=config.accumulation,
         plan=plan if examples else None,
@@ -200,23 +201,31 @@ def _measure(
     return memory, Compute(maximal, minimal, step(config.resolved_stages[-1]), whole)
 
 
-def _trained_by(net: Supernet, shapes: Sequence[torch.Size]) -> dict[str, int]:
+def _shape(net: Supernet, linears: Mapping[str, torch.Size], site: str) -> tuple[int, ...]:
+    """(out, in) of a linear layer, (experts, out, in) of a matrix of all experts."""
+    mixture = net.space.experts_of(site)
+    return sizes_of(mixture, site.rpartition(".")[2]) if mixture else tuple(linears[site])
+
+
+def _trained_by(net: Supernet, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Trained parameters on layers of these shapes and of the head, by method; those that do not
     fit are left out."""
     found: dict[str, int] = {}
     adapter = net.adapter
     head = sum(parameter.numel() for parameter in net.head.values())
-    for name, method in METHODS.items():
+    for name in METHODS:
         try:
             settings = replace(adapter, method=name)
         except ConfigError:
             continue
-        if any(method.refuse(settings, *shape) for shape in shapes):
+        methods = {shape: own for shape in shapes if (own := method_for(name, shape))}
+        linear = (shape for shape in shapes if len(shape) == 2)
+        if len(methods) < len({*shapes}) or any(METHODS[name].refuse(settings, *s) for s in linear):
             continue
         found[name] = head + sum(
             count * sum(
                 parameter.numel()
-                for parameter in method(settings, *shape, device="meta").parameters()
+                for parameter in methods[shape](settings, *shape, device="meta").parameters()
                 if parameter.requires_grad
             )
             for shape, count in Tally(shapes).items()

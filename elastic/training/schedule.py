@@ -107,7 +107,7 @@ class Schedule:
         for group in space:
             count = stage.width_indicator if group.dim in stage.train_dims else 1
             groups.append(replace(group, choices=group.choices[:count]))
-        return BoundSpace(tuple(groups), space.targets)
+        return replace(space, groups=tuple(groups))
 
 
 def visits(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 from torch import nn
@@ -40,6 +42,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {  # name: class, module of experts
 }  # fmt: skip
 """One half behind the other, taking turns, (in, out), with biases, a router that is a linear layer,
 what corrects choices in the block itself, groups of experts."""
+MATRICES = ("gate_up_proj", "down_proj")
 ROUNDED = {"deepseek-v3", "gpt-oss"}
 
 
@@ -76,6 +79,26 @@ def space_of(family: str, *dims: str) -> SearchSpace:
     return SearchSpace.from_dict(
         {"blocks": "model.layers.*", "adapt": ["self_attn.o_proj"], "groups": groups}
     )
+
+
+def factors_of(family: str, *dims: str, matrices: Sequence[str] = MATRICES) -> SearchSpace:
+    """The same with factors in matrices of all experts, each with ranks of its own."""
+    space = space_of(family, *dims).as_dict()
+    sites = {name: f"{FAMILIES[family][1]}.{name}" for name in matrices}
+    choices = {"gate_up_proj": [1.0, 0.5, 1], "down_proj": [1.0, 3]}
+    ranks = {
+        name: {"dim": "rank", "of": [site], "choices": choices[name]}
+        for name, site in sites.items()
+    }
+    return SearchSpace.from_dict(
+        {**space, "adapt": [*space["adapt"], *sites.values()], "groups": space["groups"] | ranks}
+    )
+
+
+def adapted_net(family: str, *dims: str, dtype: torch.dtype = torch.float64) -> Supernet:
+    net = Supernet(model_of(family, dtype), factors_of(family, *dims), tiny.ADAPTERS["lora"])
+    net.reorder(tiny.permutations(net))
+    return tiny.randomize_(net)
 
 
 def net_of(family: str, *dims: str, dtype: torch.dtype = torch.float64) -> Supernet:
