@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from elastic.data.answers import answer_logits, answer_loss
+from elastic.errors import ConfigError
 from elastic.formats import peft
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
+from elastic.supernet.compact import compact
+from elastic.supernet.compensation import Compensation
+from elastic.supernet.group_importance import group_importance
+from elastic.supernet.moments import second_moments
 from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
+from elastic.training.estimate import Batch
+from elastic.training.fake_step import rehearse
 from tests.helpers import tiny
 from tests.helpers.families import output
+from tests.helpers.flops import Flops
 from tests.helpers.laws import (
+    STEP,
+    batch_of,
     close,
     every_factor_learns,
+    loss,
     one_function,
     same,
     save,
     several,
     without_data,
 )
-from tests.helpers.mixtures import ROUNDED, adapted_net, factors_of, model_of
+from tests.helpers.mixtures import ROUNDED, adapted_net, factors_of, model_of, space_of
 
 LAID_OUT = ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"]
 """Halves, halves beside dense widths, (in, out) with gate and up in turns and biases, groups."""
@@ -119,3 +134,116 @@ def test_an_adapter_of_peft_may_have_factors_of_one_matrix_of_some_blocks(matric
 def test_a_cut_mixture_is_no_adapter_of_peft():
     net = adapted_net("mixtral")
     assert "cut the base model itself" in peft.why_not(net, net.space.minimal())
+
+
+# What is known of them on calibration tokens
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_what_is_made_up_for_is_made_up_for_of_the_update_too(family):
+    net = adapted_net(family)
+    net.compensation = Compensation(second_moments(net, [{"input_ids": tiny.tokens(8, 16)}]))
+    for sub in several(net, draws=1):
+        one_function(net, sub, output, precision(family), degree=0.5)
+    sub = net.space.minimal()
+    with torch.no_grad():
+        before = output(compact(net, sub, 0.5))
+    mixture = next(iter(net.mixtures.values())).experts
+    A = mixture.factors["down_proj"].adapter.A
+    A.data[:, :, 8:] += 0.5  # of channels that are cut, and read by those that are left
+    with torch.no_grad():
+        assert (output(compact(net, sub, 0.5)) - before).abs().max() > 1e-3
+        one_function(net, sub, output, precision(family), degree=0.5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_moments_are_those_of_the_experts_with_their_update(family):
+    net = adapted_net(family, "expert_width")
+    batch = [{"input_ids": tiny.tokens(4, 9)}]
+    merged = Supernet(
+        compact(net, net.space.maximal()), space_of(family, "expert_width"), tiny.ADAPTERS["lora"]
+    )
+    expected = second_moments(merged, batch)
+    found = second_moments(net, batch)
+    assert set(found) == set(expected)
+    for name, moment in expected.items():
+        close(found[name], moment, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "expert_width", "experts"])
+def test_the_importance_of_a_group_is_the_slope_of_the_loss(name):
+    """Along what experts with their update would add less."""
+    net, batch = adapted_net("gpt-oss"), batch_of("abc")
+    found = group_importance(net, [batch])
+    for layer in range(2):
+        group = next(g for g in net.space if g.name == f"model.layers.{layer}.{name}")
+        experts = net.model.model.layers[layer].mlp.experts
+        slope = slope_of(net, batch, experts, partial(lost, experts, group))
+        assert found[group.name] == pytest.approx(abs(slope), rel=1e-2)  # norms round to float32
+        assert found[group.name] > 0
+
+
+def lost(experts, group, hidden, chosen, weights):
+    """What experts add, less what they add at the smallest choice of a group."""
+    least, full = group.choices[-1], experts.forward(hidden, chosen, weights)
+    if group.dim == "experts":
+        return experts.forward(hidden, chosen, weights * (chosen >= least))
+    size, what = experts.size, "channels"
+    if group.dim == "rank":
+        size, what = experts.factors[group.name.rpartition(".")[2]].size, "rank"
+    before = getattr(size, what)
+    setattr(size, what, least)
+    small = experts.forward(hidden, chosen, weights)
+    setattr(size, what, before)
+    return full - small
+
+
+def slope_of(net, batch, module, direction) -> float:
+    """Of the loss, were so much of it added to what a module answers."""
+    ends = []
+    for by in (STEP, -STEP):
+        handle = module.register_forward_hook(
+            lambda _, given, out, by=by: out + by * direction(*given)
+        )
+        ends.append(loss(net, batch))
+        handle.remove()
+    return (ends[0] - ends[1]) / (2 * STEP)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_step_without_data_has_the_operations_of_a_real_one(family):
+    batch = Batch(sequences=2, length=8, answer=3)
+    net = adapted_net(family, dtype=torch.float32)
+    net.model.set_experts_implementation("batched_mm")
+    for sub in (net.space.maximal(), net.space.minimal()):
+        with Flops() as flops, net.active(sub):
+            answer_loss(*answer_logits(net.model, batch.tensors(net.model), 3)).backward()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert rehearse(net, sub, batch).flops == flops.get_total_flops()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("method", ["sorsa", "prolora", "olora", "soslora"])
+def test_other_methods_have_no_factors_for_experts(method):
+    with torch.device("meta"):
+        model = model_of("mixtral")
+    with pytest.raises(ConfigError, match=f"{method} has no factors for matrices of all experts"):
+        Supernet(model, factors_of("mixtral"), tiny.ADAPTERS[method], start=False)
+
+
+def test_dropout_is_refused():
+    adapter = replace(tiny.ADAPTERS["lora"], dropout=0.1)
+    with pytest.raises(ConfigError, match=r"adapter.dropout 0.1 .* give --adapter.dropout 0"):
+        Supernet(model_of("mixtral"), factors_of("mixtral"), adapter)
+
+
+def test_what_is_no_matrix_of_all_experts_is_refused():
+    for name in ("mlp.experts.down_proj_bias", "mlp.experts.up", "mlp.experts"):
+        space = {"blocks": "model.layers.*", "adapt": [name, "mlp.experts.down_proj"],
+                 "groups": {"r": {"dim": "rank", "of": [name], "choices": [4]}}}  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=f"'model.layers.0.{name}' matches no linear layer or"
+        ):
+            SearchSpace.from_dict(space).bind(model_of("gpt-oss"), 4)
