@@ -154,7 +154,7 @@ DIGEST = "base_digest"
 WITHOUT = (
     "use_dora", "modules_to_save", "bias", "trainable_token_indices", "lora_bias",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
-    "monteclora_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """Settings of a LoRA that change more than B A."""
 
@@ -200,8 +200,8 @@ def lora_rank(folder: Path) -> int:
 
 
 def lora_sites(folder: Path) -> list[str]:
-    """The layers that a stock LoRA changes; reads names alone. RunError where it changes embeddings
-    too."""
+    """The layers and matrices of experts that a stock LoRA changes; reads names alone. RunError
+    where it changes embeddings too."""
     where = "adapter.from"
     with _opened(folder, where) as file:
         names = list(file.keys())
@@ -211,11 +211,14 @@ def lora_sites(folder: Path) -> list[str]:
             "its base model and give adapter.from none"
         )
     ending = ".lora_A.weight"
-    return [
+    sites = [
         name.removeprefix("base_model.model.").removesuffix(ending)
         for name in names
         if name.endswith(ending)
     ]
+    config: Any = stock_config(folder, where)
+    parameters = config.target_parameters
+    return peft_parameters.sites_of(sites, parameters) if parameters else sites
 
 
 @contextlib.contextmanager
@@ -283,10 +286,11 @@ def read_lora(
     model: PreTrainedModel, folder: Path, base: str, base_digest: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A (rank, in) and B (out, rank), scaled and in float32, of every layer that a stock LoRA
-    changes, as PEFT reads it onto this model, which gets the head that was trained along and stays
-    as it was otherwise. RunError for an adapter of another model, or with NaN; BaseMismatch where
-    its file names another base."""
+    changes, of every expert (experts, ...) where it is a matrix of all, as PEFT reads it onto this
+    model, which gets the head that was trained along and stays as it was otherwise. RunError for an
+    adapter of another model, or with NaN; BaseMismatch where its file names another base."""
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.layer import ParamWrapper
 
     where = "adapter.from"
     require_base(folder, base_digest, where)
@@ -296,6 +300,12 @@ def read_lora(
         factors: list[Any] = [part["default"] for part in (layer.lora_A, layer.lora_B)]
         A, B = (factor.weight.detach().float() for factor in factors)
         found[name] = A.clone(), layer.scaling["default"] * B
+    for name, wrapper in modules_of(adapted.base_model.model, ParamWrapper):
+        stored: list[Any] = [part["default"] for part in (wrapper.lora_A, wrapper.lora_B)]
+        lora_A, lora_B = (factor.weight.detach().float().clone() for factor in stored)
+        A, B = peft_parameters.as_factors(lora_A, lora_B, wrapper.num_experts)
+        site = f"{name.replace(peft_parameters.INSIDE, '')}.{wrapper.parameter_name}"
+        found[site] = A, wrapper.scaling["default"] * B
     adapted.base_model.unload()
     model.requires_grad_(False)
     return found

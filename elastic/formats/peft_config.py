@@ -62,7 +62,7 @@ def _wanted(field: dataclasses.Field[Any], value: Any) -> str | None:
     """What would be right where a value is of another type than the field's default; None if it is
     right. A field that is on by default may name a way to be on."""
     default = field.default
-    if field.name in ("target_modules", "exclude_modules", "modules_to_save"):
+    if field.name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         names = value if isinstance(value, list) else [value]
         return None if all(isinstance(name, str) for name in names) else "names of modules"
     if field.name in ("rank_pattern", "alpha_pattern"):

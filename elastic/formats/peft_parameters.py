@@ -12,6 +12,9 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
+INSIDE = ".base_layer"
+"""Behind the name of a wrapper, what it stands around."""
+
 
 def as_stored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B of factors (experts, rank, in) and (experts, out, rank)."""
@@ -28,9 +31,22 @@ def stored_names(
 ) -> dict[str, str]:
     """By adapted parameter of a module of experts, what PEFT calls the wrapper in its file."""
     order = [name for name in parameters if name in adapted]
-    return {
-        name: module + ".base_layer" * (len(order) - 1 - place) for place, name in enumerate(order)
-    }
+    return {name: module + INSIDE * (len(order) - 1 - place) for place, name in enumerate(order)}
+
+
+def sites_of(stored: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    """The layers and parameters that an adapter changes, from what its file calls them and the
+    parameters that it names."""
+    found = []
+    for name in dict.fromkeys(each.replace(INSIDE, "") for each in stored):
+        leaves = {target.rpartition(".")[2] for target in parameters}
+        own = [leaf for leaf in sorted(leaves) if _is_named(f"{name}.{leaf}", parameters)]
+        found += [f"{name}.{leaf}" for leaf in own] if own else [name]
+    return found
+
+
+def _is_named(parameter: str, targets: Sequence[str]) -> bool:
+    return any(f".{parameter}".endswith(f".{target}") for target in targets)
 
 
 def targets_of(model: nn.Module, sites: Collection[str]) -> list[str]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.config import TrainConfig
 from elastic.config.adapter import NOTHING
@@ -18,7 +18,8 @@ from elastic.errors import ConfigError
 from elastic.files import digest
 from elastic.formats import peft
 from elastic.models import loading
-from elastic.models.modules import module_tree, plain_linear
+from elastic.models.modules import module_tree, plain_linear, put_
+from elastic.spaces.targets import MATRIX
 from elastic.supernet.compact import merged_weight
 from elastic.supernet.supernet import Supernet
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""A (rank, in) and B (out, rank) by layer, scaled."""
+"""A (rank, in) and B (out, rank) by layer, (experts, ...) by matrix of all experts; scaled."""
 
 
 def _folder(config: TrainConfig) -> Path | None:
@@ -80,6 +81,12 @@ def as_one(model: PreTrainedModel, factors: Factors) -> PreTrainedModel:
     """The model with its adapter merged, sharing what that leaves alone."""
     whole = module_tree(model)
     for site, (A, B) in factors.items():
+        if A.dim() == MATRIX:
+            experts: Any = model.get_submodule(site.rpartition(".")[0])
+            A, B = (B.mT, A.mT) if experts.is_transposed else (A, B)
+            merged = merged_weight(model.get_parameter(site), A, B)
+            put_(whole, site, nn.Parameter(merged, requires_grad=False))
+            continue
         layer = model.get_submodule(site)
         bias = None if layer.bias is None else layer.bias.data
         whole.set_submodule(site, plain_linear(merged_weight(layer.weight, A, B), bias))
@@ -97,22 +104,25 @@ def load_(net: Supernet, factors: Factors) -> None:
         known = {name: torch.zeros_like(tensor) for name, tensor in adapter.state_dict().items()}
         if site in factors:
             A, B = sorted_ranks(*factors[site])
-            known["A"][: len(A)], known["B"][:, : len(A)] = A, B / adapter.scale
+            rank = A.shape[-2]
+            known["A"][..., :rank, :], known["B"][..., :rank] = A, B / adapter.scale
         state |= {f"{site}.{name}": tensor for name, tensor in known.items()}
     net.load_factors(state)
     for (site, axis), index in net.permutations().items():
         if (own := net.layer(site).adapter) is not None:
             own.reorder(axis, index)
+    for name, mixture in net.mixtures.items():
+        mixture.reorder_factors(*net.expert_orders(name))
 
 
 def sorted_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the same B A whose first ranks are its best approximation of that rank (Eckart and
     Young 1936), from the singular values of their triangular parts.
 
-    Shapes: A (rank, in), B (out, rank); the rank stays.
+    Shapes: A (rank, in), B (out, rank), or of every expert; the rank stays.
     """
     left, upper = torch.linalg.qr(B.double())
-    right, lower = torch.linalg.qr(A.T.double())
-    U, S, V = torch.linalg.svd(upper @ lower.T)
-    root = S.sqrt()
-    return (right @ V.T * root).T.to(A.dtype), (left @ U * root).to(B.dtype)
+    right, lower = torch.linalg.qr(A.mT.double())
+    U, S, V = torch.linalg.svd(upper @ lower.mT)
+    root = S.sqrt()[..., None, :]
+    return (right @ V.mT * root).mT.to(A.dtype), (left @ U * root).to(B.dtype)
