@@ -11,9 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.errors import ConfigError
+from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.compensation import Compensation
+from elastic.supernet.few import alike
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.moments import second_moments
 from elastic.supernet.store import load_super_adapter
@@ -50,6 +52,30 @@ def test_active_sliced_and_merged_are_one_function(family):
     net = adapted_net(family)
     for sub in several(net, draws=2):
         one_function(net, sub, output, precision(family))
+
+
+@pytest.mark.parametrize("family", LAID_OUT)
+def test_what_is_cut_of_the_update_is_what_is_cut_of_the_weight(family):
+    """As if the whole update had been in the base all along."""
+    net = adapted_net(family)
+    merged = compact(net, net.space.maximal())
+    plain = Supernet(merged, space_of(family), tiny.ADAPTERS["lora"])
+    for sub in several(net, draws=2):
+        whole = {g.name: g.choices[0] for g in net.space if g.dim == "rank"}
+        sub = SubAdapter(tuple((sub.as_dict() | whole).items()))
+        cut = {g.name: sub[g.name] for g in plain.space}
+        with torch.no_grad(), net.active(sub), plain.active(SubAdapter(tuple(cut.items()))):
+            close(output(net.model), output(plain.model), precision(family))
+
+
+def test_blocks_with_other_ranks_in_their_experts_are_not_alike():
+    net = Supernet(
+        model_of("mixtral", num_hidden_layers=8), factors_of("mixtral"), tiny.ADAPTERS["lora"]
+    )
+    assert [len(kind) for kind in alike(net.model)] == [8]
+    one = {"model.layers.4.down_proj": 3}
+    with net.active(SubAdapter(tuple((net.current.as_dict() | one).items()))):
+        assert [len(kind) for kind in alike(net.model)] == [7]
 
 
 @pytest.mark.parametrize("family", LAID_OUT)
