@@ -29,7 +29,7 @@ METHODS: dict[Method, type[Adapter]] = {
     "olora": Olora,
     "soslora": SosLora,
 }
-ROUTED: dict[Method, type[Adapter]] = {"lora": ExpertLora}
+ROUTED: dict[Method, type[ExpertLora]] = {"lora": ExpertLora}
 """Those for matrices of all experts, a pair of factors for each."""
 
 

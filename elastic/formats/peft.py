@@ -96,7 +96,8 @@ def write(
         for name, parameter in net.head.items():
             tensors[f"base_model.model.{name}"] = parameter.contiguous().cpu()
     # PEFT warns of patterns for parameters, which it follows all the same.
-    rank, alpha = (max(sizes[site] for site in experts or sizes) for sizes in (ranks, alphas))
+    rank = max(ranks[site] for site in experts or ranks)
+    alpha = max(alphas[site] for site in experts or ranks)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type] # PEFT computes with fractions, too

@@ -130,7 +130,8 @@ def _tell(
         say(f"Space auto: {', '.join(experts)} are neither adapted nor cut; their weights are no "
             "linear layers")  # fmt: skip
     if mixed := list(dict.fromkeys(name for kind in kinds for name in kind.mixtures)):
-        say(f"Space auto: {', '.join(mixed)} are not adapted; their weights are no linear layers")
+        say(f"Space auto: {', '.join(mixed)} are not adapted; a space that names their matrices in "
+            "adapt does that (moe-factors)")  # fmt: skip
     if mixers := list(dict.fromkeys(name for kind in kinds for name in kind.mixers)):
         say(f"Space auto: of {', '.join(mixers)} ranks alone are elastic; their convolutions and "
             "states count on their inner sizes")  # fmt: skip

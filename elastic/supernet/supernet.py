@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elastic.adapters import METHODS, Adapter, check, method_for
+from elastic.adapters import METHODS, ROUTED, Adapter, check
 from elastic.adapters.experts import ElasticExperts, MixtureLayers
 from elastic.adapters.layers import ElasticLinear, reorder_linear
 from elastic.config import AdapterConfig
@@ -151,9 +151,8 @@ class Supernet:
         for site in self.space.targets:
             if mixture := self.space.experts_of(site):
                 leaf = site.rpartition(".")[2]
+                method = ROUTED[self.adapter.resolved_method]
                 sizes = sizes_of(mixture, leaf)
-                method = method_for(self.adapter.resolved_method, sizes)
-                assert method is not None  # as checked
                 adapter = method(self.adapter, *sizes, dtype=dtype, device=self.device)
                 layers = self.mixtures[mixture.experts]
                 if generator is not None:

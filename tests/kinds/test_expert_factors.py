@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import elastic
 from elastic.data.answers import answer_logits, answer_loss
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, ModelError
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
@@ -214,3 +215,15 @@ def test_what_is_no_matrix_of_all_experts_is_refused():
             ConfigError, match=f"'model.layers.0.{name}' matches no linear layer or"
         ):
             SearchSpace.from_dict(space).bind(model_of("gpt-oss"), 4)
+
+
+def test_a_model_whose_experts_alone_carry_factors_carries_a_super_adapter():
+    space = {"blocks": "model.layers.*", "adapt": ["mlp.experts.down_proj"],
+             "groups": {"r": {"dim": "rank", "of": ["mlp.experts.down_proj"],
+                              "choices": [1.0, 0.5]}}}  # fmt: skip
+    net = elastic.attach(model_of("mixtral"), space=space, max_rank=4, ranks="elastic")
+    tiny.randomize_(net.supernet)
+    for name in ("maximal", "minimal"):
+        one_function(net.supernet, net.space.named(name), output, precision("mixtral"))
+    with pytest.raises(ModelError, match="carries a super-adapter already"):
+        elastic.attach(net.model, space=space, max_rank=4)
