@@ -260,6 +260,9 @@ def attached(
     """An adapter on its base, as PEFT loads it; BaseMismatch where it does not fit, RunError unless
     all of its `weights`, and nothing else, belong there."""
     from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers as as_called_now,
+    )
 
     config: Any = stock_config(folder, where)
     most = max((max(tensor.shape, default=0) for tensor in weights.values()), default=0)
@@ -271,10 +274,12 @@ def attached(
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
         expected = set(get_peft_model_state_dict(adapted))
+        # Experts were layers of their own in transformers 4, and PEFT puts their factors together.
+        found = set(as_called_now(adapted, config, dict(weights)))
     except Exception as error:  # methods check what they get in ways of their own
         raise BaseMismatch(f"{where} {folder} does not fit {base}: {reason_of(error)}") from None
     # What belongs nowhere is named before what is missing for it.
-    if strange := sorted(set(weights) - expected) + sorted(expected - set(weights)):
+    if strange := sorted(found - expected) + sorted(expected - found):
         verb = "is missing" if strange[0] in expected else "belongs to no layer of this model"
         raise RunError(
             f"{where} {folder / PEFT_WEIGHTS}: {strange[0]} {verb} ({len(strange)} tensors differ)"

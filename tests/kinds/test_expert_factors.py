@@ -23,6 +23,7 @@ from elastic.supernet.store import load_super_adapter
 from elastic.supernet.supernet import Supernet
 from elastic.training.estimate import Batch
 from elastic.training.fake_step import rehearse
+from elastic.training.trainer import frozen
 from tests.helpers import tiny
 from tests.helpers.families import output
 from tests.helpers.flops import Flops
@@ -215,6 +216,17 @@ def test_what_is_no_matrix_of_all_experts_is_refused():
             ConfigError, match=f"'model.layers.0.{name}' matches no linear layer or"
         ):
             SearchSpace.from_dict(space).bind(model_of("gpt-oss"), 4)
+
+
+def test_a_teacher_keeps_the_factors_that_it_was_made_with():
+    net = adapted_net("mixtral")
+    teacher = frozen(net)
+    with torch.no_grad():
+        before = output(net.model)
+        for _, adapter in net.adapters():
+            adapter.B.mul_(2)
+        close(output(teacher), before)
+        assert (output(net.model) - before).abs().max() > 1e-2
 
 
 def test_a_model_whose_experts_alone_carry_factors_carries_a_super_adapter():

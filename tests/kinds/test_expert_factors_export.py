@@ -3,6 +3,7 @@ commands."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from elastic.__main__ import main
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
+from elastic.errors import BaseMismatch
 from elastic.exporting import foreign
 from elastic.exporting.merge import carrying, combine
 from elastic.files import read_json
@@ -29,7 +32,15 @@ from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
 from tests.helpers.families import output
 from tests.helpers.laws import close
-from tests.helpers.mixtures import adapted_net, factors_of, model_of, net_of
+from tests.helpers.mixtures import (
+    COUNT,
+    HIDDEN,
+    WIDTH,
+    adapted_net,
+    factors_of,
+    model_of,
+    net_of,
+)
 from tests.helpers.searches import choices_task
 from tests.helpers.tiny_runs import fake_measure
 
@@ -138,6 +149,36 @@ def test_an_adapter_of_peft_is_merged_and_beside_the_supernet_it_is_the_same(fam
             merged, _ = combine(net, sub, [update], merging)
             with carrying(net, sub, [update], merging) as active:
                 close(output(active), output(merged), 1e-4)
+
+
+def test_an_adapter_from_when_experts_were_layers_of_their_own_is_merged(tmp_path):
+    """As transformers 4 had them. PEFT puts their factors together; the update is the same."""
+    base, folder = saved_base("mixtral", tmp_path / "base"), tmp_path / "theirs"
+    generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
+    for layer, expert in itertools.product(range(2), range(COUNT)):
+        made = []
+        for name, (out, into) in {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN),
+                                  "w2": (HIDDEN, WIDTH)}.items():  # fmt: skip
+            site = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+            A = torch.randn(3, into, generator=generator)
+            B = torch.randn(out, 3, generator=generator)
+            tensors |= {f"{site}.lora_A.weight": A, f"{site}.lora_B.weight": B}
+            made.append(2 * B @ A)
+        expected[f"model.layers.{layer}.mlp.experts.gate_up_proj", expert] = torch.cat(made[:2])
+        expected[f"model.layers.{layer}.mlp.experts.down_proj", expert] = made[2]
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    config = ModelConfig(path=str(base), dtype="float32", device="cpu")
+    update = foreign.read(foreign.identify(str(folder), "any", config), config, "any")
+    assert set(update.deltas) == {name for name, _ in expected}
+    for (name, expert), delta in expected.items():
+        close(update.deltas[name][expert], delta, 1e-5)
+    del tensors[site + ".lora_A.weight"]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(BaseMismatch, match="theirs does not fit"):
+        foreign.read(foreign.identify(str(folder), "any", config), config, "any")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
