@@ -96,8 +96,7 @@ def write(
         for name, parameter in net.head.items():
             tensors[f"base_model.model.{name}"] = parameter.contiguous().cpu()
     # PEFT warns of patterns for parameters, which it follows all the same.
-    rank = max(ranks[site] for site in experts or ranks)
-    alpha = max(alphas[site] for site in experts or ranks)
+    rank, alpha = max(ranks.values()), max(alphas.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type] # PEFT computes with fractions, too
