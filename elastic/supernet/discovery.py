@@ -23,6 +23,7 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.models.modules import modules_of
 from elastic.models.wrappers import language_model, text_config
+from elastic.plain import one_line
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.few import FEW, alike, without
 from elastic.supernet.structure import DEPTHS, Kind, kinds_of, routed
@@ -212,8 +213,8 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
 
 def called(model: PreTrainedModel) -> set[str] | None:
     """Names of the linear layers that are called and answer with what they make, and nothing
-    besides; None if the model does not run without data. ConfigError if it wants other inputs than
-    tokens."""
+    besides; None if the model does not run without data. ConfigError if its own code refuses two
+    tokens, with what that says."""
     names: set[str] = set()
 
     def tell(name: str, layer: nn.Linear, output: Any) -> None:
@@ -225,8 +226,11 @@ def called(model: PreTrainedModel) -> set[str] | None:
             layer.register_forward_hook(lambda layer, _, y, name=name: tell(name, layer, y))
         kinds = alike(empty)
         if reason := _fails(empty, inputs, kinds):
-            if reason.startswith(ValueError.__name__):  # what a model's code says of its inputs
-                raise ConfigError(f"{type(model).__name__} does not run on tokens alone: {reason}")
+            if reason.startswith(ValueError.__name__):  # what code raises that has looked
+                raise ConfigError(
+                    f"{type(model).__name__} does not run on two tokens and nothing else; its own "
+                    f"code says {reason}"
+                )
             return None
     for kind in kinds:
         for first in kind[:FEW]:
@@ -266,6 +270,8 @@ def _fails(
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, ValueError):  # others add whole listings of what was computed
+        return f"{type(error).__name__}: {one_line(error)}"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -284,6 +290,8 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
         empty = copy.deepcopy(model, memory)
+        for config in (empty.config, text_config(empty.config)):  # training does not cache, either
+            config.use_cache = False
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
         if any(routed(empty)):  # one of their kernels knows one type, another looks at values
             empty.set_experts_implementation("batched_mm")

@@ -10,10 +10,13 @@ from elastic.errors import ConfigError
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace, describe
 from elastic.supernet import discovery
-from elastic.supernet.discovery import called, declared_for, discover
+from elastic.supernet.discovery import called, declared_for, discover, require_fits
+from elastic.supernet.supernet import Supernet
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
 from tests.helpers.families import FAMILIES, model_of
+from tests.helpers.hybrids import hybrid
+from tests.helpers.laws import one_function
 from tests.helpers.tiny_runs import train_config
 
 UNLISTED = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon", "gpt-neox", "bert, classes", "t5",
@@ -134,13 +137,30 @@ def test_a_model_that_does_not_run_uncut_is_not_blamed_on_a_cut(monkeypatch, cap
     assert "leaves out heads of model.layers.*: uncut, the model does not run without data" in said
 
 
-def test_a_model_that_wants_more_than_tokens_is_refused(monkeypatch):
+def test_a_model_whose_code_refuses_two_tokens_is_refused_in_its_own_words(monkeypatch):
     def forward(*_, **__):
-        raise ValueError("pixel_values cannot be None")
+        raise ValueError("pixel_values cannot be None\nwithout inputs_embeds")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    with pytest.raises(ConfigError, match=r"does not run on tokens alone.*pixel_values"):
+    words = "its own code says ValueError: pixel_values cannot be None without inputs_embeds"
+    with pytest.raises(ConfigError, match=words):
         discover(tiny.llama())
+
+
+def test_nothing_is_cached_where_it_is_tried():
+    """Qwen3.5's cache cannot say how long it is without a block of full attention, which training
+    does not ask it."""
+    model = hybrid("qwen3.5", num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    model.config.use_cache = True
+    with pytest.raises(ValueError, match="get_seq_length"):
+        model(tiny.tokens())
+    space = discover(model)
+    require_fits(model, space, tiny.RANK)
+    [section] = space.sections
+    assert {spec.dim for spec in section.groups} == {"rank", "width"} and model.config.use_cache
+    net = tiny.randomize_(Supernet(model, space, tiny.ADAPTERS["lora"]))
+    # Its norms round to float32 in any type.
+    one_function(net, net.space.minimal(), lambda m: m(tiny.tokens(), use_cache=False).logits, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
