@@ -171,6 +171,16 @@ def check_trackers(names: list[str]) -> None:
     trackers.require(names, get_available_reporting_integrations())
 
 
+class BeforeOptimizer(TrainerCallback):
+    """Calls a function between clipping and the optimiser's step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.act()
+
+
 def reporting(names: list[str], folder: Path) -> tuple[list[str], list[TrainerCallback]]:
     """What the Trainer's `report_to` gets, and callbacks beside it: TensorBoard's files belong to
     the run, while the Trainer would put them among checkpoints that do not last."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from elastic import trackers
 from elastic.adapters import METHODS
@@ -29,16 +28,9 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import FACTORS, read_factors
 from elastic.supernet.supernet import Supernet
 from elastic.training import checkpoints
-from elastic.training.callbacks import Bar, MetricsFile, Pace, Probe, reporting
+from elastic.training.arguments import arguments_of
+from elastic.training.callbacks import Bar, BeforeOptimizer, MetricsFile, Pace, Probe, reporting
 from elastic.training.schedule import Schedule, examples_per_step, visits
-
-
-class OneDevice(TrainingArguments):
-    """A process trains on one device, however many there are: several processes use several."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(1, super().n_gpu)
 
 
 class ElasticTrainer(Trainer):
@@ -84,7 +76,7 @@ class ElasticTrainer(Trainer):
         self._task_loss: Tensor | None = None  # without the regulariser, where that is in the loss
         self._clip_penalty = METHODS[net.adapter.resolved_method].clip_penalty
         if not self._clip_penalty:
-            self.add_callback(_BeforeOptimizer(self.regularise))
+            self.add_callback(BeforeOptimizer(self.regularise))
         # The loss below divides by the answer tokens of the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -307,16 +299,6 @@ def frozen(net: Supernet) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-class _BeforeOptimizer(TrainerCallback):
-    """Calls a function between clipping and the optimiser's step."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.act()
-
-
 def fit(
     net: Supernet,
     config: TrainConfig,
@@ -338,35 +320,7 @@ def fit(
     folder = run.metrics.parent
     report_to, own_trackers = reporting(config.report_to, folder / "tensorboard")
     device = net.model.device
-    arguments = OneDevice(
-        output_dir=str(run.checkpoints),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=schedule.epochs,
-        max_steps=schedule.steps if schedule.max_steps else -1,
-        learning_rate=1.0,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        # Blocks that are left out have no gradients.
-        ddp_find_unused_parameters=bool(net.space.depths),
-        ddp_broadcast_buffers=False,  # constants all of them, a quantised base among them
-        fp16=config.model.dtype == "float16",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=config.save_steps,
-        save_total_limit=checkpoints.KEPT,
-        seed=config.seed,
-        report_to=report_to,
-        run_name=f"{run.path.resolve().name}-train",
-        project=os.environ.get("TRACKIO_PROJECT", trackers.PROJECT),
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-    )
+    arguments = arguments_of(net, config, schedule, run, report_to)
     probe = None
     if config.probe_steps and watched and not only:
         batch = {key: value.to(device) for key, value in collate(watched, pad).items()}

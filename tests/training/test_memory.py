@@ -11,7 +11,7 @@ from elastic.config import AdapterConfig, ModelConfig, StageConfig
 from elastic.errors import ConfigError
 from elastic.models import loading, requirements
 from elastic.supernet.supernet import Supernet
-from elastic.training import trainer
+from elastic.training import arguments
 from elastic.training.one_task import train_one
 from elastic.training.trainer import ElasticTrainer
 from tests.helpers import tiny
@@ -108,11 +108,11 @@ def test_float16_asks_for_the_scaler(tiny_folder, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    def arguments(**settings):
+    def stopping(**settings):
         asked.append(settings["fp16"])
         raise Stop
 
-    monkeypatch.setattr(trainer, "OneDevice", arguments)
+    monkeypatch.setattr(arguments, "OneDevice", stopping)
     monkeypatch.setattr(requirements, "require_training", lambda config: None)
     for dtype in ("float16", "bfloat16"):
         model = ModelConfig(path=str(tiny_folder), dtype=dtype, device="cpu")
