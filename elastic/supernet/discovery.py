@@ -214,7 +214,7 @@ def require_fits(model: PreTrainedModel, space: SearchSpace, rank: int) -> None:
 def called(model: PreTrainedModel) -> set[str] | None:
     """Names of the linear layers that are called and answer with what they make, and nothing
     besides; None if the model does not run without data. ConfigError if its own code refuses two
-    tokens, with what that says."""
+    tokens, in training or out of it, with what that says."""
     names: set[str] = set()
 
     def tell(name: str, layer: nn.Linear, output: Any) -> None:
@@ -225,12 +225,14 @@ def called(model: PreTrainedModel) -> set[str] | None:
         for name, layer in modules_of(empty, nn.Linear):
             layer.register_forward_hook(lambda layer, _, y, name=name: tell(name, layer, y))
         kinds = alike(empty)
-        if reason := _fails(empty, inputs, kinds):
-            if reason.startswith(ValueError.__name__):  # what code raises that has looked
+        reason, training = (_fails(empty.train(on), inputs, kinds) for on in (False, True))
+        for words in (reason, training):
+            if words and words.startswith(ValueError.__name__):  # of code that has looked
                 raise ConfigError(
                     f"{type(model).__name__} does not run on two tokens and nothing else; its own "
-                    f"code says {reason}"
+                    f"code says {words}"
                 )
+        if reason:
             return None
     for kind in kinds:
         for first in kind[:FEW]:

@@ -20,9 +20,10 @@ from elastic.console import say
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED, SimilarLengths, collate, pack
 from elastic.data.encoding import Encoded
-from elastic.errors import TrainingError
+from elastic.errors import ElasticError, ModelError, TrainingError
 from elastic.files import write_json
 from elastic.models.modules import module_tree
+from elastic.plain import one_line
 from elastic.run import Run
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import FACTORS, read_factors
@@ -30,6 +31,7 @@ from elastic.supernet.supernet import Supernet
 from elastic.training import checkpoints
 from elastic.training.arguments import arguments_of
 from elastic.training.callbacks import Bar, BeforeOptimizer, MetricsFile, Pace, Probe, reporting
+from elastic.training.gradients import tell_unreached
 from elastic.training.schedule import Schedule, examples_per_step, visits
 
 
@@ -69,6 +71,7 @@ class ElasticTrainer(Trainer):
         self._fixed_teacher = teacher
         self._teacher: Tensor | None = None  # its logits on this micro-batch
         self._penalty: float | None = None
+        self._looked = False  # whether some factors are out of the loss's reach
         super().__init__(model=net.model, **kwargs)
         # DeepSpeed takes the optimiser's step inside its backward pass: whatever is to have a
         # gradient by then stands in the loss.
@@ -106,8 +109,12 @@ class ElasticTrainer(Trainer):
                 what = f"the loss is {float(losses[-1])}"
                 self._fail(self.state.global_step + 1, what, sub, examples.tolist())
         # True in the last micro-batch of a step, when all processes have the summed gradient.
-        if self.accelerator.sync_gradients and self._clip_penalty:
-            self.regularise()
+        if self.accelerator.sync_gradients:
+            if not self._looked and not self.is_sharded:
+                tell_unreached(self.net, self._visits)
+            self._looked = True
+            if self._clip_penalty:
+                self.regularise()
         return torch.stack(losses).sum()
 
     def _draw(self, micro_batch: int) -> tuple[SubAdapter, ...]:
@@ -191,8 +198,17 @@ class ElasticTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The answer tokens' loss, averaged over all of them in the optimiser step and over the
-        sub-adapters that it visits."""
-        logits, labels = answer_logits(model, inputs)
+        sub-adapters that it visits. ModelError for texts that the model's code refuses."""
+        try:
+            logits, labels = answer_logits(model, inputs)
+        except ValueError as error:  # such as of lengths that a model can be used on, not trained
+            if isinstance(error, ElasticError):
+                raise
+            raise ModelError(
+                f"{type(self.net.model).__name__} refuses a batch of "
+                f"{inputs['input_ids'].shape[1]} tokens in training; its own code says "
+                f"{one_line(error)}"
+            ) from error
         teacher = self._teach(model, inputs, logits) if self.config.distill else None
         total = answer_loss(logits, labels, teacher, self.config.distill) / len(self._visits)
         if num_items_in_batch is None:
