@@ -39,7 +39,7 @@ from elastic.formats.choosing import LATENCIES
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
-from elastic.models.modules import module_tree, modules_of, put_
+from elastic.models.modules import configure_, module_tree, modules_of, put_
 from elastic.plain import is_name, one_line, shaped
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.as_lora import as_lora
@@ -230,8 +230,7 @@ def load(
             tensor: Tensor = made[key]().to(device, kind).contiguous()
             put_(model, key, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
     model.tie_weights()
-    model.config = hf.described_config(model, code=False)
-    return model.to(device).eval()
+    return configure_(model, hf.described_config(model, code=False)).to(device).eval()
 
 
 def about_of(directory: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:

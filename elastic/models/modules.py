@@ -98,6 +98,26 @@ def without_values(model: ModuleType, device: torch.device) -> ModuleType:
     return copy.deepcopy(model, memory)
 
 
+def configure_(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Every module that holds the model's configuration, or one within it, holds this one or the
+    one that it has there instead, in place."""
+    new = {id(old): own for old, own in _parts(model.config, config)}
+    for module in model.modules():
+        if own := new.get(id(vars(module).get("config"))):
+            module.config = own
+    return model
+
+
+def _parts(
+    old: PretrainedConfig, new: PretrainedConfig
+) -> Iterator[tuple[PretrainedConfig, PretrainedConfig]]:
+    """Both, and what they have within them by the same name."""
+    yield old, new
+    for name in old.sub_configs:
+        if getattr(old, name, None) is not None:
+            yield from _parts(getattr(old, name), getattr(new, name))
+
+
 PREFIX = "elastic_"
 """Before the family's type, in the type of what is written."""
 SIZES = ("linear_sizes", "attention_sizes", "tensor_sizes")

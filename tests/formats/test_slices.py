@@ -19,6 +19,7 @@ from elastic.formats import hf, matformer, slices
 from elastic.formats.slices import Slice
 from elastic.models.digest import digest_of
 from elastic.models.meter import Meter
+from elastic.models.wrappers import text_config
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
@@ -56,9 +57,17 @@ def write(net: Supernet, folder, made, dtype=torch.float64, latencies=(), base=N
     )  # fmt: skip
 
 
+def holders(model) -> list[str]:
+    """Names of the modules that hold the model's own configuration, or its language model's."""
+    configs = (model.config, text_config(model.config))
+    return [name for name, module in model.named_modules()
+            if any(vars(module).get("config") is each for each in configs)]  # fmt: skip
+
+
 def same(folder, made, family, dtype=torch.float64, **settings) -> None:
     for one in made:
         loaded = slices.load(folder, one.name, **settings)
+        assert holders(loaded) == holders(one.model)
         state = loaded.state_dict()
         expected = one.model.state_dict()
         assert list(state) == list(expected)

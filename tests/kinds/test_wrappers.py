@@ -354,6 +354,8 @@ def test_the_commands_train_search_and_write_it(run, folders):
     every = report.directory / "elastic"
     name = next(name for name in slices.read(every)["slices"] if name != "full")
     one = elastic.load(every, slice=name)
+    assert one.model.config is one.config
+    assert one.model.language_model.config is one.config.text_config
     alone = transformers.AutoModelForImageTextToText.from_pretrained(
         every, trust_remote_code=True, slice=name
     )
