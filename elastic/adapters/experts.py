@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from elastic.adapters.base import Adapter
+from elastic.adapters.layers import leading
 from elastic.models.modules import put_
-from elastic.spaces.dims import Cut, Ranges, channel_index
+from elastic.spaces.dims import Cut, channel_index
 from elastic.spaces.mixtures import DOWN, Axis, Mixture, core
 from elastic.spaces.targets import factor_axes, is_transposed
 
@@ -347,15 +348,6 @@ def expert_index(order: Tensor) -> Tensor:
     groups = order.cpu().reshape(-1, order.shape[-1])
     starts = torch.arange(len(groups))[:, None] * groups.shape[1]
     return (groups + starts).flatten()
-
-
-def leading(tensor: Tensor, axis: int, left: Ranges) -> Tensor:
-    """What is left of an axis, (start, length) of each of its parts: a view where that is one."""
-    if sum(length for _, length in left) == tensor.shape[axis]:
-        return tensor
-    if len(left) == 1:
-        return tensor.narrow(axis, *left[0])
-    return torch.cat([tensor.narrow(axis, *part) for part in left], axis)
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from elastic.adapters.base import Adapter
 from elastic.models.quantised import QuantisedLinear, frozen_linear
-
-Parts = tuple[tuple[int, int], ...] | None
+from elastic.spaces.dims import Ranges
 
 
 class Size:
@@ -24,15 +23,25 @@ class Size:
 
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         self.rows, self.columns, self.rank = rows, columns, rank
-        self.row_parts: Parts = None
+        self.row_parts: Ranges | None = None
         """Where an axis of several parts is cut: (start, length) of what is left of each."""
-        self.column_parts: Parts = None
+        self.column_parts: Ranges | None = None
         self.made_up: Tensor | None = None
         """(cut columns, active columns): the active ones take over so much of each cut one, times
         the degree, to make up for it; None: nothing."""
         self.degree = 0.0
 
-    def keep(self, axis: str, left: tuple[tuple[int, int], ...]) -> None:
+    @property
+    def left_rows(self) -> Ranges:
+        """(start, length) of what is active of the rows."""
+        return self.row_parts or ((0, self.rows),)
+
+    @property
+    def left_columns(self) -> Ranges:
+        """The same of the columns."""
+        return self.column_parts or ((0, self.columns),)
+
+    def keep(self, axis: str, left: Ranges) -> None:
         """Make these rows ("out") or columns ("in") active: (start, length), the first from 0."""
         count = sum([length for _, length in left])
         parts = left if len(left) > 1 else None
@@ -43,11 +52,11 @@ class Size:
 
     def leading(self, tensor: Tensor) -> Tensor:
         """The active rows of (rows, ...)."""
-        return _leading(tensor, 0, self.rows, self.row_parts)
+        return leading(tensor, 0, self.left_rows)
 
     def leading_columns(self, tensor: Tensor) -> Tensor:
         """The active columns of (rows, columns)."""
-        return _leading(tensor, 1, self.columns, self.column_parts)
+        return leading(tensor, 1, self.left_columns)
 
     def compensated_columns(self, tensor: Tensor) -> Tensor:
         """The same of a matrix that is multiplied with the layer's input, with what they take over
@@ -62,7 +71,7 @@ class Size:
 
     def _behind(self, tensor: Tensor) -> Tensor:
         """The columns that are not active, ascending."""
-        parts = self.column_parts or ((0, self.columns),)
+        parts = self.left_columns
         ends = [0, *(start + length for start, length in parts)]
         starts = [*(start for start, _ in parts), tensor.shape[1]]
         pieces = [tensor[:, a:b] for a, b in zip(ends, starts, strict=True) if a < b]
@@ -98,14 +107,14 @@ class ElasticLinear(nn.Module):
         """Gives the weight that is active now, whatever is active when it is asked: the backward
         pass asks again, so that a dequantised weight need not be kept."""
         base, size = self.base, self.size
-        rows, columns = (0, size.rows, size.row_parts), (1, size.columns, size.column_parts)
+        rows, columns = size.left_rows, size.left_columns
         if size.made_up is None:
-            return lambda: _leading(_leading(base.weight, *rows), *columns)
+            return lambda: leading(leading(base.weight, 0, rows), 1, columns)
         owner, made_up, degree, weight = self._compensated
         if owner is not base or made_up is not size.made_up or degree != size.degree:
             weight = size.compensated_columns(base.weight)
             self._compensated = base, size.made_up, size.degree, weight
-        return lambda: _leading(weight, *rows)
+        return lambda: leading(weight, 0, rows)
 
     @property
     def bias(self) -> Tensor | None:
@@ -206,14 +215,14 @@ class FactorLinear(nn.Linear):
         return _add_update(F.linear(x, self.weight, self.bias), x, self.A, self.B)
 
 
-def _leading(tensor: Tensor, axis: int, size: int, parts: Parts) -> Tensor:
-    """A view of the first rows or columns; of an axis of several parts, a copy of the first of
-    each."""
-    if size == tensor.shape[axis]:  # nothing is sliced in vain
+def leading(tensor: Tensor, axis: int, left: Ranges) -> Tensor:
+    """What is left of an axis, (start, length) of each of its parts: a view where that is one, else
+    a copy."""
+    if sum([length for _, length in left]) == tensor.shape[axis]:  # nothing is sliced in vain
         return tensor
-    if parts is None:
-        return tensor.narrow(axis, 0, size)
-    return torch.cat([tensor.narrow(axis, *part) for part in parts], axis)
+    if len(left) == 1:
+        return tensor.narrow(axis, *left[0])
+    return torch.cat([tensor.narrow(axis, *part) for part in left], axis)
 
 
 def _add_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
