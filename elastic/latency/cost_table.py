@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from elastic.latency.additive import Additive
-from elastic.spaces.bound import WHOLE, Point, Space
+from elastic.spaces.bound import Point, Space
+from elastic.spaces.candidates import WHOLE
 from elastic.spaces.dims import BITS, VOCABULARY
 
 NOISE = 0.01

@@ -25,7 +25,8 @@ from elastic.searching.loop import Loop, enqueue_starts
 from elastic.searching.pareto import non_dominated
 from elastic.searching.sampler import AdditiveSampler, learn
 from elastic.searching.workers import Alone
-from elastic.spaces.bound import Candidate, CandidateSpace, SubAdapter
+from elastic.spaces.bound import Candidate, SubAdapter
+from elastic.spaces.candidates import CandidateSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import Counter
 from elastic.supernet.supernet import Supernet

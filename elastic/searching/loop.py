@@ -17,7 +17,8 @@ from elastic.errors import RunError
 from elastic.searching.budget import violations
 from elastic.searching.wall_clock import WallClock
 from elastic.searching.workers import POLL, Alone, Worker
-from elastic.spaces.bound import Candidate, CandidateSpace, generator_for
+from elastic.spaces.bound import Candidate, generator_for
+from elastic.spaces.candidates import CandidateSpace
 
 FAILURES = 3
 """Trials in a row without figures that end the search."""

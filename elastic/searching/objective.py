@@ -16,7 +16,8 @@ from elastic.latency.cost_table import Table, Tables
 from elastic.latency.latency_table import Timetable
 from elastic.latency.measure import per_second
 from elastic.searching.wall_clock import WallClock
-from elastic.spaces.bound import Candidate, CandidateSpace, bits_of, generator_for
+from elastic.spaces.bound import Candidate, generator_for
+from elastic.spaces.candidates import CandidateSpace, bits_of
 from elastic.supernet.cost import Counter
 from elastic.supernet.held_out import Compensated, HeldOut
 from elastic.supernet.supernet import Supernet

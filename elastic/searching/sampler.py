@@ -16,7 +16,8 @@ from elastic.latency.additive import Additive, Posterior, cheapest
 from elastic.latency.cost_table import Table, Tables, kinds, least, places, shares
 from elastic.latency.latency_table import spearman
 from elastic.searching.joint import Belief, Joint
-from elastic.spaces.bound import CandidateSpace, Point, Space, generator_for
+from elastic.spaces.bound import Point, Space, generator_for
+from elastic.spaces.candidates import CandidateSpace
 
 BOLDNESS = 0.25
 """How far a proposal follows a draw from the belief instead of its mean. At 1 (Thompson sampling)

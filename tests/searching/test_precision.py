@@ -24,7 +24,8 @@ from elastic.latency.target import Target
 from elastic.searching.objective import Objective
 from elastic.searching.sampler import AdditiveSampler
 from elastic.searching.study import search
-from elastic.spaces.bound import Candidate, CandidateSpace, bits_of
+from elastic.spaces.bound import Candidate
+from elastic.spaces.candidates import CandidateSpace, bits_of
 from elastic.supernet.compact import compact
 from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import load_run

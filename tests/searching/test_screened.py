@@ -16,7 +16,7 @@ from elastic.config import StudyConfig
 from elastic.searching import screening, study
 from elastic.searching.objective import Objective
 from elastic.searching.study import search
-from elastic.spaces.bound import CandidateSpace
+from elastic.spaces.candidates import CandidateSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.examples import task_of
 from elastic.supernet.held_out import HeldOut
