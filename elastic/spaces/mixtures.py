@@ -8,6 +8,7 @@ family by its name; what lies otherwise is refused in words.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ DOWN = "down_proj"
 """The tensor of all experts that reads their channels."""
 ALIGN = 8
 """What the width of an expert is a multiple of: 16 bytes, in types of 16 bits."""
+TOLD = 3
+"""What modules of experts are called with: hidden states, the experts of each, their weights."""
 PAIR = 2
 """Experts of a group that routers look at to rate it, and so have to be there."""
 
@@ -247,6 +250,17 @@ def mixture_at(model: nn.Module, name: str) -> Mixture:
 def why_not(experts: nn.Module) -> str | None:
     """Why the tensors of a module are not cut; None if they are."""
     kind, known = type(experts).__name__, dict(experts.named_parameters(recurse=False))
+    if isinstance(experts, nn.ModuleDict | nn.ModuleList):
+        return (
+            f"{kind} holds its experts as modules of their own, whose layers carry factors; which "
+            "of them a token is sent to is known inside of it alone"
+        )
+    asked = list(inspect.signature(experts.forward).parameters)
+    if not is_experts(experts) and len(asked) < TOLD and any(p.dim() == 3 for p in known.values()):
+        return (
+            f"{kind} is called with {', '.join(asked)} and not told which experts a token is sent "
+            "to with which weights, by which experts and their channels are ordered"
+        )
     if not is_experts(experts):
         return (
             f"{kind} does not hold the weights of its experts as transformers lays them out for "

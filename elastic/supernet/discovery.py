@@ -26,6 +26,7 @@ from elastic.models.wrappers import language_model, text_config
 from elastic.plain import one_line
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.few import FEW, alike, without
+from elastic.supernet.listed_experts import to_every_expert_
 from elastic.supernet.structure import DEPTHS, Kind, kinds_of, routed
 from elastic.supernet.supernet import Supernet
 from elastic.supernet.wrapped import placed_in, require_text
@@ -291,10 +292,11 @@ def _without_data(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dic
         inputs = {"input_ids": torch.zeros((1, 2), dtype=torch.int64)}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        empty = copy.deepcopy(model, memory)
+        empty = copy.deepcopy(model, memory).eval()  # some leave blocks out at random in training
         for config in (empty.config, text_config(empty.config)):  # training does not cache, either
             config.use_cache = False
         empty.set_attn_implementation("eager")  # fused kernels do not look at shapes without data
         if any(routed(empty)):  # one of their kernels knows one type, another looks at values
             empty.set_experts_implementation("batched_mm")
+        to_every_expert_(empty)
         yield empty, inputs

@@ -21,6 +21,7 @@ from elastic.models.modules import modules_of, outermost
 from elastic.spaces.dims import FIXED_HEADS, head_size_of, is_latent
 from elastic.spaces.mixtures import groups_of, mixtures, routers_of
 from elastic.spaces.pattern import pattern_of
+from elastic.supernet.listed_experts import experts_of, lists_of
 
 RANKS = [1.0, 0.5, 0.25]
 WIDTHS = [1.0, 0.875, 0.75, 0.625, 0.5]
@@ -115,7 +116,10 @@ def _kind(
     pattern: str, count: int, block: nn.Module, linears: Mapping[str, Shape], hidden: int
 ) -> Kind:
     attention, mixers = _token_mixers(block)
+    # Which tokens an expert gets is not known outside of their list, so channels are not ordered.
+    listed = {name: [n for n in linears if n.startswith(f"{name}.")] for name, _ in lists_of(block)}
     inside = {n for n in linears if any(n.startswith(f"{o}.") for o in (*attention, *mixers))}
+    inside |= {n for own in listed.values() for n in own}
     mlps = list(_mlps({n: shape for n, shape in linears.items() if n not in inside}, hidden))
     groups: dict[str, Any] = {}
     adapted: set[str] = set()
@@ -142,11 +146,14 @@ def _kind(
     for suffix, (name, module) in _numbered(list(mixers.items())):
         own = [n for n in linears if n.startswith(f"{name}.") and _is_adapted(module, n)]
         adapt(f"mixer_rank{suffix}", own)
+    for suffix, own in _numbered(list(listed.values())):
+        adapt(f"expert_rank{suffix}", own)
     for name, rest in _rest(block, linears, {*adapted, *inside}).items():
         adapt(f"{name}_rank" if name else "rank", rest)
     cut = {each.experts for each in mixtures(block)}
     groups |= groups_of(block)
     experts: dict[str, int] = {n.rpartition(".")[0]: len(t) for n, t in routed(block)}
+    lists = {name: len(experts_of(module)) for name, module in lists_of(block)}
     holders = dict.fromkeys(type(block.get_submodule(_parent(d))).__name__ for _, d, _ in mlps)
     return Kind(
         pattern,
@@ -154,7 +161,7 @@ def _kind(
         (
             *(type(m).__name__ for m in (*attention.values(), *mixers.values())),
             *holders,
-            *(f"{number} experts" for number in experts.values()),
+            *(f"{number} experts" for number in (*experts.values(), *lists.values())),
         ),
         {"blocks": pattern, "adapt": [n for n in linears if n in adapted], "groups": groups},
         tuple(f"{pattern}.{name}" for name in mixers),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elastic.data.answers import padded_behind, padding_is_seen
 from elastic.data.collating import IGNORED
+from elastic.errors import ConfigError
 from elastic.models.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -33,9 +34,16 @@ class Watching:
         return self._answer if in_decoder else self._prompt
 
     def tokens(self, module: str, x: Tensor) -> Tensor:
-        """(real tokens, features) of what enters or leaves the module of this name."""
+        """(real tokens, features) of what enters or leaves the module of this name. ConfigError if
+        that is no row for every token."""
         real = self.real(module)
         x = x.flatten(0, -2)
+        if real is not None and len(x) != len(real):
+            raise ConfigError(
+                f"{module} gets {len(x)} rows for a batch of {len(real)} tokens, as an expert does "
+                "that some tokens are sent to. Which ones cannot be told, so its channels have no "
+                "order: leave it out of what is cut"
+            )
         return x if real is None else x[real]
 
     def __call__(self, batch: dict[str, Tensor]) -> None:

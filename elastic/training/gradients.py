@@ -35,7 +35,7 @@ def tell_unreached(net: Supernet, visited: Sequence[SubAdapter]) -> None:
     more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
     say(
         f"In the first step the loss reached none of the factors of {len(sites)} adapted layers: "
-        f"{', '.join(shapes[:SHOWN])}{more}. What they make changes nothing here, or is looked at "
-        "alone, as an index is; while that is so they stay as they start, so leave them out of "
-        "adapt"
+        f"{', '.join(shapes[:SHOWN])}{more}. What they make changes nothing, is looked at alone as "
+        "an index is, or they are experts that got no token. While that is so they stay as they "
+        "start: layers that are never reached are better left out of adapt"
     )

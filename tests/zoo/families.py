@@ -141,6 +141,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {
         "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": WIDE}}},
     },
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "olmo3": SLIDING,
     "pegasus_x": {"block_size": 4, "num_global_tokens": 2},
     "perceiver": {
@@ -163,6 +164,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "shape_vocab_size": 20, "shape_embed_dim": 8, "pronunciation_vocab_size": 20,
         "pronunciation_embed_dim": 8,
     },
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "ultrabert": SLIDING,
     "vibevoice_asr": {
         "acoustic_tokenizer_encoder_config": WAVES, "semantic_tokenizer_encoder_config": WAVES,
