@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 import elastic
 from elastic.config import VocabConfig
@@ -24,6 +24,7 @@ from elastic.supernet.store import load_run
 from elastic.training.dry_run import estimate
 from elastic.training.one_task import train_one
 from tests.helpers import exports, searches, tiny
+from tests.helpers.pipelines import NEW, ByOpenvino, by_onnxruntime, by_torch
 from tests.helpers.tiny_runs import randomize_factors, space_file, train_config
 
 GROUP = "lm_head.vocab"
@@ -127,6 +128,27 @@ def test_every_format_with_a_place_for_it_has_the_logits_of_the_full_head(writte
         limit = 0.1 if "int8" in name else 1e-4
         off = np.abs(logits[~rest] - full[~rest]).max()
         assert off < limit * np.abs(full).max(), name
+
+
+def test_the_runtimes_pipelines_answer_as_the_hf_folder_does(written):
+    net, report = written
+    folder, kept = report.directory, set(net.vocabulary.tokens(ANSWERS).tolist())
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "hf", trust_remote_code=True, dtype=torch.float32
+    )
+    texts = ["2 + 2", "What is 7 + 1?"]
+    rows = [tiny.tokenizer()(text)["input_ids"] for text in texts]
+    expected = [by_torch(model, row) for row in rows]
+    assert set().union(*expected) <= kept and all(expected)
+    assert [by_onnxruntime(folder / "onnx", [row])[0] for row in rows] == expected
+    assert [ByOpenvino(folder / "openvino", "PA")(row) for row in rows] == expected
+    say = pipeline("text-generation", str(folder / "hf"), trust_remote_code=True)
+    for text, ids in zip(texts, expected, strict=True):
+        [found] = say(text, max_new_tokens=NEW, do_sample=False, return_full_text=False)
+        assert found["generated_text"] == tiny.tokenizer().decode(ids)
+    for row in rows:  # which may round to another token
+        assert set(by_onnxruntime(folder / "onnx-int8", [row])[0]) <= kept
+        assert set(ByOpenvino(folder / "openvino-int8", "PA")(row)) <= kept
 
 
 def test_formats_without_a_place_for_it_say_that_they_have_all_tokens(written):

@@ -19,10 +19,9 @@ from tests.helpers import tiny
 from tests.helpers.classification import classifier_config
 from tests.helpers.families import model_of
 from tests.helpers.graphs import sliced_llama
+from tests.helpers.pipelines import EXACT, NEW, by_onnxruntime, by_torch
 
 PROMPTS = ["Tom has 3", "ab", "what is it?"]
-NEW = 12
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 SETTINGS = {"max_new_tokens": NEW, "do_sample": False, "apply_chat_template": False}
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
@@ -74,39 +73,22 @@ def folders(widths, heads, tmp_path_factory):
     return found
 
 
+def ids_of(prompt: str) -> list[int]:
+    return tiny.tokenizer()(prompt)["input_ids"]
+
+
 def greedy(model, prompt: str) -> list[int]:
-    """Torch's next tokens, without the one that ends them."""
-    ids = tiny.tokenizer()(prompt, return_tensors="pt")["input_ids"]
-    whole = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-    )
-    answer = whole[0, ids.shape[1] :].tolist()
-    return answer[: answer.index(tiny.EOS)] if tiny.EOS in answer else answer
+    return by_torch(model, ids_of(prompt))
 
 
 def text(model, prompt: str) -> str:
     return tiny.tokenizer().decode(greedy(model, prompt), skip_special_tokens=True)
 
 
-def generated(folder, rows: list[list[int]]) -> list[list[int]]:
-    """What onnxruntime-genai adds to each row; all rows end with the longest."""
-    model = onnxruntime_genai.Model(str(folder))
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    length = max(map(len, rows))
-    parameters.set_search_options(max_length=length + NEW, batch_size=len(rows))
-    generator = onnxruntime_genai.Generator(model, parameters)
-    padded = [row + [tiny.PAD] * (length - len(row)) for row in rows]
-    generator.append_tokens(np.array(padded, dtype=np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = [generator.get_sequence(row).tolist()[length:] for row in range(len(rows))]
-    return [row[: row.index(tiny.EOS)] if tiny.EOS in row else row for row in found]
-
-
 def test_onnxruntime_genai_generates_what_torch_generates(widths, folders):
     folder, said = folders["widths"]
     assert said["onnx"] == {"onnxruntime-genai": pipelines.EQUAL_LENGTHS}
-    answers = [generated(folder / "onnx", [tiny.tokenizer()(p)["input_ids"]])[0] for p in PROMPTS]
+    answers = [by_onnxruntime(folder / "onnx", [ids_of(p)])[0] for p in PROMPTS]
     assert answers == [greedy(widths, prompt) for prompt in PROMPTS]
     assert len(set(map(tuple, answers))) == len(PROMPTS)
 
@@ -114,7 +96,7 @@ def test_onnxruntime_genai_generates_what_torch_generates(widths, folders):
 def test_with_all_logits_prompts_of_a_batch_may_differ_in_length(widths, tmp_path):
     onnx.write(widths, tmp_path, logits="all")
     assert pipelines.companions(widths, tokenizer(), tmp_path, "onnx", logits="all") == {}
-    answers = generated(tmp_path, [tiny.tokenizer()(prompt)["input_ids"] for prompt in PROMPTS])
+    answers = by_onnxruntime(tmp_path, [ids_of(prompt) for prompt in PROMPTS])
     assert answers == [greedy(widths, prompt) for prompt in PROMPTS]
 
 
@@ -123,8 +105,7 @@ def test_a_model_without_positions_has_no_input_for_them(tmp_path):
     model.config.use_cache = True
     onnx.write(model, tmp_path)
     pipelines.companions(model, tokenizer(), tmp_path, "onnx")
-    ids = tiny.tokenizer()(PROMPTS[0])["input_ids"]
-    assert generated(tmp_path, [ids]) == [greedy(model, PROMPTS[0])]
+    assert by_onnxruntime(tmp_path, [ids_of(PROMPTS[0])]) == [greedy(model, PROMPTS[0])]
 
 
 def test_key_value_heads_that_differ_are_refused_with_the_reason(folders):
@@ -180,8 +161,7 @@ def test_what_paged_attention_does_not_do_is_said(tmp_path):
     assert "query heads for each key-value head (1, 2)" in pipelines.unpaged(uneven)
     openvino.write(onnx.write(uneven, tmp_path), tmp_path)
     pipelines.companions(uneven, tokenizer(), tmp_path, "onnx")
-    ids = tiny.tokenizer()(PROMPTS[0])["input_ids"]
-    assert generated(tmp_path, [ids]) == [greedy(uneven, PROMPTS[0])]
+    assert by_onnxruntime(tmp_path, [ids_of(PROMPTS[0])]) == [greedy(uneven, PROMPTS[0])]
     pipelines.companions(uneven, tokenizer(), tmp_path, "openvino")
     pipeline = openvino_genai.LLMPipeline(str(tmp_path), "CPU", ATTENTION_BACKEND="SDPA", **EXACT)
     found = pipeline.generate(PROMPTS[0], **SETTINGS)
