@@ -113,14 +113,18 @@ class Sayable:
     """Answers with a token that is cut: no model with this head gives them. Of generated texts that
     are judged, another text may still be right."""
 
+    @property
+    def share(self) -> float:
+        """Of the answers' tokens, those that it knows, in [0, 1]."""
+        return self.answer_tokens_known / max(self.answer_tokens, 1)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        share = self.answer_tokens_known / max(self.answer_tokens, 1)
         return (
-            f"{self.tokens_known:,} of {self.vocabulary:,} tokens: {share:.1%} of those in the "
-            f"{self.answers} test answers, {self.unsayable} of which cannot be said"
+            f"{self.tokens_known:,} of {self.vocabulary:,} tokens: {self.share:.1%} of those in "
+            f"the {self.answers} test answers, {self.unsayable} of which cannot be said"
         )
 
 

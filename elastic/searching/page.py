@@ -15,7 +15,7 @@ from elastic.files import write_text
 from elastic.latency.cost_table import kinds
 from elastic.latency.target import LATENCIES
 from elastic.searching.drawing import COSTS
-from elastic.searching.front import Evaluated, Front
+from elastic.searching.front import Evaluated, Front, Member
 from elastic.searching.pareto import hypervolume
 
 
@@ -34,7 +34,7 @@ def write_page(front: Front) -> None:
 
 
 def _data(front: Front) -> dict[str, Any]:
-    space = front.space
+    space, head = front.space, front.space.vocabulary
     numbers = {one.candidate: number for number, one in enumerate(front.trials)}
     names = {member.candidate: member.name for member in front.members}
     of_kind = dict.fromkeys(kinds(space))
@@ -63,6 +63,7 @@ def _data(front: Front) -> dict[str, Any]:
             for kind, group in zip(kinds(space), space, strict=True)
         },
         "names": [group.name for group in space],
+        "head": head and {"group": head.name, "tokens": head.choices[0]},
         "trials": [
             {
                 **one.figures.numbers(),
@@ -85,6 +86,7 @@ def _data(front: Front) -> dict[str, Any]:
                 "from_full": list(_flat(member.beside_full)),
                 "before": member.recovery and member.recovery["before"]["accuracy"],
                 "measured": member.measured and asdict(member.measured),
+                "head": _says(member) if head else None,
             }
             for member in front.members
         ],
@@ -95,6 +97,14 @@ def _data(front: Front) -> dict[str, Any]:
             for group, effect in zip(space, front.effects, strict=True)
         ],
     }
+
+
+def _says(member: Member) -> dict[str, Any]:
+    """What of the test answers its head can say: the share of their tokens, how many they are and
+    how many it cannot."""
+    if (told := member.sayable) is None:  # all tokens
+        return {"share": 1.0, "answers": member.test["accuracy_n"], "unsayable": 0}
+    return {"share": told.share, "answers": told.answers, "unsayable": told.unsayable}
 
 
 def _flat(gap: tuple[float, tuple[float, float]]) -> tuple[float, float, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from elastic.exporting.command import export
 from elastic.exporting.targets import FORMATS
 from elastic.formats import onnx, openvino
 from elastic.run import Run
+from elastic.searching.page import write_page
 from elastic.searching.study import search
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import load_run
@@ -25,7 +28,7 @@ from elastic.training.dry_run import estimate
 from elastic.training.one_task import train_one
 from tests.helpers import exports, searches, tiny
 from tests.helpers.pipelines import NEW, ByOpenvino, by_onnxruntime, by_torch
-from tests.helpers.tiny_runs import randomize_factors, space_file, train_config
+from tests.helpers.tiny_runs import copy_run, randomize_factors, space_file, train_config
 
 GROUP = "lm_head.vocab"
 ANSWERS = 12
@@ -88,6 +91,47 @@ def test_a_search_says_what_of_the_answers_can_be_said(run, capsys):
         assert (found.tokens_known, found.vocabulary) == (each["sub_adapter"][GROUP], 98)
         assert (found.answers, found.unsayable) == (8, 0)
         assert f"The head of {each['name']} knows {found}" in " ".join(shown.split())
+
+
+@pytest.fixture(scope="module")
+def searched(run):
+    """A run of its own, and a front of which one member is believed not to say two answers."""
+    copied = copy_run(run, run.path.parent / "searched")
+    front = search(searches.config(copied, trials=4))
+    cut = next(member for member in front.members if member.sayable)
+    said = {**cut.test["vocabulary"], "answer_tokens": 20, "answer_tokens_known": 17}
+    silent = replace(cut, test={**cut.test, "vocabulary": {**said, "unsayable": 2}}, best=True)
+    whole = replace(cut, test={k: v for k, v in cut.test.items() if k != "vocabulary"}, best=False,
+                    candidate=front.trials[0].candidate, name="whole")  # fmt: skip
+    return copied, replace(front, members=[silent, whole])
+
+
+def test_the_page_tells_what_every_head_can_say(searched):
+    run, front = searched
+    assert front.members[1].sub_adapter[GROUP] == tiny.VOCABULARY
+    write_page(front)
+    data = searches.data_of(run)
+    assert data["head"] == {"group": GROUP, "tokens": tiny.VOCABULARY}
+    assert [each["head"] for each in data["members"]] == [
+        {"share": 0.85, "answers": 8, "unsayable": 2},
+        {"share": 1.0, "answers": 8, "unsayable": 0},
+    ]
+
+
+@pytest.mark.skipif(searches.CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_what_every_head_can_say(searched, tmp_path):
+    run, front = searched
+    silent = front.members[0]
+    write_page(front)
+    shown = searches.shown_by_browser(run, tmp_path)
+    table = re.search(r'<div[^>]* id="heads"[^>]*>.*?</table>', shown, re.S)[0]
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    kept = f"{silent.sayable.tokens_known} of 98"
+    best = f"<b>{silent.name}</b> (best)"
+    assert cells == [best, kept, "85.0 %", "2 of 8", "whole", "98 of 98", "100.0 %", "0 of 8"]
+    assert "hidden" not in table
+    figures = re.search(r'<p id="figures">(.*?)</p>', shown)[1]
+    assert f"a head of {kept} tokens" in figures
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from elastic.config import CompensationConfig, SearchConfig, TaskConfig
 from elastic.latency.measure import Latency
@@ -76,6 +79,21 @@ def data_of(run) -> dict:
     page = run.report.read_text()
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
     return json.loads(found[1])
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def shown_by_browser(run: Run, folder: Path, wanted: str = "") -> str:
+    """The page as Chromium has built it, opened at `wanted`; its profile goes into `folder`."""
+    page = folder / "report.html"
+    shutil.copy(run.report, page)
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
+         f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"{page.as_uri()}{wanted}"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    return done.stdout
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -15,13 +13,10 @@ from elastic.run import Run
 from elastic.searching.page import _volumes, write_page
 from elastic.searching.study import search
 from elastic.supernet.store import load_run
-from tests.helpers.searches import config, data_of
+from tests.helpers.searches import CHROMIUM, config, data_of, shown_by_browser
 from tests.helpers.tiny_runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("fake_latency")
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,8 @@ def test_the_page_holds_the_whole_search(searched):
         gap, worst, most = member["from_full"]
         assert gap == pytest.approx(member["accuracy"] - whole) and worst <= gap <= most
         assert f"and {whole:.1%} on test" in data["about"]
-    assert data["limits"] == dict(front.limits)
+        assert member["head"] is None
+    assert data["limits"] == dict(front.limits) and data["head"] is None
 
 
 def test_every_group_has_its_place_in_the_heat_map(searched):
@@ -97,14 +93,7 @@ def test_no_text_of_a_search_is_part_of_the_page(searched, tmp_path):
 @pytest.mark.parametrize("wanted", ["", "#front-1", "#3"])
 def test_a_browser_shows_the_sub_adapter_asked_for(searched, tmp_path, wanted):
     run, front = searched
-    page = tmp_path / "report.html"
-    shutil.copy(run.report, page)
-    done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{page.as_uri()}{wanted}"],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    shown = done.stdout
+    shown = shown_by_browser(run, tmp_path, wanted)
     member = {"": front.best, "#front-1": front.members[0]}.get(wanted)
     sub = member.sub_adapter if member else front.trials[3].sub_adapter
     text = re.search(r'<pre id="json">(.*?)</pre>', shown, re.S)[1]
@@ -113,6 +102,7 @@ def test_a_browser_shows_the_sub_adapter_asked_for(searched, tmp_path, wanted):
         assert f'<h2 id="name">{member.name}</h2>' in shown
     assert "a &lt;b&gt;&amp;amp; run: 12 sub-adapters" in shown
     assert len(re.findall(r'<tr data-trial="\d+"', shown)) == len(front.members)
+    assert re.search(r'<div[^>]* id="heads"[^>]* hidden=""', shown), "no head is cut"
     for plot in ("front", "sizes", "volume", "costs"):
         drawn = re.search(rf'<div id="{plot}" class="[^"]*js-plotly-plot', shown)
         assert drawn, plot
