@@ -37,9 +37,7 @@ def demo(found: Found) -> str:
     """The front, then every file that was written of the best one."""
     rows = []
     for one in found["front"]:
-        low, high = one["difference_interval"]
         name = f"**{one['name']}** (best)" if one["best"] else one["name"]
-        less = f"{points(one['difference'])} ({points(low)} to {points(high)})"
         times = [
             f"{one[part]:.0f}, {one['measured'][part]:.0f} ms, "
             + percent(one["measured"][part] / one[f"full_{part}"], 0)
@@ -47,7 +45,7 @@ def demo(found: Found) -> str:
         ]
         made_up = percent(one["compensation"]["degree"], 0)
         size = f"{one['params'] / 1e6:.1f} M, {percent(one['params'] / one['full_params'], 0)}"
-        rows.append([name, scored(one), less, made_up, *times, size])
+        rows.append([name, scored(one), less(one), made_up, *times, size])
     front = table(
         ["sub-adapter", "test accuracy (95 % interval)", "points from the full model, paired",
          "of what is cut, made up for", "prefill: predicted, measured",
@@ -110,6 +108,51 @@ def eighty(found: Found) -> str:
         for name, one in found["rows"].items()
     ]  # fmt: skip
     return table(["task", "full", "best", "points from full"], rows)
+
+
+def vocabulary(found: Found) -> str:
+    """The full model, its head cut alone, and the best without and with the vocabulary as a
+    dimension, in every runtime."""
+    rows = []
+    for name, one in found["rows"].items():
+        model, _, runtime = name.rpartition(", ")
+        said = f"{one['tokens']:,}"
+        if one["unsayable"]:
+            said += (
+                f" ({percent(one['share'])} of the answers' tokens, {one['unsayable']:,} unsayable)"
+            )
+        full = model == "full"
+        cells = [
+            f"{one[f'{part}_ms']:.1f} ms" + ("" if full else f", {faster(one, part)}")
+            for part in ("prefill", "decode")
+        ]
+        memory = one["memory_mb"]
+        rows.append(
+            [f"{model}, {RUNTIMES[runtime]}", said, scored(one), "" if full else less(one),
+             *cells, "" if memory is None else f"{memory:,.0f} MB", percent(one["control"])]
+        )  # fmt: skip
+    heads = ["", "tokens of the head", "accuracy (95 % interval)", "points from full, paired",
+             "prefill, speed-up", "decode, speed-up", "memory", "A/A control"]  # fmt: skip
+    return f"{table(heads, rows)}\n\n{''.join(against(found['rows']))}"
+
+
+def less(one: Found, which: str = "difference") -> str:
+    """A difference in points with its interval."""
+    low, high = one[f"{which}_interval"]
+    return f"{points(one[which])} ({points(low)} to {points(high)})"
+
+
+def against(rows: Mapping[str, Found]) -> Iterable[str]:
+    """What the dimension is worth within the same budget, in a line for every runtime."""
+    for name, one in rows.items():
+        if "from_without" in one:
+            other = rows[name.replace("best with", "best without")]
+            speed = other["decode_ratio"] / one["decode_ratio"]
+            yield (
+                f"- {RUNTIMES[name.rpartition(', ')[2]]}: the best with the dimension is "
+                f"{less(one, 'from_without')} points from the best without, n = "
+                f"{one['accuracy_n']:,}, and decodes {speed:.2f} times as fast.\n"
+            )
 
 
 def fronts(found: Found) -> str:

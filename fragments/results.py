@@ -16,6 +16,7 @@ from fragments import figures, training_figures
 RESULTS = Path("tests/benchmarks/results")
 DOCS = Path("docs")
 OTHERS = "others.md"
+VOCABULARIES = "vocabularies.md"
 Found = Mapping[str, Any]
 TABLES: dict[str, Callable[[Found], str]] = {
     "activation": figures.activation,
@@ -50,10 +51,33 @@ TABLES: dict[str, Callable[[Found], str]] = {
 }
 
 
+VOCAB = "vocab"
+"""The benchmark of which every model that was tried has a result, whose name begins so."""
+
+
 def tables() -> dict[str, str]:
-    """File name to Markdown, for every result; and for those that no page names."""
+    """File name to Markdown, for every result; for those of one benchmark together; and for those
+    that no page names."""
     files = {file.stem: fragment(file) for file in sorted(RESULTS.glob("*.json"))}
-    return {f"{name}.md": text for name, text in files.items()} | {OTHERS: others(files)}
+    of_heads = {name: text for name, text in files.items() if is_of(name, VOCAB)}
+    alone = {f"{name}.md": text for name, text in files.items() if name not in of_heads}
+    return alone | {
+        VOCABULARIES: together(of_heads),
+        OTHERS: others(name for name in files if name not in of_heads),
+    }
+
+
+def is_of(name: str, benchmark: str) -> bool:
+    """Whether a result of this name is this benchmark's, of one model or of several."""
+    return name == benchmark or name.startswith(f"{benchmark}-")
+
+
+def together(files: Mapping[str, str]) -> str:
+    """One below another, each under its name."""
+    return "\n".join(f"## {name}\n\n{text}" for name, text in files.items()) or NONE
+
+
+NONE = "Nothing has been measured yet.\n"
 
 
 def others(names: Iterable[str], docs: Path = DOCS) -> str:
@@ -66,7 +90,8 @@ def others(names: Iterable[str], docs: Path = DOCS) -> str:
 def fragment(file: Path) -> str:
     """Its table and, below it, what it was measured with."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    table = TABLES.get(file.stem, as_it_is)(found)
+    drawn = figures.vocabulary if is_of(file.stem, VOCAB) else as_it_is
+    table = TABLES.get(file.stem, drawn)(found)
     return f"{table.strip()}\n\n{source(found, file)}\n"
 
 

@@ -263,6 +263,42 @@ def test_a_result_that_no_page_names_is_among_the_others(tmp_path):
     assert results.others(["one"], tmp_path) == ""
 
 
+def of_one(tokens: int, **more) -> dict:
+    """A row of the benchmark of heads."""
+    return {
+        "tokens": tokens, "share": 1.0, "unsayable": 0, "answers": 200, "accuracy": 0.9,
+        "accuracy_n": 200, "accuracy_interval": [0.85, 0.93], "difference": -0.01,
+        "difference_interval": [-0.03, 0.01], "prefill_ms": 20.0, "prefill_ratio": 0.8,
+        "prefill_ratio_interval": [0.75, 0.9], "decode_ms": 4.0, "decode_ratio": 0.5,
+        "decode_ratio_interval": [0.4, 0.6], "memory_mb": 1234.5, "control": 0.01, "trusted": True,
+    } | more  # fmt: skip
+
+
+def test_heads_of_several_models_stand_on_one_page(tmp_path, monkeypatch):
+    silent = {"unsayable": 3, "share": 0.985, "from_without": 0.02, "decode_ratio": 0.25,
+              "from_without_interval": [0.0, 0.04], "memory_mb": None}  # fmt: skip
+    rows = {
+        "full, onnx": of_one(49152), "head alone, onnx": of_one(64),
+        "best without, onnx": of_one(49152), "best with, onnx": of_one(64, **silent),
+    }  # fmt: skip
+    about = {"command": "python", "date": "2026-01-01", "description": "what"}
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name in ("vocab-agnews", "vocab-gemma", "vocabulary"):
+        more = rows if name != "vocabulary" else {"other": {"ms": 1}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": more, **about}))
+    made = results.tables()
+    assert set(made) == {"vocabulary.md", results.VOCABULARIES, results.OTHERS}
+    page = made[results.VOCABULARIES]
+    assert page.index("## vocab-agnews") < page.index("## vocab-gemma")
+    assert "| best with, ONNX Runtime | 64 (98.5% of the answers' tokens, 3 unsayable) |" in page
+    assert "-1.0 (-3.0 to +1.0)" in page and "4.0 ms, 2.00x [1.67, 2.50]" in page
+    assert "1,234 MB" in page and page.count("1,234 MB") == 6, "not where it is unknown"
+    assert (
+        "- ONNX Runtime: the best with the dimension is +2.0 (+0.0 to +4.0) points from the best "
+        "without, n = 200, and decodes 2.00 times as fast."
+    ) in page
+
+
 def test_every_setting_is_explained():
     """With its type and its default; one without a docstring is refused."""
     train = settings.pages()["train.md"]
