@@ -19,11 +19,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from elastic.config.search import AT_LEAST
 from elastic.console import say
 from elastic.errors import RunError
-from elastic.exporting.pieces import markdown_table
+from elastic.exporting.pieces import code_span, fence_of, literal, markdown_table
 from elastic.exporting.proof import Accuracy, Proof
 from elastic.exporting.report import Report, trades
 from elastic.files import write_text
 from elastic.formats import hf
+from elastic.formats.auto_class import auto_of
 from elastic.latency.measure import Latency, Measurement
 from elastic.models import loading
 from elastic.models.kinds import Kind
@@ -73,7 +74,7 @@ def write(report: Report, directory: Path, places: Mapping[str, str] = ALONE) ->
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         code = (directory / hf.CODE).is_file()
         copied = "auto_map" in config and not code
-        known = {"auto": hf.auto_of(config["architectures"][0]), "code": code, "copied": copied}
+        known = {"auto": auto_of(config["architectures"][0]), "code": code, "copied": copied}
     else:
         kind = loading.kind_of_base(report.trained.model)
         known = {"auto": CLASSES.get(kind, "AutoModelForCausalLM")}
@@ -102,7 +103,7 @@ def text(
     proof = report.proved.get("hf")
     others = {kind: place for kind, place in places.items() if kind != "hf"}
     blocks = [
-        f"# {_plain(report.model.name)}",
+        f"# {literal(report.model.name)}",
         _summary(report, "hf" in places, code),
         *_known_tokens(report),
         *([_PICTURES] if "Image" in auto else ()),
@@ -201,7 +202,7 @@ def license_of(base: Path) -> str | None:
 def _summary(report: Report, is_folder: bool, code: bool) -> str:
     layers = ", layers of different sizes" if code else ", the family's own model class"
     own, full = report.model.cost, report.model.full_cost
-    base = _code(_unplaced(report.origin["base_model"]))
+    base = code_span(_unplaced(report.origin["base_model"]))
     active = ""
     if full.active_params < full.params:
         active = (
@@ -256,9 +257,9 @@ def _others(report: Report, places: Mapping[str, str]) -> Iterator[str]:
         runtime, _, mode = kind.partition("-")
         bits = f", weights in {mode}" if mode else ""
         folder = f"folder/{place}".rstrip("/")
-        lines.append(f"- {_code(folder)}: {RUNTIMES[runtime].format(folder)}{bits}")
+        lines.append(f"- {code_span(folder)}: {RUNTIMES[runtime].format(folder)}{bits}")
     fetched = f"hf download {report.config.push_to_hub} --local-dir folder"
-    yield f"For other programs, after {_code(fetched)}:"
+    yield f"For other programs, after {code_span(fetched)}:"
     yield "\n".join(lines)
     proved = {kind: found for kind, found in report.proved.items() if kind in places}
     if proved:
@@ -307,8 +308,8 @@ def _sizes(sub_adapter: Mapping[str, int]) -> str:
     for (_, sizes), run in groupby(enumerate(blocks), lambda one: (_stack(*one), blocks[one[1]])):
         names = [name for _, name in run]
         rows.append([_span(names[0], names[-1]), *(_size(sizes.get(kind)) for kind in columns)])
-    parts = [markdown_table(["layers", *map(_plain, columns)], rows)] if rows else []
-    parts += [f"{_code(name)}: {size}" for name, size in whole.items()]
+    parts = [markdown_table(["layers", *map(literal, columns)], rows)] if rows else []
+    parts += [f"{code_span(name)}: {size}" for name, size in whole.items()]
     return "\n\n".join(parts) or "Nothing was cut."
 
 
@@ -324,29 +325,31 @@ def _stack(place: int, block: str) -> tuple[Any, ...]:
 
 def _span(first: str, last: str) -> str:
     numbers = re.findall(r"\.(\d+)\D*$", last)
-    return _code(first) if first == last else f"{_code(first)} to {numbers[0]}"
+    return code_span(first) if first == last else f"{code_span(first)} to {numbers[0]}"
 
 
 def _origin(report: Report) -> str:
     origin, about = report.origin, report.provenance
     known = {
-        "Base model": _code(_unplaced(origin["base_model"])),
-        "License of the base model": report.license and _plain(report.license),
-        "Adapter method": _code(origin["method"]),
-        "Search space": _code(_unplaced(origin["space"])),
-        "Task": _code(_unplaced(origin["task"])),
-        "Base weights": _code(report.base_digest),
-        "Seed": _code(report.config.seed),
-        "Measured on": _plain(about["device"]),
+        "Base model": code_span(_unplaced(origin["base_model"])),
+        "License of the base model": report.license and literal(report.license),
+        "Adapter method": code_span(origin["method"]),
+        "Search space": code_span(_unplaced(origin["space"])),
+        "Task": code_span(_unplaced(origin["task"])),
+        "Base weights": code_span(report.base_digest),
+        "Seed": code_span(report.config.seed),
+        "Measured on": literal(about["device"]),
     }
     lines = [f"{title}: {value}" for title, value in known.items() if value]
     for name, limit in (origin["budget"] or {}).items():
         amount = limit if isinstance(limit, str) else f"{limit:g}"
-        lines.append(f"Budget: {_limit(name)} {_plain(amount)}")
+        lines.append(f"Budget: {_limit(name)} {literal(amount)}")
     if report.merge:
-        names = ", ".join(_code(entry["name"]) for entry in report.merge["adapters"])
-        lines.append(f"Merged adapters: {names} ({_code(report.merge['strategy'])})")
-    versions = (f"{_plain(name)} {_plain(version)}" for name, version in about["versions"].items())
+        names = ", ".join(code_span(entry["name"]) for entry in report.merge["adapters"])
+        lines.append(f"Merged adapters: {names} ({code_span(report.merge['strategy'])})")
+    versions = (
+        f"{literal(name)} {literal(version)}" for name, version in about["versions"].items()
+    )
     lines.append(f"Versions: {', '.join(versions)}")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -362,7 +365,7 @@ def _recipe(report: Report) -> Iterator[str]:
     }
     yield "```sh\nelastic train --config train.yaml\nelastic export --config export.yaml\n```"
     for name, content in files.items():
-        fence = _fence(content, 3)
+        fence = fence_of(content, 3)
         shown = f"{fence}{name.rpartition('.')[2]}\n{content}{fence}"
         yield f"<details><summary>{name}</summary>\n\n{shown}\n\n</details>"
 
@@ -381,24 +384,4 @@ def _limit(name: str) -> str:
     """A field of BudgetConfig in words: "prefill ms at most" of prefill_ms."""
     words = [word for word in name.split("_") if word not in ("min", "max")]
     spelt = " ".join(SPELT_OUT.get(word, word) for word in words)
-    return f"{_plain(spelt)} at {'least' if name in AT_LEAST else 'most'}"
-
-
-def _plain(value: Any) -> str:
-    """Text that markdown shows as it is, on one line."""
-    flat = " ".join(str(value).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#|~!])", r"\\\1", flat)
-
-
-def _code(value: Any) -> str:
-    """A code span, on one line, that no backtick inside ends."""
-    flat = " ".join(str(value).split())
-    fence = _fence(flat)
-    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
-    return f"{fence}{pad}{flat}{pad}{fence}"
-
-
-def _fence(text: str, least: int = 1) -> str:
-    """Backticks that no run of them inside ends."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    return "`" * max(least, longest + 1)
+    return f"{literal(spelt)} at {'least' if name in AT_LEAST else 'most'}"

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from elastic.config import ExportConfig, TaskConfig
 from elastic.config.latency import RoundedTo
 from elastic.config.model import Dtype
@@ -19,19 +17,20 @@ from elastic.data import Example, Task, load_task
 from elastic.errors import DataError, ExportError, RunError, require
 from elastic.evaluation.evaluate import evaluate
 from elastic.evaluation.statistics import CORRECT, Score
-from elastic.exporting import card, foreign, proof, push
+from elastic.exporting import foreign, probes, proof, push
 from elastic.exporting.contract import Source, Which
+from elastic.exporting.described import described
 from elastic.exporting.every_size import EverySize
 from elastic.exporting.merge import carrying, combine
 from elastic.exporting.report import Model, Report
-from elastic.exporting.targets import FORMATS, NO_MIXTURES
-from elastic.files import new_directory, write_json, write_text
-from elastic.formats import hf, shards, slices
+from elastic.exporting.targets import FORMATS
+from elastic.exporting.write_only import write_only
+from elastic.files import new_directory
+from elastic.formats import hf
 from elastic.formats.runner import runner_of
 from elastic.latency.latency_table import read_timetable_of
 from elastic.latency.runtime import timing_of
 from elastic.models import loading
-from elastic.models.digest import digest_of
 from elastic.models.modules import module_tree
 from elastic.models.wrappers import auto_for
 from elastic.plain import shaped
@@ -40,25 +39,18 @@ from elastic.run import SCORES, Chosen, Run, waiting
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.uniform import nearest_uniform
 from elastic.supernet.compact import compact
-from elastic.supernet.compensation import HALF, Compensation
 from elastic.supernet.cost import Counter, count
 from elastic.supernet.examples import task_of
-from elastic.supernet.held_out import Compensated, HeldOut, fitted_batches
-from elastic.supernet.sequential import fit_streamed_
+from elastic.supernet.held_out import HeldOut
 from elastic.supernet.store import (
     load_run,
-    load_super_adapter,
     read_about,
     read_factors,
-    read_super_adapter,
 )
-from elastic.supernet.streaming import Streamed, streamed, take_settings_
 from elastic.supernet.vocabulary import said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from elastic.supernet.supernet import Supernet
 
 
 def export(config: ExportConfig) -> Report:
@@ -130,8 +122,8 @@ def _export(config: ExportConfig) -> Report:
     # What some formats write; the others have their head cut behind it.
     uncut = net.space.with_whole_vocabulary(sub)
 
-    inputs = [proof.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
-    truth: dict[SubAdapter, list[proof.Probe]] = {}
+    inputs = [probes.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
+    truth: dict[SubAdapter, list[probes.Probe]] = {}
     if others:
         # They are merged into what the supernet computes.
         made_up = dataclasses.replace(held_out.chosen(of_whom, uncut), sequential=False)
@@ -148,9 +140,9 @@ def _export(config: ExportConfig) -> Report:
             )  # fmt: skip
         if config.merge.strategy == "linear":
             with carrying(net, uncut, updates, config.merge, made_up.degree) as active:
-                truth[uncut] = [proof.probe(active, ids) for ids in inputs]
-            as_merged = proof.agreement(runner_of(whole), truth[uncut])
-            proof.require_agreement("merge", as_merged, foreign.ROUNDING)
+                truth[uncut] = [probes.probe(active, ids) for ids in inputs]
+            as_merged = probes.agreement(runner_of(whole), truth[uncut])
+            probes.require_agreement("merge", as_merged, foreign.ROUNDING)
     else:
         made_up, whole = held_out.best(of_whom, uncut)
     model = whole if sub == uncut else net.cut_vocabulary_(module_tree(whole), sub)
@@ -160,7 +152,7 @@ def _export(config: ExportConfig) -> Report:
                 # What was fitted, or merged, is in no supernet.
                 asked = each if made_up.sequential or others else active
                 probed = track(inputs, "asking the supernet")
-                truth[point] = [proof.probe(asked, ids) for ids in probed]
+                truth[point] = [probes.probe(asked, ids) for ids in probed]
     both: dict[Which, PreTrainedModel] = {"compact": model, "full": full}
     formats: dict[str, proof.Result] = {}
     with new_directory(directory) as building:
@@ -217,7 +209,7 @@ def _export(config: ExportConfig) -> Report:
             trade = proof.Trade(_accuracy(saved, config, model, base.tokenizer, task.test))
         # Without training examples those of the test are made up.
         can_say = said_by(net, base.tokenizer, sub, task.test) if task.train else None
-        return _described(
+        return described(
             building, run, config,
             directory=directory,
             base_digest=base.digest,
@@ -245,29 +237,6 @@ def _examples(run: Run, config: ExportConfig, chosen: Chosen) -> tuple[Task, Exp
         say(f"{error}. Nothing is scored, and the checks ask made-up questions")
         some = load_task(TaskConfig(train_examples=1, validation_examples=1), config.seed)
         return Task((), (), some.test[:4]), dataclasses.replace(config, runtime_examples=0)
-
-
-def _described(building: Path, run: Run, config: ExportConfig, **known: Any) -> Report:
-    """What stands beside the written formats: the report and, for Hugging Face, its folder or its
-    hub, the card."""
-    report = Report(
-        config=config,
-        trained=run.config(),
-        origin=run.origin(),
-        license=card.license_of(Path(loading.locate(run.config().model.path))),
-        **known,
-    )
-    placed = push.placed(report) if config.push_to_hub else card.ALONE
-    if config.push_to_hub and "hf" not in placed:
-        card.write(report, building, placed)
-    if (building / "hf").is_dir():
-        card.write(report, building / "hf", placed)
-        assert not isinstance(report.formats["hf"], proof.Skipped)
-        whole = dataclasses.replace(report.formats["hf"], bytes=proof.size_of(building / "hf"))
-        report = dataclasses.replace(report, formats={**report.formats, "hf": whole})
-    write_json(building / "report.json", report.contents)
-    write_text(building / "report.md", report.markdown())
-    return report
 
 
 def _reasons(source: Source) -> dict[str, str]:
@@ -310,122 +279,3 @@ def _accuracy(
         return proof.Accuracy()
     score = evaluate(model, tokenizer, test, batch_tokens=config.batch_tokens, label="scoring")
     return proof.Accuracy(**score.as_dict())
-
-
-def _without_asking(
-    chosen: Chosen, net: Supernet, sub: SubAdapter, config: ExportConfig
-) -> Compensated:
-    """What the search chose, or the one degree that was set: held-out examples cannot be asked of a
-    model that is not in memory."""
-    degrees = set(config.compensation.degrees)
-    cuts = net.compensation is not None and net.cuts(sub)
-    if not (cuts or net.drops_experts(sub)) or degrees == {0.0}:
-        return Compensated()
-    if net.compensation is not None:
-        net.compensation = Compensation(
-            net.compensation.moments, config.compensation.ridge, config.compensation.room_mb * 1e6
-        )
-    if chosen.compensation is not None:
-        return Compensated.of(chosen.compensation)
-    if not cuts:  # of experts that are gone, only a fit says something
-        return Compensated()
-    if len(degrees) > 1:
-        say("prove false: nobody is asked how much of what is cut to make up for: half of it")
-    return Compensated(degrees.pop() if len(degrees) == 1 else HALF)
-
-
-UNPROVED = "neither loaded again nor compared: prove false"
-
-
-def write_only(config: ExportConfig) -> Report:
-    """Write RUN/export/NAME/hf, at most `hf.max_shard_size` of it in memory at a time, and elastic,
-    where beside that what one slice has of its own is in memory.
-
-    The base is read in the type it was saved in, so that its file is mapped, not copied; sums of
-    weights and updates are formed in float32 and rounded once.
-
-    ConfigError for a base that is merged in another type than it is stored in, ExportError for a
-    model that no Hugging Face class describes.
-    """
-    run = Run(config.run)
-    trained = run.config()
-    folder = loading.locate(trained.model.path)
-    digest = digest_of(folder)
-    read_super_adapter(run.super_adapter, digest)
-    require(
-        trained.model.quantise == "none" and trained.model.dtype != "float64",
-        f"prove false: {run.path} was trained with quantised or float64 weights, which are merged "
-        "in another type than they are stored in; leave it out",
-    )
-    dtype = loading.stored_dtype(trained.model) or torch.float32
-    as_stored: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
-    skeleton = loading.skeleton(trained.model, dtype)
-    chosen = run.chosen(config.sub_adapter)
-    if joined := shards.joined_bytes(skeleton):
-        say(
-            f"{trained.model.path} has every expert on its own on disk; joined, {joined / 1e9:.1f} "
-            "GB of them are in memory"
-        )
-    net = load_super_adapter(skeleton, digest, run.super_adapter)
-    require(
-        not net.head or "elastic" not in config.kinds,
-        "prove false: a classifier is written as hf alone; leave elastic or prove false out",
-    )
-    require(
-        not net.mixtures or "elastic" not in config.kinds,
-        f"elastic: {NO_MIXTURES}; leave it out",
-    )
-    factors = read_factors(run.factors_of(chosen))
-    net.load_factors(factors)
-    full_cost = Counter(net.model, net.space).full
-    name, sub = chosen.name, chosen.at(net.space, config.seed)
-    directory = run.export(config.name or name, sub, config.kinds)
-    base = loading.load_model(folder, dataclasses.replace(trained.model, **as_stored))
-    take_settings_(net.model, base)
-    stream = functools.partial(streamed, base, net, head={key: factors[key] for key in net.head})
-    tokenizer = loading.load_tokenizer(trained.model)
-
-    @functools.cache
-    def batches() -> list[dict[str, torch.Tensor]]:
-        return fitted_batches(trained, base, tokenizer, task_of(run), config.compensation)
-
-    def best(chosen: Chosen, sub: SubAdapter) -> tuple[Compensated, Streamed]:
-        """With the factors that the net has now; what was fitted is kept in `changes`."""
-        made_up = _without_asking(chosen, net, sub, config)
-        found = stream(sub, degree=made_up.degree)
-        if made_up.sequential:
-            own = Path(tempfile.mkdtemp(dir=changes))
-            fit_streamed_(found, stream(net.space.maximal()), net, sub, batches(), own)
-        return made_up, found
-
-    with (
-        new_directory(directory) as building,
-        tempfile.TemporaryDirectory(dir=building, prefix=".") as changes,
-    ):
-        made_up, found = best(chosen, sub)
-        shard: dict[str, Any] = {"max_shard_size": config.hf.max_shard_size}
-        if "hf" in config.kinds:
-            if reason := hf.why_not(found.model):
-                raise ExportError(f"hf: {reason}")
-            say("Writing hf")
-            hf.write(
-                found.model, tokenizer, building / "hf", dtype=dtype, tensors=found.tensors, **shard
-            )
-        if "elastic" in config.kinds:
-            say("Writing elastic")
-            every = EverySize(run, net, best, chosen, config.seed, config.slices.tables)
-            with every.factors_of(None):
-                slices.write(
-                    net, tokenizer, every.slices(), building / "elastic", model=trained.model,
-                    dtype=dtype, latencies=every.latencies(), stream=stream,
-                    referred=digest if config.slices.base == "reference" else None, **shard,
-                )  # fmt: skip
-        sizes = {kind: proof.size_of(building / kind) for kind in config.kinds}
-        return _described(
-            building, run, config,
-            directory=directory,
-            base_digest=digest,
-            model=Model(name, sub, proof.Accuracy(), count(found.model), full_cost, made_up),
-            formats={kind: proof.Unproved(size, UNPROVED) for kind, size in sizes.items()},
-            provenance=provenance("cpu"),
-        )  # fmt: skip

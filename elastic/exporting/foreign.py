@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elastic.config import ModelConfig
 from elastic.console import say
 from elastic.errors import RunError
-from elastic.exporting.proof import agreement, probe, require_agreement
+from elastic.exporting.probes import agreement, probe, require_agreement
 from elastic.files import read_json
 from elastic.formats import peft, peft_config
 from elastic.formats.peft import PEFT_WEIGHTS

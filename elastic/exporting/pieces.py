@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
@@ -51,3 +52,23 @@ class Said:
 
     def markdown(self) -> str:
         return "\n".join([self.asked, "", *(f"- {line}" for line in self.lines)])
+
+
+def literal(value: Any) -> str:
+    """Text that markdown shows as it is, on one line."""
+    flat = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!])", r"\\\1", flat)
+
+
+def code_span(value: Any) -> str:
+    """A code span, on one line, that no backtick inside ends."""
+    flat = " ".join(str(value).split())
+    fence = fence_of(flat)
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return f"{fence}{pad}{flat}{pad}{fence}"
+
+
+def fence_of(text: str, least: int = 1) -> str:
+    """Backticks that no run of them inside ends."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(least, longest + 1)

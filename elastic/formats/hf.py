@@ -23,9 +23,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from elastic.errors import ExportError
 from elastic.files import read_json, write_text
 from elastic.formats import processor, shards
+from elastic.formats.auto_class import auto_of, known_classes
 from elastic.formats.code_names import without_code
 from elastic.formats.config_sizes import (
     expert_sizes,
@@ -37,7 +37,7 @@ from elastic.formats.config_sizes import (
     uniform_sizes,
 )
 from elastic.formats.shards import Tensors, tensors_of
-from elastic.models import compat, cut_head, wrappers
+from elastic.models import compat, cut_head
 from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
 from elastic.models.vocabulary import cut_head_of
 from elastic.models.wrappers import OWN, text_config, wraps
@@ -54,14 +54,6 @@ if TYPE_CHECKING:
 CODE = "modeling_elastic.py"
 SHARD = "50GB"
 """The largest file of weights, as transformers has it."""
-AUTO = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-}
-
 _CLASS = '''"""{base} whose linear layers have sizes of their own; written by elastic-adapters.
 
 Load with {auto}.from_pretrained(folder, trust_remote_code=True). The code is the
@@ -356,7 +348,7 @@ def why_not(model: PreTrainedModel) -> str | None:
             "rebuild them, is code of the base's folder: choose hf.uniform true or hf.padded true"
         )
     kind, auto = model.config.model_type, auto_of(type(model).__name__)
-    if not model.is_remote_code() and kind not in _known().get(auto, (kind,)):
+    if not model.is_remote_code() and kind not in known_classes().get(auto, (kind,)):
         return f"{auto} loads no model of the type {kind}, which is part of a larger one"
     return None
 
@@ -384,38 +376,3 @@ def load(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -
     code = trust_remote_code or (directory / CODE).is_file()
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=code)
     return linear_(as_cut_(model)).eval()
-
-
-def auto_of(architecture: str) -> str:
-    """The name of transformers' auto class that loads a model of the class of this name;
-    ExportError if there is none."""
-    if whole := wrappers.auto_of(architecture):
-        return whole
-    name = architecture.removeprefix(OWN)
-    for auto, classes in _known().items():
-        if name in classes.values():
-            return auto
-    for ending, auto in AUTO.items():  # of classes from elsewhere
-        if name.endswith(ending):
-            return auto
-    raise ExportError(f"hf: which auto class loads {architecture} is not known")
-
-
-def has_auto(model: PreTrainedModel) -> bool:
-    """Whether an auto class loads models of this class."""
-    try:
-        return bool(auto_of(type(model).__name__))
-    except ExportError:
-        return False
-
-
-def _known() -> dict[str, Mapping[str, str]]:
-    """By auto class, the name of the class for every type of model."""
-    from transformers.models.auto import modeling_auto as names
-
-    return {
-        "AutoModelForCausalLM": names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForSeq2SeqLM": names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForMaskedLM": names.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    }

@@ -14,6 +14,7 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.files import write_text
 from elastic.formats import any_size, choosing, hf
 from elastic.formats.any_size import SIZES, VERSION, AnySize
+from elastic.formats.auto_class import auto_of, has_auto
 from elastic.models import cut_head
 from elastic.models.modules import modules_of
 from elastic.spaces.bound import SubAdapter
@@ -76,7 +77,7 @@ def write(
     """What transformers alone needs to load one size. Gives the name of the auto class that does;
     None, and nothing is written, for a base of which none knows the class, or whose code is its own
     folder's."""
-    if base.is_remote_code() or not hf.is_plain(base) or not hf.has_auto(base):
+    if base.is_remote_code() or not hf.is_plain(base) or not has_auto(base):
         return None
     config = hf.own_config(hf.described_config(base, code=False), type(base).__name__)
     hf.write_settings(base, config, directory, dtype, own=True)
@@ -89,4 +90,4 @@ def write(
     write_text(directory / hf.CODE, code)
     for module in (any_size, choosing, *([cut_head] if cuts else [])):
         hf.write_module(module, directory)
-    return hf.auto_of(type(base).__name__)
+    return auto_of(type(base).__name__)

@@ -11,7 +11,7 @@ from elastic.data import load_task
 from elastic.data.collating import collate
 from elastic.data.encoding import encode
 from elastic.errors import ModelError
-from elastic.exporting.proof import agreement, probe
+from elastic.exporting.probes import agreement, probe
 from elastic.formats import hf, onnx, openvino
 from elastic.formats.runner import TorchRunner
 from elastic.models import loading

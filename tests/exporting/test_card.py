@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from elastic.config import BudgetConfig, ExportConfig, TaskConfig, TimingConfig, TrainConfig
 from elastic.config.parsing import from_dict
 from elastic.exporting import card
-from elastic.exporting.proof import Accuracy, Agreement, Proof, Trade, Unproved, Weighed
+from elastic.exporting.probes import Agreement
+from elastic.exporting.proof import Accuracy, Proof, Trade, Unproved, Weighed
 from elastic.exporting.report import Model, Report
 from elastic.formats import hf
 from elastic.latency.measure import Latency

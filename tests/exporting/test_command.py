@@ -20,7 +20,7 @@ from elastic.evaluation.evaluate import answers, evaluate
 from elastic.evaluation.statistics import Score
 from elastic.exporting import command, proof
 from elastic.exporting.command import export
-from elastic.exporting.proof import NEW_TOKENS
+from elastic.exporting.probes import NEW_TOKENS
 from elastic.files import write_json
 from elastic.formats import hf, onnx, peft
 from elastic.formats.runner import TorchRunner

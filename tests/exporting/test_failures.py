@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from elastic import __main__
 from elastic.config import ExportConfig
 from elastic.errors import BaseMismatch, ConfigError, ExportError, MissingExtra, RunError
-from elastic.exporting import proof, targets
+from elastic.exporting import probes, targets
 from elastic.exporting.command import export
-from elastic.exporting.proof import NEW_TOKENS
+from elastic.exporting.probes import NEW_TOKENS
 from elastic.files import new_directory
 from elastic.formats import hf, onnx, onnx_decoder, openvino, peft
 from elastic.formats.runner import TorchRunner
@@ -308,16 +308,16 @@ def test_a_model_of_nan_is_not_exported(exported, monkeypatch):
             return super().decode(input_ids) * np.nan
 
     before = snapshot(exported.path)
-    real = proof.probe
+    real = probes.probe
     monkeypatch.setattr(targets, "runner_of", Nan)
-    probes = []
+    made = []
 
     def honest(*args):
-        probes.append(real(*args))
-        return probes[-1]
+        made.append(real(*args))
+        return made[-1]
 
-    monkeypatch.setattr(proof, "probe", honest)
+    monkeypatch.setattr(probes, "probe", honest)
     with pytest.raises(ExportError, match=r"^hf: its logits are not numbers"):
         export(config(exported, sub_adapter="maximal"))
-    assert len(probes) == 4 and all(len(p.logits) == NEW_TOKENS for p in probes)
+    assert len(made) == 4 and all(len(p.logits) == NEW_TOKENS for p in made)
     assert snapshot(exported.path) == before

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from elastic.config import ExportConfig, TrainConfig
+from elastic.exporting.probes import Agreement
 from elastic.exporting.proof import (
     Accuracy,
-    Agreement,
     Proof,
     Sample,
     Skipped,

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from elastic.config import BudgetConfig
 from elastic.errors import ConfigError
-from elastic.formats import any_size, choosing, hf, slices
+from elastic.formats import any_size, choosing, slices
+from elastic.formats.auto_class import auto_of
 from elastic.models.modules import modules_of
 from elastic.provenance import provenance
 from elastic.serving.budget import as_budget
@@ -30,7 +31,7 @@ from tests.kinds.test_query_heads import net_of
 
 def loaded(folder, **wanted):
     config = json.loads((folder / "config.json").read_text())
-    auto = getattr(transformers, hf.auto_of(config["architectures"][0]))
+    auto = getattr(transformers, auto_of(config["architectures"][0]))
     return auto.from_pretrained(folder, trust_remote_code=True, **wanted)
 
 

@@ -14,6 +14,7 @@ from transformers import (
 
 from elastic.errors import ExportError
 from elastic.formats import hf
+from elastic.formats.auto_class import auto_of
 from elastic.formats.padding import padded
 from elastic.models.modules import as_cut_, plain_linear
 from elastic.supernet.compact import compact
@@ -142,9 +143,9 @@ def test_the_stack_below_a_head_is_the_family_s_own(tmp_path):
      ("ReformerModelWithLMHead", "AutoModelForCausalLM")],
 )  # fmt: skip
 def test_a_class_without_the_usual_ending_has_its_auto_class(name, auto):
-    assert hf.auto_of(name) == hf.auto_of(f"Elastic{name}") == auto
+    assert auto_of(name) == auto_of(f"Elastic{name}") == auto
     with pytest.raises(ExportError, match=f"{name}2 is not known"):
-        hf.auto_of(f"{name}2")
+        auto_of(f"{name}2")
 
 
 def test_buffers_that_are_in_no_file_are_filled_when_it_loads(tmp_path):

@@ -49,6 +49,7 @@ def write(folder: Path) -> None:
 
     from elastic.config import ModelConfig
     from elastic.formats import hf, slices
+    from elastic.formats.auto_class import auto_of
     from elastic.formats.padding import padded
     from elastic.spaces.declared import SearchSpace
     from elastic.supernet.compact import compact
@@ -91,7 +92,7 @@ def write(folder: Path) -> None:
             (place / "form.json").write_text(
                 json.dumps(
                     {
-                        "auto": hf.auto_of(type(each).__name__),
+                        "auto": auto_of(type(each).__name__),
                         "attention": each.config._attn_implementation,
                         "arguments": {"slice": "small"} if form == "sizes" else {},
                     }

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from elastic.errors import RunError
 from elastic.formats import hf
+from elastic.formats.auto_class import auto_of
 from elastic.formats.padding import padded
 from elastic.spaces.bound import SubAdapter
 from elastic.spaces.declared import SearchSpace
@@ -150,7 +151,7 @@ def law(net: Supernet, sub: SubAdapter, folder, precision: float) -> transformer
     assert not (folder / hf.CODE).exists()
     saved = json.loads((folder / "config.json").read_text())
     assert saved["architectures"] == [type(small).__name__] and "auto_map" not in saved
-    auto = getattr(transformers, hf.auto_of(type(small).__name__))
+    auto = getattr(transformers, auto_of(type(small).__name__))
     again = auto.from_pretrained(folder, dtype=torch.float64)
     assert type(again).__name__ == type(small).__name__
     close(output(tiny_norms(again, small).eval()), expected, precision)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from elastic.exporting import proof
-from elastic.exporting.proof import NEW_TOKENS, Agreement, Probe, agreement
+from elastic.exporting import probes
+from elastic.exporting.probes import NEW_TOKENS, Agreement, Probe, agreement
 from tests.helpers import tiny
 
 
@@ -81,7 +81,7 @@ def test_probes_are_the_supernets_own_greedy_continuation():
     sub = net.space.uniform(0.5)
     prompt = tiny.tokens(1, 5)
     with net.active(sub) as model:
-        found = proof.probe(model, prompt.numpy())
+        found = probes.probe(model, prompt.numpy())
     ids = prompt
     for step in range(NEW_TOKENS):
         with net.active(sub) as model:
