@@ -1,8 +1,9 @@
 """What cutting the head to the tokens of a task is worth, alone and beside everything else.
 
     python -m tests.benchmarks.vocab RUN STUDY [--runtimes openvino onnx torch] [--budget 70%]
-        [--trials 50] [--screen 32] [--prompt_tokens 64] [--new_tokens 6] [--examples 200]
-        [--choices 1.0 0.25 0.05 0.001] [--text FILE] [--save] [--result vocab-agnews]
+        [--trials 50] [--screen 32] [--test_front 8] [--prompt_tokens 64] [--new_tokens 6]
+        [--examples 200] [--choices 1.0 0.25 0.05 0.001] [--text FILE] [--save]
+        [--result vocab-agnews]
 
 RUN is a trained run of a language model. STUDY gets two copies of it (kept, so that interrupted
 searches go on): one as it is, and one with the vocabulary as one more dimension, which it can be
@@ -87,6 +88,7 @@ def searched(run: Run, given: argparse.Namespace, timing: TimingConfig) -> str:
     config = SearchConfig(
         run=str(run.path), timing=timing, budget=BudgetConfig(decode_ms=given.budget),
         objectives=["accuracy", "decode_ms"], trials=given.trials, screen=given.screen,
+        test_front=given.test_front,
     )  # fmt: skip
     try:
         return search(config).best.name
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--budget", default="70%")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--screen", type=int, default=32)
+    parser.add_argument("--test_front", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=6)
     parser.add_argument("--examples", type=int, default=200)
