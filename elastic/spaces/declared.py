@@ -16,7 +16,8 @@ from elastic.plain import read_yaml
 from elastic.spaces.blocks import blocks_of, require_described
 from elastic.spaces.bound import BoundSpace, Group
 from elastic.spaces.dims import DEPTH, DIMS, VOCABULARY, GroupSpec
-from elastic.spaces.mixtures import ALIGN, EXPERT_DIMS, EXPERT_WIDTH, Mixture
+from elastic.spaces.expert_dims import EXPERT_DIMS
+from elastic.spaces.mixtures import ALIGN, EXPERT_WIDTH, Mixture
 from elastic.spaces.pattern import matching
 from elastic.spaces.targets import linears_of, matrices_of, require_known
 from elastic.spaces.vocabulary import vocabulary

@@ -36,7 +36,7 @@ from elastic.formats.graphs import MODULES, PACKAGES
 from elastic.latency.weigh import LOADERS
 from elastic.run import as_plain
 from elastic.spaces.dims import DEPTH, DIMS
-from elastic.spaces.mixtures import EXPERT_DIMS
+from elastic.spaces.expert_dims import EXPERT_DIMS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
