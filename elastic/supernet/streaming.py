@@ -121,7 +121,7 @@ def streamed(
     head = head or {}
     sub = net.space.check(sub)
     model = sliced(net, sub, degree)
-    updates = part_(model)
+    updates = {name: pair for name, pair in part_(model).items() if merged}
     left, kept = _left(net, sub, degree, is_ordered), net.space.kept(sub)
     if net.vocabulary and net.space.cuts_vocabulary(sub):
         group = net.vocabulary.group
@@ -142,7 +142,7 @@ def streamed(
             tensor = experts[f"{source}.{leaf}"](tensor)
         if source in left:
             tensor = left[source](tensor, leaf)
-        if merged and name in updates:
+        if name in updates:
             tensor = merged_weight(tensor, *updates[name])
         return tensor.detach()
 
