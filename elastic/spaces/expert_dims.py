@@ -33,11 +33,12 @@ def expert_width(model: nn.Module, block: str, spec: GroupSpec, max_rank: int) -
 
 def _all(model: nn.Module, block: str, spec: GroupSpec) -> tuple[Mixture, ...]:
     found = []
-    names = {name for name, _ in model.named_modules()}
     for each in spec.of:
         name = f"{block}.{each}"
-        if name not in names:
-            raise ConfigError(f"group {spec.name!r}: {name!r} is no module of the model")
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise ConfigError(f"group {spec.name!r}: {name!r} is no module of the model") from None
         try:
             found.append(mixture_at(model, name))
         except ConfigError as error:
