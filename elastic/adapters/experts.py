@@ -70,11 +70,7 @@ class ExpertFactors(nn.Module):
         of the matrix (experts, rows, columns) at this size; at the active rank, unless given."""
         A, B = self.adapter.unscaled(self.size.rank if rank is None else rank)
         A = part_of(A, self.axes["A"], size, full, reads_channels=self.reads_channels)
-        return self.as_they_lie(A, part_of(B, self.axes["B"], size, full))
-
-    def as_they_lie(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (experts, rank, in) and (experts, out, rank), so that B A lies as the matrix."""
-        return (B.mT, A.mT) if self.is_transposed else (A, B)
+        return as_they_lie(A, part_of(B, self.axes["B"], size, full), self.is_transposed)
 
     @torch.no_grad()
     def reorder(self, experts: Tensor | None, channels: Tensor | None) -> None:
@@ -263,6 +259,11 @@ class MixtureLayers:
         if experts is not None:
             for tensor in self.beside.values():
                 tensor.copy_(tensor[expert_index(experts).to(tensor.device)])
+
+
+def as_they_lie(A: Tensor, B: Tensor, is_transposed: bool) -> tuple[Tensor, Tensor]:
+    """Factors (experts, rank, in) and (experts, out, rank), so that B A lies as their matrix."""
+    return (B.mT, A.mT) if is_transposed else (A, B)
 
 
 def part_of(

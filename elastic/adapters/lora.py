@@ -20,27 +20,27 @@ class Lora(Adapter):
     Shapes: A (max_rank, in_features), B (out_features, max_rank).
     """
 
-    def __init__(
-        self, config: AdapterConfig, out_features: int, in_features: int, **factory: Any
-    ) -> None:
+    def __init__(self, config: AdapterConfig, *sizes: int, **factory: Any) -> None:
+        *experts, out_features, in_features = sizes
         super().__init__(config, out_features, in_features)
-        self.A = nn.Parameter(torch.zeros(config.rank, in_features, **factory))
-        self.B = nn.Parameter(torch.zeros(out_features, config.rank, **factory))
+        self.A = nn.Parameter(torch.zeros(*experts, config.rank, in_features, **factory))
+        self.B = nn.Parameter(torch.zeros(*experts, out_features, config.rank, **factory))
 
     def start(self, weight: Tensor, generator: torch.Generator) -> None:
-        kaiming_(self.A, self.A.shape[1], generator)
+        kaiming_(self.A, self.A.shape[-1], generator)
         nn.init.zeros_(self.B)
 
     def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
         if rank == self.max_rank:
             return self.A, self.B
-        return self.A[:rank], self.B[:, :rank]
+        return self.A[..., :rank, :], self.B[..., :rank]
 
 
-class ExpertLora(Adapter):
+class ExpertLora(Lora):
     """The same for every expert of a mixture: ΔW_e = alpha / max_rank · B_e A_e.
 
-    All experts have one rank. A smaller one keeps the leading ranks of each.
+    Made of three sizes: experts, out_features, in_features. All experts have one rank. A smaller
+    one keeps the leading ranks of each.
 
     Shapes: A (experts, max_rank, in_features), B (experts, out_features, max_rank); so are the
     factors.
@@ -48,24 +48,3 @@ class ExpertLora(Adapter):
 
     along_in: ClassVar = {"A": 2}
     along_out: ClassVar = {"B": 1}
-
-    def __init__(
-        self,
-        config: AdapterConfig,
-        experts: int,
-        out_features: int,
-        in_features: int,
-        **factory: Any,
-    ) -> None:
-        super().__init__(config, out_features, in_features)
-        self.A = nn.Parameter(torch.zeros(experts, config.rank, in_features, **factory))
-        self.B = nn.Parameter(torch.zeros(experts, out_features, config.rank, **factory))
-
-    def start(self, weight: Tensor, generator: torch.Generator) -> None:
-        kaiming_(self.A, self.A.shape[2], generator)
-        nn.init.zeros_(self.B)
-
-    def unscaled(self, rank: int) -> tuple[Tensor, Tensor]:
-        if rank == self.max_rank:
-            return self.A, self.B
-        return self.A[:, :rank], self.B[:, :, :rank]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from elastic.adapters.experts import as_they_lie
 from elastic.config import TrainConfig
 from elastic.config.adapter import NOTHING
 from elastic.errors import ConfigError
@@ -83,8 +84,8 @@ def as_one(model: PreTrainedModel, factors: Factors) -> PreTrainedModel:
     for site, (A, B) in factors.items():
         if A.dim() == MATRIX:
             experts: Any = model.get_submodule(site.rpartition(".")[0])
-            A, B = (B.mT, A.mT) if experts.is_transposed else (A, B)
-            merged = merged_weight(model.get_parameter(site), A, B)
+            lying = as_they_lie(A, B, experts.is_transposed)
+            merged = merged_weight(model.get_parameter(site), *lying)
             put_(whole, site, nn.Parameter(merged, requires_grad=False))
             continue
         layer = model.get_submodule(site)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from elastic.__main__ import main
+from elastic.adapters.experts import as_they_lie
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import BaseMismatch
 from elastic.exporting import foreign
@@ -231,7 +232,8 @@ def test_an_adapter_of_peft_is_taken_over(family, settings, tmp_path):
         A, B = net.layer(name).adapter.factors(2)
         orders = net.expert_orders(mixture.experts)
         factors = net.mixtures[mixture.experts].experts.factors[name.rpartition(".")[2]]
-        A, B = factors.as_they_lie(*factors.of_base(A.detach(), B.detach(), *orders))
+        of_base = factors.of_base(A.detach(), B.detach(), *orders)
+        A, B = as_they_lie(*of_base, factors.is_transposed)
         assert float((update - B @ A).double().square().sum()) == pytest.approx(float(best), 1e-3)
 
 
