@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elastic.files import read_json
 from elastic.run import Run
-from fragments.figures import demo, minutes
+from fragments.figures import demo
 from tests.benchmarks.common import RESULTS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -27,7 +27,7 @@ STEPS = ("install", "train", "search", "export")
 
 def block(found: dict) -> str:
     """Both tables, and what to know of them."""
-    front, written, _ = demo(found).split("\n\n")
+    front, written, times = demo(found).split("\n\n")
     best = next(one for one in found["front"] if one["best"])
     low, high = best["difference_interval"]
     report = found["report"]
@@ -42,7 +42,7 @@ runtime, speed-ups as medians of turns with their interval:
 
 {written}
 
-{found["date"]}, {report["device"]}. {minutes(found["seconds"])}"""
+{found["date"]}, {report["device"]}. {times}"""
 
 
 def main() -> None:

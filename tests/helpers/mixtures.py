@@ -105,3 +105,24 @@ def net_of(family: str, *dims: str, dtype: torch.dtype = torch.float64) -> Super
     net = Supernet(model_of(family, dtype), space_of(family, *dims), tiny.ADAPTERS["lora"])
     net.reorder(tiny.permutations(net))
     return tiny.randomize_(net)
+
+
+def precision(family: str) -> float:
+    return 1e-5 if family in ROUNDED else 1e-9
+
+
+def down_of(experts):
+    """(experts, channels, hidden)."""
+    return experts.down_proj if experts.is_transposed else experts.down_proj.transpose(1, 2)
+
+
+def experts_by_hand(model, hidden, layer=0):
+    """(token, expert): weight by the router, and what its channels hold, of a Mixtral."""
+    block = model.model.layers[layer].mlp
+    weights = (hidden @ block.gate.weight.T).float().softmax(-1)
+    weights, chosen = weights.topk(2)
+    weights = (weights / weights.sum(-1, keepdim=True)).double()
+    for token, (row, some) in enumerate(zip(weights, chosen, strict=True)):
+        for weight, expert in zip(row, some, strict=True):
+            gate, up = (block.experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            yield weight, int(expert), torch.nn.functional.silu(gate) * up

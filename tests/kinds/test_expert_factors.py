@@ -39,14 +39,10 @@ from tests.helpers.laws import (
     several,
     without_data,
 )
-from tests.helpers.mixtures import ROUNDED, adapted_net, factors_of, model_of, space_of
+from tests.helpers.mixtures import adapted_net, factors_of, model_of, precision, space_of
 
 LAID_OUT = ["mixtral", "qwen3-moe", "gpt-oss", "deepseek-v3"]
 """Halves, halves beside dense widths, (in, out) with gate and up in turns and biases, groups."""
-
-
-def precision(family: str) -> float:
-    return 1e-5 if family in ROUNDED else 1e-9
 
 
 @pytest.mark.parametrize("family", LAID_OUT)
