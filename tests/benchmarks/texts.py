@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +46,21 @@ class Texts:
             for _, batch in self.batches
         ]
 
-    def __call__(self, model) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number of a batch, logits (rows, width, vocabulary) and labels (rows, width)."""
+    def __call__(
+        self, model, asked: Collection[int] | None = None
+    ) -> Iterator[tuple[list[int], int, list[int], Tensor, Tensor]]:
+        """Of every batch with sequences that are asked (None: all) their numbers, the number of the
+        batch, their places in it, logits (rows, width, vocabulary) and labels (rows, width)."""
         prefix = read(model, self.sequences) if self.has_prefix else None
-        for number, batch in enumerate(self.on_device):
-            yield number, *answer_logits(model, batch, prefix=prefix)
+        for number, ((numbers, _), batch) in enumerate(
+            zip(self.batches, self.on_device, strict=True)
+        ):
+            places = [p for p, each in enumerate(numbers) if asked is None or each in asked]
+            if not places:
+                continue
+            part = {name: tensor[places] for name, tensor in batch.items()}
+            told = answer_logits(model, part, prefix=prefix)
+            yield [numbers[place] for place in places], number, places, *told
 
 
 class Accuracy:
@@ -86,8 +96,8 @@ class Accuracy:
     def __call__(self, model) -> str:
         """One digit per example, 1 where it is right."""
         best = [(-float("inf"), False)] * self.count
-        for number, logits, labels in self.texts(model):
-            numbers, plan = self.texts.batches[number][0], self.plans[number]
+        for numbers, number, _, logits, labels in self.texts(model):
+            plan = self.plans[number]
             most = max(1, max(len(self.rows[each].options) for each in numbers))
             values = torch.zeros(len(numbers) * most, device=logits.device)
             if len(plan):
@@ -113,16 +123,16 @@ class Divergence:
     def __init__(self, model, tokenizer, examples: Sequence[Example], batch_tokens: int) -> None:
         sequences = encode_all(tokenizer, examples, model)
         self.texts = Texts(model, tokenizer, sequences, batch_tokens)
-        self.full = [logits.log_softmax(-1) for _, logits, _ in self.texts(model)]
+        self.full = [logits.log_softmax(-1) for *_, logits, _ in self.texts(model)]
 
-    def __call__(self, model) -> list[float]:
-        """Sums over the tokens of an answer."""
-        found = [0.0] * len(self.texts.sequences)
-        for number, logits, labels in self.texts(model):
-            full = self.full[number]
+    def __call__(self, model, asked: Collection[int]) -> list[float | None]:
+        """Sums over the tokens of an answer; None of an example that is not asked."""
+        found: list[float | None] = [None] * len(self.texts.sequences)
+        for numbers, number, places, logits, labels in self.texts(model, asked):
+            full = self.full[number][places, -labels.shape[1] :]
             apart = (full.exp() * (full - logits.log_softmax(-1))).sum(-1)
             sums = (apart * (labels != IGNORED)).sum(1).tolist()
-            for each, value in zip(self.texts.batches[number][0], sums, strict=True):
+            for each, value in zip(numbers, sums, strict=True):
                 found[each] = float(f"{value:.6g}")
         return found
 
@@ -199,20 +209,30 @@ class Measured(World):
         return min(self.degrees, key=lambda degree: self._apart(row, degree, self.rows, 0))
 
     def _apart(self, row: Row, degree: float, rows: int, draw: int) -> float:
-        values = np.array(self._kept("divergence", row, degree, self.apart))
-        some = np.arange(rows)
+        some = range(rows)
         if draw:
-            some = np.random.default_rng(draw).choice(len(values), rows, replace=False)
-        return float(values[some].mean())
+            numbers = np.random.default_rng(draw).choice(self.most_rows, rows, replace=False)
+            some = numbers.tolist()
+        known = self.known.get(("divergence", row, degree), [None] * self.most_rows)
+        if lacking := {each for each in some if known[each] is None}:
+            new = self._measured(row, degree, lambda model: self.apart(model, lacking))
+            known = [a if b is None else b for a, b in zip(known, new, strict=True)]
+            self._keep("divergence", row, degree, known)
+        return float(np.mean([known[each] for each in some]))
 
     def _kept(self, what: str, row: Row, degree: float, measure):
-        key = what, row, degree
-        if key not in self.known:
-            sub: SubAdapter = self.space.at(dict(zip(self._names, row, strict=True)))
-            with self.net.active(sub, degree) as model, torch.inference_mode():
-                self.known[key] = measure(model)
-            self.write({"what": what, "at": row, "degree": degree, "value": self.known[key]})
-        return self.known[key]
+        if (what, row, degree) not in self.known:
+            self._keep(what, row, degree, self._measured(row, degree, measure))
+        return self.known[what, row, degree]
+
+    def _measured(self, row: Row, degree: float, measure):
+        sub: SubAdapter = self.space.at(dict(zip(self._names, row, strict=True)))
+        with self.net.active(sub, degree) as model, torch.inference_mode():
+            return measure(model)
+
+    def _keep(self, what: str, row: Row, degree: float, value) -> None:
+        self.known[what, row, degree] = value
+        self.write({"what": what, "at": row, "degree": degree, "value": value})
 
     def write(self, line: Mapping) -> None:
         with self.file.open("a") as file:
