@@ -94,12 +94,14 @@ class Counter:
             (mixture, groups.get(EXPERTS), groups.get(EXPERT_WIDTH))
             for mixture, groups in space.mixtures.values()
         ]
-        self.head: tuple[int, int, bool] | None = None
-        """Columns and biases of a head that may be cut, and whether it is the embeddings too."""
+        self.head: tuple[int, int, int] | None = None
+        """Columns and biases of a head that may be cut, and how many of its parameters stand
+        elsewhere, too: those of embeddings."""
         if group := space.vocabulary:
-            layer = model.get_submodule(group.head)
-            tied = len(ends_of(model)[f"{group.head}.weight"]) > 1
-            self.head = layer.in_features, int(layer.bias is not None), tied
+            layer, ends = model.get_submodule(group.head), ends_of(model)
+            own = layer.named_parameters(prefix=group.head)
+            shared = sum(tensor.numel() for name, tensor in own if len(ends[name]) > 1)
+            self.head = layer.in_features, int(layer.bias is not None), shared
 
     def __call__(self, sub: SubAdapter) -> Cost:
         kept = {site: [rows, columns] for site, (rows, columns, _) in self.shapes.items()}
@@ -113,12 +115,11 @@ class Counter:
                 weights += rows * columns - kept[site][0] * kept[site][1]
                 biases += has_bias * (rows - kept[site][0])
         if self.head and (group := self.space.vocabulary) and self.space.cuts_vocabulary(sub):
-            columns, with_bias, tied = self.head
+            columns, with_bias, shared = self.head
             gone_rows = group.choices[0] - sub[group.name]
             weights += gone_rows * columns
-            biases += gone_rows * with_bias
-            if tied:  # the embeddings stay, and what is kept of the head stands beside them
-                biases -= group.choices[0] * columns
+            # What is shared stays, and what is kept of the head stands beside it.
+            biases += gone_rows * with_bias - shared
         less = [Cost(weights + biases, weights, weights + biases)]
         less += [self.blocks[block] for block in gone]
         for mixture, experts, channels in self.mixtures:
