@@ -123,6 +123,7 @@ _HEAD = """            if layer is self.get_output_embeddings():
                 tokens, has_bias = layer.out_features, layer.bias is not None
                 head = CutHead(in_features, out_features, tokens, has_bias)
                 setattr(self.get_submodule(parent), leaf, head)
+                self.resize_token_embeddings = no_resizing
                 tied = self._tied_weights_keys
                 if isinstance(tied, dict):  # it is no part of the embeddings any more
                     pairs = tied.items()
@@ -138,7 +139,7 @@ class Elastic{inner}({inner}):
 AutoModel.register(Elastic{config}, Elastic{inner})  # the class below asks it for its stack
 
 """
-_IMPORT = f"from .{cut_head.__name__.rpartition('.')[2]} import {cut_head.CutHead.__name__}"
+_IMPORT = f"from .{cut_head.__name__.rpartition('.')[2]} import CutHead, no_resizing"
 """Where the head computes some tokens alone."""
 
 

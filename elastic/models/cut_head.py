@@ -3,6 +3,8 @@ else: folders of models that have one get a copy of this file."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,3 +29,12 @@ class CutHead(nn.Linear):
         kept = super().forward(x.contiguous())
         cut = kept.new_full((*kept.shape[:-1], 1), float("-inf"))
         return torch.cat([kept, cut], -1).index_select(-1, self.places)
+
+
+def no_resizing(*_: Any, **__: Any) -> None:
+    """Stands for a model's `resize_token_embeddings`, which would take the rows of a cut head for
+    those of the first tokens, and say nothing: ValueError."""
+    raise ValueError(
+        "resize_token_embeddings: the head of this model computes some tokens alone, and its rows "
+        "are not those of the first ones; add tokens to the full model"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from elastic.models.cut_head import CutHead
+from elastic.models.cut_head import CutHead, no_resizing
 from elastic.models.modules import modules_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def put_head_(model: PreTrainedModel, name: str, head: CutHead) -> None:
     tied = dict(model._tied_weights_keys or {})
     own = {k: v for k, v in tied.items() if not {k, v} & {f"{name}.weight", f"{name}.bias"}}
     kept: Any = model  # of the instance: what its class says is everybody's
+    kept.resize_token_embeddings = no_resizing
     kept._tied_weights_keys = own
     kept.all_tied_weights_keys = {
         key: source
