@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elastic.data.encoding import Encoded, encode_example, placed
 from elastic.data.task import Example
-from elastic.errors import ConfigError, DataMissing
+from elastic.errors import ConfigError, DataError, DataMissing
 from elastic.plain import read_text
 
 if TYPE_CHECKING:
@@ -88,10 +88,13 @@ def _answer(
 
 
 def _counted(tokenizer: PreTrainedTokenizerBase, file: str) -> Counter[int]:
-    """How often a text has each token."""
+    """How often a text has each token; DataError for a file without any."""
     if not Path(file).is_file():
         raise DataMissing(f"vocab.text {file}: no such file; give a text in UTF-8")
-    lines = read_text(Path(file)).splitlines(keepends=True)
+    whole = read_text(file, DataError)
+    if not whole.strip():
+        raise DataError(f"vocab.text {file}: there is no text in it; give one to count tokens of")
+    lines = whole.splitlines(keepends=True)
     found = Counter[int]()
     for start in range(0, len(lines), LINES):
         text = lines[start : start + LINES]

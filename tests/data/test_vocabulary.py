@@ -8,7 +8,7 @@ import torch
 from elastic.data.encoding import encode_all
 from elastic.data.task import Example, Judge
 from elastic.data.vocabulary import sayable, token_order
-from elastic.errors import ConfigError, DataMissing
+from elastic.errors import ConfigError, DataError, DataMissing
 from tests.helpers import tiny
 
 VOCABULARY = tiny.VOCABULARY
@@ -43,6 +43,17 @@ def test_a_text_decides_before_the_task_does(tmp_path):
     assert found.tokens[at : at + 3].tolist() == [*ids("QRz")]
     with pytest.raises(DataMissing, match="no such file"):
         order([Example("zzy", "ab")], text=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "no text in it"),
+    (b" \n\n", "no text in it"),
+    (bytes([0xC4, 0x72]), "not UTF-8"),
+])  # fmt: skip
+def test_a_file_that_has_no_text_is_refused(content, reason, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        order([Example("z", "4", judge=Judge("number", "4", 8))], text=str(tmp_path / "text.txt"))
 
 
 def test_what_another_task_needs_stays():
