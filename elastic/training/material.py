@@ -24,7 +24,7 @@ from elastic.data.encoding import (
 from elastic.data.labels import check_classes, untrained
 from elastic.data.task import SPLITS, Split, Task
 from elastic.data.vocabulary import TokenOrder, token_order
-from elastic.errors import BaseMismatch, ModelError
+from elastic.errors import BaseMismatch, ConfigError, ModelError
 from elastic.files import read_json, write_json
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -32,6 +32,7 @@ from elastic.run import Run
 from elastic.supernet.examples import require_same
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONG = 4
@@ -79,6 +80,18 @@ class Material:
             self.tokenizer, skeleton, self.task.train, self.encoded["train"], vocabulary,
             text=config.vocab.text, first=first,
         )  # fmt: skip
+
+    def require_sayable(self, kept: Tensor) -> None:
+        """ConfigError where a head that computes these tokens alone, (kept,) int64, cannot say all
+        training answers."""
+        known, encoded = set(kept.tolist()), self.encoded["train"]
+        cannot = sum(not known.issuperset(one.ids[len(one.ids) - one.answer :]) for one in encoded)
+        if cannot:
+            raise ConfigError(
+                f"sub_adapter: {cannot} of {len(encoded)} training answers have tokens that the "
+                f"head of this one, of {len(known)}, does without; choose one that has all tokens, "
+                "or leave sub_adapter out"
+            )
 
     @functools.cached_property
     def digests(self) -> dict[str, Any]:

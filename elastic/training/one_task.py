@@ -112,12 +112,14 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
     refuse_differing_depths(config, bound)
     only = chosen = None
     if before and config.sub_adapter:
-        ordered = bound.ordered(read_order(before.super_adapter, bound))
+        order = read_order(before.super_adapter, bound)
         chosen = before.chosen(config.sub_adapter)
-        only = chosen.at(ordered)
+        only = chosen.at(bound.ordered(order))
     material = Material.of(config, skeleton)
     material.require_same(run)
     task, encoded = material.task, material.encoded
+    if only and (head := bound.vocabulary):
+        material.require_sayable(order[head.name][: only[head.name]])
     tokens = None
     if bound.vocabulary and not only:
         stay = kept_before(before, bound)

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
 import elastic
-from elastic.config import VocabConfig
+from elastic.config import StageConfig, VocabConfig
 from elastic.data.vocabulary import Sayable
 from elastic.errors import ConfigError
 from elastic.exporting.command import export
@@ -229,3 +229,18 @@ def test_what_goes_on_from_it_keeps_what_it_needs(run, tiny_folder, tmp_path):
     kept = set(net.vocabulary.tokens(net.space.vocabulary.choices[-1]).tolist())
     before = load_run(Run(run.path))[2].vocabulary.tokens(ANSWERS).tolist()
     assert set(before) < kept, "and the letters of this task"
+
+
+def test_one_sub_adapter_goes_on_with_answers_that_its_head_can_say_alone(
+    run, tiny_folder, tmp_path
+):
+    settings = dict(
+        start_from=str(run.path), sub_adapter="minimal", max_steps=1, stages=[StageConfig()],
+        space=str(run.path.parent / "tiny-space.yaml"),
+    )  # fmt: skip
+    letters = searches.choices_task(tmp_path)
+    with pytest.raises(ConfigError, match="32 of 32 training answers have tokens that the head"):
+        train_one(train_config(tiny_folder, tmp_path / "letters", task=letters, **settings))
+    _, _, net = load_run(train_one(train_config(tiny_folder, tmp_path / "same", **settings)))
+    before = load_run(Run(run.path))[2].vocabulary
+    assert torch.equal(net.vocabulary.tokens(ANSWERS), before.tokens(ANSWERS))
