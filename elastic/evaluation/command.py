@@ -75,6 +75,8 @@ class Published:
     name: str
     scores: Mapping[str, Score]
     file: Path
+    sayable: Mapping[str, Sayable]
+    """Of the answers of every set; empty where the head computes all tokens."""
 
     @property
     def average(self) -> float:
@@ -85,9 +87,17 @@ class Published:
         for name, score in self.scores.items():
             lost = f", {score.unanswered} without an answer" if score.unanswered else ""
             print(f"{self.name} on {name}: {score}{lost}")
+        for name, told in self.sayable.items():
+            print(f"{name}: its head knows {told}")
         print(f"average of {len(self.scores)}: {self.average:.1%}; {self.file}")
-        found = {name: score.as_dict() for name, score in self.scores.items()}
-        print(json.dumps({"sub_adapter": self.name, "average": self.average, "sets": found}))
+        about = {"sub_adapter": self.name, "average": self.average}
+        print(json.dumps({**about, "sets": self.by_set()}))
+
+    def by_set(self) -> dict[str, dict[str, Any]]:
+        """For JSON."""
+        known = {name: {"vocabulary": told.as_dict()} for name, told in self.sayable.items()}
+        return {name: {**score.as_dict(), **known.get(name, {})}
+                for name, score in self.scores.items()}  # fmt: skip
 
 
 def evaluate_run(
@@ -134,19 +144,21 @@ def evaluate_run(
     file = _file(run, name, config)
     if not config.tasks:
         score, examples = scores[config.split], sets[config.split]
-        found = _metrics(net.model, examples, score) if net.head else {}
+        metrics = _metrics(net.model, examples, score) if net.head else {}
         write_json_lines(file, _predictions(examples, score))
-        told = said_by(net, base.tokenizer, sub, examples)
-        return Evaluation(name, config.split, score, found, made_up, file, told)
+        can_say = said_by(net, base.tokenizer, sub, examples)
+        return Evaluation(name, config.split, score, metrics, made_up, file, can_say)
     about = {"sub_adapter": sub.as_dict(), "name": name, "compensation": made_up.as_dict(),
              "protocol": config.protocol, "beams": beams, "data": config.data,
              **provenance(str(base.model.device))}  # fmt: skip
+    told = {label: said_by(net, base.tokenizer, sub, examples) for label, examples in sets.items()}
+    published = Published(name, scores, file, {label: one for label, one in told.items() if one})
     predictions = {
-        label: {**scores[label].as_dict(), "predictions": _predictions(examples, scores[label])}
-        for label, examples in sets.items()
+        label: {**found, "predictions": _predictions(sets[label], scores[label])}
+        for label, found in published.by_set().items()
     }
     write_json(file, {**about, "sets": predictions})
-    return Published(name, scores, file)
+    return published
 
 
 def _file(run: Run, name: str, config: EvaluateConfig) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +52,8 @@ class HarnessReport:
     results: Mapping[str, Mapping[str, Any]]
     counts: Mapping[str, int]
     file: Path
+    unsayable: int
+    """Likelihoods that are 0: of texts with tokens that a cut head does without."""
 
     def show(self) -> None:
         for task, metrics in self.results.items():
@@ -60,7 +63,12 @@ class HarnessReport:
                 sure = "" if low is None else f" [{low:.4g}, {high:.4g}]"
                 print(f"{self.name} on {task}: {metric} {found['value']:.4g}{sure}{n}")
         print(self.file)
-        print(json.dumps({"sub_adapter": self.name, "harness": self.results}))
+        if self.unsayable:
+            print(f"{self.unsayable} likelihoods are of texts with tokens that its head does "
+                  "without. Where that is so of all options, the harness takes the first: there, "
+                  "accuracies mean nothing")  # fmt: skip
+        about = {"sub_adapter": self.name, "unsayable": self.unsayable}
+        print(json.dumps({**about, "harness": _plain(self.results)}))
 
 
 def task_manager(config: EvaluateConfig) -> TaskManager:
@@ -127,14 +135,16 @@ def run_harness(config: EvaluateConfig) -> HarnessReport:
             found = _evaluate(model, config, tasks, manager)
     results = {task: _metrics(values) for task, values in found["results"].items()}
     counts = {task: each["effective"] for task, each in found["n-samples"].items()}
+    unsayable = _unsayable(found["samples"])
     file.parent.mkdir(exist_ok=True)
     write_json(file, {
         "name": name, "sub_adapter": sub, "exported": config.exported, "chat": config.chat,
-        "results": _plain(results), "n": counts, "task_versions": found["versions"],
+        "results": _plain(results), "n": counts, "unsayable": unsayable,
+        "task_versions": found["versions"],
         "task_configs": _plain(found["configs"]), "samples": _plain(found["samples"]),
         **provenance(device), "lm_eval": version("lm_eval"),
     })  # fmt: skip
-    return HarnessReport(name, results, counts, file)
+    return HarnessReport(name, results, counts, file, unsayable)
 
 
 def _file(run: Run, config: EvaluateConfig) -> Path:
@@ -231,6 +241,13 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         name = metric if kind == "none" else f"{metric} ({kind})"
         found[name] = {"value": float(value), "interval": interval}
     return found
+
+
+def _unsayable(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """How many likelihoods, of all that were asked for these examples, by task, are 0."""
+    asked = (each for rows in samples.values() for row in rows for each in row["resps"])
+    said = (one for each in asked for one in each)  # a text, or its likelihood, perhaps in a pair
+    return sum((one[0] if isinstance(one, tuple) else one) == -math.inf for one in said)
 
 
 def _plain(value: Any) -> Any:

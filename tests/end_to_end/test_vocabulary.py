@@ -13,9 +13,10 @@ import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
 import elastic
-from elastic.config import StageConfig, VocabConfig
+from elastic.config import EvaluateConfig, StageConfig, VocabConfig
 from elastic.data.vocabulary import Sayable
 from elastic.errors import ConfigError
+from elastic.evaluation.command import evaluate_run
 from elastic.exporting.command import export
 from elastic.exporting.targets import FORMATS
 from elastic.formats import onnx, openvino
@@ -244,3 +245,49 @@ def test_one_sub_adapter_goes_on_with_answers_that_its_head_can_say_alone(
     _, _, net = load_run(train_one(train_config(tiny_folder, tmp_path / "same", **settings)))
     before = load_run(Run(run.path))[2].vocabulary
     assert torch.equal(net.vocabulary.tokens(ANSWERS), before.tokens(ANSWERS))
+
+
+LETTERS = """
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: 0
+doc_to_choice: "{{{{options}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_the_harness_is_told_what_cannot_be_said(run, tmp_path, capsys):
+    """It takes the first of options that are all as unlikely, which may be the right one."""
+    data, rows = tmp_path / "rows.jsonl", [("2 + 2 =", [" x", " y"]), ("3 + 2 =", [" 5", " z"])]
+    data.write_text("".join(json.dumps({"prompt": a, "options": b}) + "\n" for a, b in rows))
+    (tmp_path / "letters.yaml").write_text(LETTERS.format(data=data))
+    asked = dict(harness=["letters"], harness_tasks=str(tmp_path), run_code=True)
+    for name, unsayable in (("minimal", 3), ("maximal", 0)):
+        report = evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter=name, **asked))
+        report.show()
+        *_, told, last = capsys.readouterr().out.splitlines()
+        assert json.loads(report.file.read_text())["unsayable"] == report.unsayable == unsayable
+        assert json.loads(last)["unsayable"] == unsayable
+        assert told.startswith("3 likelihoods are of texts with tokens") == bool(unsayable)
+
+
+def test_published_sets_are_told_what_cannot_be_said(run, tmp_path, capsys):
+    rows = [("4", "the answer is 4"), ("5", "the answer is 5"), ("6", "6")]
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.json").write_text(json.dumps(
+        [{"instruction": "2 + 2?", "input": "", "answer": a, "output": b} for a, b in rows]
+    ))  # fmt: skip
+    found = evaluate_run(EvaluateConfig(
+        run=str(run.path), sub_adapter="minimal", tasks=["gsm8k"], data=str(tmp_path), beams=1
+    ))  # fmt: skip
+    told = found.sayable["gsm8k"]
+    assert (told.answers, told.unsayable) == (3, 2)
+    found.show()
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert f"gsm8k: its head knows {found.sayable['gsm8k']}" in shown
+    for each in (json.loads(last), json.loads(found.file.read_text())):
+        assert Sayable(**each["sets"]["gsm8k"]["vocabulary"]) == told
