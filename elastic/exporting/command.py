@@ -111,7 +111,8 @@ def _export(config: ExportConfig) -> Report:
         known = proof.Accuracy()
         if not others:
             known = _accuracy(_scored(chosen, sub), config, cut, base.tokenizer, task.test)
-        instead_of = Model(name, sub, known, count(cut), full_cost, made_up)
+        can_say = said_by(net, base.tokenizer, sub, task.test)
+        instead_of = Model(name, sub, known, count(cut), full_cost, made_up, can_say)
         sub = nearest_uniform(net.space, sub, lambda each: hf.is_plain(compact(net, each)))
         of_whom = Chosen(name)
         name = f"{name}-uniform"

@@ -264,6 +264,8 @@ def _instead_of(chosen: Model, written: Model) -> str:
     if chosen.accuracy.accuracy is not None:
         own = written.accuracy.accuracy
         told.append(f"accuracy {chosen.accuracy.accuracy:.1%} instead of {own:.1%}")
+    if chosen.sayable:
+        told.append(f"a head of {chosen.sayable.tokens_known:,} tokens instead of all")
     return f"One size for all layers; {chosen.name}, with its own, has {', '.join(told)}"
 
 

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, pipeline
 
 import elastic
-from elastic.config import EvaluateConfig, StageConfig, VocabConfig
+from elastic.config import EvaluateConfig, HfConfig, StageConfig, VocabConfig
 from elastic.data.vocabulary import Sayable
 from elastic.errors import ConfigError
 from elastic.evaluation.command import evaluate_run
@@ -207,6 +207,18 @@ def test_formats_without_a_place_for_it_say_that_they_have_all_tokens(written):
     text = " ".join((report.directory / "report.md").read_text().split())
     assert "peft: its head computes all tokens" in text
     assert "Its head knows 12 of 98 tokens" in text
+
+
+def test_one_size_for_all_layers_has_all_tokens_and_says_so(written, run, tmp_path):
+    net, _ = written
+    asked = exports.write_sub(sub_of(net, ANSWERS), tmp_path / "head.json")
+    report = export(exports.config(
+        run, formats=["hf"], sub_adapter=asked, hf=HfConfig(uniform=True), weigh=False
+    ))  # fmt: skip
+    told = json.loads((report.directory / "report.json").read_text())
+    assert told["sub_adapter"][GROUP] == tiny.VOCABULARY and "vocabulary" not in told
+    assert Sayable(**told["instead_of"]["vocabulary"]).tokens_known == ANSWERS
+    assert "a head of 12 tokens instead of all" in (report.directory / "report.md").read_text()
 
 
 def test_every_size_is_changed_while_it_runs(written):
