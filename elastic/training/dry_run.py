@@ -38,10 +38,14 @@ from elastic.supernet.supernet import Supernet
 from elastic.training.checks import predecessor, with_classes
 from elastic.training.estimate import Batch, Compute, Estimate, Memory, Plan
 from elastic.training.fake_step import rehearse
+from elastic.training.one_task import kept_before
 from elastic.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from elastic.run import Run
+    from elastic.spaces.declared import SearchSpace
 
 
 ASSUMED_LENGTH, ASSUMED_ANSWER = 512, 256
@@ -62,7 +66,7 @@ def estimate(*runs: TrainConfig) -> Estimate:
         before = predecessor(runs[0])
     space = space_for(config)
     if space.cuts_vocabulary:
-        space = space.with_least(_tokens_that_stay(runs))
+        space = space.with_least(_tokens_that_stay(runs, space, before))
     device = loading.resolve_device(config.model.device)
     dtype = loading.resolve_dtype(config.model.dtype, device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
@@ -122,8 +126,9 @@ def estimate(*runs: TrainConfig) -> Estimate:
     )
 
 
-def _tokens_that_stay(runs: Sequence[TrainConfig]) -> int:
-    """How many a vocabulary keeps for the answers of all runs; 1 if they cannot be read."""
+def _tokens_that_stay(runs: Sequence[TrainConfig], space: SearchSpace, before: Run | None) -> int:
+    """How many a vocabulary keeps for the answers of all runs, and of the one that they go on from;
+    1 if they cannot be read."""
     config = runs[-1]
     skeleton, folder = loading.skeleton(config.model), loading.locate(config.model.path)
     if not _has_tokenizer(folder):
@@ -134,9 +139,12 @@ def _tokens_that_stay(runs: Sequence[TrainConfig]) -> int:
         return 1
     tokenizer = loading.load_tokenizer(config.model)
     encoded = encode_all(tokenizer, examples, skeleton)
-    size = skeleton.config.get_text_config().vocab_size
-    text = config.vocab.text
-    return token_order(tokenizer, skeleton, examples, encoded, size, text=text).least
+    bound = space.bind(skeleton, config.adapter.rank)
+    assert bound.vocabulary is not None
+    return token_order(
+        tokenizer, skeleton, examples, encoded, bound.vocabulary.choices[0],
+        text=config.vocab.text, first=kept_before(before, bound),
+    ).least  # fmt: skip
 
 
 def _has_tokenizer(folder: str) -> bool:

@@ -238,7 +238,9 @@ def test_what_goes_on_from_it_keeps_what_it_needs(run, tiny_folder, tmp_path):
         tiny_folder, tmp_path / "next", start_from=str(run.path), max_steps=1,
         space=str(run.path.parent / "tiny-space.yaml"), task=searches.choices_task(tmp_path),
     )  # fmt: skip
+    [row] = [each for each in estimate(config).space if each.dim == "vocab"]
     _, _, net = load_run(train_one(config))
+    assert row.choices == net.space.vocabulary.choices, "as a dry run shows it"
     kept = set(net.vocabulary.tokens(net.space.vocabulary.choices[-1]).tolist())
     before = load_run(Run(run.path))[2].vocabulary.tokens(ANSWERS).tolist()
     assert set(before) < kept, "and the letters of this task"
