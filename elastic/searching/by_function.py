@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -145,6 +146,11 @@ def search(
         raise RunError("search: the space has one sub-adapter alone, so there is nothing to search")
     if trials < 2 or starts < 2:
         raise ConfigError(f"search: trials {trials}, starts {starts}: the two extremes need 2")
+    if examples is not None and examples < 1:
+        raise ConfigError(f"search: examples is {examples}; at least 1")
+    is_number = isinstance(min_accuracy, Real) and math.isfinite(min_accuracy)
+    if min_accuracy is not None and not is_number:
+        raise ConfigError(f"search: min_accuracy is {min_accuracy!r}; give a finite number")
     mine = study is None
     if study is None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseGASampler
+from optuna.trial import TrialState
 
 from elastic.console import say
 from elastic.errors import RunError
@@ -77,15 +78,16 @@ class Loop(Generic[Said]):
         """Until the study has `wanted`; those of other workers count. Yields what was judged here,
         and how many there are then. `judge` is also given what is known, which `check` may refuse.
         RunError where several in a row have no figures."""
-        wanted = min(wanted, self.space.size)
+        failed: set[Candidate] = set()
         repeats = failures = 0
         while repeats < PATIENCE:
             others = len(self.worker.running())
             results = self.seen()
             check(results)
-            if len(results) >= wanted:
+            left = min(wanted, self.space.size - len(failed)) - len(results)
+            if left <= 0:
                 break
-            if len(results) + others >= wanted:
+            if left <= others:
                 time.sleep(POLL)
                 continue
             try:
@@ -93,8 +95,11 @@ class Loop(Generic[Said]):
                     trial = self.study.ask()
                     self.worker.take(trial)
                     candidate = self._suggest(trial)
-                repeats = repeats + 1 if candidate in results else 0
+                repeats = repeats + 1 if candidate in results or candidate in failed else 0
                 if self.worker.gives_way(trial):
+                    continue
+                if candidate in failed:  # it would again
+                    self.study.tell(trial, state=TrialState.FAIL)
                     continue
             except UpdateFinishedTrialError:  # by another worker that had been given it too
                 continue
@@ -111,6 +116,8 @@ class Loop(Generic[Said]):
                 say(f"Trial {trial.number} went to another worker while this one was silent")
                 continue
             failures = 0 if told else failures + 1
+            if not told:
+                failed.add(candidate)
             if failures > FAILURES:
                 raise RunError(
                     f"search: {failures} sub-adapters in a row have no figures, the last: {result}"
@@ -133,7 +140,7 @@ class Loop(Generic[Said]):
         """Whether the figures are numbers; a trial without has failed, and the search goes on."""
         if not all(map(math.isfinite, result.numbers().values())):
             say(f"Trial {trial.number} failed: {result}")
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL)
             return False
         trial.set_user_attr(self.name, result.as_dict())
         for name, amount in violations(result, limits).items():

@@ -117,7 +117,10 @@ class AdditiveSampler(BaseSampler):
             chosen = self._best(np.minimum(effects, 0), costs, most - part * (most - low))
             if tuple(chosen) not in known:
                 return chosen
-        return _neighbour(self.space, chosen, costs, most, known, generator)
+        near = _neighbour(self.space, chosen, costs, most, known, generator)
+        if near is None:  # all that the limit allows are known
+            near = _neighbour(self.space, chosen, costs, np.inf, known, generator)
+        return near
 
     def _best(
         self, gains: np.ndarray, alternatives: Sequence[np.ndarray], budget: float

@@ -1,5 +1,6 @@
 """A search whose accuracy and latency are functions finds what trying everything finds."""
 
+import contextlib
 import math
 from itertools import product
 
@@ -11,6 +12,8 @@ from elastic.config import TimingConfig
 from elastic.errors import BudgetError, ConfigError, RunError
 from elastic.latency import latency_table
 from elastic.searching.by_function import search
+from elastic.searching.sampler import AdditiveSampler
+from elastic.spaces.candidates import CandidateSpace
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
 from elastic.supernet.cost import count
@@ -87,6 +90,29 @@ def test_of_a_space_tried_as_a_whole_the_front_is_what_nobody_beats(small):
     assert front.best == front[-1] and front.full.sub_adapter == net.space.maximal()
     for one in front:
         assert known[one.sub_adapter] == (one.accuracy, one.latency)
+
+
+@pytest.mark.parametrize("at_most", ["65%", 1])
+def test_what_is_over_the_limit_is_tried_when_nothing_else_is_left(small, at_most):
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    space = CandidateSpace.of(small.space, ())
+    study.sampler = AdditiveSampler(space, examples=10**6, room=0.4 if at_most == "65%" else -1.0)
+    limits = {"at_most": at_most, "trials": 500, "starts": 2, "study": study}
+    with pytest.raises(BudgetError) if at_most == 1 else contextlib.nullcontext():
+        search(small, score, size, degree=half, **limits)
+    assert len(study.trials) == 16  # none was proposed twice
+
+
+def test_what_has_no_figures_is_tried_once_and_not_waited_for(small):
+    calls = []
+
+    def breaks(model):
+        calls.append(widths(model))
+        assert calls.count([48, 32]) <= 1
+        return math.nan if widths(model) == [48, 32] else score(model)
+
+    front = search(small, breaks, size, degree=half, trials=500)
+    assert len(front.scored) == 15 and len(calls) == 16
 
 
 @pytest.mark.parametrize("latency", [size, "params"])
@@ -210,6 +236,9 @@ def test_a_table_is_printed(net):
         ({"latency": lambda _: "x"}, ConfigError, "latency gave 'x'"),
         ({"accuracy": lambda _: math.nan}, RunError, "accuracy nan, .*must be finite"),
         ({"at_most": 3}, BudgetError, "no sub-adapter has latency up to 3.*the fastest: accuracy"),
+        ({"min_accuracy": "50%"}, ConfigError, "min_accuracy is '50%'; give a finite number"),
+        ({"min_accuracy": math.nan}, ConfigError, "min_accuracy is nan"),
+        ({"examples": -5}, ConfigError, "examples is -5; at least 1"),
         ({"min_accuracy": 2}, BudgetError, "accuracy from 2; .*the most accurate: accuracy"),
         ({"study": optuna.create_study()}, ConfigError, "directions="),
     ],
