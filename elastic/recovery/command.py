@@ -64,7 +64,8 @@ def _judged_again(member: Member, entry: Mapping[str, Any]) -> Member:
         figures=replace(member.figures, accuracy=after["validation_accuracy"]),
         # On the same examples, whose noise the estimate has lost already.
         estimate=min(1.0, max(0.0, member.estimate + gain)),
-        test={name: after[name] for name in member.test},
+        # What its head can say is as before.
+        test={name: after.get(name, value) for name, value in member.test.items()},
         recovery=entry,
     )
 

@@ -134,13 +134,14 @@ def best_of(
     limits: Mapping[str, float],
 ) -> int:
     """The number (from 1) of the preferred one among those that are not certainly over the budget
-    as measured, where that can be trusted; if all are, of the cheapest, the first."""
+    as measured, as predicted where that cannot be trusted; if all are, of the cheapest, the first.
+    """
 
     def meets(number: int) -> bool:
-        one, timing = chosen[number - 1], measured[number - 1]
-        if timing is None or not timing.trusted:
-            return True
-        return met(timing.at_least().instead_of(one.judged), limits)
+        figures, timing = chosen[number - 1].judged, measured[number - 1]
+        if timing and timing.trusted:
+            figures = timing.at_least().instead_of(figures)
+        return met(figures, limits)
 
     numbers = [number for number in range(1, len(chosen) + 1) if meets(number)]
     return min(numbers, key=lambda n: preference(chosen[n - 1], cost, limits), default=1)

@@ -94,6 +94,17 @@ def test_a_name_of_the_front_means_it_as_recovered(recovered):
     )
 
 
+def test_heads_that_lack_tokens_are_recovered(tmp_path):
+    declared = tiny.space_dict()
+    declared["groups"]["vocab"] = {"dim": "vocab", "choices": [1.0, 0.6, 0.4]}
+    run = searches.trained_run(tiny.save_tiny(tmp_path / "base"), tmp_path, declared)
+    front = search(wanted(run, trials=4, screen=0))
+    taken = [one for one in front.members if one.recovery["taken"] and one.sayable]
+    assert taken and all("vocabulary" in entry for entry in searches.front_of(run))
+    found = evaluate_run(EvaluateConfig(run=str(run.path), sub_adapter="front-1", split="test"))
+    assert found.score.accuracy == front.members[0].test["accuracy"]
+
+
 def test_the_same_command_again_trains_and_scores_nothing(recovered, monkeypatch):
     run, _, _ = recovered
     before = searches.front_of(run)
