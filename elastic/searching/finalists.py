@@ -170,7 +170,7 @@ def _scores(
         told = said_by(objective.net, objective.tokenizer, candidate.sub_adapter, test)
         if told:
             known[str(candidate)][VOCABULARY] = told.as_dict()
-    study.set_user_attr(SCORES, known)
+        study.set_user_attr(SCORES, known)
     return [known[str(candidate)] for candidate in (*(one.candidate for one in chosen), full)]
 
 

@@ -154,6 +154,25 @@ def test_what_is_known_of_finalists_is_not_asked_again(searched, tmp_path, monke
     assert search(settings).members[0].measured.trusted and len(timed) == 1
 
 
+def test_killed_finalists_keep_the_scores_they_have(trained, tmp_path, monkeypatch):
+    run = copy_run(trained, tmp_path / "run")
+    settings = config(run, trials=4, screen=0, test_front=3)
+    asked, ask = [], finalists.evaluate
+
+    def killed(*given, **settings):
+        asked.append(None)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(*given, **settings)
+
+    monkeypatch.setattr(finalists, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(settings)
+    front = search(settings)
+    everyone = {one.candidate for one in front.members} | {front.trials[0].candidate}
+    assert len(asked) == len(everyone) + 1
+
+
 def test_figures_are_those_of_the_sub_adapter(trained, tmp_path):
     """Of what it makes up for, too."""
     run = copy_run(trained, tmp_path / "run")
