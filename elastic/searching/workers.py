@@ -44,6 +44,8 @@ LONG = 10.0
 """Seconds after which it is said whom one waits for."""
 _WORKER = "worker "
 _NUMBERS = itertools.count()
+_HERE: set[str] = set()
+"""Workers of this process, each in its block."""
 
 
 def experimental() -> warnings.catch_warnings:
@@ -193,6 +195,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._order = len(self._workers())
+        _HERE.add(self.name)
         self._beat()
         self._thread.start()
         return self
@@ -200,6 +203,7 @@ class Worker:
     def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        _HERE.discard(self.name)
         # Where the study cannot be written, what ended the block says so.
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self._tell(0)
@@ -215,7 +219,9 @@ class Worker:
             if name == self.name:
                 found[name] = order
             elif beats and machine == self._machine:
-                if _runs(int(pid), int(began)):
+                # One of this process may have been unable to say that it ended.
+                here = int(pid) == os.getpid()
+                if name in _HERE if here else _runs(int(pid), int(began)):
                     found[name] = order
             elif beats:
                 before, since = self._seen.get(name, (0, 0.0))

@@ -138,6 +138,19 @@ def test_a_process_of_this_machine_is_looked_for(tmp_path):
     assert study.user_attrs[f"worker {me.name}"] == [2, 0]
 
 
+def test_who_could_not_say_that_it_ended_is_not_waited_for(monkeypatch):
+    """The storage went away; the next search of the same process is alone."""
+    study = optuna.create_study()
+    with pytest.raises(OSError), Worker(study) as first:
+        trial = study.ask()
+        first.take(trial)
+        monkeypatch.setattr(first, "_tell", None)
+        raise OSError
+    with Worker(study) as second:
+        assert second.leads() and second.running() == []
+        assert study.trials[0].state == TrialState.WAITING
+
+
 @pytest.mark.parametrize("differs", ["boot", "namespace"])
 def test_a_process_that_cannot_be_seen_lives_by_its_signs(differs):
     """Two containers may have one host name, and each its own process of a number."""
