@@ -142,7 +142,8 @@ class Joint:
             turned, seen = vectors.T @ mean, vectors.T @ values
             for spread, part in itertools.product(SPREADS, NOISES):
                 weights = 1 / (part * noise + spread**2 * np.maximum(found, 0))
-                among = turned.T @ (weights[:, None] * turned) + 1e-12 * np.eye(2)
+                among = turned.T @ (weights[:, None] * turned)
+                among += 1e-12 * np.trace(among) * np.eye(2)  # all sums may be alike
                 rest = seen - turned @ np.linalg.solve(among, turned.T @ (weights * seen))
                 likelihood = (np.log(weights).sum() - np.linalg.slogdet(among)[1]) / 2
                 likelihood -= float(weights @ rest**2) / 2

@@ -27,7 +27,7 @@ def non_dominated(points: Sequence[Sequence[float]]) -> list[int]:
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Area that points (n, 2), both objectives to be minimised, dominate up to the reference."""
     front = [points[index] for index in non_dominated(points)]
-    ends = [*(first for first, _ in front[1:]), reference[0]]
+    ends = [*(first for first, _ in front), reference[0]][1:]
     return float(
         sum(
             max(0.0, min(end, reference[0]) - first) * max(0.0, reference[1] - second)

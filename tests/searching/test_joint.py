@@ -5,6 +5,7 @@ import pytest
 
 from elastic.searching import joint
 from elastic.searching.joint import Joint
+from elastic.searching.sampler import sampling_variance
 
 GROUPS, CHOICES = 24, 4
 KINDS = ["width"] * 12 + ["heads"] * 12
@@ -74,6 +75,19 @@ def test_two_extremes_are_enough_to_begin(world):
     belief = Joint(KINDS, parts).fit(ends, np.array([0.8, 0.5]), 1e-4)
     assert np.isclose(belief.effects.min(1).sum(), -0.3, rtol=0.05)
     assert np.allclose(belief.predict(ends), [0.8, 0.5], atol=0.01)
+
+
+@pytest.mark.parametrize("evaluations", [1, 3])
+@pytest.mark.parametrize("accuracy", [0.0, 0.5, 1.0])
+def test_of_equal_points_something_is_believed(world, evaluations, accuracy):
+    """A search may be interrupted after any first one."""
+    parts, _, _, _ = world
+    for choice in range(CHOICES):
+        at = np.full((evaluations, GROUPS), choice)
+        values = np.full(evaluations, accuracy)
+        belief = Joint(KINDS, parts).fit(at, values, sampling_variance(values, 50))
+        assert np.allclose(belief.fitted, accuracy, atol=0.05)
+        assert np.isfinite(belief.effects).all() and (belief.effects <= 0).all()
 
 
 def test_where_accuracies_rise_by_chance_divergences_decide(world):

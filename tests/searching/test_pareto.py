@@ -53,6 +53,7 @@ def test_duplicates_and_dominated_points_change_nothing(points, data):
 
 def test_no_points_no_front():
     assert non_dominated([]) == []
+    assert hypervolume([], (1.0, 1.0)) == 0
 
 
 SIZES = st.integers(1, 40)
