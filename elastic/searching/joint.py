@@ -23,9 +23,10 @@ POWERS = (0.8, 1.2, 1.8)
 """Of the sum, which accuracy falls with."""
 SPREADS = (0.1, 0.2, 0.4)
 """Of δ."""
-NOISES = (0.3, 1.0)
-"""Variance of an accuracy in parts of that of as many examples drawn anew: less than 1 where all
-are of the same examples."""
+NOISES = (0.3, 1.0, 4.0, 16.0)
+"""Variance that is left unexplained, in parts of that of as many examples drawn anew: less than 1
+where all are of the same examples; more where something is real that the model cannot say, such as
+a gain by being cut."""
 LEAST = 0.1
 """Of 1 + δ: nothing is believed to gain by being cut."""
 LEAST_LOSS = 0.5
@@ -97,7 +98,7 @@ class Joint:
             covariance = np.linalg.pinv(mean.T @ inverse @ mean)
         weigh = inverse - inverse @ mean @ covariance @ mean.T @ inverse
         asked = weigh @ rest
-        fitted = values - left * asked
+        fitted = values - min(left, noise) * asked
         delta = spread**2 * slopes.T @ asked
         parts = self._moved(self._parts, delta)
         a = float((fitted + b * _chosen(parts, choices).sum(1) ** power).mean())

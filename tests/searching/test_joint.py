@@ -97,3 +97,14 @@ def test_where_accuracies_rise_by_chance_divergences_decide(world):
     assert belief.effects.min(1).sum() < -0.4 * 0.03
     assert np.corrcoef(belief.fitted, lost)[0, 1] < -0.9
     assert np.corrcoef(belief.predict(at), lost)[0, 1] < -0.9
+
+
+def test_a_gain_by_being_cut_is_believed_where_it_is_no_chance(world):
+    """Of so many examples that it is ten standard errors; the middle is best."""
+    parts, _, at, _ = world
+    lost = np.take_along_axis(parts, at.T, 1).sum(0)
+    truth = 0.6 + 0.05 * 4 * lost * (1 - lost)
+    noise = np.random.default_rng(3).normal(0, 0.005, len(at))
+    fitted = Joint(KINDS, parts).fit(at, truth + noise, 0.005**2).fitted
+    assert np.sqrt(np.square(fitted - truth).mean()) < 0.006
+    assert truth.max() - truth[fitted.argmax()] < 0.012
