@@ -26,7 +26,7 @@ from elastic.models.kinds import Kind, kind_of
 from elastic.run import Run
 from elastic.searching import by_function
 from elastic.searching.by_function import Counted, Function, Measured, ParetoFront, Scored
-from elastic.spaces.bound import BoundSpace, SubAdapter, power_of_ten
+from elastic.spaces.bound import BoundSpace, SubAdapter, readable
 from elastic.supernet.compact import compact
 from elastic.supernet.compensation import HALF, Compensation
 from elastic.supernet.group_importance import group_importance
@@ -168,7 +168,7 @@ class ElasticModel:
         if part:
             self._calibrate(calibration, config.batch_size)
         schedule = Schedule.of(config, len(encoded), distributed.count())
-        say(f"Training {power_of_ten(self.space.size)} sub-adapters in one: {schedule.steps} steps")
+        say(f"Training {readable(self.space.size)} sub-adapters in one: {schedule.steps} steps")
         self.is_trained = True
         with _place(folder) as run:
             trainer = fit(net, config, schedule, encoded, run, pad=self._pad, degree=part)

@@ -371,9 +371,10 @@ class BoundSpace(Space[SubAdapter]):
         raise RunError(unknown("sub-adapter", name, known))
 
 
-def power_of_ten(count: int) -> str:
-    """Two digits and a power of ten, of a count that may be past every float: 6.6e+477."""
-    return f"{Decimal(count):.1e}"
+def readable(count: int) -> str:
+    """All digits below a million, else two and a power of ten, of a count that may be past every
+    float: 625, 6.6e+477."""
+    return f"{count:,}" if count < 10**6 else f"{Decimal(count):.1e}"
 
 
 def all_digits(count: int) -> str:

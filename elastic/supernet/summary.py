@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import SpaceShowConfig
 from elastic.console import wide
-from elastic.spaces.bound import BoundSpace, all_digits, power_of_ten
+from elastic.spaces.bound import BoundSpace, all_digits, readable
 from elastic.supernet.cost import Cost, Counter
 from elastic.supernet.discovery import bare, declared_for, require_fits
 
@@ -53,7 +53,7 @@ class SpaceTable:
     def tables(self) -> list[Table]:
         from rich.table import Table
 
-        title = f"{power_of_ten(self.sub_adapters)} sub-adapters"
+        title = f"{readable(self.sub_adapters)} sub-adapters"
         space = Table("group", "dimension", "groups", "choices", title=title)
         for row in self.space:
             space.add_row(row.name, row.dim, str(row.groups), ", ".join(map(str, row.choices)))

@@ -20,7 +20,7 @@ from elastic.errors import ConfigError, DataMissing, require
 from elastic.files import named_failure, write_json
 from elastic.models import loading, requirements
 from elastic.run import Run
-from elastic.spaces.bound import BoundSpace, power_of_ten
+from elastic.spaces.bound import BoundSpace, readable
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compensation import Compensation
 from elastic.supernet.discovery import bare, require_fits, space_for
@@ -163,7 +163,7 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
         made_up = Compensated(config.compensation_in_training)
         with distributed.main_first():
             net.compensation = _compensation_to_train_with(run, net, calibration, config, pad)
-    what = "one sub-adapter" if only else f"{power_of_ten(net.space.size)} sub-adapters in one"
+    what = "one sub-adapter" if only else f"{readable(net.space.size)} sub-adapters in one"
     about: dict[str, Any] = {"seed": config.seed, "steps": 0, **adopted.origin(config)}
     factors, sharded = None, False
     if taken:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.errors import ConfigError, RunError
-from elastic.spaces.bound import SubAdapter, all_digits, power_of_ten
+from elastic.spaces.bound import SubAdapter, all_digits, readable
 from elastic.spaces.declared import SearchSpace
 from elastic.spaces.dims import GroupSpec
 from tests.helpers import tiny
@@ -364,8 +364,9 @@ def test_nearest_aligned_size_is_never_zero():
 
 
 def test_counts_past_every_float_are_powers_of_ten():
-    assert (power_of_ten(1), power_of_ten(123_456)) == ("1.0e+0", "1.2e+5")
-    assert power_of_ten(3**1000) == "1.3e+477"
-    assert power_of_ten(10**5000) == "1.0e+5000"
+    assert (readable(1), readable(625)) == ("1", "625")
+    assert (readable(999_999), readable(1_234_567)) == ("999,999", "1.2e+6")
+    assert readable(3**1000) == "1.3e+477"
+    assert readable(10**5000) == "1.0e+5000"
     assert all_digits(10**5000) == "1" + 5000 * "0"
     assert all_digits(3**10) == "59049"

@@ -8,6 +8,7 @@ Each has a process of its own, so that one that crashes or never ends harms no o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -85,4 +86,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the threads of a pool are not forked, and would be waited for
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.zoo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("family", nargs="*", help="an architecture, or its name with the task")
+    sys.exit(main(parser.parse_args().family))
