@@ -88,8 +88,9 @@ def from_hub(name: str, files: Sequence[str], setting: str) -> str:
 
 def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with its real modules (GPT-2's Conv1D as linear layers) and no memory: enough to
-    bind a search space to. In the type of its configuration unless one is given."""
-    folder = locate(config.path, ["config.json"])
+    bind a search space to, and to know what ends what it generates. In the type of its
+    configuration unless one is given."""
+    folder = locate(config.path, ["config.json", transformers.utils.GENERATION_CONFIG_NAME])
     architecture = _described(folder, config)
     kind = kind_of_architecture(architecture, config.head)
     if config.classes:
@@ -100,6 +101,9 @@ def skeleton(config: ModelConfig, dtype: torch.dtype | None = None) -> PreTraine
             dtype=dtype or architecture.dtype,
             trust_remote_code=config.trust_remote_code,
         )
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # without the file, as config.json says
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return exact_(linear_(as_cut_(model)))
 
 

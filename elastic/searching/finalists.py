@@ -59,9 +59,10 @@ def finish(
     accuracies = {one: figures.accuracy for one, figures in results.items()}
     learnt = space, accuracies, len(objective.examples), importance, parts
     belief, foreseen = learn(*learnt), foresight(*learnt)
+    estimates = belief.fitted.clip(0, 1).tolist()
     estimated = {
         one: replace(figures, accuracy=estimate)
-        for (one, figures), estimate in zip(results.items(), belief.fitted.tolist(), strict=True)
+        for (one, figures), estimate in zip(results.items(), estimates, strict=True)
     }
     full = estimated.get(space.maximal(), objective.full)
     limits = config.budget.resolved(full.budget_values())

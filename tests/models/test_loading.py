@@ -41,6 +41,17 @@ def test_a_saved_tiny_model_loads_as_any_base_does(tmp_path, tied):
     assert tiny.space().bind(bare, RANK) == tiny.space().bind(base.model, RANK)
 
 
+def test_a_skeleton_knows_what_ends_what_it_generates(tmp_path):
+    folder = tiny.save_tiny(tmp_path / "tiny")
+    settings = ModelConfig(path=str(folder), device="cpu")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [1, 7]}))
+    assert loading.skeleton(settings).generation_config.eos_token_id == [1, 7]
+    file.unlink()
+    model = loading.skeleton(settings)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+
+
 def test_the_digest_knows_weights_not_files(tmp_path):
     folder = tiny.save_tiny(tmp_path / "one")
     whole = digest_of(folder)

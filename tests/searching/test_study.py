@@ -23,7 +23,7 @@ from elastic.files import BUILDING
 from elastic.latency import bench, target
 from elastic.latency.target import Target
 from elastic.run import Run
-from elastic.searching import finalists, screening, study
+from elastic.searching import finalists, objective, screening, study
 from elastic.searching.objective import Objective
 from elastic.searching.page import write_page
 from elastic.searching.study import search
@@ -491,6 +491,16 @@ def test_a_study_of_an_earlier_version_goes_on(trained, tmp_path):
         del kept["task"][name]
     opened.set_user_attr("task", kept)
     study._open_study(run, config(run))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_what_is_believed_of_an_accuracy_is_a_share(trained, tmp_path, monkeypatch, right):
+    def evaluated(model, tokenizer, examples, **_):
+        return Score((right,) * len(examples))
+
+    monkeypatch.setattr(objective, "evaluate", evaluated)
+    front = search(config(copy_run(trained, tmp_path / "run"), trials=8, starts=6))
+    assert all(0 <= one.estimate <= 1 for one in front.trials)
 
 
 def test_an_interrupted_search_leaves_a_front(trained, tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ def test_nothing_is_written_and_the_run_never_knows(tmp_path, tiny_folder, capsy
     assert "nothing to do" in capsys.readouterr().err
 
 
-def test_a_hub_model_costs_one_small_file(tmp_path, tiny_folder, monkeypatch):
+def test_a_hub_model_costs_two_small_files(tmp_path, tiny_folder, monkeypatch):
     asked = []
 
     def snapshot_download(name, allow_patterns):
@@ -257,7 +257,9 @@ def test_a_hub_model_costs_one_small_file(tmp_path, tiny_folder, monkeypatch):
     config = train_config(tiny_folder, tmp_path / "run", dry_run=True)
     found = train(replace(config, model=ModelConfig(path="owner/name")))
     assert found.architecture == "LlamaForCausalLM"
-    assert {(name, *patterns) for name, patterns in asked} == {("owner/name", "config.json")}
+    assert {name for name, _ in asked} == {"owner/name"}
+    files = {pattern for _, patterns in asked for pattern in patterns}
+    assert files == {"config.json", "generation_config.json"}
 
 
 @pytest.mark.parametrize(
