@@ -19,8 +19,8 @@ import warnings
 from pathlib import Path
 
 import optuna
-import torch
 
+from elastic.provenance import provenance
 from elastic.run import Run
 from tests.benchmarks.rivals import RIVALS
 from tests.benchmarks.texts import Measured
@@ -72,7 +72,7 @@ def main() -> None:
         for one in map(json.loads, file.read_text().splitlines())
         if one.get("what") == "front"
     }
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    device = provenance(str(world.net.device))["device"]
     print(f"ready after {time.perf_counter() - began:.0f} s on {device}", flush=True)
     for units in map(float, given.units.split(",")):
         for name in names:

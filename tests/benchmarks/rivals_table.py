@@ -66,7 +66,7 @@ def main() -> None:
         f"of the box, after so many units of {settings['unit']} accuracies of "
         f"{settings['examples']} examples; means over seeds with 95 % intervals",
         rows, save=given.save, result=f"rivals-{given.name}", settings=settings,
-        device=fronts[0]["device"],
+        device=", ".join(sorted({one["device"] for one in fronts})),
         command="python -m tests.benchmarks.rivals_on RUN TABLE OUT; "
         "python -m tests.benchmarks.rivals_table OUT",
     )  # fmt: skip
