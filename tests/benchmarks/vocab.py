@@ -248,7 +248,7 @@ def main() -> None:
     ]
     report(
         "vocab",
-        f"{given.run.name}: the best within {given.budget} of the full model's time per token in "
+        f"the best within {given.budget} of the full model's time per token in "
         f"{given.runtimes[0]}, {given.trials} evaluations each, without and with the vocabulary as "
         "a dimension; float32, prompts of "
         f"{given.prompt_tokens} tokens; what cannot be said of {len(test)} test answers counts as "
