@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 METRICS = (*LATENCIES, "memory_mb")
+PARTS = operator.itemgetter("seen", "unseen", "asked", "control", "tolerance", "about")
+"""What a table's file always has beside its target."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ def read_timetable_of(run: Run, file: Path | str) -> dict[str, Any]:
 
 
 def _target_in(value: Any, file: Path | str) -> Target:
+    """RunError for a file that is no table."""
     try:
+        PARTS(value)
         return Target(**value["target"])
     except (TypeError, KeyError):
         raise RunError(

@@ -85,11 +85,14 @@ def test_a_table_of_something_else_is_refused_before_weights(
     assert not run.search.exists()
 
 
-def test_a_file_that_is_no_table_is_refused(trained, tmp_path, forbid_weights):
-    file = tmp_path / "junk.json"
-    file.write_text('{"target": 3}')
+@pytest.mark.parametrize("change", [{"target": 3}, {"target": {}}, {"seen": None}])
+def test_a_file_that_is_no_table_is_refused(trained, tmp_path, table_file, forbid_weights, change):
+    value = json.loads(table_file.read_text()) | change
+    kept = {name: part for name, part in value.items() if part is not None}
+    table_file.write_text(json.dumps(kept))
+    table = TableConfig(file=[str(table_file)])
     with pytest.raises(RunError, match="holds no latency table; record one with"):
-        search(config(copy_run(trained, tmp_path / "run"), table=TableConfig(file=[str(file)])))
+        search(config(copy_run(trained, tmp_path / "run"), table=table))
 
 
 def test_a_study_keeps_its_table(trained, tmp_path, table_file):
