@@ -57,6 +57,11 @@ class Encoded:
     def length(self) -> int:
         return max(len(self.ids), len(self.source))
 
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """Those of the answer; none of a classifier's."""
+        return self.ids[len(self.ids) - self.answer :]
+
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, encoder_decoder: bool = False

@@ -59,7 +59,7 @@ def token_order(
         )
     needed = {*first, *_ends(tokenizer, model)}
     for example, one in zip(examples, encoded, strict=True):
-        needed.update(one.ids[len(one.ids) - one.answer :])
+        needed.update(one.answer_ids)
         for option in example.options:
             needed.update(_answer(tokenizer, model, example, option))
     own = Counter(token for one in encoded for token in (*one.source, *one.ids))
@@ -83,8 +83,7 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, example: Example, answer: str
 ) -> tuple[int, ...]:
     with placed(example):
-        found = encode_example(tokenizer, model, example, answer)
-    return found.ids[len(found.ids) - found.answer :]
+        return encode_example(tokenizer, model, example, answer).answer_ids
 
 
 def _counted(tokenizer: PreTrainedTokenizerBase, file: str) -> Counter[int]:

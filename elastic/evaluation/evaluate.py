@@ -176,7 +176,7 @@ def rows_of(
     encoded = [encode_example(tokenizer, model, example, option) for option in options]
     if len(options) == 1:
         return [Row(index, encoded[0])]
-    tokens = [each.ids[-each.answer : -1] for each in encoded]  # without the end of the sequence
+    tokens = [each.answer_ids[:-1] for each in encoded]  # without the end of the sequence
     alike = 0
     if kind is not Kind.ENCODER_DECODER:
         # What all options begin with decides nothing: it counts as prompt.

@@ -85,7 +85,7 @@ class Material:
         """ConfigError where a head that computes these tokens alone, (kept,) int64, cannot say all
         training answers."""
         known, encoded = set(kept.tolist()), self.encoded["train"]
-        cannot = sum(not known.issuperset(one.ids[len(one.ids) - one.answer :]) for one in encoded)
+        cannot = sum(not known.issuperset(one.answer_ids) for one in encoded)
         if cannot:
             raise ConfigError(
                 f"sub_adapter: {cannot} of {len(encoded)} training answers have tokens that the "

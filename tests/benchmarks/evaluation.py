@@ -29,12 +29,16 @@ def questions(file: str, count: int) -> list[Example]:
     return random.Random(0).sample(llm_adapters.read(file), count)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
     parser.add_argument("questions")
     parser.add_argument("--save", action="store_true")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     _, base, net = load_run(Run(given.run))
     model, tokenizer = net.model, base.tokenizer
     asked = questions(given.questions, EXAMPLES)

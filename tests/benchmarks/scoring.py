@@ -10,7 +10,6 @@ tensors; and in ways that could be faster: larger batches, bfloat16, norms and M
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 
@@ -22,7 +21,7 @@ from elastic.run import Run
 from elastic.supernet.compact import compact
 from elastic.supernet.store import load_run
 from tests.benchmarks.common import report, sides
-from tests.benchmarks.evaluation import TURNS, questions
+from tests.benchmarks.evaluation import TURNS, arguments, questions
 
 BESIDE = 60
 """Questions."""
@@ -51,6 +50,14 @@ class Passes:
             self.module(*args, **kwargs)
 
 
+def per_question(found, count: int) -> dict[str, dict[str, float]]:
+    """Milliseconds, and ratios as they are, of sides that had so many questions."""
+    return {
+        name: {"ms_per_question": row["median_ms"] / count, "ratio": row["ratio"]}
+        for name, row in found.items()
+    }
+
+
 def beside_passes(model, tokenizer, asked: list[Example]) -> dict[str, dict[str, float]]:
     """Milliseconds per question of scoring and of its forward passes alone."""
 
@@ -64,10 +71,7 @@ def beside_passes(model, tokenizer, asked: list[Example]) -> dict[str, dict[str,
          f"scored, {len(asked)} questions": score},
         TURNS, baseline="forward passes alone",
     )  # fmt: skip
-    return {
-        name: {"ms_per_question": row["median_ms"] / len(asked), "ratio": row["ratio"]}
-        for name, row in found.items()
-    }
+    return per_question(found, len(asked))
 
 
 def compiled(model):
@@ -104,18 +108,11 @@ def other_ways(model, tokenizer, asked: list[Example]) -> dict[str, dict[str, fl
         TURNS,
         baseline="as it is",
     )
-    return {
-        name: {"ms_per_question": row["median_ms"] / len(asked), "ratio": row["ratio"]}
-        for name, row in found.items()
-    }
+    return per_question(found, len(asked))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run")
-    parser.add_argument("questions")
-    parser.add_argument("--save", action="store_true")
-    given = parser.parse_args()
+    given = arguments()
     _, base, net = load_run(Run(given.run), "float32")
     asked = questions(given.questions, BESIDE)
     tokenizer = base.tokenizer
