@@ -93,7 +93,8 @@ def test_tables_of_something_else_are_refused_before_weights_load(
 ):
     target = asdict(Target.of(run, ONE_ROUND))
     file = tmp_path / "table.json"
-    file.write_text(json.dumps({"target": spoil(target)}))
+    parts = dict.fromkeys(("seen", "unseen", "asked", "control", "tolerance", "about"))
+    file.write_text(json.dumps(parts | {"target": spoil(target)}))
     monkeypatch.setattr(command, "load_run", None)
     with pytest.raises(RunError, match=message):
         export(config(run, formats=["elastic"], slices=SlicesConfig(tables=[str(file)])))
