@@ -22,6 +22,7 @@ from elastic.errors import ConfigError, DataError, ExportError, RunError, Traini
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import new_directory
 from elastic.formats import hf
+from elastic.formats.saving import says_its_sizes_
 from elastic.models.kinds import Kind, kind_of
 from elastic.run import Run
 from elastic.searching import by_function
@@ -240,7 +241,8 @@ class ElasticModel:
             degree = chosen.degree if degree is None else degree
             chosen = chosen.sub_adapter
         sub = self.space.named(chosen) if isinstance(chosen, str) else self.space.check(chosen)
-        return compact(self.supernet, sub, self._half(sub) if degree is None else degree)
+        degree = self._half(sub) if degree is None else degree
+        return says_its_sizes_(compact(self.supernet, sub, degree))
 
     def save(self, folder: Path | str) -> Path:
         """The super-adapter alone, for `elastic.reattach`: factors, order of channels, space, and

@@ -36,6 +36,7 @@ from elastic.files import read_json, write_json, write_text
 from elastic.formats import hf, matformer, slice_classes
 from elastic.formats.any_size import BASE, COPY, INDEX, VERSION
 from elastic.formats.choosing import LATENCIES
+from elastic.formats.saving import says_its_sizes_
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import loading
 from elastic.models.digest import digest_of
@@ -230,7 +231,8 @@ def load(
             tensor: Tensor = made[key]().to(device, kind).contiguous()
             put_(model, key, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
     model.tie_weights()
-    return configure_(model, hf.described_config(model, code=False)).to(device).eval()
+    configure_(model, hf.described_config(model, code=False))
+    return says_its_sizes_(model).to(device).eval()
 
 
 def about_of(directory: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:

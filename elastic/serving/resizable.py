@@ -266,6 +266,13 @@ class Resizable:
         with self.sizes.at(wanted):
             yield self
 
+    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
+        """RunError: the folder that it was loaded from is this model."""
+        raise RunError(
+            f"{save_directory}: a resizable model is saved as one size: "
+            f"elastic.load(folder, slice={self.sizes.current!r}).save_pretrained(...)"
+        )
+
 
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of the model in which no other thread changes its size; with the signature that

@@ -148,7 +148,7 @@ def written(run, tmp_path_factory):
     return net, export(config)
 
 
-def test_every_format_with_a_place_for_it_has_the_logits_of_the_full_head(written):
+def test_every_format_with_a_place_for_it_has_the_logits_of_the_full_head(written, tmp_path):
     net, report = written
     ids, kept = tiny.tokens(1), net.vocabulary.tokens(ANSWERS)
     full = tiny.logits(net.model, ids)[0, -1].numpy()
@@ -170,6 +170,9 @@ def test_every_format_with_a_place_for_it_has_the_logits_of_the_full_head(writte
         found[name] = tiny.logits(model, ids)[0, -1].numpy()
     sliced = elastic.load(folder / "elastic", slice="head")
     found["elastic.load"] = tiny.logits(sliced, ids)[0, -1].numpy()
+    sliced.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    found["save_pretrained"] = tiny.logits(saved, ids)[0, -1].numpy()
     for name, logits in found.items():
         assert (logits[rest] == -np.inf).all(), name
         limit = 0.1 if "int8" in name else 1e-4

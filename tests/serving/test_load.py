@@ -66,6 +66,17 @@ def test_transformers_alone_gives_the_same_size(folder):
         assert all(torch.equal(auto.state_dict()[name], x) for name, x in expected.items())
 
 
+def test_a_slice_is_saved_and_loads_again(folder, tmp_path):
+    for name in slices.read(folder)["slices"]:
+        by_us = elastic.load(folder, slice=name)
+        by_them = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, slice=name)
+        for one in (by_us, by_them):
+            one.save_pretrained(tmp_path / name)
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+            torch.testing.assert_close(again.state_dict(), by_us.state_dict(), rtol=0, atol=0)
+            shutil.rmtree(tmp_path / name)
+
+
 def test_nothing_in_the_folder_is_run(folder, tmp_path):
     there = tmp_path / "there"
     shutil.copytree(folder, there)

@@ -64,6 +64,12 @@ def test_it_generates_as_the_slice_does(folder, model):
     assert torch.equal(found, alone)
 
 
+def test_it_is_no_folder_of_one_size(model, tmp_path):
+    with pytest.raises(RunError, match=r"slice='full'\)\.save_pretrained\("):
+        model.save_pretrained(tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
 def test_a_budget_names_the_size(folder, model):
     [table] = slices.read(folder)["latencies"]
     least = min(timed["prefill_ms"] for timed in table["slices"].values())

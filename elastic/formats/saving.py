@@ -1,0 +1,56 @@
+"""`save_pretrained` of a compact model in memory. Its class and config are the family's, which do
+not say its sizes: what transformers wrote of it, no one could load."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.errors import ExportError
+from elastic.formats import hf
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def says_its_sizes_(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose `save_pretrained` is `hf.write` from now on: what a Trainer saves of it
+    loads again."""
+    model.save_pretrained = functools.partial(_save, model)
+    return model
+
+
+def _save(
+    model: PreTrainedModel,
+    save_directory: str | PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = hf.SHARD,
+    **more: Any,
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, which saves PEFT's adapters alone where some are in the
+    model. ExportError for what cannot be a folder, and for a push to a hub."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        kind = type(model)
+        kind.save_pretrained(
+            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **more
+        )  # fmt: skip
+        return
+    if push_to_hub:
+        raise ExportError(
+            f"{save_directory}: a compact model is not pushed while it is saved; save it, then "
+            "upload the folder: hf upload NAME FOLDER"
+        )
+    if reason := hf.why_not(model):
+        raise ExportError(f"{save_directory}: {reason}")
+    if is_main_process:
+        state = model.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.detach for name, tensor in state.items()}
+        hf.write(
+            model, None, Path(save_directory), max_shard_size=max_shard_size, tensors=tensors
+        )  # fmt: skip
