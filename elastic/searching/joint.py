@@ -88,13 +88,13 @@ class Joint:
         if known not in self._tuned:
             self._tuned[known] = self._tune(choices[:known], values[:known], noise)
         power, spread, left = self._tuned[known]
-        mean, slopes = self._linear(choices, values, power, noise)
+        mean, slopes, _ = self._linear(choices, values, power, noise)
         # Of what a and b leave, which are as free as without a prior.
         inverse = np.linalg.inv(left * np.eye(len(values)) + spread**2 * slopes @ slopes.T)
         covariance = np.linalg.pinv(mean.T @ inverse @ mean)
         b, rest = float((covariance @ mean.T @ inverse @ values)[1]), values
-        if b < (floor := LEAST_LOSS * noise**0.5):
-            b, rest, mean = floor, values - floor * mean[:, 1], mean[:, :1]
+        if b < _least(noise):
+            b, (rest, mean) = _least(noise), _held(mean, values, noise)
             covariance = np.linalg.pinv(mean.T @ inverse @ mean)
         weigh = inverse - inverse @ mean @ covariance @ mean.T @ inverse
         asked = weigh @ rest
@@ -123,14 +123,15 @@ class Joint:
 
     def _linear(
         self, choices: np.ndarray, values: np.ndarray, power: float, noise: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Features of a and b (evaluations, 2), and slopes in δ (evaluations, groups + kinds)."""
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Features of a and b (evaluations, 2), slopes in δ (evaluations, groups + kinds), and b
+        without δ."""
         parts = _chosen(self._parts, choices)
         total = np.maximum(parts.sum(1), 1e-9)
         mean = np.stack([np.ones(len(values)), -(total**power)], 1)
-        b = max(float(np.linalg.lstsq(mean, values, rcond=None)[0][1]), LEAST_LOSS * noise**0.5)
-        slopes = -b * power * total[:, None] ** (power - 1) * parts
-        return mean, np.hstack([slopes, slopes @ self._of_kind])
+        b = float(np.linalg.lstsq(mean, values, rcond=None)[0][1])
+        slopes = -max(b, _least(noise)) * power * total[:, None] ** (power - 1) * parts
+        return mean, np.hstack([slopes, slopes @ self._of_kind]), b
 
     def _tune(
         self, choices: np.ndarray, values: np.ndarray, noise: float
@@ -138,19 +139,30 @@ class Joint:
         """Power, spread and noise of the largest restricted likelihood."""
         best, chosen = -np.inf, (POWERS[0], SPREADS[0], noise)
         for power in POWERS:
-            mean, slopes = self._linear(choices, values, power, noise)
+            mean, slopes, b = self._linear(choices, values, power, noise)
+            rest, mean = (values, mean) if b >= _least(noise) else _held(mean, values, noise)
             found, vectors = np.linalg.eigh(slopes @ slopes.T)
-            turned, seen = vectors.T @ mean, vectors.T @ values
+            turned, seen = vectors.T @ mean, vectors.T @ rest
             for spread, part in itertools.product(SPREADS, NOISES):
                 weights = 1 / (part * noise + spread**2 * np.maximum(found, 0))
                 among = turned.T @ (weights[:, None] * turned)
-                among += 1e-12 * np.trace(among) * np.eye(2)  # all sums may be alike
-                rest = seen - turned @ np.linalg.solve(among, turned.T @ (weights * seen))
+                among += 1e-12 * np.trace(among) * np.eye(len(among))  # all sums may be alike
+                left = seen - turned @ np.linalg.solve(among, turned.T @ (weights * seen))
                 likelihood = (np.log(weights).sum() - np.linalg.slogdet(among)[1]) / 2
-                likelihood -= float(weights @ rest**2) / 2
+                likelihood -= float(weights @ left**2) / 2
                 if likelihood > best:
                     best, chosen = likelihood, (power, spread, part * noise)
         return chosen
+
+
+def _least(noise: float) -> float:
+    """The floor of b."""
+    return LEAST_LOSS * noise**0.5
+
+
+def _held(mean: np.ndarray, values: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where b is at its floor: values without what it explains, and the feature of a alone."""
+    return values - _least(noise) * mean[:, 1], mean[:, :1]
 
 
 def _chosen(parts: np.ndarray, choices: np.ndarray) -> np.ndarray:
