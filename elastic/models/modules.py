@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -81,10 +81,11 @@ def linear_(model: ModuleType) -> ModuleType:
     return model
 
 
-def module_tree(model: ModuleType) -> ModuleType:
-    """A copy of the modules around the same tensors: none is duplicated, ties stay ties."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+def module_tree(model: ModuleType, shared: Iterable[nn.Module] = ()) -> ModuleType:
+    """A copy of the modules around the same tensors: none is duplicated, ties stay ties. Modules in
+    `shared`, which are about to be replaced, say, are in it themselves."""
+    same = [*model.parameters(), *model.buffers(), *shared]
+    return copy.deepcopy(model, {id(one): one for one in same})
 
 
 def without_values(model: ModuleType, device: torch.device) -> ModuleType:

@@ -12,6 +12,7 @@ restricted likelihood. Numpy only.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,7 +158,7 @@ class Joint:
 
 def _least(noise: float) -> float:
     """The floor of b."""
-    return LEAST_LOSS * noise**0.5
+    return LEAST_LOSS * math.sqrt(noise)
 
 
 def _held(mean: np.ndarray, values: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:

@@ -33,8 +33,9 @@ def sliced(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedMod
     sub = net.space.check(sub)
     left_out = net.space.left_out(sub)
     with net.active(net.space.with_whole_vocabulary(sub), degree):
-        model = module_tree(net.model)
-        for site, layer in modules_of(net.model, ElasticLinear):
+        layers = list(modules_of(net.model, ElasticLinear))
+        model = module_tree(net.model, (layer for _, layer in layers))
+        for site, layer in layers:
             if site.startswith(left_out):
                 continue
             weight = layer.weight.clone(memory_format=torch.contiguous_format)

@@ -108,7 +108,8 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
         skeleton = bare(config.model)
         bound = space.bind(skeleton, config.adapter.rank)
         check(config.adapter, skeleton, bound)
-        require_fits(skeleton, space, config.adapter.rank)
+        if not before:  # else it has trained there
+            require_fits(skeleton, space, config.adapter.rank)
     refuse_differing_depths(config, bound)
     only = chosen = None
     if before and config.sub_adapter:

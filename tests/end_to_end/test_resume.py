@@ -149,15 +149,23 @@ def stopped(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    stopped, tmp_path, monkeypatch, capsys, kind
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, tmp_path, capsys, kind):
+    checkpoints_of = tmp_path / "checkpoints"
+    shutil.copytree(stopped[1].checkpoints, checkpoints_of)
+    DAMAGE[kind](checkpoints_of / "checkpoint-4")
+    assert checkpoints.newest(checkpoints_of) == checkpoints_of / "checkpoint-2"
+    assert "checkpoint-4: damaged" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize("kind", ["a flipped byte", "cut before it was marked"])
+def test_a_run_with_a_damaged_checkpoint_ends_like_one_that_was_not(
+    stopped, tmp_path, capsys, kind
 ):
     config, run, whole = stopped
     config = dataclasses.replace(config, run=str(tmp_path / "run"))
     shutil.copytree(run.path, config.run)
     run = Run(config.run)
     DAMAGE[kind](run.checkpoints / "checkpoint-4")
-    assert checkpoints.newest(run.checkpoints) == run.checkpoints / "checkpoint-2"
     train_one(config)
     said = capsys.readouterr().err.replace("\n", "")
     assert "checkpoint-4: damaged" in said and "Resuming from" in said

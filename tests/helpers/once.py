@@ -18,7 +18,7 @@ def fitting_once(patch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
     def once(require_fits):
         def asked(model, space, rank) -> None:
             settings = model.config.to_json_string(use_diff=False)
-            key = (type(model), settings, repr(space), rank)
+            key = (type(model), settings, repr(space.as_dict()), rank)
             if key not in fitting:
                 require_fits(model, space, rank)
                 fitting.add(key)

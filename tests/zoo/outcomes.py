@@ -64,5 +64,5 @@ def told(outcome: Outcome) -> str:
 
 
 def in_ci(family: Family) -> bool:
-    """Whether it is of the third that is judged with every change."""
-    return zlib.crc32(name_of(family).encode()) % 3 == 0
+    """Whether it is of the quarter that is judged with every change."""
+    return zlib.crc32(name_of(family).encode()) % 4 == 0
