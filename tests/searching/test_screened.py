@@ -133,3 +133,72 @@ def test_another_worker_goes_on_where_one_was_killed(trained, tmp_path, monkeypa
     monkeypatch.setattr(Objective, "divergence", ask)
     search(config(whole, **settings))
     assert trials_of(run) == trials_of(whole) and front_of(run) == front_of(whole)
+
+
+def test_every_choice_is_tried_alone_once_for_a_study(trained, tmp_path, monkeypatch):
+    asked = []
+    ask = Objective.divergence
+
+    def spied(self, candidate, rows):
+        asked.append(rows)
+        return ask(self, candidate, rows)
+
+    monkeypatch.setattr(Objective, "divergence", spied)
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=4, screen=7))
+    asked_once = screening.count(load_run(run)[2].space)
+    assert asked == [7] * asked_once
+    search(config(run, trials=12, screen=7))
+    assert len(asked) == asked_once
+    told = json.loads((run.search / "about.json").read_text())["foresight"]
+    assert told["n"] == 12 - 6 and told["r2"] <= 1
+
+
+@pytest.mark.parametrize("killed_at", [1, 4])
+def test_a_killed_screening_goes_on(trained, tmp_path, monkeypatch, capsys, killed_at):
+    whole, run = (copy_run(trained, tmp_path / name / "run") for name in ("whole", "killed"))
+    settings = dict(trials=5, screen=8)
+    search(config(whole, **settings))
+    asked, ask = [], Objective.divergence
+
+    def killed(self, candidate, rows):
+        asked.append(candidate)
+        if len(asked) == killed_at:
+            raise KeyboardInterrupt
+        return ask(self, candidate, rows)
+
+    monkeypatch.setattr(Objective, "divergence", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(config(run, **settings))
+    assert len(asked) == killed_at
+    search(config(run, **settings))
+    assert asked[killed_at] == asked[killed_at - 1]  # the one that was not answered
+    assert len(asked) == len(set(asked)) + 1 == screening.count(load_run(run)[2].space) + 1
+    said = f"choices alone, of which {killed_at - 1} were tried before"
+    assert (said in " ".join(capsys.readouterr().err.split())) == (killed_at > 1)
+    assert trials_of(run) == trials_of(whole) and front_of(run) == front_of(whole)
+
+
+def test_divergences_of_another_study_are_not_believed(trained, tmp_path, monkeypatch):
+    """Its settings, of which they are, may be others."""
+    asked, ask = [], Objective.divergence
+
+    def spied(self, candidate, rows):
+        asked.append(rows)
+        return ask(self, candidate, rows)
+
+    monkeypatch.setattr(Objective, "divergence", spied)
+    run = copy_run(trained, tmp_path / "run")
+    for name, screen in (("one", 8), ("two", 8), ("three", 7)):
+        search(config(run, trials=2, screen=screen, study=StudyConfig(name=name)))
+    assert [asked.count(rows) for rows in (8, 7)] == [2 * len(asked) / 3, len(asked) / 3]
+
+
+def test_without_screening_gradients_are_asked(trained, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Objective, "divergence", lambda *given: asked.append(given))
+    run = copy_run(trained, tmp_path / "run")
+    search(config(run, trials=4, screen=0))
+    assert not asked
+    told = (run.search / "study.journal").read_text()
+    assert '"importance"' in told and '"screened"' not in told
