@@ -40,13 +40,14 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from elastic.errors import ElasticError
+    from elastic.formats.saving import compact
     from elastic.recovery.command import export, search
     from elastic.run import Run
     from elastic.searching.by_function import ParetoFront, Scored
     from elastic.serving.load import load
     from elastic.spaces.bound import SubAdapter
     from elastic.spaces.declared import SearchSpace
-    from elastic.supernet.compact import compact, sliced
+    from elastic.supernet.compact import sliced
     from elastic.supernet.supernet import Supernet
     from elastic.training.command import train
     from elastic.training.own_loop import ElasticCallback
@@ -75,7 +76,7 @@ _WHERE = {
     "TimingConfig": "config",
     "TrainConfig": "config",
     "attach": "attached.attach",
-    "compact": "supernet.compact",
+    "compact": "formats.saving",
     "export": "recovery.command",
     "load": "serving.load",
     "reattach": "attached.attach",

@@ -22,13 +22,12 @@ from elastic.errors import ConfigError, DataError, ExportError, RunError, Traini
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import new_directory
 from elastic.formats import hf
-from elastic.formats.saving import says_its_sizes_
+from elastic.formats.saving import compact
 from elastic.models.kinds import Kind, kind_of
 from elastic.run import Run
 from elastic.searching import by_function
 from elastic.searching.by_function import Counted, Function, Measured, ParetoFront, Scored
 from elastic.spaces.bound import BoundSpace, SubAdapter, readable
-from elastic.supernet.compact import compact
 from elastic.supernet.compensation import HALF, Compensation
 from elastic.supernet.group_importance import group_importance
 from elastic.supernet.held_out import HeldOut
@@ -242,7 +241,7 @@ class ElasticModel:
             chosen = chosen.sub_adapter
         sub = self.space.named(chosen) if isinstance(chosen, str) else self.space.check(chosen)
         degree = self._half(sub) if degree is None else degree
-        return says_its_sizes_(compact(self.supernet, sub, degree))
+        return compact(self.supernet, sub, degree)
 
     def save(self, folder: Path | str) -> Path:
         """The super-adapter alone, for `elastic.reattach`: factors, order of channels, space, and

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.errors import ExportError
 from elastic.formats import hf
+from elastic.spaces.bound import SubAdapter
+from elastic.supernet import compact as cutting
+from elastic.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+def compact(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedModel:
+    """`sub` as a model of plain linear layers, sliced and merged, whose `save_pretrained` writes its
+    sizes. A part `degree` of what is cut is made up for. RunError for what is no point of the
+    space."""
+    return says_its_sizes_(cutting.compact(net, sub, degree))
 
 
 def says_its_sizes_(model: PreTrainedModel) -> PreTrainedModel:

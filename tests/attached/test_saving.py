@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import elastic
 from elastic.errors import ExportError
 from tests.attached.test_attached import attached
 from tests.helpers import tiny
@@ -17,7 +18,7 @@ SIZES = {"model.layers.0.mlp_width": 16, "model.layers.1.mlp_width": 32}
 def small(net, **sizes):
     """With other sizes than the model at some groups."""
     choices = dict(net.space.maximal().choices) | sizes
-    return net.compact(type(net.space.maximal())(tuple(choices.items())))
+    return elastic.compact(net.supernet, elastic.SubAdapter(tuple(choices.items())))
 
 
 def loaded(folder):
@@ -93,5 +94,5 @@ def test_adapters_in_the_model_are_saved_alone_and_merged_ones_with_it(net, tmp_
 
 def test_it_is_not_pushed_while_it_is_saved(net, tmp_path):
     with pytest.raises(ExportError, match="then upload the folder"):
-        small(net, **SIZES).save_pretrained(tmp_path / "no", push_to_hub=True)
+        net.compact("minimal").save_pretrained(tmp_path / "no", push_to_hub=True)
     assert not (tmp_path / "no").exists()
