@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def compact(net: Supernet, sub: SubAdapter, degree: float = 0.0) -> PreTrainedModel:
-    """`sub` as a model of plain linear layers, sliced and merged, whose `save_pretrained` writes its
-    sizes. A part `degree` of what is cut is made up for. RunError for what is no point of the
+    """`sub` as a model of plain linear layers, sliced and merged, whose `save_pretrained` writes
+    its sizes. A part `degree` of what is cut is made up for. RunError for what is no point of the
     space."""
     return says_its_sizes_(cutting.compact(net, sub, degree))
 
