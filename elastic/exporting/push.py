@@ -22,10 +22,9 @@ from elastic.console import busy, say
 from elastic.errors import ExportError, require
 from elastic.exporting import card
 from elastic.exporting.report import Report
+from elastic.formats.shards import WEIGHTS
 
 AT_ROOT = ("hf", "gguf")
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-"""Files of which transformers takes one for the model, whichever it comes upon first."""
 
 
 def places(config: ExportConfig, formats: Iterable[str], base_model: str) -> dict[str, str]:

@@ -41,20 +41,28 @@ def _save(
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = hf.SHARD,
+    variant: str | None = None,
     **more: Any,
 ) -> None:
     """As `PreTrainedModel.save_pretrained`, which saves PEFT's adapters alone where some are in the
-    model. ExportError for what cannot be a folder, and for a push to a hub."""
+    model. ExportError for what cannot be a folder, for a state that lacks tensors, for names of
+    files with a variant in them, and for a push to a hub."""
     if getattr(model, "_hf_peft_config_loaded", False):
         kind = type(model)
         kind.save_pretrained(
-            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, **more
+            model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size,
+            variant, **more
         )  # fmt: skip
         return
     if push_to_hub:
         raise ExportError(
             f"{save_directory}: a compact model is not pushed while it is saved; save it, then "
             "upload the folder: hf upload NAME FOLDER"
+        )
+    if variant is not None:
+        raise ExportError(
+            f"{save_directory}: variant {variant!r}: a compact model is saved without one; leave "
+            "it out, and give it a folder of its own"
         )
     if reason := hf.why_not(model):
         raise ExportError(f"{save_directory}: {reason}")

@@ -13,6 +13,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from elastic.console import counting
+from elastic.errors import ExportError
 from elastic.files import write_text
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, "Callable[[], Tensor]"]
 """What makes every tensor of a model's state, by its name there."""
+INDEX = "model.safetensors.index.json"
+"""Which tensor is in which file."""
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+"""Files of which transformers takes one for the model, whichever it comes upon first."""
 
 
 def tensors_of(model: PreTrainedModel) -> Tensors:
@@ -39,7 +44,8 @@ def write(
     transposed: frozenset[str] = frozenset(),
 ) -> None:
     """Write model.safetensors, or model-N-of-M.safetensors of at most `max_shard_size` with their
-    index, floating-point tensors in `dtype`.
+    index, floating-point tensors in `dtype`. Weights that lay there before are removed then:
+    transformers would take them for the model's. ExportError for a tensor that `tensors` lacks.
 
     `model` says shapes, ties (a tied tensor is written once) and, where `original`, under which
     names transformers expects its tensors on disk; it may be without data. Matrices in `transposed`
@@ -49,7 +55,13 @@ def write(
     from safetensors.torch import save_file
 
     state = {}
-    for name, tensor in _untied(model).items():
+    own = _untied(model)
+    if missing := [name for name in own if name not in tensors]:
+        raise ExportError(
+            f"{directory}: {missing[0]} of the model is not among the tensors to be written "
+            f"({len(missing)} are missing); give all of its state"
+        )
+    for name, tensor in own.items():
         shape = reversed(tensor.shape) if name in transposed else tensor.shape
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         state[name] = torch.empty(tuple(shape), dtype=kind, device="meta")
@@ -74,9 +86,13 @@ def write(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(
-            directory / "model.safetensors.index.json",
+            directory / INDEX,
             json.dumps(index, indent=2, sort_keys=True) + "\n",
         )
+    written = {*plan.filename_to_tensors, *([INDEX] if plan.is_sharded else [])}
+    for file in directory.iterdir():
+        if re.fullmatch(WEIGHTS, file.name) and file.name not in written:
+            file.unlink()
 
 
 def joined_bytes(model: PreTrainedModel) -> int:

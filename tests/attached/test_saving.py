@@ -1,6 +1,7 @@
 """`save_pretrained` of a compact model: what anyone saves of it, a Trainer too, loads again."""
 
 import copy
+import json
 
 import peft
 import pytest
@@ -96,3 +97,26 @@ def test_it_is_not_pushed_while_it_is_saved(net, tmp_path):
     with pytest.raises(ExportError, match="then upload the folder"):
         net.compact("minimal").save_pretrained(tmp_path / "no", push_to_hub=True)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("sizes", [("50GB", "10KB"), ("10KB", "50GB"), ("10KB", "20KB")])
+def test_what_is_saved_over_another_is_what_loads(net, tmp_path, sizes):
+    """However many files the weights of either are."""
+    before, model = small(net, **dict.fromkeys(SIZES, 48)), small(net, **SIZES)
+    before.save_pretrained(tmp_path, max_shard_size=sizes[0])
+    model.save_pretrained(tmp_path, max_shard_size=sizes[1])
+    same(loaded(tmp_path), model)
+    index = tmp_path / "model.safetensors.index.json"
+    weights = {file.name for file in tmp_path.glob("*.safetensors")}
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else None
+    assert weights == (named or {"model.safetensors"})
+
+
+def test_what_it_cannot_save_so_is_said_on_one_line(net, tmp_path):
+    model = small(net, **SIZES)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(ExportError, match=r"embed_tokens\.weight of the model is not among"):
+        model.save_pretrained(tmp_path / "no", state_dict=state)
+    with pytest.raises(ExportError, match="variant 'fp16'"):
+        model.save_pretrained(tmp_path / "no", variant="fp16")
+    assert not list(tmp_path.glob("no/*"))
