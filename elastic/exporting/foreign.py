@@ -28,6 +28,7 @@ from elastic.formats.peft_config import PEFT_CONFIG, reason_of, stock_config
 from elastic.formats.runner import runner_of
 from elastic.models import loading
 from elastic.models.head import head_of
+from elastic.models.modules import linear_, of_conv1d_
 from elastic.models.ties import untie_
 from elastic.spaces.targets import is_transposed
 from elastic.supernet.base_order import factors_of_base
@@ -128,7 +129,8 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
 def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) -> Update:
     """PEFT merges the adapter into a fresh base model, not quantised as it knows no such layers of
     ours; what has changed is the update. Tied weights are parted before that, as an adapter may
-    change one end alone."""
+    change one end alone, and layers of GPT-2 lie as they did when it was trained, as it may hold
+    some whole."""
     theirs = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
     if theirs and theirs != model.path:
         say(f"{folder} says that it was trained on {theirs}; shapes are all that can be compared")
@@ -136,7 +138,7 @@ def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) ->
     dense = dataclasses.replace(model, quantise="none")
     wide = loading.load_model(loading.locate(model.path), dense)
     before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
-    adapted: Any = peft.attached(wide, folder, weights, "merge:", model.path).eval()
+    adapted: Any = peft.attached(of_conv1d_(wide), folder, weights, "merge:", model.path).eval()
     config: Any = adapted.peft_config["default"]
     kind = "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower()
     unmerged = [probe(adapted.get_base_model(), prompt) for prompt in prompts]
@@ -145,7 +147,7 @@ def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) ->
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*tie_word_embeddings")  # ends are merged apart
-            after = adapted.merge_and_unload(safe_merge=True)
+            after = linear_(adapted.merge_and_unload(safe_merge=True))
     except Exception as error:  # every method merges in a way of its own
         raise RunError(f"merge: PEFT cannot merge {folder}: {reason_of(error)}") from None
     after.config.tie_word_embeddings = tied  # some classes compute something else without

@@ -81,6 +81,22 @@ def linear_(model: ModuleType) -> ModuleType:
     return model
 
 
+@torch.no_grad()
+def of_conv1d_(model: PreTrainedModel) -> PreTrainedModel:
+    """The inverse of `linear_`: a Conv1D wherever the family's class has one, around the same
+    memory, in place."""
+    with torch.device("meta"):
+        family = type(model)(copy.deepcopy(model.config))
+    for name, _ in modules_of(family, Conv1D):
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            layer = Conv1D(*linear.weight.shape)
+        layer.weight = nn.Parameter(linear.weight.T, requires_grad=False)
+        layer.bias = nn.Parameter(linear.bias, requires_grad=False)
+        model.set_submodule(name, layer)
+    return model
+
+
 def module_tree(model: ModuleType, shared: Iterable[nn.Module] = ()) -> ModuleType:
     """A copy of the modules around the same tensors: none is duplicated, ties stay ties. Modules in
     `shared`, which are about to be replaced, say, are in it themselves."""

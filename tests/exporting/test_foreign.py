@@ -7,7 +7,11 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from elastic.config import MergeAdapterConfig, MergeConfig, ModelConfig
 from elastic.errors import ExportError, ModelError, RunError
@@ -16,9 +20,11 @@ from elastic.exporting.merge import carrying, combine
 from elastic.formats import hf
 from elastic.models import loading
 from elastic.models.digest import digest_of
+from elastic.models.modules import of_conv1d_
 from elastic.supernet.compact import compact
 from elastic.supernet.supernet import Supernet
 from tests.helpers import tiny
+from tests.helpers.families import model_of
 from tests.helpers.graphs import same_in_every_runtime
 from tests.helpers.laws import close, some_moments
 from tests.helpers.tiny import logits, tokens
@@ -174,6 +180,29 @@ def test_an_adapter_that_merging_would_change_is_refused(folders, tmp_path, monk
     monkeypatch.setattr(foreign, "untie_", lambda _: None)
     with pytest.raises(ExportError, match=r"theirs, merged by PEFT: .* the adapter unmerged"):
         foreign.read(path, base_of(folder), digest_of(folder), [tokens(1).numpy()])
+
+
+def test_layers_of_gpt2_that_an_adapter_holds_whole_lie_as_it_was_trained(tmp_path):
+    """A Conv1D's matrix is (in, out): where it is square nothing but its values tells."""
+    sizes = {"n_embd": 32, "n_inner": 96, "n_layer": 1, "n_head": 4}
+    folder = tmp_path / "gpt2"
+    stock = model_of("gpt2", torch.float32, **sizes)
+    of_conv1d_(stock).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    stock = GPT2LMHeadModel.from_pretrained(folder).eval()
+    theirs = get_peft_model(
+        stock, LoraConfig(**LORA, target_modules=["c_attn"], modules_to_save=["c_proj", "ln_1"])
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "theirs")
+    update, merged = update_of(folder, tmp_path / "theirs"), load_base(folder)
+    for name, delta in update.deltas.items():
+        merged.get_parameter(name).data += delta
+    close(logits(merged, tokens()), logits(theirs.eval(), tokens()), PRECISION)
+    assert "transformer.h.0.attn.c_proj.weight" in update.deltas
 
 
 def test_a_class_that_is_always_tied_is_no_folder_with_two_tensors(tmp_path):
