@@ -46,7 +46,8 @@ def combine(
     own = {name: (B @ A).to(wide_type(small.get_parameter(name)))
            for name, (A, B) in part_(small).items()}  # fmt: skip
     cut = [own, *(_cut(net, sub, update, degree) for update in updates)]
-    weights = torch.tensor([config.weight, *(entry.weight for entry in config.adapters)])
+    weighted = [config.weight, *(entry.weight for entry in config.adapters)]
+    weights = torch.tensor(weighted, dtype=torch.float64)
     tied, done = ends_of(small), set()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

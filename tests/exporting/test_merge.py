@@ -187,6 +187,7 @@ def test_merging_then_cutting_is_cutting_then_merging(folder, tmp_path, kind, wh
 
 
 def test_weights_scale_each_update(folder, tmp_path):
+    """As float64 has them: in float32 none of these weights is what it says."""
     net = net_of(folder)
     sub = net.space.minimal()
     for seed in range(2):
@@ -196,13 +197,13 @@ def test_weights_scale_each_update(folder, tmp_path):
                              order=net.order), sub).state_dict()  # fmt: skip
     alone = [merged(net, sub, [u], weight=0.0)[0].state_dict() for u in updates]
     own = compact(net, sub).state_dict()
-    found = merged(net, sub, updates, weight=2.0, weights=[0.5, -3.0])[0].state_dict()
+    found = merged(net, sub, updates, weight=1.3, weights=[0.3, -0.7])[0].state_dict()
     for name, tensor in found.items():
         expected = (
             plain[name]
-            + 2.0 * (own[name] - plain[name])
-            + 0.5 * (alone[0][name] - plain[name])
-            - 3.0 * (alone[1][name] - plain[name])
+            + 1.3 * (own[name] - plain[name])
+            + 0.3 * (alone[0][name] - plain[name])
+            - 0.7 * (alone[1][name] - plain[name])
         )
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-12)
 
