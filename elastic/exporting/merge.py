@@ -17,6 +17,7 @@ from elastic.config import MergeConfig
 from elastic.errors import RunError
 from elastic.exporting.foreign import Update
 from elastic.models.modules import modules_of, plain_linear, put_
+from elastic.models.quantised import QuantisedLinear
 from elastic.models.ties import ends_of, settle_ties_
 from elastic.spaces.bound import SubAdapter
 from elastic.supernet.compact import part_, sliced, wide_type
@@ -194,10 +195,12 @@ def _carry(net: Supernet, name: str, delta: Tensor, restored: contextlib.ExitSta
     """Add to a parameter of the base, at this end of a tie alone, until all is restored."""
     site, _, leaf = name.rpartition(".")
     owner = net.model.get_submodule(site)
+    # What was made up for is kept by the base that it is of.
+    anew = isinstance(owner, ElasticLinear)
     if isinstance(owner, ElasticLinear | ElasticExperts):
         site, owner = f"{site}.base", owner.base
     before = getattr(owner, leaf)
-    if isinstance(owner, nn.Linear):  # a quantised one takes no other weight
+    if anew or isinstance(owner, QuantisedLinear):  # a quantised one takes no other weight
         restored.callback(net.model.set_submodule, site, owner)
         owner = plain_linear(owner.weight, owner.bias)
         net.model.set_submodule(site, owner)

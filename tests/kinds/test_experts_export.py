@@ -132,7 +132,7 @@ def test_what_has_no_words_for_them_says_so():
     assert "no model of Llama's layers" in nemotron_nas.why_not(net.model)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "deepseek-v3", "phimoe"])
 def test_what_changes_experts_is_merged_in_the_order_and_size_of_the_cut_ones(family):
     """As if the base had had it all along."""
     generator = torch.Generator().manual_seed(1)
