@@ -27,6 +27,10 @@ class MergeAdapterConfig:
     """What its update is multiplied by."""
 
 
+_VOTES = ("ties", "dare_ties")
+_PRUNES = ("magnitude_prune", "dare_linear", *_VOTES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """Other adapters to fold in with the sub-adapter, permuted and cut to its widths."""
@@ -51,6 +55,13 @@ class MergeConfig:
                 bool(self.adapters) or value == getattr(MergeConfig, name),
                 f"merge.{name} is {value}, but there is nothing to merge; name it with "
                 "merge.adapters",
+            )
+        for name, needed in (("density", _PRUNES), ("majority_sign_method", _VOTES)):
+            value = getattr(self, name)
+            require(
+                self.strategy in needed or value == getattr(MergeConfig, name),
+                f"merge.{name} is {value}, which the strategy {self.strategy} does not use; leave "
+                f"it out, or choose merge.strategy from {', '.join(needed)}",
             )
 
 
@@ -195,6 +206,11 @@ class ExportConfig:
             f"{' or '.join(GRAPHS)} to formats",
         )
         require(bool(self.formats), f"formats is empty; choose from {', '.join(_USUAL)}")
+        require(
+            not self.merge.adapters or not set(self.formats) <= {"peft", "elastic"},
+            f"merge.adapters and formats {', '.join(self.formats)}: what is merged has neither a "
+            "low rank nor other sizes; add hf, or another format",
+        )
         require(
             self.timing.runtime == "torch" and self.timing.merged,
             "timing.runtime and timing.merged: every written format is timed in its own runtime; "

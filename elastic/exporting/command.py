@@ -98,6 +98,14 @@ def _export(config: ExportConfig) -> Report:
     wanted = dataclasses.replace(trained.model, dtype=dtype)
     _, base, net = load_run(run, dtype=dtype)
     name, sub = chosen.name, chosen.at(net.space, config.seed)
+    inputs = [probes.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
+    # Before anything is asked or timed: not until they are read is it known that they can be.
+    updates = [
+        dataclasses.replace(
+            foreign.read(folder, wanted, digest, inputs), name=foreign.name_of(entry.path)
+        )
+        for folder, entry in zip(others, config.merge.adapters, strict=True)
+    ]
     held_out = HeldOut.of(run, net, base.tokenizer, task, config.compensation)
     of_whom = chosen
     full_cost = Counter(net.model, net.space).full
@@ -123,17 +131,14 @@ def _export(config: ExportConfig) -> Report:
     # What some formats write; the others have their head cut behind it.
     uncut = net.space.with_whole_vocabulary(sub)
 
-    inputs = [probes.inputs_of(base.model, base.tokenizer, example) for example in task.test[:4]]
     truth: dict[SubAdapter, list[probes.Probe]] = {}
     if others:
         # They are merged into what the supernet computes.
-        made_up = dataclasses.replace(held_out.chosen(of_whom, uncut), sequential=False)
-        updates = [
-            dataclasses.replace(
-                foreign.read(folder, wanted, digest, inputs), name=foreign.name_of(entry.path)
-            )
-            for folder, entry in zip(others, config.merge.adapters, strict=True)
-        ]
+        made_up = held_out.chosen(of_whom, uncut)
+        if made_up.sequential:
+            say(f"{of_whom.name} was fitted to the full model, which says nothing of what is merged"
+                ": it is merged as it was before")  # fmt: skip
+        made_up = dataclasses.replace(made_up, sequential=False)
         with busy("merging"):
             whole, merge = combine(
                 net, uncut, updates, config.merge, name=name, seed=config.seed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,8 @@ def _of_super_adapter(folder: Path, model: ModelConfig, base_digest: str) -> Upd
         if mixture := net.space.experts_of(site):
             name, delta = site, delta.mT if is_transposed(mixture) else delta
         deltas[name] = delta
+    if net.head:
+        _say_of_head(folder, net.head)
     kind = f"{net.adapter.resolved_method}, LoRA rank {max(ranks)}"
     return Update(name_of(str(folder)), kind, deltas)
 
@@ -160,8 +162,9 @@ def _of_peft(folder: Path, model: ModelConfig, prompts: Sequence[np.ndarray]) ->
 
 def _changes(before: Mapping[str, Tensor], after: nn.Module, folder: Path) -> dict[str, Tensor]:
     # A head is of its own classes; what was trained below it is merged.
-    own = {name for name, _ in after.named_parameters()} - set(head_of(after))
-    changed = {}
+    head = set(head_of(after))
+    own = {name for name, _ in after.named_parameters()} - head
+    changed, left_out = {}, []
     for name, tensor in after.state_dict().items():
         if name not in before:
             raise RunError(f"merge: {folder} adds {name}, which the base model does not have")
@@ -170,4 +173,15 @@ def _changes(before: Mapping[str, Tensor], after: nn.Module, folder: Path) -> di
         if name in own:
             wide = torch.promote_types(tensor.dtype, torch.float32)
             changed[name] = tensor.to(wide) - before[name].to(wide)
+        elif name in head:
+            left_out.append(name)
+    if left_out:
+        _say_of_head(folder, left_out)
     return changed
+
+
+def _say_of_head(folder: Path, names: Collection[str]) -> None:
+    say(
+        f"{folder}: what it trained of its head ({', '.join(names)}) is not merged; the head stays "
+        "that of the run"
+    )

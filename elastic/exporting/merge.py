@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,23 +66,25 @@ def combine(
                 put_(small, end, merged)
             done.update(alike)
     settle_ties_(small)
-    names = [name, *(update.name for update in updates)]
+    names = _distinct([name, *(update.name for update in updates)])
     report = {
         "strategy": config.strategy,
         "density": None if config.strategy == "linear" else config.density,
         "adapters": [
-            {"name": name, "kind": net.adapter.resolved_method, "weight": config.weight,
+            {"name": names[0], "kind": net.adapter.resolved_method, "weight": config.weight,
              "norm": _norm(own), "lost_by_cutting": 0.0},
             *(
                 {
-                    "name": update.name,
+                    "name": called,
                     "kind": update.kind,
                     "path": entry.path,
                     "weight": entry.weight,
                     "norm": (norm := _norm(update.deltas)),
                     "lost_by_cutting": 1 - (_norm(deltas) / norm) ** 2 if norm else 0.0,
                 }
-                for update, entry, deltas in zip(updates, config.adapters, cut[1:], strict=True)
+                for called, update, entry, deltas in zip(
+                    names[1:], updates, config.adapters, cut[1:], strict=True
+                )
             ),
         ],
         "cosine": {
@@ -217,6 +220,15 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
         return getattr(model.get_submodule(site), leaf)
     except AttributeError:
         return None
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The same, with numbers behind those that were there before: folders of one name are two."""
+    found: list[str] = []
+    for name in names:
+        free = (f"{name} ({number})" for number in itertools.count(2))
+        found.append(name if name not in found else next(n for n in free if n not in found))
+    return found
 
 
 def _norm(deltas: Mapping[str, Tensor]) -> float:

@@ -90,9 +90,9 @@ def write(
             json.dumps(index, indent=2, sort_keys=True) + "\n",
         )
     written = {*plan.filename_to_tensors, *([INDEX] if plan.is_sharded else [])}
-    for file in directory.iterdir():
-        if re.fullmatch(WEIGHTS, file.name) and file.name not in written:
-            file.unlink()
+    for path in directory.iterdir():
+        if re.fullmatch(WEIGHTS, path.name) and path.name not in written:
+            path.unlink()
 
 
 def joined_bytes(model: PreTrainedModel) -> int:

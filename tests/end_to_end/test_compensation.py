@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic.config import CompensationConfig, EvaluateConfig, StageConfig
+from elastic.config import (
+    CompensationConfig,
+    EvaluateConfig,
+    MergeAdapterConfig,
+    MergeConfig,
+    StageConfig,
+)
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.evaluation.command import evaluate_run
 from elastic.exporting.command import export
@@ -107,6 +113,21 @@ def test_streamed_it_is_fitted_all_the_same(run, tmp_path):
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     assert not list(only.directory.glob("tmp*"))
+
+
+def test_with_others_merged_a_fit_is_left_out_and_that_is_said(run, tmp_path, capsys):
+    _, _, net = load_run(run)
+    about = {"degree": 1.0, "sequential": True, "held_out_losses": {}}
+    file = tmp_path / "fitted.json"
+    file.write_text(
+        json.dumps({"sub_adapter": net.space.minimal().as_dict(), "compensation": about})
+    )
+    merge = MergeConfig(adapters=[MergeAdapterConfig(path=str(run.path), weight=0.5)])
+    report = export(
+        exports.config(run, sub_adapter=str(file), compensation=CompensationConfig(), merge=merge)
+    )
+    assert not report.model.made_up.sequential
+    assert "was fitted to the full model" in capsys.readouterr().err
 
 
 def test_an_evaluation_is_of_what_was_chosen(run, capsys):

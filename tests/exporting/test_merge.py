@@ -284,6 +284,16 @@ def test_the_report_by_hand(folder):
     )
 
 
+def test_adapters_of_one_name_are_told_apart(folder):
+    """Such as `checkpoint-100` of two trainings: every pair has its cosine."""
+    net, deltas = net_of(folder), {"lm_head.weight": torch.ones(tiny.VOCABULARY, 32).double()}
+    updates = [Update(name, "k", deltas) for name in ("step", "step", "step (2)", "sub-adapter")]
+    report = merged(net, net.space.minimal(), updates)[1]
+    names = [entry["name"] for entry in report["adapters"]]
+    assert names == ["sub-adapter", "step", "step (2)", "step (2) (2)", "sub-adapter (2)"]
+    assert len(report["cosine"]) == 10
+
+
 # The command
 
 
@@ -387,7 +397,9 @@ def shrink(state) -> None:
         (shrink, BaseMismatch, "does not fit"),
     ],
 )
-def test_a_broken_peft_adapter_is_refused(runs, tmp_path, change, error, match):
+def test_a_broken_peft_adapter_is_refused(runs, tmp_path, monkeypatch, change, error, match):
+    """Before held-out examples are asked, which may take minutes."""
+    monkeypatch.setattr("elastic.exporting.command.HeldOut", None)
     before = snapshot(runs["lora"].path)
     with pytest.raises(error, match=match):
         export(broken(runs, tmp_path, change))

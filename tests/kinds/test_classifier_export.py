@@ -111,8 +111,9 @@ def test_a_user_loads_it_and_reads_the_classes(run, written):
     np.testing.assert_allclose(compiled(feeds)["logits"], expected, atol=1e-5)
 
 
-def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
-    """A head is of its own classes: of others neither values nor numbers are mixed in."""
+def test_merging_changes_what_is_below_the_head_alone(run, tmp_path, capsys):
+    """A head is of its own classes: of others neither values nor numbers are mixed in, which is
+    said."""
     exported(run, ["peft"], "maximal")
     adapter = run.path / "export" / "maximal" / "peft"
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
@@ -128,6 +129,8 @@ def test_merging_changes_what_is_below_the_head_alone(run, tmp_path):
         state = load_file(report.directory / "hf" / "model.safetensors")
         for name, head in net.head.items():
             torch.testing.assert_close(state[name], head.detach())
+        told = " ".join(capsys.readouterr().err.split())
+        assert "what it trained of its head" in told and next(iter(net.head)) in told
         norms = [entry["norm"] for entry in report.contents["merge"]["adapters"]]
         assert len(norms) == 2 and norms[0] > 0
 
