@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,8 @@ def stock_config(folder: Path, where: str) -> PeftConfig:
     kept = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
     for field in dataclasses.fields(kept):
         value = settings.get(field.name)
-        if value is not None and (wanted := _wanted(field, value)):
+        given = value is not None or (field.name == "r" and "r" in settings)  # no rank is none
+        if given and (wanted := _wanted(field, value)):
             raise RunError(f"{where} {file}: {field.name} is {_shown(value)}; it is to be {wanted}")
     if settings.get("megatron_config"):
         raise RunError(f"{where} {file}: megatron_config has PEFT import a module that it names")
@@ -79,7 +80,9 @@ def _wanted(field: dataclasses.Field[Any], value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """One that is a float, too, which larger integers are not."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def why_not_merged(config: PeftConfig) -> str | None:

@@ -99,6 +99,8 @@ LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
         ({"peft_type": ["LORA"]}, "unknown peft_type"),
         ({"peft_type": "LROA"}, "did you mean 'ROAD'"),
         ({"r": "4"}, "r is '4'; it is to be a number"),
+        ({"r": None}, "r is None; it is to be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.* a number"),
         ({"r": [4]}, r"r is \[4\]"),
         ({"r": 1e999}, "r is inf"),
         ({"lora_alpha": {"a": 1}}, "lora_alpha is .* a number"),
