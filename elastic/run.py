@@ -30,7 +30,7 @@ from elastic.files import (
 )
 from elastic.models.packaged import cache_directory
 from elastic.plain import is_name, parse_yaml, read_text, read_yaml, shaped
-from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter
+from elastic.spaces.bound import BoundSpace, Candidate, SubAdapter, require_named
 from elastic.spaces.declared import SearchSpace
 
 SCORES = {"accuracy": float, "accuracy_n": int, "accuracy_interval": [float, float]}
@@ -169,7 +169,7 @@ class Run:
 
         best (of the search, or the only one trained), a name of the search's front, a JSON file, or
         maximal, heuristic, minimal, random, uniform-FRACTION. RunError while there is no best one,
-        or for a file of something else.
+        for another name, or for a file of something else.
         """
         file = self.sub_adapters / f"{name}.json"
         if Path(name).suffix == ".json":
@@ -180,6 +180,7 @@ class Run:
                 path = self.path
                 raise RunError(f"{path} has no search result yet; run: elastic search {path}")
         elif not is_name(name) or not file.is_file():
+            require_named(name)
             return Chosen(name)
         if not is_name(name):
             raise RunError(

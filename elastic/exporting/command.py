@@ -61,17 +61,30 @@ def export(config: ExportConfig) -> Report:
     ExportError names the format and the largest difference. Another export from the run is waited
     for: they would spoil each other's times. With `push_to_hub` it goes to the hub then.
     """
-    run = Run(config.run)
-    base = run.config().model.path
-    for file in config.slices.tables:
-        read_timetable_of(run, file)
-    push.check(config, base)
-    with waiting(run.exports, "exports from it"):
-        report = _export(config) if config.prove else write_only(config)
+    others = check(config)
+    with waiting(Run(config.run).exports, "exports from it"):
+        report = _export(config, others) if config.prove else write_only(config)
         return push.push(report) if config.push_to_hub else report
 
 
-def _export(config: ExportConfig) -> Report:
+def check(config: ExportConfig) -> list[Path]:
+    """All that can be refused before anything is made on the hub, waited for or computed; the
+    folders of the adapters to be merged."""
+    run = Run(config.run)
+    base = run.config().model
+    for file in config.slices.tables:
+        read_timetable_of(run, file)
+    # The base itself is hashed, and held against this, when the run is loaded.
+    digest = read_about(run.super_adapter)["base_digest"]
+    others = [foreign.identify(entry.path, digest, base) for entry in config.merge.adapters]
+    run.chosen(config.sub_adapter)
+    for kind in config.kinds:
+        FORMATS[kind].require()
+    push.check(config, base.path)
+    return others
+
+
+def _export(config: ExportConfig, others: Sequence[Path]) -> Report:
     run = Run(config.run)
     trained = run.config()
     architecture = loading.architecture_of(trained.model)
@@ -79,11 +92,6 @@ def _export(config: ExportConfig) -> Report:
         not config.hf.text_only or auto_for(architecture) is not None,
         f"hf.text_only: {trained.model.path} is loaded as a model of text; leave it out",
     )
-    # The base itself is hashed, and held against this, when the run is loaded.
-    digest = read_about(run.super_adapter)["base_digest"]
-    others = [
-        foreign.identify(entry.path, digest, trained.model) for entry in config.merge.adapters
-    ]
     chosen = run.chosen(config.sub_adapter)
     if chosen.saved:
         shaped(chosen.saved, SCORES, f"{run.sub_adapters / chosen.name}.json")
@@ -102,7 +110,7 @@ def _export(config: ExportConfig) -> Report:
     # Before anything is asked or timed: not until they are read is it known that they can be.
     updates = [
         dataclasses.replace(
-            foreign.read(folder, wanted, digest, inputs), name=foreign.name_of(entry.path)
+            foreign.read(folder, wanted, base.digest, inputs), name=foreign.name_of(entry.path)
         )
         for folder, entry in zip(others, config.merge.adapters, strict=True)
     ]

@@ -74,12 +74,11 @@ def export(config: ExportConfig) -> Report:
     """Export, with `recover` what the sub-adapter is after further training if held-out examples
     say that it is better; as `elastic.exporting.command.export` otherwise."""
     from elastic.exporting import command as exporting  # a search does without
-    from elastic.exporting import push
 
     if not config.recover.steps:
         return exporting.export(config)
     run = Run(config.run)
-    push.check(config, run.config().model.path)
+    exporting.check(config)
     asked = _asked(run, config)
     [entry] = recover(run, [asked], config)
     now = entry["after" if entry["taken"] else "before"]

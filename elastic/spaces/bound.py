@@ -359,16 +359,24 @@ class BoundSpace(Space[SubAdapter]):
 
     def named(self, name: str, seed: int = 0) -> SubAdapter:
         """maximal, heuristic, minimal, random or uniform-FRACTION; RunError for another name."""
-        if name in ("maximal", "heuristic", "minimal"):
-            made: SubAdapter = getattr(self, name)()
-            return made
+        require_named(name)
         if name == "random":
             return self.random(random_module.Random(seed))
-        match = re.fullmatch(r"uniform-(\d*\.?\d+)", name)
-        if match and 0 < float(match[1]) <= 1:
-            return self.uniform(float(match[1]))
-        known = ["maximal", "heuristic", "minimal", "random", "uniform-0.75"]
-        raise RunError(unknown("sub-adapter", name, known))
+        if name in _NAMED:
+            made: SubAdapter = getattr(self, name)()
+            return made
+        return self.uniform(float(name.removeprefix(_UNIFORM)))
+
+
+_NAMED, _UNIFORM = ("maximal", "heuristic", "minimal"), "uniform-"
+
+
+def require_named(name: str) -> None:
+    """RunError unless every space has a sub-adapter of this name (`BoundSpace.named`)."""
+    match = re.fullmatch(rf"{_UNIFORM}(\d*\.?\d+)", name)
+    if name in (*_NAMED, "random") or (match and 0 < float(match[1]) <= 1):
+        return
+    raise RunError(unknown("sub-adapter", name, [*_NAMED, "random", "uniform-0.75"]))
 
 
 def readable(count: int) -> str:

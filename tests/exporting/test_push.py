@@ -18,10 +18,10 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForCausalLM
 
 import elastic
-from elastic.config import ExportConfig, RecoveryConfig
+from elastic.config import ExportConfig, MergeAdapterConfig, MergeConfig, RecoveryConfig
 from elastic.config.export import SlicesConfig
 from elastic.config.parsing import parse
-from elastic.errors import ConfigError, ExportError
+from elastic.errors import ConfigError, ExportError, RunError
 from elastic.exporting.card import RUNTIMES
 from elastic.exporting.command import export
 from elastic.exporting.push import places, push
@@ -218,7 +218,20 @@ def test_who_may_not_write_there_hears_it_first(
 
 def test_an_adapter_alone_on_a_base_of_this_machine_is_refused(trained, hub, forbid_weights):
     with pytest.raises(ConfigError, match=r"names its base model, .* add another format"):
-        export(config(trained, push_to_hub=NAME, formats=["peft"]))
+        export(config(trained, push_to_hub=NAME, formats=["peft"], sub_adapter="maximal"))
+    assert hub.name is None
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_is_refused_anyway_makes_no_repository_and_is_not_trained_on(
+    trained, hub, steps, forbid_weights
+):
+    nothing = MergeConfig(adapters=[MergeAdapterConfig(path="./nothing")])
+    known = {"push_to_hub": NAME, "recover": RecoveryConfig(steps=steps), "sub_adapter": "minimal"}
+    with pytest.raises(RunError, match="nothing: no such directory"):
+        recovering(config(trained, **known, merge=nothing))
+    with pytest.raises(RunError, match="unknown sub-adapter 'minimall'"):
+        recovering(config(trained, **known | {"sub_adapter": "minimall"}))
     assert hub.name is None
 
 
