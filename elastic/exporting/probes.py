@@ -90,7 +90,8 @@ def agreement(runner: Runner, probes: Sequence[Probe]) -> Agreement:
             gap = _gap(found, expected)
             # NaN compares false with everything; it must not pass as a small difference.
             difference = float("nan") if np.isnan(gap) else max(difference, gap)
-            largest = max(largest, float(np.abs(expected[np.isfinite(expected)]).max()))
+            numbers = np.abs(expected[np.isfinite(expected)])
+            largest = max(largest, float(numbers.max(initial=0.0)))
             mine, theirs = int(found.argmax()), int(probe.tokens[0, step])
             equal += mine == theirs
             decided = decided or bool(expected[theirs] - expected[mine] > 2 * gap)
@@ -110,10 +111,12 @@ def _gap(found: np.ndarray, expected: np.ndarray) -> float:
 def require_agreement(
     kind: str, found: Agreement, limit: float | None, than: str = "the supernet"
 ) -> None:
-    """ExportError when logits are no numbers, differ by more than `limit` times the largest one, or
-    a greedy token differs that was no tie. Without a limit any difference will do."""
-    if np.isnan(found.max_abs_diff):
-        raise ExportError(f"{kind}: its logits are not numbers (NaN); nothing was kept")
+    """ExportError when logits are no numbers, or infinite, differ by more than `limit` times the
+    largest one, or a greedy token differs that was no tie. Without a limit any difference will
+    do."""
+    if not np.isfinite(found.max_abs_diff):
+        what = "not numbers (NaN)" if np.isnan(found.max_abs_diff) else "infinite"
+        raise ExportError(f"{kind}: its logits are {what}; nothing was kept")
     if limit is None:
         return
     allowed = limit * found.largest_logit

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.errors import ExportError
 from elastic.exporting import probes
-from elastic.exporting.probes import NEW_TOKENS, Agreement, Probe, agreement
+from elastic.exporting.probes import NEW_TOKENS, Agreement, Probe, agreement, require_agreement
 from tests.helpers import tiny
 
 
@@ -65,6 +66,25 @@ def test_agreement_flags_nan(step, side):
     found = agreement(Replay(mine), [probe(theirs), probe(theirs)])
     assert np.isnan(found.max_abs_diff)
     assert not found.greedy_tokens_equal and found.decided
+
+
+def test_what_is_all_nan_is_told_as_such():
+    """As of a merge whose weights are far too large."""
+    broken = np.full((3, 3), np.nan)
+    for mine in (broken, np.array(EXPECTED)):
+        found = agreement(Replay(mine), [probe(broken)])
+        with pytest.raises(ExportError, match="merge: its logits are not numbers"):
+            require_agreement("merge", found, 1e-4)
+
+
+def test_what_rounds_on_purpose_may_not_round_to_infinity():
+    broken = np.array(EXPECTED)
+    broken[1, 2] = np.inf
+    with pytest.raises(ExportError, match="hf: its logits are infinite"):
+        require_agreement("hf", agreement(Replay(broken), [probe(EXPECTED)]), None)
+    cut = np.array(EXPECTED)
+    cut[:, 2] = -np.inf  # a token that is cut, in both
+    require_agreement("hf", agreement(Replay(cut), [probe(cut)]), None)
 
 
 def test_a_tie_may_fall_either_way_but_a_decided_token_may_not():
