@@ -66,8 +66,10 @@ def defined(module: str, name: str) -> tuple[str, Definition]:
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, Definition) and node.name == name:
             return module, node
-        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
-            return defined(str(node.module), name)
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.asname or alias.name: alias.name for alias in node.names}
+            if name in names:
+                return defined(str(node.module), names[name])
     raise Silent(f"{module}.{name} is no class and no function; say in fragments what it is")
 
 
