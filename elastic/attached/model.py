@@ -24,6 +24,7 @@ from elastic.files import new_directory
 from elastic.formats import hf
 from elastic.formats.saving import compact
 from elastic.models.kinds import Kind, kind_of
+from elastic.models.modules import evaluating
 from elastic.run import Run
 from elastic.searching import by_function
 from elastic.searching.by_function import Counted, Function, Measured, ParetoFront, Scored
@@ -309,10 +310,11 @@ class ElasticModel:
         net = self.supernet
         if not batches:
             raise DataError("order_channels: no batches; give some dozens of examples")
-        before = _logits(net.model, batches[0])
-        order = channel_order(net.model, net.space, mode, batches)
-        net.reorder(order)
-        require_unchanged(before, _logits(net.model, batches[0]), net.declared)
+        with evaluating(net.model):
+            before = _logits(net.model, batches[0])
+            order = channel_order(net.model, net.space, mode, batches)
+            net.reorder(order)
+            require_unchanged(before, _logits(net.model, batches[0]), net.declared)
 
     def _share_of(self, rows: Sequence[Any]) -> Function:
         tokenizer = self._tokens

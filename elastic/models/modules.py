@@ -49,6 +49,17 @@ def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
             model.set_submodule(name, module)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation, without dropout; then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A frozen `nn.Linear` around existing tensors, without initialising others first."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

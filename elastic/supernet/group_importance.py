@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elastic.adapters.layers import ElasticLinear
 from elastic.data.answers import answer_logits, answer_loss
-from elastic.models.modules import modules_of
+from elastic.models.modules import evaluating, modules_of
 from elastic.spaces.bound import Group
 from elastic.supernet.depth import states
 from elastic.supernet.expert_importance import experts_watched
@@ -50,7 +50,7 @@ def group_importance(net: Supernet, batches: Iterable[dict[str, Tensor]]) -> dic
         handles += _watched(net, group, functools.partial(gone, group.name))
         handles += experts_watched(net, group, functools.partial(gone, group.name), starts)
     try:
-        with net.active(net.space.maximal()):
+        with net.active(net.space.maximal()), evaluating(net.model):
             for batch in batches:
                 logits, labels = answer_logits(net.model, batch)
                 torch.autograd.grad(answer_loss(logits, labels), starts)

@@ -18,6 +18,7 @@ from elastic.console import say, track
 from elastic.data.collating import collated
 from elastic.errors import RunError
 from elastic.files import write_bytes
+from elastic.models.modules import evaluating
 from elastic.plain import one_line
 from elastic.supernet.routed import channels, told, widths_of
 from elastic.supernet.watching import Watching
@@ -45,7 +46,7 @@ def second_moments(
     """
     watching, found, experts = Watching(net.model), {}, widths_of(net.space)
     idle: Counter[str] = Counter()
-    with net.active(net.space.maximal()):
+    with net.active(net.space.maximal()), evaluating(net.model):
         for sites in _rounds(net, room):
             sums = {site: torch.zeros(1) for site in sites}
             seen = dict.fromkeys(sites, 0)
@@ -83,11 +84,7 @@ def calibrated(
     if not (net.space.reading or widths_of(net.space)) or not examples:
         return {}
     say(f"Calibrating what cut channels leave behind on {len(examples)} training examples")
-    training = net.model.training
-    net.model.eval()
-    found = second_moments(net, list(collated(examples, batch_size, pad, net.model.device)))
-    net.model.train(training)
-    return found
+    return second_moments(net, list(collated(examples, batch_size, pad, net.model.device)))
 
 
 def _add(sums: dict[str, Tensor], seen: dict[str, int], site: str, x: Tensor) -> None:

@@ -49,6 +49,7 @@ class ElasticCallback(TrainerCallback):
     def __init__(self, net: Any, settings: TrainConfig | None = None) -> None:
         """`net` is what `elastic.attach` gives, or a `Supernet`. Of the settings `stages`,
         `sampling`, `sample_each`, `maximal_every` and `seed` are read."""
+        self._given = net
         self.net: Supernet = getattr(net, "supernet", net)
         self.settings = settings or TrainConfig()
         self._number = 0
@@ -79,6 +80,8 @@ class ElasticCallback(TrainerCallback):
                 f"has {parts} micro-batches; give gradient_accumulation_steps 3 or more, or "
                 "another sampling"
             )
+        if self._given is not self.net:
+            self._given.is_trained = True  # its channels stay in the order that they have now
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,6 +15,7 @@ from elastic.errors import BaseMismatch, ConfigError, DataError, ModelError, Run
 from elastic.models import loading
 from elastic.spaces.declared import SearchSpace
 from elastic.supernet.compact import compact
+from elastic.supernet.group_importance import group_importance
 from elastic.supernet.store import load_run, read_order
 from elastic.training.one_task import train_one
 from tests.helpers import tiny
@@ -178,6 +179,28 @@ def test_other_kinds_of_models(kind):
     assert front[0].params < front.full.params
     small = net.compact(front[0])
     assert sum(p.numel() for p in small.parameters()) == front[0].params
+
+
+def test_dropout_is_off_whatever_mode_an_own_loop_left():
+    """What is measured of the model does not depend on it, and the mode stays."""
+    found = []
+    for training in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = transformers.GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, bos_token_id=tiny.BOS, eos_token_id=tiny.EOS,
+                vocab_size=tiny.VOCABULARY, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5,
+            )  # fmt: skip
+            model = transformers.GPT2LMHeadModel(config)
+        net = attached(model, space="auto")
+        batches = net._batches(ROWS, "rows")
+        net.model.train(training)
+        net.order_channels(batches)
+        net.calibrate(batches)
+        importance = group_importance(net.supernet, batches[:1])
+        assert net.model.training == training
+        found.append((net.supernet.order, net.supernet.compensation.moments, importance))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 # What is refused

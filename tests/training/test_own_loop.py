@@ -5,8 +5,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from elastic.attached.model import ElasticModel
 from elastic.config import StageConfig, TrainConfig
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunError
 from elastic.training.own_loop import ElasticCallback, visited
 from tests.helpers import tiny
 
@@ -41,7 +42,7 @@ def train(net, folder, settings=None, *, steps=6, accumulation=1, model=None, ra
         model or net.model, arguments, train_dataset=Texts(),
         callbacks=[ElasticCallback(net, settings)],
     )  # fmt: skip
-    trainer.net, trainer.seen = net, []
+    trainer.net, trainer.seen = getattr(net, "supernet", net), []
     trainer.train()
     return trainer
 
@@ -117,3 +118,10 @@ def test_a_trainer_of_another_model_is_refused(tmp_path):
     other = tiny.supernet(dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"another model .*give it net\.model"):
         train(net, tmp_path, model=other.model)
+
+
+def test_channels_are_not_ordered_behind_a_trainer_that_has_trained_them(tmp_path):
+    net = ElasticModel(tiny.supernet(heads=True, dtype=torch.float32), tiny.tokenizer())
+    train(net, tmp_path, steps=1)
+    with pytest.raises(RunError, match="trained in the order that is"):
+        net.order_channels([{"input_ids": tiny.tokens()}])
