@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
@@ -12,6 +15,9 @@ from elastic.run import Run
 from elastic.supernet.supernet import Supernet
 from elastic.training import checkpoints
 from elastic.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class OneDevice(TrainingArguments):
@@ -56,3 +62,20 @@ def arguments_of(
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
     )
+
+
+@contextlib.contextmanager
+def as_before(model: PreTrainedModel) -> Iterator[None]:
+    """What a Trainer turns on or off in a model for training alone is as it was behind the block:
+    otherwise what is saved later says that it keeps no keys and values."""
+    said, name = vars(model.config), "use_cache"
+    before, checkpointing = {**said}, model.is_activation_checkpointing
+    try:
+        yield
+    finally:
+        if name in before:
+            said[name] = before[name]
+        else:
+            said.pop(name, None)
+        if model.is_activation_checkpointing and not checkpointing:
+            model.activation_checkpointing_disable()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from elastic.config import ScheduleConfig, StageConfig, TrainConfig
 from elastic.spaces.bound import BoundSpace, SubAdapter, generator_for
+from elastic.spaces.dims import VOCABULARY
 
 
 def examples_per_step(config: TrainConfig, processes: int = 1) -> int:
@@ -98,6 +99,28 @@ class Schedule:
         """The learning rate as configured for the stage of this step, before any schedule."""
         stage = self.stages[self.position(step).stage]
         return self.lr.base_lr if stage.init_lr is None else stage.init_lr
+
+    def closed(self, space: BoundSpace) -> str | None:
+        """What to say of dimensions that have choices and stay at full size in every step; None
+        where there are none."""
+        last = self.steps - 1
+        pairs = zip(space, self.open_space(space, last), strict=True)
+        dims = {
+            group.dim
+            for group, opened in pairs
+            if group.dim != VOCABULARY and len(opened.choices) == 1 < len(group.choices)
+        }
+        if not dims:
+            return None
+        stage = self.position(last).stage
+        why = "no stage opens it (train_dims)"
+        if stage < len(self.stages) - 1:
+            why = (
+                f"the {self.steps} steps (max_steps) end in stage {stage + 1} of "
+                f"{len(self.stages)}, before it opens"
+            )
+        names = ", ".join(sorted(dims))
+        return f"no sub-adapter with less {names} is trained, for {why}"
 
     def open_space(self, space: BoundSpace, step: int) -> BoundSpace:
         """The space of this step: closed dimensions stay maximal, open groups offer their first

@@ -29,7 +29,7 @@ from elastic.spaces.bound import SubAdapter
 from elastic.supernet.store import FACTORS, read_factors
 from elastic.supernet.supernet import Supernet
 from elastic.training import checkpoints
-from elastic.training.arguments import arguments_of
+from elastic.training.arguments import arguments_of, as_before
 from elastic.training.callbacks import Bar, BeforeOptimizer, MetricsFile, Pace, Probe, reporting
 from elastic.training.gradients import tell_unreached
 from elastic.training.schedule import Schedule, examples_per_step, visits
@@ -348,27 +348,30 @@ def fit(
         return {**made(sequences, pad), "example": torch.tensor(numbers)}
 
     bar = Bar()
-    trainer = ElasticTrainer(
-        net,
-        config,
-        schedule,
-        only=only,
-        teacher=teacher,
-        degree=degree,
-        probe=probe,
-        args=arguments,
-        train_dataset=list(enumerate(encoded)),
-        data_collator=batch_of,
-        callbacks=[checkpoints.MarkWhole(), MetricsFile(run.metrics), bar, *own_trackers],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = checkpoints.newest(run.checkpoints)
-    if checkpoint:
-        say(f"Resuming from {checkpoint}")
-        net.load_factors(read_factors(checkpoint))
-    net.model.train()
-    reported = trackers.beside_trainer(report_to, folder, str(arguments.run_name))
-    with contextlib.closing(bar), reported:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not only and (closed := schedule.closed(net.space)):
+        say(f"Warning: {closed}")
+    with as_before(net.model):
+        trainer = ElasticTrainer(
+            net,
+            config,
+            schedule,
+            only=only,
+            teacher=teacher,
+            degree=degree,
+            probe=probe,
+            args=arguments,
+            train_dataset=list(enumerate(encoded)),
+            data_collator=batch_of,
+            callbacks=[checkpoints.MarkWhole(), MetricsFile(run.metrics), bar, *own_trackers],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = checkpoints.newest(run.checkpoints)
+        if checkpoint:
+            say(f"Resuming from {checkpoint}")
+            net.load_factors(read_factors(checkpoint))
+        net.model.train()
+        reported = trackers.beside_trainer(report_to, folder, str(arguments.run_name))
+        with contextlib.closing(bar), reported:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     net.model.eval()
     return trainer
