@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,19 +11,19 @@ import torch
 from torch import Tensor
 
 from elastic import distributed
+from elastic.attached.kept import known_by, place
 from elastic.config import CompensationConfig, ModelConfig, TaskConfig, TimingConfig, TrainConfig
 from elastic.console import say
 from elastic.data.collating import collated
 from elastic.data.encoding import Encoded, encode_all
 from elastic.data.given import Rows, examples_of
-from elastic.errors import ConfigError, DataError, ExportError, RunError, TrainingError
+from elastic.errors import ConfigError, DataError, ExportError, RunError
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import new_directory
 from elastic.formats import hf
 from elastic.formats.saving import compact
 from elastic.models.kinds import Kind, kind_of
 from elastic.models.modules import evaluating
-from elastic.run import Run
 from elastic.searching import by_function
 from elastic.searching.by_function import Counted, Function, Measured, ParetoFront, Scored
 from elastic.spaces.bound import BoundSpace, SubAdapter, readable
@@ -124,6 +122,7 @@ class ElasticModel:
         RunError for the second time, or after training; ConfigError where the order changes what
         the model computes, for it then does not fit the space.
         """
+        data = _kept(data)
         if self.is_trained:
             raise RunError("order_channels: it was trained in the order that is; do it before")
         self._order(self._batches(data, "order_channels"), mode)
@@ -135,6 +134,7 @@ class ElasticModel:
         `data` are rows, of which so many `examples` are used, or batches as the model takes them.
         From rows a search also learns which groups matter.
         """
+        data = _kept(data)
         if _are_batches(data):
             self._make_up(second_moments(self.supernet, self._batches(data, "calibrate")))
         else:
@@ -151,9 +151,9 @@ class ElasticModel:
 
         The `settings` are those of `elastic train` that say how: `batch_size`, `lr`, `stages`,
         `max_steps`, `sampling`, `distill` and so on. With a `folder`, checkpoints and metrics.jsonl
-        are kept there, and the same call goes on where it was interrupted. ConfigError for settings
-        of a run directory, DataError names the row that cannot be used, TrainingError when the loss
-        is no number.
+        are kept there, and the same call goes on where it was interrupted; RunError for the folder
+        of another one. ConfigError for settings of a run directory, DataError names the row that
+        cannot be used, TrainingError when the loss is no number.
         """
         config = settings or TrainConfig()
         self._require_meant(config)
@@ -170,8 +170,9 @@ class ElasticModel:
             self._calibrate(calibration, config.batch_size)
         schedule = Schedule.of(config, len(encoded), distributed.count())
         say(f"Training {readable(self.space.size)} sub-adapters in one: {schedule.steps} steps")
-        self.is_trained = True
-        with _place(folder) as run:
+        known = known_by(net, self.base, config, encoded)
+        with place(folder, known) as run:
+            self.is_trained = True
             trainer = fit(net, config, schedule, encoded, run, pad=self._pad, degree=part)
         net.activate(net.space.maximal())
         if not part:
@@ -353,6 +354,11 @@ def save_compact(
     return Path(folder)
 
 
+def _kept(data: Any) -> Any:
+    """The same; as a list where looking at it uses it up."""
+    return list(data) if isinstance(data, Iterator) else data
+
+
 def _are_batches(data: Any) -> bool:
     """Whether these are keyword arguments of a model, and no rows."""
     if isinstance(data, str | Path | Mapping) or not hasattr(data, "__iter__"):
@@ -369,22 +375,3 @@ def _logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         ids = ids[:, batch["attention_mask"][0].bool()]
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return model(input_ids=ids, **more).logits.float()
-
-
-@contextlib.contextmanager
-def _place(folder: Path | str | None) -> Iterator[Run]:
-    """Where training keeps what it keeps; nowhere for longer than it lasts, unless a folder is
-    given, or training fails: its message names a file there."""
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        yield Run(folder)
-        return
-    temporary = Path(tempfile.mkdtemp(prefix="elastic-"))
-    try:
-        yield Run(temporary)
-    except TrainingError:
-        raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(temporary, ignore_errors=True)

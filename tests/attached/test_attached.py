@@ -83,6 +83,40 @@ def test_a_folder_keeps_metrics_and_checkpoints_to_go_on_from(tmp_path):
     torch.testing.assert_close(state, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "named"),
+    [
+        ([{**row, "a": row["a"] + 1} for row in ROWS], SHORT, "order, rows"),
+        (ROWS, replace(SHORT, max_steps=4), "settings.max_steps"),
+    ],
+)
+def test_a_folder_is_of_one_training(tmp_path, rows, settings, named):
+    """Its checkpoint is no answer to other rows or settings."""
+    attached().fit(ROWS, SHORT, folder=tmp_path)
+    again = attached()
+    with pytest.raises(RunError, match=rf"differs in {named}; give another folder"):
+        again.fit(rows, settings, folder=tmp_path)
+    after = again.supernet.factor_state()
+    assert all((b == 0).all() for name, b in after.items() if name.endswith("B"))
+
+
+def test_training_leaves_no_setting_of_the_model_behind():
+    """What is saved later would say that it keeps no keys and values."""
+    net = attached()
+    before = net.model.config.to_dict()
+    net.fit(ROWS, replace(SHORT, max_steps=1, gradient_checkpointing=True))
+    assert net.model.config.to_dict() == before and before["use_cache"]
+    assert not net.model.is_activation_checkpointing and not net.model.training
+
+
+def test_what_no_step_opens_is_told(capsys):
+    attached().fit(ROWS, SHORT)
+    told = "no sub-adapter with less heads, width is trained, for the 3 steps (max_steps) end in st"
+    assert told in " ".join(capsys.readouterr().err.split())
+    attached().fit(ROWS, replace(SHORT, max_steps=4))
+    assert "no sub-adapter with less" not in capsys.readouterr().err
+
+
 def test_what_a_failure_names_is_still_there(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     net = attached()
@@ -97,8 +131,8 @@ def test_order_and_moments_are_the_same_from_rows_and_from_batches():
     batches = by_rows._batches(ROWS, "rows")
     assert len(batches) == 3
     for net, data in ((by_rows, ROWS), (by_batches, batches)):
-        net.order_channels(data)
-        net.calibrate(data, batch_size=8)
+        net.order_channels(iter(data))  # nothing of what can be looked at once is lost
+        net.calibrate(iter(data), batch_size=8)
     mine, theirs = by_rows.supernet, by_batches.supernet
     assert mine.order.keys() == theirs.order.keys() and len(mine.order) == 4
     torch.testing.assert_close(mine.order, theirs.order, rtol=0, atol=0)
