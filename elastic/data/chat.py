@@ -72,10 +72,14 @@ def _lacking(messages: Messages, tools: Messages) -> Iterator[tuple[str, Message
             for each in messages
         ]
         yield "`tool_calls`", without, tools
-    asked = messages[-2]
-    if text := asked.get("content"):
-        other = {**asked, "content": f"{text}?"}
-        yield "the messages", (*messages[:-2], other, messages[-1]), tools
+    # One of every role stands for the others: rendering takes its time.
+    first = {each["role"]: -number for number, each in enumerate(reversed(messages[:-1]), 2)}
+    names = {-2: "the messages"}
+    names |= {n: f"the {role} message" for role, n in first.items() if n != -2}
+    for number, name in names.items():
+        before, [asked, *after] = messages[:number], messages[number:]
+        if text := asked.get("content"):
+            yield name, (*before, {**asked, "content": f"{text}?"}, *after), tools
 
 
 def _is_same(
