@@ -8,7 +8,8 @@ import math
 import random
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from string import Formatter
 from typing import Any
 
@@ -30,6 +31,8 @@ ALPACA_INPUT = (
 )
 """Stanford Alpaca's prompts (Taori et al. 2023)."""
 TEMPLATES = {"alpaca": ALPACA, "alpaca-input": ALPACA_INPUT}
+_HALF = re.compile("[\ud800-\udfff]")
+"""Surrogates, which Python's texts can have and no encoding has."""
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
@@ -67,7 +70,7 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
             template_of(config.second), (), known
         )  # fmt: skip
         said = row[config.answer]
-        options = tuple(map(str, _list(known[config.options]))) if config.options else ()
+        listed = _list(known[config.options]) if config.options else ()
     except KeyError as error:
         name = error.args[0]
         lacks = "null" if name in row else "missing"
@@ -79,6 +82,8 @@ def example_of(row: Mapping[str, Any], config: TaskConfig, where: str) -> Exampl
         templates = " ".join(filter(None, (config.prompt, config.second)))
         raise DataError(f"{where}: task.prompt {templates!r}: {error}") from None
     answer = answer_of(said, f"{where}: the answer in field {config.answer!r}")
+    option = f"{where}: an option in field {config.options!r}"
+    options = tuple(answer_of(one, option) for one in listed)
     if config.options and answer not in options:
         raise DataError(f"{where}: answer {answer!r} is not among the options {list(options)}")
     return Example(
@@ -106,10 +111,22 @@ FILLING = Filling()
 
 def _plain(value: Any) -> Any:
     """A value that one text can say; ValueError for others."""
-    unwritten = isinstance(value, list | dict | bytes)
-    if unwritten or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, str):
+        if _HALF.search(value):
+            raise ValueError(f"{value!r:.80}, of which half a character is no text")
+        return value
+    infinite = isinstance(value, Real) and not math.isfinite(value)
+    if value is None or isinstance(value, Iterable) or infinite or _is_missing(value):
         raise ValueError(f"{reprlib.repr(value)}; give one text, number, true or false")
     return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it is one of the values by which libraries say that there is none."""
+    try:
+        return bool(value != value)
+    except TypeError:  # pandas.NA is neither equal to itself nor not
+        return True
 
 
 def answer_of(value: Any, where: str) -> str:
@@ -140,7 +157,11 @@ def template_of(prompt: str) -> str:
 
 
 def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+    return (
+        value
+        if isinstance(value, list | tuple)
+        else [part.strip() for part in str(value).split(",")]
+    )
 
 
 def _conversation(row: Mapping[str, Any], config: TaskConfig, where: str) -> Example:
@@ -189,6 +210,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if content is None and not found.get("tool_calls"):
         lacks = "null" if "content" in message else "missing"
         raise DataError(f"{where}: its content is {lacks}; give a text")
+    if isinstance(content, str) and _HALF.search(content):
+        raise DataError(f"{where}: half a character in {content!r:.80}, which no tokenizer reads")
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where}: its content is {reprlib.repr(content)}; give one text")
     return found

@@ -55,15 +55,22 @@ def _lines(rows: Rows, split: Split) -> str:
 
 def _line(row: Mapping[str, Any], where: str) -> str:
     try:
-        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
+        return _json(dict(row))
     except (TypeError, ValueError):
         for name, value in row.items():
             try:
-                json.dumps({name: value}, allow_nan=False)
+                _json({name: value})
             except (TypeError, ValueError):
-                told = f"{type(value).__name__} {value!r}"[:80]
+                told = f"{type(value).__name__} {value!a}"[:80]
                 raise DataError(
                     f"{where}: field {name!r} is {told}; give a text, a number, true, false, null, "
                     "or lists and objects of them"
                 ) from None
         raise
+
+
+def _json(value: Any) -> str:
+    """ValueError for half a character, too, which no file holds."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text

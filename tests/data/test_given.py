@@ -85,6 +85,39 @@ def test_what_cannot_be_used_is_named(make, message):
         examples_of(make(), BY, "test")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        ("a", "b"), {"a"}, float("nan"), bytearray(b"a"), ["a", None], "a\ud800",
+        *(pytest.param(name, id=name) for name in ("float32", "inf32", "array", "NA", "NaT")),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_never_becomes_one(value):
+    """Such as `<NA>`, `nan` or ('a', 'b'), which a model would learn."""
+    numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    known = {
+        "float32": numpy.float32("nan"), "inf32": numpy.float32("inf"), "NA": pandas.NA,
+        "array": numpy.arange(2), "NaT": pandas.NaT,
+    }  # fmt: skip
+    value = known.get(value, value) if isinstance(value, str) else value
+    for prompt, answer in (("{x}", "y"), ("{y}", "x")):
+        config = TaskConfig(prompt=prompt, answer=answer)
+        with pytest.raises(DataError, match=r"^test: row 1: .*field 'x'"):
+            examples_of([{"x": value, "y": "b"}], config, "test")
+    options = TaskConfig(prompt="{y}", answer="y", options="x")
+    with pytest.raises(DataError, match=r"^test: row 1: .*field 'x'|not among the options"):
+        examples_of([{"x": ["b", value], "y": "b"}], options, "test")
+
+
+def test_numbers_of_every_library_are_written_alike():
+    numpy = pytest.importorskip("numpy")
+    rows = [{"question": n, "answer": n} for n in (3, numpy.int64(3), numpy.float32(0.5), True)]
+    made = examples_of(rows, BY, "test")
+    assert [(one.prompt, one.answer) for one in made] == [
+        ("Q: 3", "3"), ("Q: 3", "3"), ("Q: 0.5", "0.5"), ("Q: True", "True")
+    ]  # fmt: skip
+
+
 def test_without_pyarrow_a_frame_names_the_extra(monkeypatch):
     frame = pytest.importorskip("pandas").DataFrame(ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

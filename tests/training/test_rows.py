@@ -59,6 +59,8 @@ def test_other_rows_are_refused_and_the_old_ones_stay(config):
          "^train: row 1: field 'a' is object .*; give a text"),
         ({"train": rows("a"), "test": [{"q": "a", "a": float("nan")}]}, DataError,
          "^test: row 1: field 'a' is float nan; give a text"),
+        ({"train": rows("a"), "test": [{"q": "a", "a": "\ud800"}]}, DataError,
+         r"^test: row 1: field 'a' is str '\\ud800'; give a text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_named_and_nothing_is_written(config, data, error, message):
