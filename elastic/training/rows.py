@@ -35,16 +35,22 @@ def kept(config: TrainConfig, data: Mapping[Split, Rows]) -> TrainConfig:
     config = replace(config, task=replace(config.task, name="jsonl", **places))
     run.claim(config)
     texts = {split: _lines(rows, split) for split, rows in data.items()}
-    for split, file in files.items():
-        if file.is_file() and file.read_text(encoding="utf-8") != texts[split]:
-            raise RunError(
-                f"{run.path} began with other {split} rows ({file}); give the same ones, or choose "
-                "another run"
-            )
-    with distributed.main_first():
-        for split, file in files.items():
-            if distributed.is_main() and not file.is_file():
-                write_text(file, texts[split])
+    with run.alone():
+        new = {
+            split: file
+            for split, file in files.items()
+            if not file.is_file() or file.read_text(encoding="utf-8") != texts[split]
+        }
+        for split, file in new.items():
+            if file.is_file() and run.config_file.is_file():  # else nothing has begun with them
+                raise RunError(
+                    f"{run.path} began with other {split} rows ({file}); give the same ones, or "
+                    "choose another run"
+                )
+        with distributed.main_first():
+            for split, file in new.items():
+                if distributed.is_main():
+                    write_text(file, texts[split])
     return config
 
 

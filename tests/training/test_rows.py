@@ -43,11 +43,24 @@ def test_a_run_on_given_rows_is_one_on_files(config, tmp_path):
 
 def test_other_rows_are_refused_and_the_old_ones_stay(config):
     known = kept(config, given())
+    Run(config.run).begin(known)
     assert known.task.name == "jsonl" and known.task.validation is None
     text = (Run(config.run).rows / "test.jsonl").read_text()
     with pytest.raises(RunError, match=r"began with other test rows .*test\.jsonl"):
         kept(config, {**given(), "test": rows("other")})
     assert (Run(config.run).rows / "test.jsonl").read_text() == text
+
+
+def test_rows_that_nothing_began_with_may_be_corrected(config):
+    """What is refused of them is found once they stand there."""
+    task = replace(BY, options="o")
+    wrong = {split: [{**row, "o": ["x"]} for row in rows(split)] for split in ("train", "test")}
+    with pytest.raises(DataError, match="not among the options"):
+        elastic.train(replace(config, task=task), data=wrong)
+    right = {split: [{**row, "o": [row["a"], "x"]} for row in rows(split)] for split in wrong}
+    kept(replace(config, task=task), right)
+    text = (Run(config.run).rows / "train.jsonl").read_text()
+    assert '"o": [7, "x"]' in text
 
 
 @pytest.mark.parametrize(
