@@ -178,6 +178,14 @@ class Shared:
         self._filled: WeakKeyDictionary[Any, tuple[Sizes, str]] = WeakKeyDictionary()
         """By KV cache, the slice that filled it."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a lock of its own, which no thread holds."""
+        vars(self).update(state)
+        self.lock = threading.RLock()
+
     def enter(self, sizes: Sizes | None) -> None:
         """Let this super-adapter be the active one. Where it has another order of channels than
         the one before, the base is permuted in place: one pass over the layers that are cut."""
@@ -265,6 +273,17 @@ class Resizable:
         """Be that slice inside the block, which no other thread can change; then the one before."""
         with self.sizes.at(wanted):
             yield self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `half` and their like do to a model, also to what other sizes have instead of
+        some of its layers. Waits until nobody generates or holds a size."""
+        with self.shared.lock:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+            for sizes in self.adapters.values():
+                head = sizes.net.vocabulary
+                for layer in (*sizes.layers(), *([head.whole] if head else [])):
+                    layer._apply(fn)
+        return self
 
     def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
         """RunError: the folder that it was loaded from is this model."""

@@ -61,8 +61,13 @@ class Vocabulary:
         if choice == self.group.choices[0]:
             self.model.set_submodule(self.group.head, self.whole)
             return
-        at = self.whole.weight.device
-        if self._last is None or self._last[0] != choice or self._last[1].weight.device != at:
+        like = self.whole.weight
+        last = self._last and (
+            self._last[0],
+            self._last[1].weight.device,
+            self._last[1].weight.dtype,
+        )
+        if last != (choice, like.device, like.dtype):
             self._last = choice, cut_head(self.whole, self.tokens(choice))
         self.model.set_submodule(self.group.head, self._last[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -23,14 +24,20 @@ ROUNDED = 1e-5
 
 @pytest.fixture(scope="module", params=["ranks elastic", "ranks whole"])
 def folder(request, tiny_folder, fake_latency, tmp_path_factory):
-    """Where no size cuts a rank, the factors are merged once for all of them."""
+    """Where no size cuts a rank, the factors are merged once for all of them; where one does, what
+    is cut is made up for, so that sizes have layers of their own."""
+    made_up = CompensationConfig(degrees=[1.0 if request.param == "ranks elastic" else 0.0])
     declared = tiny.space_dict(heads=True)
     if request.param == "ranks whole":
         groups = declared["groups"]
         declared["groups"] = {name: one for name, one in groups.items() if one["dim"] != "rank"}
     run = searches.trained_run(tiny_folder, tmp_path_factory.mktemp("resized"), declared)
-    elastic.search(searches.config(run, compensation=CompensationConfig()))
-    return elastic.export(config(run, formats=["elastic"])).directory / "elastic"
+    elastic.search(searches.config(run, compensation=made_up))
+    asked = config(run, formats=["elastic"], compensation=made_up)
+    folder = elastic.export(asked).directory / "elastic"
+    own = {about["own"] for about in slices.read(folder)["slices"].values()}
+    assert own == ({True, False} if request.param == "ranks elastic" else {False})
+    return folder
 
 
 @pytest.fixture
@@ -125,3 +132,28 @@ def test_no_thread_changes_what_another_holds(model):
         assert thread.is_alive() and model.sizes.current == "full"
     thread.join()
     assert seen == [names[-1]]
+
+
+@pytest.mark.parametrize("first", [0, -1])
+def test_another_type_is_that_of_every_size(folder, first):
+    """Those that have layers of their own, too, whichever was active when it was changed."""
+    names = list(slices.read(folder)["slices"])
+    model = elastic.load(folder, resizable=True, slice=names[first])
+    assert model.double() is model
+    for name in names:
+        model.resize(name)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+        close(logits(model), logits(elastic.load(folder, slice=name).double()), ROUNDED)
+
+
+def test_a_copy_has_a_size_of_its_own(folder, model):
+    names = list(slices.read(folder)["slices"])
+    full, copied = logits(model), copy.deepcopy(model)
+    with model.at("full"):  # whose lock is not the copy's
+        thread = threading.Thread(target=copied.resize, args=(names[1],))
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert (model.sizes.current, copied.sizes.current) == ("full", names[1])
+    assert torch.equal(logits(model), full)
+    close(logits(copied), logits(elastic.load(folder, slice=names[1])), ROUNDED)
