@@ -28,6 +28,7 @@ from elastic.models.head import describe_, last_layer, start_head_
 from elastic.models.kinds import Kind, exact_, kind_of_architecture, require, was_trained
 from elastic.models.modules import as_cut_, linear_, of_family_
 from elastic.models.packaged import PACKAGED, converted, unpacked
+from elastic.plain import one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ def load_model(folder: str, config: ModelConfig, seed: int = 0) -> PreTrainedMod
             f"{config.path}: transformers {release} cannot run {strange.pop()}, so its language "
             "model alone is loaded, and what is written reads text alone"
         )
-    device = resolve_device(config.device)
+    device = usable_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     settings: dict[str, Any] = {"dtype": dtype}
     kind = kind_of_architecture(architecture, config.head)
@@ -291,6 +292,16 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"model.device {name!r}: {error}") from None
+
+
+def usable_device(name: str) -> torch.device:
+    """The same; ModelError where it is not there, or holds no values (meta)."""
+    device = resolve_device(name)
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {name!r} cannot be used here: {one_line(error)}") from None
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

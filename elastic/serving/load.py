@@ -62,7 +62,7 @@ def load(
     several = folder if isinstance(folder, Mapping) else {"": folder}
     if not several:
         raise ConfigError("elastic.load: no folder was given")
-    here = str(loading.resolve_device(device))
+    here = str(loading.usable_device(device))
     place = None if base is None else str(base)
     folders = {
         task: Folder(Path(path), here, trust_remote_code, place) for task, path in several.items()

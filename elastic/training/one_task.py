@@ -93,6 +93,7 @@ def _train_alone(run: Run, config: TrainConfig) -> Run:
         say(f"{run.path}: already trained; nothing to do")
         return run
     check_trackers(config.report_to)
+    loading.usable_device(config.model.device)
     refuse_sharded(config)
     before = predecessor(config) if config.start_from else None
     space = before.space() if before else adopted.adapted(space_for(config), config)

@@ -7,6 +7,7 @@ import pytest
 
 from elastic.config import (
     AdapterConfig,
+    ModelConfig,
     ProloraConfig,
     StageConfig,
     TaskConfig,
@@ -118,6 +119,17 @@ def test_bad_data_is_refused_before_weights(tiny_folder, tmp_path, forbid_weight
     task = TaskConfig(name="jsonl", train=str(file), test=str(file))
     with pytest.raises(DataError, match=r"train\.jsonl"):
         train_one(train_config(tiny_folder, tmp_path / "run", task=task))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nowhere"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_device_that_is_not_there_is_refused_before_weights(
+    tiny_folder, tmp_path, forbid_weights, device, dtype
+):
+    model = ModelConfig(path=str(tiny_folder), dtype=dtype, device=device)
+    with pytest.raises(ModelError, match=f"device '{device}'"):
+        train_one(train_config(tiny_folder, tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()
 
 
