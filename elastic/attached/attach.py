@@ -12,8 +12,10 @@ from elastic.adapters.layers import ElasticLinear
 from elastic.attached.fingerprint import fingerprint
 from elastic.attached.model import ElasticModel
 from elastic.config import AdapterConfig, TaskConfig, TrainConfig
+from elastic.config.model import SCORE
 from elastic.errors import ConfigError, ModelError, unknown
-from elastic.models.kinds import exact_
+from elastic.models.head import describe_
+from elastic.models.kinds import Kind, classes_of, exact_, kind_of
 from elastic.models.modules import as_cut_, linear_, modules_of
 from elastic.models.wrappers import text_config
 from elastic.spaces.declared import SearchSpace
@@ -63,6 +65,8 @@ def attach(
         raise ConfigError("attach: adapter says method and rank; leave out method and max_rank")
     _require_bare(model)
     model = exact_(linear_(as_cut_(model))).eval()
+    if kind_of(model) is Kind.CLASSIFIER and len(classes_of(model)) == 1:
+        describe_(model.config, SCORE)  # one class tells nothing apart: it is a number
     declared = _space(space, model)
     if declared.cuts_vocabulary:
         raise ConfigError(

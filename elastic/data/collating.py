@@ -34,7 +34,10 @@ def collate(sequences: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
         batch = {"input_ids": ids, "attention_mask": mask}
         if sequences[0].types:
             batch["token_type_ids"], _ = _right([sequence.types for sequence in sequences], 0)
-        return {**batch, "labels": torch.tensor([sequence.label for sequence in sequences])}
+        labels = torch.tensor([sequence.label for sequence in sequences])
+        if labels.is_floating_point():  # a number that is to be learnt is not one to be ignored
+            labels[labels == IGNORED] = IGNORED + 1e-5
+        return {**batch, "labels": labels}
     if sequences[0].source:
         ids, mask = _right([sequence.source for sequence in sequences], pad)
         labels, real = _right([sequence.ids for sequence in sequences], pad)
