@@ -52,7 +52,7 @@ DECIDING = 64
 """Examples that decide how much of what is cut is made up for."""
 OF_A_RUN = (
     "run", "model", "space", "ranks", "adapter", "task", "tasks", "sequence", "start_from",
-    "sub_adapter", "dry_run",
+    "sub_adapter", "vocab", "dry_run",
 )  # fmt: skip
 """Settings of `elastic train` that `attach` has, or nobody here."""
 
@@ -291,6 +291,11 @@ class ElasticModel:
                 raise ConfigError(
                     f"fit: {name} is a setting of elastic train; give it to attach, or leave it out"
                 )
+        if self.model.dtype == torch.float16 and self.model.device.type == "cpu":
+            raise ConfigError(
+                "fit: float16 on cpu: small gradients vanish without a loss scaler, which only "
+                "accelerators have; load the model in bfloat16 or float32"
+            )
         ranks = any(group.dim == "rank" for group in self.space)
         if not ranks and any("rank" in stage.train_dims for stage in config.stages):
             raise ConfigError(
@@ -311,7 +316,7 @@ class ElasticModel:
         net = self.supernet
         if not batches:
             raise DataError("order_channels: no batches; give some dozens of examples")
-        with evaluating(net.model):
+        with net.active(net.space.maximal()), evaluating(net.model):
             before = _logits(net.model, batches[0])
             order = channel_order(net.model, net.space, mode, batches)
             net.reorder(order)

@@ -10,6 +10,7 @@ import transformers
 import elastic
 import elastic.attached.attach
 from elastic.config import AdapterConfig, ScheduleConfig, StageConfig, TaskConfig, TrainConfig
+from elastic.config.train import VocabConfig
 from elastic.data import load_task
 from elastic.errors import BaseMismatch, ConfigError, DataError, ModelError, RunError, TrainingError
 from elastic.models import loading
@@ -237,6 +238,34 @@ def test_dropout_is_off_whatever_mode_an_own_loop_left():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_number_to_be_learnt_is_never_one_to_be_ignored(batch_size):
+    """A head of one label answers with a number; -100 is one as any other."""
+    losses = []
+    for number in (-100, -100.001):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = transformers.BertConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                vocab_size=tiny.VOCABULARY, pad_token_id=tiny.PAD, num_labels=1,
+            )  # fmt: skip
+            model = transformers.BertForSequenceClassification(config)
+        rows = [{"q": f"number {n}", "a": number if n % 2 else n} for n in range(8)]
+        net = attached(model, space="auto", max_rank=4)
+        log = net.fit(rows, replace(SHORT, batch_size=batch_size, max_steps=2))
+        losses.append([row["loss"] for row in log])
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+    assert net.compact("minimal").config.problem_type == "regression"
+
+
+def test_channels_are_ordered_at_full_size_whatever_is_active():
+    wanted, net = attached(), attached()
+    wanted.order_channels(ROWS)
+    with net.active(net.space.minimal()):
+        net.order_channels(ROWS)
+    torch.testing.assert_close(net.supernet.order, wanted.supernet.order)
+
+
 # What is refused
 
 
@@ -246,6 +275,7 @@ def test_dropout_is_off_whatever_mode_an_own_loop_left():
         ({"run": "runs/mine"}, "fit: run is a setting of elastic train"),
         ({"adapter": AdapterConfig(rank=4)}, "fit: adapter is a setting"),
         ({"task": TaskConfig(prompt="{q}")}, "fit: task is a setting .* give it to attach"),
+        ({"vocab": VocabConfig(text="words.txt")}, "fit: vocab is a setting of elastic train"),
         ({"stages": [StageConfig(train_dims=["rank"])]}, "fit: a stage opens rank, and .*elastic"),
     ],
 )
@@ -270,6 +300,11 @@ def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         elastic.attach(model, **({"space": tiny.space_dict()} | known | settings))
     assert elastic.attach(model, space=tiny.space_dict(), max_rank=8), "the model is as it was"
+
+
+def test_float16_is_not_trained_without_a_loss_scaler():
+    with pytest.raises(ConfigError, match="fit: float16 on cpu: small gradients vanish"):
+        attached(tiny.llama(dtype=torch.float16)).fit(ROWS, SHORT)
 
 
 def test_a_model_with_an_adapter_is_refused(net):
