@@ -157,7 +157,7 @@ class TrainConfig:
     never closes."""
     max_steps: int | None = None
     """Ends training after so many optimiser steps, whatever the stages would take; the learning
-    rate goes down with them."""
+    rate of `lr` goes down with them, that of a stage's `init_lr` as if it took all of it."""
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: Literal["stratified", "sandwich", "uniform", "lonas"] = "stratified"
     """stratified: a target size first, then choices near it, and the maximal sub-adapter now and

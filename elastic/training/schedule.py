@@ -122,6 +122,22 @@ class Schedule:
         names = ", ".join(sorted(dims))
         return f"no sub-adapter with less {names} is trained, for {why}"
 
+    def rising(self) -> str | None:
+        """What to say of a warm-up that training ends in; None where it does not."""
+        last = self.steps - 1
+        at = self.position(last)
+        stage = self.stages[at.stage]
+        done, warmup = at.step + 1, float(stage.warmup_steps)
+        if stage.init_lr is None:
+            done, warmup = self.steps, self.lr.warmup_epochs * self.steps_per_epoch
+        if done >= warmup:
+            return None
+        rate, highest = self.learning_rate(last), self.configured_rate(last)
+        return (
+            f"training ends in its warm-up, after {done} of {warmup:g} steps: the learning rate "
+            f"rises to {rate:.1e}, not to {highest:.1e}"
+        )
+
     def open_space(self, space: BoundSpace, step: int) -> BoundSpace:
         """The space of this step: closed dimensions stay maximal, open groups offer their first
         `width_indicator` choices."""

@@ -348,8 +348,9 @@ def fit(
         return {**made(sequences, pad), "example": torch.tensor(numbers)}
 
     bar = Bar()
-    if not only and (closed := schedule.closed(net.space)):
-        say(f"Warning: {closed}")
+    for told in (None if only else schedule.closed(net.space), schedule.rising()):
+        if told:
+            say(f"Warning: {told}")
     with as_before(net.model):
         trainer = ElasticTrainer(
             net,

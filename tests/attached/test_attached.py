@@ -252,7 +252,7 @@ def test_a_number_to_be_learnt_is_never_one_to_be_ignored(batch_size):
             model = transformers.BertForSequenceClassification(config)
         rows = [{"q": f"number {n}", "a": number if n % 2 else n} for n in range(8)]
         net = attached(model, space="auto", max_rank=4)
-        log = net.fit(rows, replace(SHORT, batch_size=batch_size, max_steps=2))
+        log = net.fit(rows, replace(SHORT, batch_size=batch_size, max_steps=4))
         losses.append([row["loss"] for row in log])
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
     assert net.compact("minimal").config.problem_type == "regression"

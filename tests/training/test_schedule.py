@@ -198,3 +198,17 @@ def test_a_limit_ends_training_and_the_rate_with_it():
     rates = [limited.learning_rate(step) for step in range(8)]
     assert rates == sorted(rates, reverse=True) and rates[7] == 0.0
     assert rates[3] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * 3 / 7)))
+
+
+def test_a_warm_up_that_training_ends_in_is_told():
+    """Exactly where no step has the configured rate."""
+    for most in range(1, 12):
+        for lr, stage in (
+            (ScheduleConfig(base_lr=1e-3, warmup_epochs=0.7), StageConfig(epochs=3)),
+            (ScheduleConfig(), StageConfig(epochs=3, init_lr=1e-3, warmup_steps=7)),
+        ):
+            one = Schedule([stage], lr, 10, most)
+            highest = max(one.learning_rate(step) for step in range(one.steps))
+            assert (one.rising() is None) == (highest == pytest.approx(1e-3)) == (most >= 7)
+    told = Schedule([StageConfig()], ScheduleConfig(base_lr=1.0, warmup_epochs=2), 4).rising()
+    assert "after 4 of 8 steps: the learning rate rises to 5.0e-01, not to 1.0e+00" in told
