@@ -73,7 +73,7 @@ def attach(
             f"attach: {declared.source} cuts the vocabulary, and which tokens a task needs is "
             "known to elastic train alone; leave the group of dim vocab out"
         )
-    settings = TrainConfig(ranks=ranks, adapter=adapter)
+    settings = TrainConfig(ranks=ranks, adapter=adapter, seed=seed)
     if settings.has_whole_ranks:
         if ranks == "whole" and declared.has_ranks_alone:
             raise ConfigError(

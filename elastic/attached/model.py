@@ -17,7 +17,7 @@ from elastic.console import say
 from elastic.data.collating import collated
 from elastic.data.encoding import Encoded, encode_all
 from elastic.data.given import Rows, examples_of
-from elastic.errors import ConfigError, DataError, ExportError, RunError
+from elastic.errors import ConfigError, DataError, ExportError, RunError, require
 from elastic.evaluation.evaluate import evaluate
 from elastic.files import new_directory
 from elastic.formats import hf
@@ -132,8 +132,10 @@ class ElasticModel:
         sub-adapter can make up for a part of what it cuts. After training; `fit` does it itself.
 
         `data` are rows, of which so many `examples` are used, or batches as the model takes them.
-        From rows a search also learns which groups matter.
+        From rows a search also learns which groups matter. ConfigError for counts below 1.
         """
+        least = min(examples, batch_size)
+        require(least >= 1, f"calibrate: examples or batch_size is {least}; at least 1")
         data = _kept(data)
         if _are_batches(data):
             self._make_up(second_moments(self.supernet, self._batches(data, "calibrate")))
@@ -280,6 +282,8 @@ class ElasticModel:
         """Batches as they are, on the model's device, or made of rows."""
         if not _are_batches(data):
             return self._collated(self._encoded(data, name), 8)
+        if self.model.config.is_encoder_decoder and not all("labels" in batch for batch in data):
+            raise ConfigError(f"{name}: the decoder of this model reads labels; give batches them")
         device = self.model.device
         return [{key: value.to(device) for key, value in batch.items()} for batch in data]
 

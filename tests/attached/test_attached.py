@@ -291,6 +291,7 @@ def test_settings_of_a_run_are_refused(net, settings, message):
         ({"adapter": AdapterConfig(), "max_rank": 8}, "leave out method and max_rank"),
         ({"space": {"blocks": "model.layers.*", "groups": {}}}, "no layer carries factors"),
         ({"space": "nowhere"}, "nowhere"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; choose from 0 to"),
         ({"space": "llama-vocab"}, "cuts the vocabulary, .* elastic train alone"),
     ],
 )
@@ -300,6 +301,16 @@ def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         elastic.attach(model, **({"space": tiny.space_dict()} | known | settings))
     assert elastic.attach(model, space=tiny.space_dict(), max_rank=8), "the model is as it was"
+
+
+def test_what_cannot_be_calibrated_on_is_refused(net):
+    for settings in ({"examples": -3}, {"batch_size": 0}):
+        with pytest.raises(ConfigError, match=r"calibrate: examples or batch_size is .*at least 1"):
+            net.calibrate(ROWS, **settings)
+    declared = {"blocks": "encoder.block.*", "adapt": ["layer.0.SelfAttention.q"], "groups": {}}
+    pair = attached(tiny.t5(), space=declared)
+    with pytest.raises(ConfigError, match="calibrate: the decoder of this model reads labels"):
+        pair.calibrate([{"input_ids": tiny.tokens()}])
 
 
 def test_float16_is_not_trained_without_a_loss_scaler():
