@@ -61,15 +61,10 @@ class Vocabulary:
         if choice == self.group.choices[0]:
             self.model.set_submodule(self.group.head, self.whole)
             return
-        like = self.whole.weight
-        last = self._last and (
-            self._last[0],
-            self._last[1].weight.device,
-            self._last[1].weight.dtype,
-        )
-        if last != (choice, like.device, like.dtype):
-            self._last = choice, cut_head(self.whole, self.tokens(choice))
-        self.model.set_submodule(self.group.head, self._last[1])
+        like, last = self.whole.weight, self._last
+        if last is None or last[0] != choice or not _alike(last[1].weight, like):
+            last = self._last = choice, cut_head(self.whole, self.tokens(choice))
+        self.model.set_submodule(self.group.head, last[1])
 
     def cut_(self, compact: PreTrainedModel, choice: int) -> PreTrainedModel:
         """A compact model, which has all tokens, with so many, in place."""
@@ -77,3 +72,7 @@ class Vocabulary:
             head = compact.get_submodule(self.group.head)
             put_head_(compact, self.group.head, cut_head(head, self.tokens(choice)))
         return compact
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype) == (other.device, other.dtype)
