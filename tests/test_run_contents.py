@@ -39,7 +39,8 @@ def written(file, value):
 
 def test_no_name_of_a_sub_adapter_leads_out_of_the_run(run):
     written(run.search / "outside.json", SUB.as_dict())
-    assert run.chosen("../outside").candidate is None  # a name of the space, which has none such
+    with pytest.raises(RunError, match="unknown sub-adapter"):
+        run.chosen("../outside")
     for name in ("a\nb", ".hidden", "..", "x\x7f"):
         file = written(run.path / f"{name}.json", SUB.as_dict())
         with pytest.raises(RunError, match="its name is given to folders"):

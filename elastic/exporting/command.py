@@ -72,6 +72,10 @@ def check(config: ExportConfig) -> list[Path]:
     folders of the adapters to be merged."""
     run = Run(config.run)
     base = run.config().model
+    require(
+        not config.hf.text_only or auto_for(loading.architecture_of(base)) is not None,
+        f"hf.text_only: {base.path} is loaded as a model of text; leave it out",
+    )
     for file in config.slices.tables:
         read_timetable_of(run, file)
     # The base itself is hashed, and held against this, when the run is loaded.
@@ -87,11 +91,6 @@ def check(config: ExportConfig) -> list[Path]:
 def _export(config: ExportConfig, others: Sequence[Path]) -> Report:
     run = Run(config.run)
     trained = run.config()
-    architecture = loading.architecture_of(trained.model)
-    require(
-        not config.hf.text_only or auto_for(architecture) is not None,
-        f"hf.text_only: {trained.model.path} is loaded as a model of text; leave it out",
-    )
     chosen = run.chosen(config.sub_adapter)
     if chosen.saved:
         shaped(chosen.saved, SCORES, f"{run.sub_adapters / chosen.name}.json")
