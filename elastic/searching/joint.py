@@ -33,6 +33,9 @@ LEAST = 0.1
 LEAST_LOSS = 0.5
 """Of b, in standard errors of one accuracy. Accuracies of few examples may rise by chance as more
 is cut; then they cannot tell a small loss from none, and the order of the divergences decides."""
+CHANCE = 3.0
+"""Of a rise, -b, in standard errors of one accuracy: what may still be chance. All accuracies are of
+the same examples, so that more of them do not tell chance from truth."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,13 @@ class Joint:
     def _tune(
         self, choices: np.ndarray, values: np.ndarray, noise: float
     ) -> tuple[float, float, float]:
-        """Power, spread and noise of the largest restricted likelihood."""
+        """Power, spread and noise of the largest restricted likelihood; with b as it is, unless the
+        accuracies rise by more than chance: then the noise is to say what the floor of b cannot."""
         best, chosen = -np.inf, (POWERS[0], SPREADS[0], noise)
         for power in POWERS:
             mean, slopes, b = self._linear(choices, values, power, noise)
-            rest, mean = (values, mean) if b >= _least(noise) else _held(mean, values, noise)
+            rises = b < -CHANCE * math.sqrt(noise)
+            rest, mean = _held(mean, values, noise) if rises else (values, mean)
             found, vectors = np.linalg.eigh(slopes @ slopes.T)
             turned, seen = vectors.T @ mean, vectors.T @ rest
             for spread, part in itertools.product(SPREADS, NOISES):

@@ -104,6 +104,17 @@ def test_where_accuracies_rise_by_chance_divergences_decide(world):
         assert np.corrcoef(belief.predict(at), lost)[0, 1] < -0.9
 
 
+@pytest.mark.parametrize("rise", [0.02, 0.05])
+def test_more_accuracies_of_the_same_examples_do_not_make_chance_a_truth(world, rise):
+    """The examples that were drawn like the small ones: every accuracy says so."""
+    parts, _, at, _ = world
+    lost = np.take_along_axis(parts, at.T, 1).sum(0)
+    belief = Joint(KINDS, parts).fit(at, 0.8 + rise * lost, 0.03**2)
+    assert belief.effects.min(1).sum() < -0.4 * 0.03
+    assert np.corrcoef(belief.fitted, lost)[0, 1] < -0.9
+    assert np.corrcoef(belief.predict(at), lost)[0, 1] < -0.9
+
+
 def test_where_accuracies_truly_rise_the_small_ones_are_best(world):
     """By ten standard errors of one."""
     parts, _, at, _ = world
