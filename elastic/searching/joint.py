@@ -34,8 +34,8 @@ LEAST_LOSS = 0.5
 """Of b, in standard errors of one accuracy. Accuracies of few examples may rise by chance as more
 is cut; then they cannot tell a small loss from none, and the order of the divergences decides."""
 CHANCE = 3.0
-"""Of a rise, -b, in standard errors of one accuracy: what may still be chance. All accuracies are of
-the same examples, so that more of them do not tell chance from truth."""
+"""Of a rise, -b, in standard errors of one accuracy: what may still be chance. All accuracies are
+of the same examples, so that more of them do not tell chance from truth."""
 
 
 @dataclass(frozen=True)
