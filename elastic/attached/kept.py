@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 
 from elastic import distributed
 from elastic.config import TrainConfig
-from elastic.data.digest import of_tokens
+from elastic.data.digest import of_tokens, of_value
 from elastic.data.encoding import Encoded
 from elastic.errors import RunError, TrainingError
 from elastic.files import read_json, write_json
@@ -32,9 +30,9 @@ def known_by(
     return {
         "settings": as_plain(config),
         "adapter": as_plain(net.adapter),
-        "space": _digest(net.declared.as_dict()),
+        "space": of_value(net.declared.as_dict()),
         "base": base,
-        "order": _digest(order),
+        "order": of_value(order),
         "rows": of_tokens(encoded),
     }
 
@@ -68,7 +66,3 @@ def place(folder: Path | str | None, known: Mapping[str, Any]) -> Iterator[Run]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -244,8 +244,7 @@ class ElasticModel:
             degree = chosen.degree if degree is None else degree
             chosen = chosen.sub_adapter
         sub = self.space.named(chosen) if isinstance(chosen, str) else self.space.check(chosen)
-        degree = self._half(sub) if degree is None else degree
-        return compact(self.supernet, sub, degree)
+        return compact(self.supernet, sub, self._half(sub) if degree is None else degree)
 
     def save(self, folder: Path | str) -> Path:
         """The super-adapter alone, for `elastic.reattach`: factors, order of channels, space, and

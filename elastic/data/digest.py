@@ -30,21 +30,21 @@ def of_texts(task: Task) -> dict[Split, dict[str, Any]]:
         source = task.sources.get(split)
         found[split] = {
             "examples": len(examples), "from": str(source) if source else None,
-            "texts": _digest(said),
+            "texts": of_value(said),
         }  # fmt: skip
     return found
 
 
 def of_tokens(encoded: Sequence[Encoded]) -> str:
     """Of everything that a model reads of these examples."""
-    return _digest([[e.ids, e.answer, e.source, e.types, e.label] for e in encoded])
+    return of_value([[e.ids, e.answer, e.source, e.types, e.label] for e in encoded])
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
     """Of its vocabulary with the special tokens, and of its chat template where that is used."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    found = {"vocabulary": _digest([sorted(tokenizer.get_vocab().items()), special])}
-    return {**found, "chat_template": _digest(tokenizer.chat_template)} if chat else found
+    found = {"vocabulary": of_value([sorted(tokenizer.get_vocab().items()), special])}
+    return {**found, "chat_template": of_value(tokenizer.chat_template)} if chat else found
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -67,5 +67,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _digest(value: Any) -> str:
+def of_value(value: Any) -> str:
+    """Of what JSON can say, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

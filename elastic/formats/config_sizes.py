@@ -8,17 +8,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from elastic.models.modules import linear_, modules_of
+from elastic.models.modules import linear_, meta, modules_of
 from elastic.models.wrappers import text_config, wraps
 from elastic.spaces.dims import QUERIES
 from elastic.spaces.mixtures import mixtures
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 """What configs call the width of the MLP; unset, it is four times the hidden size."""
@@ -26,12 +25,6 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 """What they call the number of experts."""
 EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
 """What they call the width of each."""
-
-
-def meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A new model of this class without memory."""
-    with torch.device("meta"):
-        return kind(copy.deepcopy(config))
 
 
 def shapes_of(model: PreTrainedModel) -> dict[str, list[int]]:

@@ -30,7 +30,6 @@ from elastic.formats.code_names import without_code
 from elastic.formats.config_sizes import (
     expert_sizes,
     layer_words,
-    meta,
     query_groups,
     shapes_of,
     tensor_sizes,
@@ -38,7 +37,7 @@ from elastic.formats.config_sizes import (
 )
 from elastic.formats.shards import Tensors, tensors_of
 from elastic.models import compat, cut_head
-from elastic.models.modules import PREFIX, as_cut_, linear_, modules_of
+from elastic.models.modules import PREFIX, as_cut_, linear_, meta, modules_of
 from elastic.models.vocabulary import cut_head_of
 from elastic.models.wrappers import OWN, text_config, wraps
 from elastic.spaces.dims import QUERIES

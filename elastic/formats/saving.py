@@ -67,8 +67,7 @@ def _save(
     if reason := hf.why_not(model):
         raise ExportError(f"{save_directory}: {reason}")
     if is_main_process:
-        state = model.state_dict() if state_dict is None else state_dict
-        tensors = {name: tensor.detach for name, tensor in state.items()}
-        hf.write(
-            model, None, Path(save_directory), max_shard_size=max_shard_size, tensors=tensors
-        )  # fmt: skip
+        given = None
+        if state_dict is not None:
+            given = {name: tensor.detach for name, tensor in state_dict.items()}
+        hf.write(model, None, Path(save_directory), max_shard_size=max_shard_size, tensors=given)

@@ -96,9 +96,7 @@ def linear_(model: ModuleType) -> ModuleType:
 def of_conv1d_(model: PreTrainedModel) -> PreTrainedModel:
     """The inverse of `linear_`: a Conv1D wherever the family's class has one, around the same
     memory, in place."""
-    with torch.device("meta"):
-        family = type(model)(copy.deepcopy(model.config))
-    for name, _ in modules_of(family, Conv1D):
+    for name, _ in modules_of(meta(type(model), model.config), Conv1D):
         linear = model.get_submodule(name)
         with torch.device("meta"):
             layer = Conv1D(*linear.weight.shape)
@@ -106,6 +104,12 @@ def of_conv1d_(model: PreTrainedModel) -> PreTrainedModel:
         layer.bias = nn.Parameter(linear.bias, requires_grad=False)
         model.set_submodule(name, layer)
     return model
+
+
+def meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A new model of this class without memory."""
+    with torch.device("meta"):
+        return kind(copy.deepcopy(config))
 
 
 def module_tree(model: ModuleType, shared: Iterable[nn.Module] = ()) -> ModuleType:

@@ -19,6 +19,7 @@ from elastic.console import Steps, counting, say, spell
 from elastic.data.answers import answer_logits, answer_loss
 from elastic.data.collating import IGNORED
 from elastic.files import write_json_lines
+from elastic.models.modules import evaluating
 from elastic.plain import parse_json, read_text, shaped
 from elastic.spaces.bound import generator_for
 from elastic.supernet.supernet import Supernet
@@ -53,17 +54,13 @@ class Probe:
     @torch.no_grad()
     def losses(self, model: nn.Module) -> dict[str, float]:
         """Cross-entropy per answer token, by name; dropout is off and no generator moves."""
-        training = model.training
-        model.eval()
         found = {}
-        try:
+        with evaluating(model):
             for name, sub in self.subs.items():
                 with self.net.active(sub, self.degree):
                     logits, labels = answer_logits(model, self.batch)
                 mean = answer_loss(logits, labels) / (labels != IGNORED).sum()
                 found[f"loss_{name}"] = float(mean)
-        finally:
-            model.train(training)
         return found
 
 
